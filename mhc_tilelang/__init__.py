@@ -1,0 +1,54 @@
+"""The mHC kernels for PyTorch.
+
+    spec = mhc.MHCSpec.deepseek_v4(hidden_size=2560)
+    x = mhc.expand(h, spec.num_streams)
+    layer_input, h_post, h_res = mhc.pre(x, phi, alpha, bias, spec)
+    x = mhc.post(x, layer(layer_input), h_post, h_res)
+
+    spec       the sizes and constants
+    ops        the functions; they check with `arguments`, and run kernels through `launch`
+    compile    (kernel, sizes, target) -> something to call; `cpu` and `cuda` are the targets
+    kernels    the TileLang code          reference   the same in numpy float64
+    checking   `mhc-tilelang check`       perf        `mhc-tilelang bench`
+    cli, doctor, toolchain, errors
+
+Importing this package loads neither TileLang nor PyTorch: `mhc-tilelang --help` and `mhc-tilelang doctor`
+pass through here, and doctor must be able to say that one of them is missing. Names load on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import CompilerError, GradientError, MHCError
+    from .ops import coefficients, expand, head, post, pre, sinkhorn
+    from .spec import MHCSpec
+
+__all__ = [
+    "CompilerError",
+    "GradientError",
+    "MHCError",
+    "MHCSpec",
+    "coefficients",
+    "expand",
+    "head",
+    "post",
+    "pre",
+    "sinkhorn",
+]
+
+_HOMES = {"MHCSpec": "spec", "MHCError": "errors", "CompilerError": "errors", "GradientError": "errors"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES.get(name, 'ops')}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

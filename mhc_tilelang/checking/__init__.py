@@ -1,0 +1,1 @@
+"""Comparison of the kernels with the float64 reference."""

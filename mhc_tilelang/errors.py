@@ -1,0 +1,21 @@
+"""The exceptions that mean: the user asked for something that cannot be done, and here is why.
+
+Every error that the package raises on purpose and that is not a bad argument of a Python call (those are
+ValueError and TypeError) derives from MHCError. The command line prints it without a traceback.
+"""
+
+
+class MHCError(Exception):
+    """A known failure with a message for the user: what was expected, what was found, what to do."""
+
+
+class CompilerError(MHCError):
+    """A compiler is missing, or refused generated code."""
+
+
+class GradientError(MHCError):
+    """A tensor requires a gradient that the kernels cannot give yet."""
+
+
+class LoweringError(MHCError):
+    """A kernel uses something of TileLang that the CPU target does not know."""

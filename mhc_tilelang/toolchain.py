@@ -1,0 +1,73 @@
+"""Where the compilers are: a C++ compiler for the CPU target, nvcc for the CUDA target.
+
+Looks in the places where TileLang looks, in its order, without importing it. Imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+CXX_NAMES = ("g++", "clang++", "c++")
+
+
+class Tool(NamedTuple):
+    """A program and how it was found: `$CXX`, `PATH`, `PyPI`, …."""
+
+    path: str
+    origin: str
+
+
+def find_cxx() -> Tool | None:
+    """Find the C++ compiler: $CXX, and only that where it is set; else g++, clang++ or c++ on the PATH."""
+    if named := os.environ.get("CXX"):
+        path = shutil.which(named)
+        return Tool(path, "$CXX") if path else None
+    for name in CXX_NAMES:
+        if path := shutil.which(name):
+            return Tool(path, "PATH")
+    return None
+
+
+def find_nvcc() -> Tool | None:
+    """Find nvcc: $CUDA_HOME or $CUDA_PATH, the PATH, the PyPI package nvidia-cuda-nvcc, /usr/local/cuda."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if home := os.environ.get(variable):
+            return _existing(Path(home) / "bin" / "nvcc", f"${variable}")
+    if path := shutil.which("nvcc"):
+        return Tool(path, "PATH")
+    return _nvcc_from_pypi() or _existing(Path("/usr/local/cuda/bin/nvcc"), "/usr/local/cuda")
+
+
+def version_of(tool: Tool) -> str:
+    """Return the version line of a compiler: nvcc's release line, the first line of any other."""
+    lines = output_of([tool.path, "--version"]).splitlines()
+    release = [line for line in lines if "release" in line and "Cuda" in line]
+    return (release or lines or ["version unknown"])[0].strip()
+
+
+def output_of(command: Sequence[str], timeout: float = 30) -> str:
+    """Return what a command prints; empty when it cannot be run, fails or takes too long."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _nvcc_from_pypi() -> Tool | None:
+    try:
+        files = importlib.metadata.files("nvidia-cuda-nvcc") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    programs = [file for file in files if file.name == "nvcc"]
+    return _existing(Path(str(programs[0].locate())), "PyPI") if programs else None
+
+
+def _existing(path: Path, origin: str) -> Tool | None:
+    return Tool(str(path), origin) if os.access(path, os.X_OK) else None
