@@ -1,0 +1,28 @@
+"""TileLang device code, written for the GPU; the CPU target runs the same functions (see `mhc_tilelang.cpu`).
+
+One family a file, its equation at the head, then macros, then the kernel: a function of the sizes that are
+compiled in (streams, channels, dtype, a tile) which returns a `T.prim_func`. Token counts and split counts
+are run-time values, so one compilation serves every batch.
+
+    projection    Eq. 14–15   x·phi and Σx² from one read of x, in fixed chunks; phi split for tensor cores
+    coefficients  Eq. 16–19   scale, bias, sigmoids and Sinkhorn of those chunk sums
+    sinkhorn      Eq. 9, 19   logits -> h_res, alone
+    pre           Eq. 3       n streams -> the layer's input
+    post          Eq. 3       mix the streams, add the layer's output
+    expand                    an embedding -> n equal streams
+    head                      the coefficients of the last aggregation
+    plans                     tiles, threads, stages: what is compiled in, chosen from sizes and target
+
+Imports tilelang and nothing of the package above it. `FAMILIES` names every kernel without importing it.
+"""
+
+FAMILIES = {
+    "split_phi": ("projection", "split_phi_kernel"),
+    "project": ("projection", "project_kernel"),
+    "coefficients": ("coefficients", "coefficients_kernel"),
+    "head_coefficients": ("head", "head_coefficients_kernel"),
+    "sinkhorn": ("sinkhorn", "sinkhorn_kernel"),
+    "pre": ("pre", "pre_kernel"),
+    "post": ("post", "post_kernel"),
+    "expand": ("expand", "expand_kernel"),
+}

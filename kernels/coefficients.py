@@ -1,0 +1,125 @@
+"""coefficients: from the projection's chunk sums to the three mappings of a sublayer.
+
+Equations (16) to (19), per token, with K = n·C:
+
+    s      = rsqrt(Σx² / K + rms_eps)
+    z      = alpha · (x·phi · s) + bias                   the bias is not scaled by s
+    h_pre  = sigmoid(z_pre) + pre_eps
+    h_post = post_scale · sigmoid(z_post)
+    h_res  = sinkhorn(z_res)
+
+Rows of x·phi: pre n, post n, res n·n with [out, in] row-major. One token is one thread, as in `sinkhorn`;
+everything is float32. Only the partial sums are read, and n² + 2n values a token written.
+"""
+
+import tilelang.language as T
+
+from .plans import LANES, ProjectionPlan
+from .sinkhorn import sinkhorn_inplace
+
+
+@T.macro
+def sum_slabs(total, partial, first_row, outer, inner, first_token, num_tokens, num_slabs, block):
+    """total[a, b, t] = Σ_slab partial[slab, first_row + a · inner + b, first_token + t], slabs ascending."""
+    T.clear(total)
+    for slab in T.serial(num_slabs):
+        for a, b, t in T.Parallel(outer, inner, block):
+            if first_token + t < num_tokens:
+                total[a, b, t] += partial[slab, first_row + a * inner + b, first_token + t]
+
+
+@T.macro
+def inverse_rms(scale, partial, first_token, num_tokens, num_slabs, num_elements, rms_eps, plan, block):
+    """scale[0, t] = s of Eq. (15): the slabs of each lane added, then the lanes, ascending."""
+    lanes = T.alloc_fragment((LANES, 1, block), T.float32)
+    sum_slabs(lanes, partial, plan.halves * plan.rows, LANES, 1, first_token, num_tokens, num_slabs, block)
+    T.reduce_sum(lanes, scale, dim=0)
+    for k, t in T.Parallel(1, block):
+        scale[k, t] = T.rsqrt(scale[k, t] * (1.0 / num_elements) + rms_eps)
+
+
+@T.macro
+def logits(
+    z,
+    partial,
+    scale,
+    alpha,
+    bias,
+    group,
+    first_row,
+    outer,
+    inner,
+    first_token,
+    num_tokens,
+    num_slabs,
+    plan,
+    block,
+):
+    """Eq. (16) for the rows from `first_row` on, seen as a matrix z [outer, inner, block].
+
+    Every group of rows has a fragment of its own, and every loop runs over a whole fragment: TileLang 0.1.15
+    lays a fragment out by its first loop and silently truncates it where that loop covers only a part.
+    """
+    sum_slabs(z, partial, first_row, outer, inner, first_token, num_tokens, num_slabs, block)
+    if plan.split:
+        low = T.alloc_fragment((outer, inner, block), T.float32)
+        sum_slabs(low, partial, plan.rows + first_row, outer, inner, first_token, num_tokens, num_slabs, block)
+        for a, b, t in T.Parallel(outer, inner, block):
+            z[a, b, t] += low[a, b, t]
+    for a, b, t in T.Parallel(outer, inner, block):
+        z[a, b, t] = alpha[group] * (z[a, b, t] * scale[0, t]) + bias[first_row + a * inner + b]
+
+
+def sigmoid(z):
+    """1 / (1 + exp(−z)); exp overflows to infinity for z below −88, and the result to 0."""
+    return 1.0 / (1.0 + T.exp(-z))
+
+
+def coefficients_kernel(
+    num_streams: int,
+    hidden_size: int,
+    plan: ProjectionPlan,
+    iters: int,
+    sinkhorn_eps: float,
+    pre_eps: float,
+    rms_eps: float,
+    post_scale: float,
+    block: int,
+):
+    """partial [slabs, slab_rows, T], alpha [3], bias [M] -> h_pre [T, n], h_post [T, n], h_res [T, n, n]."""
+    n = num_streams
+    num_rows = n * n + 2 * n
+    num_tokens = T.dynamic("num_tokens")
+    num_slabs = T.dynamic("num_slabs")
+
+    @T.prim_func
+    def coefficients(
+        partial: T.Tensor[(num_slabs, plan.slab_rows, num_tokens), T.float32],
+        alpha: T.Tensor[(3,), T.float32],
+        bias: T.Tensor[(num_rows,), T.float32],
+        h_pre: T.Tensor[(num_tokens, n), T.float32],
+        h_post: T.Tensor[(num_tokens, n), T.float32],
+        h_res: T.Tensor[(num_tokens, n, n), T.float32],
+    ):
+        with T.Kernel(T.ceildiv(num_tokens, block), threads=block) as tile:
+            scale = T.alloc_fragment((1, block), T.float32)
+            z_pre = T.alloc_fragment((1, n, block), T.float32)
+            z_post = T.alloc_fragment((1, n, block), T.float32)
+            P = T.alloc_fragment((n, n, block), T.float32)
+            first = tile * block
+            inverse_rms(scale, partial, first, num_tokens, num_slabs, n * hidden_size, rms_eps, plan, block)
+            logits(z_pre, partial, scale, alpha, bias, 0, 0, 1, n, first, num_tokens, num_slabs, plan, block)
+            for k, j, t in T.Parallel(1, n, block):
+                if first + t < num_tokens:
+                    h_pre[first + t, j] = sigmoid(z_pre[k, j, t]) + pre_eps
+            logits(z_post, partial, scale, alpha, bias, 1, n, 1, n, first, num_tokens, num_slabs, plan, block)
+            for k, j, t in T.Parallel(1, n, block):
+                if first + t < num_tokens:
+                    h_post[first + t, j] = post_scale * sigmoid(z_post[k, j, t])
+            logits(P, partial, scale, alpha, bias, 2, 2 * n, n, n, first, num_tokens, num_slabs, plan, block)
+            sinkhorn_inplace(P, n, block, iters, sinkhorn_eps)
+            for j, i, t in T.Parallel(n, n, block):
+                if first + t < num_tokens:
+                    h_res[first + t, j, i] = P[j, i, t]
+
+    return coefficients

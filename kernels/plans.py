@@ -1,0 +1,130 @@
+"""What is compiled into a kernel besides the sizes: tiles, threads, stages, chosen from sizes and target.
+
+A plan is a frozen dataclass and the heuristic that returns it; to tune, pass another one to the kernel. This
+module imports nothing, so that a kernel found on disk is launched without loading tilelang. Targets are "cpu"
+and "cuda" here: no plan depends on the architecture yet.
+"""
+
+from dataclasses import dataclass, replace
+
+WARP = 32
+MAX_THREADS = 256
+MAX_ACCESS_BYTES = 16
+LANES = 16  # partial sums of Σx² per token
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+STAGE_BYTES = 32 * 1024  # shared memory of one pipeline stage: three of them fit the 99 KB of sm_120
+CPU_CHANNELS = 1024  # four streams of it in float32 stay in a 32 KB first-level cache, with room to spare
+
+
+@dataclass(frozen=True)
+class ChannelTile:
+    """One block's share of a token: `channels` consecutive channels, spread over `threads` GPU threads."""
+
+    channels: int
+    threads: int
+
+
+def channel_tile(hidden_size: int, itemsize: int, target: str, alignment: int = MAX_ACCESS_BYTES) -> ChannelTile:
+    """The tile for `target` ("cuda" or "cpu"); `alignment` is that of the stream's data pointers, in bytes."""
+    if target == "cpu":
+        return ChannelTile(cpu_channels(hidden_size), threads=1)
+    return cuda_tile(hidden_size, vector_width(hidden_size, itemsize, alignment))
+
+
+def vector_width(hidden_size: int, itemsize: int, alignment: int) -> int:
+    """Channels a thread owns: a power of two, 8 at most, whose accesses stay aligned in every row.
+
+    float32 streams also own up to 8 channels, as two 16-byte accesses.
+    """
+    width = 8
+    while width > 1 and (hidden_size % width or alignment % min(width * itemsize, MAX_ACCESS_BYTES)):
+        width //= 2
+    return width
+
+
+def cuda_tile(hidden_size: int, width: int) -> ChannelTile:
+    """The tile of at most 256 threads that covers `hidden_size` with the fewest idle threads, then blocks.
+
+    C = 1280 takes one block of 160 threads and C = 2560 two of them; a fixed 128 threads would leave three
+    quarters of the last block of C = 1280 idle.
+    """
+
+    def cost(threads: int) -> tuple[int, int]:
+        blocks = -(-hidden_size // (threads * width))
+        return blocks * threads, blocks
+
+    threads = min(range(WARP, MAX_THREADS + 1, WARP), key=cost)
+    return ChannelTile(threads * width, threads)
+
+
+def cpu_channels(hidden_size: int) -> int:
+    """The largest divisor of `hidden_size` up to 1024, so that no tile hangs over; 1024 if all are small."""
+    divisors = [d for d in range(CPU_CHANNELS // 4, CPU_CHANNELS + 1) if hidden_size % d == 0]
+    return max(divisors, default=min(hidden_size, CPU_CHANNELS))
+
+
+@dataclass(frozen=True)
+class ProjectionPlan:
+    """What is compiled into a projection: phi's form, and the tile of tokens and channels a block works on."""
+
+    rows: int
+    split: bool
+    operand_dtype: str
+    tokens: int
+    channels: int
+    threads: int
+    stages: int
+
+    @property
+    def halves(self) -> int:
+        """Parts that phi is split into: high and low, or phi itself."""
+        return 2 if self.split else 1
+
+    @property
+    def columns(self) -> int:
+        """Rows of phi in a tile: both halves, padded to the tensor core's 16."""
+        return -(-2 * self.rows // 16) * 16 if self.split else self.rows
+
+    @property
+    def slab_rows(self) -> int:
+        """Rows of one slab of partial sums: the dots of each half, then the lanes of the squares."""
+        return self.halves * self.rows + LANES
+
+    def num_chunks(self, hidden_size: int) -> int:
+        """Chunks that the channels are summed in."""
+        return -(-hidden_size // self.channels)
+
+
+def projection_plan(rows: int, hidden_size: int, dtype: str, target: str) -> ProjectionPlan:
+    """The plan for phi with `rows` rows. It must not depend on the token count: the chunks fix the bits."""
+    if target == "cpu":
+        channels = min(256, -(-hidden_size // LANES) * LANES)
+        return ProjectionPlan(rows, False, "float32", tokens=32, channels=channels, threads=1, stages=1)
+    operand_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
+    plan = ProjectionPlan(rows, True, operand_dtype, tokens=64, channels=128, threads=128, stages=3)
+    if plan.columns > 96:  # n = 8: with 128 threads the 160 columns of sums take all 255 registers
+        plan = replace(plan, threads=256)
+    if dtype == "float32":  # x is split in registers too: wider tiles spill
+        plan = replace(plan, channels=32)
+    bytes_per_channel = plan.tokens * BYTES[dtype] + plan.columns * BYTES[operand_dtype]
+    while plan.channels * bytes_per_channel > STAGE_BYTES:
+        plan = replace(plan, channels=plan.channels // 2)
+    return plan
+
+
+def chunks_per_split(num_tokens: int, num_chunks: int, plan: ProjectionPlan, parallel_blocks: int) -> int:
+    """How many chunks a block of the projection takes, so that small batches still fill the device.
+
+    `parallel_blocks` is how many blocks the device runs at a time. The answer moves no bit of any result.
+    """
+    token_blocks = max(1, -(-num_tokens // plan.tokens))
+    splits = max(1, min(num_chunks, parallel_blocks // token_blocks))
+    return -(-num_chunks // splits)
+
+
+def tokens_per_block(target: str) -> int:
+    """Tokens of a block of the one-thread-a-token kernels, `sinkhorn` and the coefficients.
+
+    One warp on a GPU, since 4096 tokens are only 128 of them; four registers of 16 lanes on a CPU.
+    """
+    return 64 if target == "cpu" else 32

@@ -1,0 +1,49 @@
+"""post: mix the streams and add the layer's output, in one read and one write of the wide stream.
+
+Equation (3):
+
+    x_next[t, j, c] = Σ_i h_res[t, j, i] · x[t, i, c] + h_post[t, j] · layer_output[t, c]
+
+Traffic per token, in elements of the stream's dtype: (n + 1)·C read, n·C written. A thread owns a few
+consecutive channels of all n streams, so x is read once, and neither shared memory nor a barrier is needed.
+
+The order of the sum is part of the contract, since fused kernels must give the same bits:
+acc = h_post[j] · F, then acc = fma(h_res[j, i], x[i], acc) for i ascending, in float32, rounded once.
+"""
+
+import tilelang.language as T
+
+from .plans import ChannelTile
+
+
+def post_kernel(num_streams: int, hidden_size: int, dtype: str, tile: ChannelTile):
+    """x [T, n, C], layer_output [T, C], h_post [T, n], h_res [T, n, n] -> x_next [T, n, C]."""
+    n, block = num_streams, tile.channels
+    num_tokens = T.dynamic("num_tokens")
+
+    @T.prim_func
+    def post(
+        x: T.Tensor[(num_tokens, n, hidden_size), dtype],
+        layer_output: T.Tensor[(num_tokens, hidden_size), dtype],
+        h_post: T.Tensor[(num_tokens, n), T.float32],
+        h_res: T.Tensor[(num_tokens, n, n), T.float32],
+        x_next: T.Tensor[(num_tokens, n, hidden_size), dtype],
+    ):
+        with T.Kernel(num_tokens, T.ceildiv(hidden_size, block), threads=tile.threads) as (
+            token,
+            channel_block,
+        ):
+            first = channel_block * block
+            x_frag = T.alloc_fragment((n, block), dtype)
+            layer_output_frag = T.alloc_fragment((block,), dtype)
+            acc = T.alloc_fragment((n, block), T.float32)
+            T.copy(x[token, 0, first], x_frag)
+            T.copy(layer_output[token, first], layer_output_frag)
+            for c in T.Parallel(block):
+                for j in T.unroll(n):
+                    acc[j, c] = h_post[token, j] * T.cast(layer_output_frag[c], T.float32)
+                    for i in T.unroll(n):
+                        acc[j, c] = T.ieee_fmaf(h_res[token, j, i], T.cast(x_frag[i, c], T.float32), acc[j, c])
+            T.copy(acc, x_next[token, 0, first])
+
+    return post

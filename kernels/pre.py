@@ -1,0 +1,41 @@
+"""pre: aggregate the n streams into the layer's input.
+
+Equation (3), H_pre x:
+
+    layer_input[t, c] = Σ_i h_pre[t, i] · x[t, i, c]
+
+Traffic per token: n·C read, C written. The streams are added in ascending order, each with one fma in
+float32, and the sum is rounded once. `head` aggregates with this kernel too.
+"""
+
+import tilelang.language as T
+
+from .plans import ChannelTile
+
+
+def pre_kernel(num_streams: int, hidden_size: int, dtype: str, tile: ChannelTile):
+    """x [T, n, C], h_pre [T, n] -> layer_input [T, C]."""
+    n, block = num_streams, tile.channels
+    num_tokens = T.dynamic("num_tokens")
+
+    @T.prim_func
+    def pre(
+        x: T.Tensor[(num_tokens, n, hidden_size), dtype],
+        h_pre: T.Tensor[(num_tokens, n), T.float32],
+        layer_input: T.Tensor[(num_tokens, hidden_size), dtype],
+    ):
+        with T.Kernel(num_tokens, T.ceildiv(hidden_size, block), threads=tile.threads) as (
+            token,
+            channel_block,
+        ):
+            first = channel_block * block
+            x_frag = T.alloc_fragment((n, block), dtype)
+            acc = T.alloc_fragment((block,), T.float32)
+            T.copy(x[token, 0, first], x_frag)
+            for c in T.Parallel(block):
+                acc[c] = 0.0
+                for i in T.unroll(n):
+                    acc[c] = T.ieee_fmaf(h_pre[token, i], T.cast(x_frag[i, c], T.float32), acc[c])
+            T.copy(acc, layer_input[token, first])
+
+    return pre

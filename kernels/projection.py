@@ -1,0 +1,151 @@
+"""projection: x·phi and Σx² from one read of the stream.
+
+Equations (14) and (15), for token t, row m of phi, and K = n·C:
+
+    dots[t, m] = Σ_{i,c} x[t, i, c] · phi[m, i, c]        squares[t] = Σ_{i,c} x[t, i, c]²
+
+Traffic per token: n·C read; dots and squares are small.
+
+**Fixed chunks.** K is summed in chunks of `channels` channels across all n streams, streams in order. Every
+chunk starts from zero, and chunks are added in order. With one split a block adds them in registers and
+writes the total, one slab; with more, blocks share the chunks out and write a slab per chunk, which the
+reader adds in the same order. So the split count, a run-time value, moves no bit of any token, and neither
+does the token's place in the batch.
+
+**Squares** are kept as LANES partial sums per token (channel c belongs to lane c mod LANES), which the
+reader adds: their order follows from C alone, not from a thread layout.
+
+**Tensor cores, float32 results.** phi is float32 and must not be rounded to the tensor core's operand type.
+It is split once per call, phi = high + low, the two halves stacked as 2·M rows of one product; the reader
+adds the halves. A bfloat16 stream is then exact as it is. float16 and float32 streams use TF32 operands,
+where float16 is exact and float32 is split too, x = high + low, in registers. A CPU multiplies float32 phi
+directly (`split` is off).
+"""
+
+import tilelang.language as T
+
+from .plans import LANES, ProjectionPlan
+
+SPLIT_BLOCK = 1024
+
+
+def high_half(value, operand_dtype: str):
+    """The part of a float32 that the tensor core's operand type holds: rounded to bfloat16, cut to TF32."""
+    if operand_dtype == "bfloat16":
+        return T.cast(T.cast(value, T.bfloat16), T.float32)
+    return T.reinterpret(T.reinterpret(value, T.uint32) & T.uint32(0xFFFFE000), T.float32)
+
+
+def split_phi_kernel(num_streams: int, hidden_size: int, plan: ProjectionPlan):
+    """phi [M, n, C] float32 -> phi_split [columns, n, C]: rows of high halves, of low halves, of zeros."""
+    n, rows, columns = num_streams, plan.rows, plan.columns
+    threads = 128
+
+    @T.prim_func
+    def split_phi(
+        phi: T.Tensor[(rows, n, hidden_size), T.float32],
+        phi_split: T.Tensor[(columns, n, hidden_size), plan.operand_dtype],
+    ):
+        with T.Kernel(T.ceildiv(hidden_size, SPLIT_BLOCK), columns, n, threads=threads) as (block, column, i):
+            for c in T.Parallel(SPLIT_BLOCK):
+                if block * SPLIT_BLOCK + c < hidden_size:
+                    value = phi[column % rows, i, block * SPLIT_BLOCK + c]
+                    high = high_half(value, plan.operand_dtype)
+                    half = T.if_then_else(column < rows, high, T.if_then_else(column < 2 * rows, value - high, 0.0))
+                    phi_split[column, i, block * SPLIT_BLOCK + c] = T.cast(half, plan.operand_dtype)
+
+    return split_phi
+
+
+@T.macro
+def accumulate_squares(squares, x_tile, tokens, channels):
+    """squares[t, lane] += Σ x_tile[t, c]² over the channels c of the lane, ascending."""
+    for group in T.serial(channels // LANES):
+        for t, lane in T.Parallel(tokens, LANES):
+            value = T.cast(x_tile[t, group * LANES + lane], T.float32)
+            squares[t, lane] = T.ieee_fmaf(value, value, squares[t, lane])
+
+
+@T.macro
+def accumulate_dots(dots, x_tile, phi_tile, plan: ProjectionPlan, dtype: str):
+    """dots[t, m] += Σ_c x_tile[t, c] · phi_tile[m, c] on operands that the tensor core takes unrounded."""
+    if not plan.split or plan.operand_dtype == dtype == "bfloat16":
+        T.gemm(x_tile, phi_tile, dots, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
+    else:
+        high = T.alloc_fragment((plan.tokens, plan.channels), T.float32)
+        for t, c in T.Parallel(plan.tokens, plan.channels):
+            high[t, c] = high_half(T.cast(x_tile[t, c], T.float32), "float32")
+        T.gemm(high, phi_tile, dots, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
+        if dtype == "float32":
+            for t, c in T.Parallel(plan.tokens, plan.channels):
+                high[t, c] = x_tile[t, c] - high_half(x_tile[t, c], "float32")
+            T.gemm(high, phi_tile, dots, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
+
+
+@T.macro
+def store_slab(partial, slab, first_token, num_tokens, dots, squares, plan: ProjectionPlan):
+    """partial[slab] = dots of the halves, then the lanes of the squares; tokens last, so writes coalesce."""
+    num_dots = plan.halves * plan.rows
+    for t, m in T.Parallel(plan.tokens, plan.columns):
+        if first_token + t < num_tokens and m < num_dots:
+            partial[slab, m, first_token + t] = dots[t, m]
+    for t, lane in T.Parallel(plan.tokens, LANES):
+        if first_token + t < num_tokens:
+            partial[slab, num_dots + lane, first_token + t] = squares[t, lane]
+
+
+def project_kernel(num_streams: int, hidden_size: int, dtype: str, plan: ProjectionPlan):
+    """x [T, n, C], phi [columns, n, C] -> partial [slabs, slab_rows, T].
+
+    `chunks_per_split` chunks go to each block of a token tile: all of them for one slab of totals, fewer for
+    a slab per chunk.
+    """
+    n, tokens, channels = num_streams, plan.tokens, plan.channels
+    num_chunks = plan.num_chunks(hidden_size)
+    num_tokens = T.dynamic("num_tokens")
+    num_slabs = T.dynamic("num_slabs")
+
+    @T.prim_func
+    def project(
+        x: T.Tensor[(num_tokens, n, hidden_size), dtype],
+        phi: T.Tensor[(plan.columns, n, hidden_size), plan.operand_dtype],
+        partial: T.Tensor[(num_slabs, plan.slab_rows, num_tokens), T.float32],
+        chunks_per_split: T.int32,
+    ):
+        with T.Kernel(T.ceildiv(num_tokens, tokens), T.ceildiv(num_chunks, chunks_per_split), threads=plan.threads) as (
+            tile,
+            split,
+        ):
+            x_tile = T.alloc_shared((tokens, channels), dtype)
+            phi_tile = T.alloc_shared((plan.columns, channels), plan.operand_dtype)
+            dots = T.alloc_fragment((tokens, plan.columns), T.float32)
+            squares = T.alloc_fragment((tokens, LANES), T.float32)
+            total_dots = T.alloc_fragment((tokens, plan.columns), T.float32)
+            total_squares = T.alloc_fragment((tokens, LANES), T.float32)
+
+            first_token = tile * tokens
+            first_chunk = split * chunks_per_split
+            T.clear(total_dots)
+            T.clear(total_squares)
+            for chunk in T.serial(first_chunk, T.min(first_chunk + chunks_per_split, num_chunks)):
+                T.clear(dots)
+                T.clear(squares)
+                for i in T.Pipelined(n, num_stages=plan.stages):
+                    T.copy(
+                        x[first_token : first_token + tokens, i, chunk * channels : (chunk + 1) * channels],
+                        x_tile,
+                    )
+                    T.copy(phi[0 : plan.columns, i, chunk * channels : (chunk + 1) * channels], phi_tile)
+                    accumulate_squares(squares, x_tile, tokens, channels)
+                    accumulate_dots(dots, x_tile, phi_tile, plan, dtype)
+                if chunks_per_split < num_chunks:
+                    store_slab(partial, chunk, first_token, num_tokens, dots, squares, plan)
+                else:
+                    for t, m in T.Parallel(tokens, plan.columns):
+                        total_dots[t, m] += dots[t, m]
+                    for t, lane in T.Parallel(tokens, LANES):
+                        total_squares[t, lane] += squares[t, lane]
+            if chunks_per_split >= num_chunks:
+                store_slab(partial, 0, first_token, num_tokens, total_dots, total_squares, plan)
+
+    return project

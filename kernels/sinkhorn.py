@@ -1,0 +1,74 @@
+"""Sinkhorn-Knopp: a matrix of logits made doubly stochastic.
+
+Equation (9), in the kernels' form Eq. 19: M⁰ = exp(logits), M^t = rows(columns(M^{t-1})), t = 1 … iters.
+h_res[j, i] is the weight of input stream i in output stream j; a column sums over j, a row over i:
+
+    P = exp(z − max_j z) ; P = P / Σ_j P + eps          columns, as a softmax
+    P = P / (Σ_i P + eps)                               rows
+    iters − 1 times:  P = P / (Σ_j P + eps) ;  P = P / (Σ_i P + eps)
+
+With eps = 0 this is Eq. (9): the maximum only keeps exp in range and cancels in the first division.
+
+One token is one thread. Its n × n matrix lives in that thread's registers through all iterations: no
+shuffle, no shared memory, no barrier; n² values are read and written once. The token is the last index of
+every fragment, so neighbouring threads hold neighbouring tokens, and on a CPU it is the vector axis. A
+division is a multiplication by the reciprocal: n divisions a step instead of n².
+"""
+
+import tilelang.language as T
+
+
+@T.macro
+def normalize(P, scale, num_streams, block, eps, axis):
+    """P /= Σ P + eps, the sum over j (axis 0: columns) or over i (axis 1: rows)."""
+    T.reduce_sum(P, scale, dim=axis)
+    for k, t in T.Parallel(num_streams, block):
+        scale[k, t] = 1.0 / (scale[k, t] + eps)
+    for j, i, t in T.Parallel(num_streams, num_streams, block):
+        P[j, i, t] *= scale[i if axis == 0 else j, t]
+
+
+@T.macro
+def softmax_columns(P, scale, num_streams, block, eps):
+    """P = exp(P − max_j P) / Σ_j exp(…) + eps."""
+    T.reduce_max(P, scale, dim=0)
+    for j, i, t in T.Parallel(num_streams, num_streams, block):
+        P[j, i, t] = T.exp(P[j, i, t] - scale[i, t])
+    T.reduce_sum(P, scale, dim=0)
+    for i, t in T.Parallel(num_streams, block):
+        scale[i, t] = 1.0 / scale[i, t]
+    for j, i, t in T.Parallel(num_streams, num_streams, block):
+        P[j, i, t] = P[j, i, t] * scale[i, t] + eps
+
+
+@T.macro
+def sinkhorn_inplace(P, num_streams, block, iters, eps):
+    """Turn the logits P [n, n, block], a fragment with the tokens last, into h_res."""
+    scale = T.alloc_fragment((num_streams, block), T.float32)
+    softmax_columns(P, scale, num_streams, block, eps)
+    normalize(P, scale, num_streams, block, eps, axis=1)
+    for _ in T.serial(iters - 1):
+        normalize(P, scale, num_streams, block, eps, axis=0)
+        normalize(P, scale, num_streams, block, eps, axis=1)
+
+
+def sinkhorn_kernel(num_streams: int, iters: int, eps: float, block: int):
+    """logits [T, n, n] -> h_res [T, n, n], float32; `block` tokens a block, one thread each."""
+    n = num_streams
+    num_tokens = T.dynamic("num_tokens")
+
+    @T.prim_func
+    def sinkhorn(
+        logits: T.Tensor[(num_tokens, n, n), T.float32],
+        h_res: T.Tensor[(num_tokens, n, n), T.float32],
+    ):
+        with T.Kernel(T.ceildiv(num_tokens, block), threads=block) as tile:
+            P = T.alloc_fragment((n, n, block), T.float32)
+            for j, i, t in T.Parallel(n, n, block):
+                P[j, i, t] = T.if_then_else(tile * block + t < num_tokens, logits[tile * block + t, j, i], 0.0)
+            sinkhorn_inplace(P, n, block, iters, eps)
+            for j, i, t in T.Parallel(n, n, block):
+                if tile * block + t < num_tokens:
+                    h_res[tile * block + t, j, i] = P[j, i, t]
+
+    return sinkhorn
