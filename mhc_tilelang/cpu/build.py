@@ -1,0 +1,151 @@
+"""Compile the CPU's kernels and keep them on disk.
+
+A kernel's file is named by a hash of all that went into it: the sources of kernels and lowering, the sizes,
+tilelang's version, the compiler and its flags. So a kernel that is found needs neither tilelang nor the
+compiler, and nothing stale is ever loaded. The folder carries a hash of the processor's features, since
+`-march=native` code from one machine of a shared home may not run on another.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from dataclasses import asdict
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import compile as compiler
+from .. import kernels
+from ..errors import CompilerError
+from ..toolchain import CXX_NAMES, Tool, find_cxx, output_of, version_of
+
+if TYPE_CHECKING:
+    import torch
+
+HERE = Path(__file__).parent
+# No flag here lets the compiler change a float32 result: contraction is off (fma is written out where it is
+# meant), and errno and traps, which nothing reads, only keep loops from becoming vector code.
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-shared",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
+
+
+def load(family: str, parameters: dict[str, Any], checked: bool = False) -> compiler.Kernel:
+    """The kernel, from disk if it is there. `checked` builds stop the process on an index out of bounds."""
+    directory = compiler.cache_directory() / f"cpu-{processor_hash()}"
+    stem = directory / f"{family}-{kernel_hash(family, parameters, checked)}"
+    library, description = stem.with_suffix(".so"), stem.with_suffix(".json")
+    if not (library.exists() and description.exists()):
+        with compiler.progress(family, "cpu", parameters):
+            build(family, parameters, checked, library, description)
+    return bind(library, json.loads(description.read_text()))
+
+
+def build(family: str, parameters: dict[str, Any], checked: bool, library: Path, description: Path) -> None:
+    """Trace, emit, compile; write the files so that a reader sees them whole or not at all."""
+    from .emit import emit
+
+    func = compiler.trace(family, parameters)
+    source = emit(func, checked)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        cpp, made = Path(scratch) / f"{family}.cpp", Path(scratch) / library.name
+        cpp.write_text(source)
+        run_compiler(cpp, made)
+        signature = asdict(compiler.signature_of(func))
+        (Path(scratch) / description.name).write_text(
+            json.dumps({"name": family, "symbol": func.attrs["global_symbol"], **signature})
+        )
+        os.replace(cpp, library.with_suffix(".cpp"))
+        os.replace(made, library)
+        os.replace(Path(scratch) / description.name, description)
+
+
+def run_compiler(source: Path, library: Path) -> None:
+    tool = cxx()
+    command = [tool.path, *flags(), f"-I{HERE}", str(source), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise CompilerError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
+
+
+def bind(library: Path, description: dict[str, Any]) -> compiler.Kernel:
+    """The function of a compiled library as a Kernel."""
+    import torch  # before the library: its OpenMP threads are the ones that the kernel runs on
+
+    buffers = tuple(compiler.Buffer(b["name"], b["dtype"], tuple(b["shape"])) for b in description["buffers"])
+    signature = compiler.Signature(buffers, tuple(description["scalars"]))
+    function = getattr(ctypes.CDLL(str(library)), description["symbol"])
+    numbers = len(signature.sizes) + len(signature.scalars)
+    function.argtypes = [ctypes.c_void_p] * len(buffers) + [ctypes.c_int64] * numbers + [ctypes.c_int]
+    function.restype = None
+
+    def launch(tensors: list[torch.Tensor], sizes: dict[str, int], scalars: list[int]) -> None:
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        function(*pointers, *sizes.values(), *scalars, torch.get_num_threads())
+
+    return compiler.Kernel(description["name"], signature, launch)
+
+
+def kernel_hash(family: str, parameters: dict[str, Any], checked: bool) -> str:
+    """A hash of all that decides what the library does."""
+    ingredients = [family, repr(sorted(parameters.items())), str(checked), sources_hash(), *flags()]
+    ingredients += [version_of(cxx()), metadata.version("tilelang")]
+    return digest("\0".join(ingredients))
+
+
+@cache
+def sources_hash() -> str:
+    """A hash of the kernels' and this folder's sources."""
+    files = [*Path(kernels.__file__).parent.glob("*.py"), *HERE.glob("*.py"), *HERE.glob("*.h")]
+    return digest("\0".join(f"{path.name}\0{path.read_text()}" for path in sorted(files)))
+
+
+@cache
+def processor_hash() -> str:
+    """A hash of what `-march=native` depends on: the processor's model and features."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        facts = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    except OSError:
+        facts = [output_of(["sysctl", "-n", "machdep.cpu"]), platform.processor()]
+    return digest("\0".join([platform.machine(), *facts]))
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def cxx() -> Tool:
+    """The C++ compiler; a CompilerError that says what to install if there is none."""
+    tool = find_cxx()
+    if tool is None:
+        wanted = os.environ.get("CXX") or ", ".join(CXX_NAMES)
+        raise CompilerError(
+            f"no C++ compiler: looked for {wanted}. The CPU target builds its kernels with one: install g++ 12 "
+            "or newer, or clang++, or name it in $CXX"
+        )
+    return tool
+
+
+@cache
+def flags() -> tuple[str, ...]:
+    """The compiler's flags for this processor."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    native = ["-march=native", "-mprefer-vector-width=512"] if x86 else ["-mcpu=native"]
+    # Apple's clang has no OpenMP: the pragma is skipped and kernels run on one thread.
+    parallel = [] if platform.system() == "Darwin" else ["-fopenmp"]
+    return (*FLAGS, *native, *parallel)

@@ -1,0 +1,66 @@
+"""The CUDA target: kernels built by tilelang and nvcc, for the GPU at hand or for any architecture without one.
+
+tilelang keeps what it compiled in its own disk cache. Imports tilelang, so only `compile` imports this, on
+first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import tilelang
+from tilelang import PassConfigKey
+from tvm.target import Target
+
+from . import compile as compiler
+from .errors import CompilerError
+from .toolchain import find_nvcc
+
+if TYPE_CHECKING:
+    import torch
+
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
+# Bytes of shared memory that one block may use, per architecture (CUDA programming guide, technical
+# specifications per compute capability).
+SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100a": 227 * 1024, "sm_120a": 99 * 1024}
+
+# Warp specialisation and TMA miscompile a pipelined loop inside a chunk loop in tilelang 0.1.15, and wgmma
+# changes the order of sums with the tile. Off until a kernel has passed on a GPU with one of them on.
+PASS_CONFIGS = {
+    PassConfigKey.TL_DISABLE_WARP_SPECIALIZED: True,
+    PassConfigKey.TL_DISABLE_TMA_LOWER: True,
+    PassConfigKey.TL_DISABLE_WGMMA: True,
+    PassConfigKey.TL_ENABLE_FAST_MATH: False,
+}
+# Kernels that share a formula must share its bits: contraction could differ between them, so fma is written
+# out where it is meant and nowhere else.
+COMPILE_FLAGS = ["-fmad=false"]
+
+
+def load(family: str, parameters: dict[str, Any], arch: str) -> compiler.Kernel:
+    """The kernel for the GPUs of one architecture."""
+    func = compiler.trace(family, parameters)
+    jit_kernel = build(func, arch, family, parameters)
+
+    def launch(tensors: list[torch.Tensor], _sizes: dict[str, int], scalars: list[int]) -> None:
+        import torch
+
+        with torch.cuda.device(tensors[0].device):
+            jit_kernel(*tensors, *scalars)
+
+    return compiler.Kernel(family, compiler.signature_of(func), launch)
+
+
+def build(func: Any, arch: str, family: str, parameters: dict[str, Any]) -> tilelang.JITKernel:
+    """Compile a TIR function for `arch`; needs nvcc, but no GPU."""
+    if find_nvcc() is None:
+        raise CompilerError(
+            "no nvcc: CUDA kernels are built with it. Install the CUDA toolkit, or `pip install tilelang[nvcc]`"
+        )
+    with compiler.progress(family, arch, parameters):
+        return tilelang.compile(
+            func,
+            target=Target({"kind": "cuda", "arch": arch}),
+            pass_configs=PASS_CONFIGS,
+            compile_flags=COMPILE_FLAGS,
+        )

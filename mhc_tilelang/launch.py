@@ -1,0 +1,178 @@
+"""One function per kernel: pick the plan for the tensor's device, allocate the outputs, launch.
+
+Tensors come flat, [T, …], checked and contiguous; `ops` sees to that. Nothing here changes a result: plans
+are functions of sizes and target, and the split of a projection moves no bits.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import compile as compiler
+from .kernels import plans
+from .spec import MHCSpec
+
+
+def expand(h: torch.Tensor, num_streams: int) -> torch.Tensor:
+    """h [T, C] -> [T, n, C]."""
+    x = h.new_empty(h.shape[0], num_streams, h.shape[1])
+    _apply_kernel("expand", x, h, x)(h=h, x=x)
+    return x
+
+
+def aggregate(x: torch.Tensor, h_pre: torch.Tensor) -> torch.Tensor:
+    """x [T, n, C], h_pre [T, n] -> layer_input [T, C]."""
+    layer_input = x.new_empty(x.shape[0], x.shape[2])
+    _apply_kernel("pre", x, x, layer_input)(x=x, h_pre=h_pre, layer_input=layer_input)
+    return layer_input
+
+
+def post(x: torch.Tensor, layer_output: torch.Tensor, h_post: torch.Tensor, h_res: torch.Tensor) -> torch.Tensor:
+    """x [T, n, C], layer_output [T, C], h_post [T, n], h_res [T, n, n] -> x_next [T, n, C]."""
+    x_next = torch.empty_like(x)
+    kernel = _apply_kernel("post", x, x, layer_output, x_next)
+    kernel(x=x, layer_output=layer_output, h_post=h_post, h_res=h_res, x_next=x_next)
+    return x_next
+
+
+def sinkhorn(logits: torch.Tensor, iters: int, eps: float) -> torch.Tensor:
+    """logits [T, n, n] -> h_res [T, n, n]."""
+    target = compiler.target_of(logits.device)
+    h_res = torch.empty_like(logits)
+    kernel = compiler.kernel(
+        "sinkhorn",
+        target,
+        num_streams=logits.shape[-1],
+        iters=iters,
+        eps=eps,
+        block=plans.tokens_per_block(target),
+    )
+    kernel(logits=logits, h_res=h_res)
+    return h_res
+
+
+def split_phi(phi: torch.Tensor, plan: plans.ProjectionPlan) -> torch.Tensor:
+    """phi [M, n, C] float32 -> its halves [columns, n, C] in the plan's operand dtype."""
+    _, num_streams, hidden_size = phi.shape
+    halves = phi.new_empty(plan.columns, num_streams, hidden_size, dtype=getattr(torch, plan.operand_dtype))
+    target = compiler.target_of(phi.device)
+    kernel = compiler.kernel("split_phi", target, num_streams=num_streams, hidden_size=hidden_size, plan=plan)
+    kernel(phi=phi, phi_split=halves)
+    return halves
+
+
+def project(
+    x: torch.Tensor,
+    phi: torch.Tensor,
+    plan: plans.ProjectionPlan | None = None,
+    chunks_per_split: int | None = None,
+) -> torch.Tensor:
+    """x [T, n, C], phi [M, K] -> partial sums [slabs, slab_rows, T], which the coefficients kernels read.
+
+    `plan` and `chunks_per_split` are picked unless given; the split is redone at every call, since phi may
+    have been updated in between.
+    """
+    num_tokens, num_streams, hidden_size = x.shape
+    plan = plan or projection_plan(x, phi.shape[0])
+    operand = phi.view(phi.shape[0], num_streams, hidden_size)
+    if plan.split:
+        operand = split_phi(operand, plan)
+    num_chunks = plan.num_chunks(hidden_size)
+    if chunks_per_split is None:
+        chunks_per_split = plans.chunks_per_split(num_tokens, num_chunks, plan, parallel_blocks(x.device))
+    num_slabs = 1 if chunks_per_split >= num_chunks else num_chunks
+    partial = x.new_empty(num_slabs, plan.slab_rows, num_tokens, dtype=torch.float32)
+    kernel = compiler.kernel(
+        "project",
+        compiler.target_of(x.device),
+        num_streams=num_streams,
+        hidden_size=hidden_size,
+        dtype=compiler.dtype_name(x.dtype),
+        plan=plan,
+    )
+    kernel(x=x, phi=operand, partial=partial, chunks_per_split=chunks_per_split)
+    return partial
+
+
+def coefficients(
+    partial: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    spec: MHCSpec,
+    plan: plans.ProjectionPlan,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Partial sums, alpha [3], bias [M] -> h_pre [T, n], h_post [T, n], h_res [T, n, n]."""
+    n, num_tokens = spec.num_streams, partial.shape[-1]
+    h_pre, h_post = partial.new_empty(num_tokens, n), partial.new_empty(num_tokens, n)
+    h_res = partial.new_empty(num_tokens, n, n)
+    target = compiler.target_of(partial.device)
+    kernel = compiler.kernel(
+        "coefficients",
+        target,
+        num_streams=n,
+        hidden_size=spec.hidden_size,
+        plan=plan,
+        iters=spec.sinkhorn_iters,
+        sinkhorn_eps=spec.sinkhorn_eps,
+        pre_eps=spec.pre_eps,
+        rms_eps=spec.rms_eps,
+        post_scale=spec.post_scale,
+        block=plans.tokens_per_block(target),
+    )
+    kernel(partial=partial, alpha=alpha, bias=bias, h_pre=h_pre, h_post=h_post, h_res=h_res)
+    return h_pre, h_post, h_res
+
+
+def head_coefficients(
+    partial: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    spec: MHCSpec,
+    plan: plans.ProjectionPlan,
+) -> torch.Tensor:
+    """Partial sums, alpha [1], bias [n] -> h_pre [T, n]."""
+    h_pre = partial.new_empty(partial.shape[-1], spec.num_streams)
+    target = compiler.target_of(partial.device)
+    kernel = compiler.kernel(
+        "head_coefficients",
+        target,
+        num_streams=spec.num_streams,
+        hidden_size=spec.hidden_size,
+        plan=plan,
+        pre_eps=spec.pre_eps,
+        rms_eps=spec.rms_eps,
+        block=plans.tokens_per_block(target),
+    )
+    kernel(partial=partial, alpha=alpha, bias=bias, h_pre=h_pre)
+    return h_pre
+
+
+def projection_plan(x: torch.Tensor, rows: int) -> plans.ProjectionPlan:
+    """The plan by which a stream on this device is projected on a phi of `rows` rows."""
+    kind = "cpu" if x.device.type == "cpu" else "cuda"
+    return plans.projection_plan(rows, x.shape[-1], compiler.dtype_name(x.dtype), kind)
+
+
+def parallel_blocks(device: torch.device) -> int:
+    """How many blocks of a projection the device runs at a time: two on every multiprocessor, or its threads."""
+    if device.type == "cpu":
+        return torch.get_num_threads()
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _apply_kernel(family: str, stream: torch.Tensor, *accessed: torch.Tensor) -> compiler.Kernel:
+    """The kernel of a family that walks over channels, for vectors that all `accessed` pointers allow."""
+    _, num_streams, hidden_size = stream.shape
+    target = compiler.target_of(stream.device)
+    kind = "cpu" if target == "cpu" else "cuda"
+    tile = plans.channel_tile(hidden_size, stream.element_size(), kind, alignment(*accessed))
+    dtype = compiler.dtype_name(stream.dtype)
+    return compiler.kernel(family, target, num_streams=num_streams, hidden_size=hidden_size, dtype=dtype, tile=tile)
+
+
+def alignment(*tensors: torch.Tensor) -> int:
+    """The largest power of two, up to 16 bytes, that divides every data pointer. Views can start anywhere."""
+    bits = plans.MAX_ACCESS_BYTES
+    for tensor in tensors:
+        bits |= tensor.data_ptr()
+    return bits & -bits

@@ -1,0 +1,77 @@
+"""MHCSpec: the sizes and constants that every function of a connection takes.
+
+A leaf: imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+STREAM_COUNTS = (2, 4, 8)
+
+
+@dataclass(frozen=True)
+class MHCSpec:
+    """The sizes and constants of one kind of mHC connection.
+
+    Attributes:
+        hidden_size: C, channels of a stream, at least 1.
+        num_streams: n, lanes of the residual stream: 2, 4 or 8.
+        sinkhorn_iters: Sinkhorn-Knopp iterations, at least 1 (the paper: 20).
+        sinkhorn_eps: added after the softmax and to every later row and column sum.
+        pre_eps: added to h_pre after its sigmoid.
+        rms_eps: added to the mean square before the root.
+        post_scale: factor of h_post's sigmoid (the paper: 2).
+
+    Raises:
+        TypeError: a value of another type. ValueError: a value out of range. Both name the argument.
+    """
+
+    hidden_size: int
+    num_streams: int = 4
+    sinkhorn_iters: int = 20
+    sinkhorn_eps: float = 1e-6
+    pre_eps: float = 1e-6
+    rms_eps: float = 1e-6
+    post_scale: float = 2.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            wanted = (int,) if field.type == "int" else (int, float)
+            if isinstance(value, bool) or not isinstance(value, wanted):
+                raise TypeError(f"{field.name}: expected {field.type}, got {value!r} of type {type(value).__name__}")
+        for name in ("hidden_size", "sinkhorn_iters"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.num_streams not in STREAM_COUNTS:
+            raise ValueError(f"num_streams: expected one of {STREAM_COUNTS}, got {self.num_streams}")
+        for name in ("sinkhorn_eps", "pre_eps", "rms_eps", "post_scale"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+
+    @classmethod
+    def deepseek_v4(cls, hidden_size: int, **changes: float) -> MHCSpec:
+        """The constants of the released DeepSeek-V4 code: every eps 1e-6, 20 iterations (the defaults)."""
+        return cls(hidden_size, **changes)  # type: ignore[arg-type]
+
+    @classmethod
+    def paper(cls, hidden_size: int, **changes: float) -> MHCSpec:
+        """The constants of the paper's equations: no eps but the RMS norm's 1e-20.
+
+        With sinkhorn_eps 0, a row of logits that lies more than 104 below the largest of every one of its
+        columns underflows in float32 and gives NaN.
+        """
+        return cls(hidden_size, **{"sinkhorn_eps": 0.0, "pre_eps": 0.0, "rms_eps": 1e-20, **changes})  # type: ignore[arg-type]
+
+    @property
+    def num_coefficients(self) -> int:
+        """M = n² + 2n, rows of phi and bias: pre n, post n, res n·n."""
+        return self.num_streams**2 + 2 * self.num_streams
+
+    @property
+    def stream_size(self) -> int:
+        """K = n·C, elements of a token's stream."""
+        return self.num_streams * self.hidden_size
