@@ -178,11 +178,11 @@ def cache_directory() -> Path:
 
 @contextmanager
 def progress(family: str, target: str, parameters: dict[str, Any]) -> Iterator[None]:
-    """Say on stderr what is being compiled, and how long it took."""
+    """Say on stderr what is being compiled, and how long it took; a progress bar that is up stays whole."""
+    from tqdm import tqdm
+
     sizes = ", ".join(f"{name}={value}" for name, value in parameters.items() if isinstance(value, int | str))
-    print(f"mhc-tilelang: compiling {family} for {target} ({sizes}) …", end="", file=sys.stderr, flush=True)
+    tqdm.write(f"mhc-tilelang: compiling {family} for {target} ({sizes})", file=sys.stderr)
     start = time.monotonic()
-    try:
-        yield
-    finally:
-        print(f" {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+    yield
+    tqdm.write(f"mhc-tilelang: compiled {family} in {time.monotonic() - start:.1f} s", file=sys.stderr)

@@ -1,0 +1,84 @@
+"""`mhc-tilelang check`: compile every kernel for the device, compare it with float64, then a real stream."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..device import add_device_argument, describe, pick_device, versions
+from ..json_output import add_json_argument, write_json
+
+if TYPE_CHECKING:
+    from .run import Row
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `mhc-tilelang check`."""
+    add_device_argument(parser)
+    text = "carry the bytes of FILE through the real stream (default: a source file of the Python installation)"
+    parser.add_argument("--text", type=Path, metavar="FILE", help=text)
+    add_json_argument(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a row per kernel and case; 1 when one is off."""
+    from tqdm import tqdm
+
+    from . import real_stream
+    from . import run as checks
+
+    device = pick_device(args.device)
+    tokens = real_stream.read_tokens(args.text or real_stream.default_text())
+    streams = (real_stream.check_stream(tokens, dtype, device) for dtype in checks.DTYPES)
+    total = len(checks.cases()) * len(checks.CHECKS) + len(checks.DTYPES)
+    rows = list(tqdm(chain(checks.iterate(device), streams), total=total, desc="check", unit="case", leave=False))
+
+    failed = [row for row in rows if not row.passed]
+    print(f"{describe(device)}\n")
+    print(as_table(rows))
+    print(f"\n{len(rows) - len(failed)} of {len(rows)} cases passed")
+    if failed:
+        print(f"FAILED: {', '.join(dict.fromkeys(row.kernel for row in failed))}")
+    write_json(args.json, as_json(describe(device), rows))
+    return 1 if failed else 0
+
+
+def as_table(rows: list[Row]) -> str:
+    """For every kernel and dtype the case that comes closest to its tolerance; every case that failed.
+
+    Errors are relative to the output's scale; `torch's error` is plain torch's at the same case.
+    """
+    from tabulate import tabulate
+
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.kernel, row.dtype), []).append(row)
+    order = list(dict.fromkeys(row.kernel for row in rows))
+    lines = []
+    for (kernel, dtype), group in sorted(groups.items(), key=lambda item: order.index(item[0][0])):
+        shown = [row for row in group if not row.passed] or [max(group, key=lambda row: share(row))]
+        for row in shown:
+            sizes = (row.num_streams, row.hidden_size, row.num_tokens)
+            errors = [f"{value:.1e}" for value in (row.error, row.tolerance, row.torch_error)]
+            lines.append((kernel, dtype, *sizes, *errors, len(group), "ok" if row.passed else "FAILED"))
+    headers = ("kernel", "dtype", "n", "C", "tokens", "error", "tolerance", "torch's error", "cases", "")
+    align = ("left", "left", *["right"] * 7, "left")
+    return tabulate(lines, headers=headers, disable_numparse=True, colalign=align)
+
+
+def share(row: Row) -> float:
+    """How much of its tolerance an error takes."""
+    return row.error / row.tolerance if row.tolerance else row.error
+
+
+def as_json(device: str, rows: list[Row]) -> dict[str, Any]:
+    """The content of `--json FILE`."""
+    return {
+        "device": device,
+        "versions": versions(),
+        "passed": all(row.passed for row in rows),
+        "kernels": [asdict(row) for row in rows],
+    }

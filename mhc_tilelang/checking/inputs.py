@@ -1,0 +1,73 @@
+"""Random arguments that make an error visible.
+
+Streams are standard normal. phi has standard deviation 2/√K and alpha lies around 1, so that logits have
+standard deviation 2 at every K: a kernel that returned zeros, or the transpose, is far off. h_res is random
+and not symmetric.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..spec import MHCSpec
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of sizes to check a kernel at."""
+
+    num_streams: int
+    hidden_size: int
+    dtype: torch.dtype
+    num_tokens: int
+    logit_std: float = 2.0
+    seed: int = 0
+
+    @property
+    def spec(self) -> MHCSpec:
+        return MHCSpec.deepseek_v4(self.hidden_size, num_streams=self.num_streams)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Every tensor that some kernel takes, for one case, on one device; each checker uses what it needs."""
+
+    h: torch.Tensor
+    x: torch.Tensor
+    layer_output: torch.Tensor
+    phi: torch.Tensor
+    alpha: torch.Tensor
+    bias: torch.Tensor
+    h_pre: torch.Tensor
+    h_post: torch.Tensor
+    h_res: torch.Tensor
+    logits: torch.Tensor
+
+    @classmethod
+    def of(cls, case: Case, device: torch.device) -> Inputs:
+        """Drawn on the CPU, so that every device sees the same numbers."""
+        generator = torch.Generator().manual_seed(case.seed)
+        tokens, n, size = case.num_tokens, case.num_streams, case.hidden_size
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
+            return low + (high - low) * torch.rand(*shape, generator=generator)
+
+        rows = case.spec.num_coefficients
+        drawn = cls(
+            h=normal(tokens, size).to(case.dtype),
+            x=normal(tokens, n, size).to(case.dtype),
+            layer_output=normal(tokens, size).to(case.dtype),
+            phi=normal(rows, n * size) * (case.logit_std / (n * size) ** 0.5),
+            alpha=uniform(0.7, 1.3, 3),
+            bias=normal(rows),
+            h_pre=uniform(0.0, 1.0, tokens, n),
+            h_post=uniform(0.0, 2.0, tokens, n),
+            h_res=uniform(0.0, 2.0 / n, tokens, n, n),
+            logits=normal(tokens, n, n) * case.logit_std,
+        )
+        return cls(**{name: tensor.to(device) for name, tensor in vars(drawn).items()})

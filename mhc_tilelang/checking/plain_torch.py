@@ -1,0 +1,71 @@
+"""The kernels' functions in plain torch, float32 inside: what one would write without kernels.
+
+Their error against float64 stands beside the kernels', so that a reader sees what the arithmetic costs
+anyone. Arguments as in `mhc_tilelang.ops`, flat; one rounding at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..spec import MHCSpec
+
+
+def expand(h: torch.Tensor, num_streams: int) -> torch.Tensor:
+    """h [T, C] -> [T, n, C]."""
+    return h.unsqueeze(1).expand(-1, num_streams, -1).contiguous()
+
+
+def project(x: torch.Tensor, phi: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, n, C], phi [M, K] -> x·phi [T, M], Σx² [T]."""
+    flat = x.flatten(1).float()
+    return flat @ phi.T, flat.square().sum(-1)
+
+
+def sinkhorn(logits: torch.Tensor, iters: int, eps: float) -> torch.Tensor:
+    """logits [T, n, n] -> h_res [T, n, n]."""
+    matrix = torch.softmax(logits, -2) + eps
+    matrix = matrix / (matrix.sum(-1, keepdim=True) + eps)
+    for _ in range(iters - 1):
+        matrix = matrix / (matrix.sum(-2, keepdim=True) + eps)
+        matrix = matrix / (matrix.sum(-1, keepdim=True) + eps)
+    return matrix
+
+
+def coefficients(
+    x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor, spec: MHCSpec
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [T, n, C], phi [M, K], alpha [3], bias [M] -> h_pre [T, n], h_post [T, n], h_res [T, n, n]."""
+    n = spec.num_streams
+    dots, squares = project(x, phi)
+    scaled = dots * torch.rsqrt(squares / spec.stream_size + spec.rms_eps).unsqueeze(-1)
+    z = scaled * alpha.repeat_interleave(torch.tensor([n, n, n * n], device=alpha.device)) + bias
+    h_pre = torch.sigmoid(z[:, :n]) + spec.pre_eps
+    h_post = spec.post_scale * torch.sigmoid(z[:, n : 2 * n])
+    return h_pre, h_post, sinkhorn(z[:, 2 * n :].view(-1, n, n), spec.sinkhorn_iters, spec.sinkhorn_eps)
+
+
+def aggregate(x: torch.Tensor, h_pre: torch.Tensor) -> torch.Tensor:
+    """x [T, n, C], h_pre [T, n] -> [T, C]."""
+    return (h_pre.unsqueeze(-1) * x.float()).sum(1).to(x.dtype)
+
+
+def pre(
+    x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor, spec: MHCSpec
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `coefficients`, but layer_input [T, C] in place of h_pre."""
+    h_pre, h_post, h_res = coefficients(x, phi, alpha, bias, spec)
+    return aggregate(x, h_pre), h_post, h_res
+
+
+def post(x: torch.Tensor, layer_output: torch.Tensor, h_post: torch.Tensor, h_res: torch.Tensor) -> torch.Tensor:
+    """x [T, n, C], layer_output [T, C], h_post [T, n], h_res [T, n, n] -> x_next [T, n, C]."""
+    mixed = (h_res.unsqueeze(-1) * x.float().unsqueeze(1)).sum(2)
+    return (mixed + h_post.unsqueeze(-1) * layer_output.float().unsqueeze(1)).to(x.dtype)
+
+
+def head(x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor, spec: MHCSpec) -> torch.Tensor:
+    """x [T, n, C], phi [n, K], alpha [1], bias [n] -> [T, C]."""
+    dots, squares = project(x, phi)
+    scaled = dots * torch.rsqrt(squares / spec.stream_size + spec.rms_eps).unsqueeze(-1)
+    return aggregate(x, torch.sigmoid(alpha * scaled + bias) + spec.pre_eps)

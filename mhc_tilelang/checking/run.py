@@ -1,0 +1,68 @@
+"""Which cases are run, and the rows that come of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..compile import dtype_name
+from .inputs import Case, Inputs
+from .kernels import CHECKS, compare
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+STREAMS = (2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel at one case: its worst output, relative to the output's scale (see `kernels.compare`)."""
+
+    kernel: str
+    dtype: str
+    num_streams: int
+    hidden_size: int
+    num_tokens: int
+    error: float
+    tolerance: float
+    torch_error: float
+    passed: bool
+
+
+def cases(quick: bool = False) -> list[Case]:
+    """Every n and dtype at one small width; wide, odd and single-channel streams at n = 4; few tokens and many.
+
+    `quick` keeps one case per n and dtype: what a benchmark wants to know before it speaks.
+    """
+    everywhere = [Case(n, 192, dtype, 127) for n in STREAMS for dtype in DTYPES]
+    if quick:
+        return everywhere
+    shapes = [(2560, 63), (1000, 128), (333, 65), (1, 4097), (64, 1), (64, 0)]
+    spread = [Case(4, size, torch.bfloat16, tokens) for size, tokens in shapes]
+    wide_logits = [Case(n, 192, torch.float32, 511, logit_std=6.0) for n in STREAMS]
+    return everywhere + spread + wide_logits
+
+
+def check_case(kernel: str, case: Case, inputs: Inputs) -> Row:
+    """Run one kernel at one case; the row shows its output that is closest to its bound."""
+    with torch.no_grad():
+        verdicts = [compare(comparison) for comparison in CHECKS[kernel](case, inputs)]
+    worst = max(verdicts, key=lambda v: (not v.passed, v.error / v.tolerance if v.tolerance else 0.0))
+    dtype = "float32" if kernel == "sinkhorn" else dtype_name(case.dtype)  # it never sees the stream
+    sizes = (dtype, case.num_streams, case.hidden_size, case.num_tokens)
+    passed = all(verdict.passed for verdict in verdicts)
+    return Row(kernel, *sizes, worst.error, worst.tolerance, worst.torch_error, passed)
+
+
+def iterate(device: torch.device, quick: bool = False) -> Iterator[Row]:
+    """The rows, as they are computed: case by case, kernel by kernel."""
+    for case in cases(quick):
+        inputs = Inputs.of(case, device)
+        for kernel in CHECKS:
+            yield check_case(kernel, case, inputs)
+
+
+def check_kernels(device: torch.device, quick: bool = False) -> list[Row]:
+    """All rows at once."""
+    return list(iterate(device, quick))

@@ -1,0 +1,62 @@
+"""The `--device` option, and what a device is called in reports. No torch until a function is called."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import MHCError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--device auto|cpu|cuda`; auto takes a GPU if there is one."""
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (auto: a GPU)")
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device of a `--device` value. Raises MHCError for cuda where torch sees no GPU."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise MHCError("--device cuda: torch sees no GPU; `mhc-tilelang doctor` tells more")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name, 0) if name == "cuda" else torch.device(name)
+
+
+def describe(device: torch.device) -> str:
+    """The GPU's name, or the processor's with the threads that torch and the kernels use."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor_name()}, {torch.get_num_threads()} threads"
+
+
+def processor_name() -> str:
+    """The processor's model name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    import torch
+
+    return {
+        "mhc-tilelang": metadata.version("mhc-tilelang"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "tilelang": metadata.version("tilelang"),
+        "cuda": torch.version.cuda or "none",
+    }
