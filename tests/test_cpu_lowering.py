@@ -1,0 +1,189 @@
+"""The pass from TileLang to C++: tiny kernels with a known answer, and the real ones with every index checked."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tilelang.language as T
+import torch
+
+from mhc_tilelang import compile as compiler
+from mhc_tilelang.cpu import build
+from mhc_tilelang.cpu.emit import emit
+from mhc_tilelang.errors import LoweringError
+
+
+@pytest.fixture
+def run(tmp_path: Path):
+    """Compile a traced function with every index checked, and call it with tensors and scalars by name."""
+
+    def call(func, **arguments) -> None:
+        source, library = tmp_path / "kernel.cpp", tmp_path / f"kernel{len(list(tmp_path.iterdir()))}.so"
+        source.write_text(emit(func, checked=True))
+        build.run_compiler(source, library)
+        signature = compiler.signature_of(func)
+        description = {
+            "name": "kernel",
+            "symbol": func.attrs["global_symbol"],
+            "buffers": [vars(buffer) for buffer in signature.buffers],
+            "scalars": list(signature.scalars),
+        }
+        build.bind(library, json.loads(json.dumps(description)))(**arguments)
+
+    return call
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(8, 16), (7, 16), (8, 13), (1, 1), (17, 33)])
+def test_copies_clip_at_every_edge(run, rows: int, columns: int) -> None:
+    """Tiles of 8 × 16 over any matrix: what hangs over reads as zero and is not written. Catches a wrong clip."""
+
+    @T.prim_func
+    def sums(
+        values: T.Tensor[(rows, columns), T.float32],
+        copied: T.Tensor[(rows, columns), T.float32],
+        totals: T.Tensor[(T.ceildiv(rows, 8), T.ceildiv(columns, 16)), T.float32],
+    ):
+        with T.Kernel(T.ceildiv(rows, 8), T.ceildiv(columns, 16), threads=32) as (r, c):
+            tile = T.alloc_shared((8, 16), T.float32)
+            total = T.alloc_fragment((16,), T.float32)
+            whole = T.alloc_fragment((1,), T.float32)
+            T.copy(values[r * 8 : r * 8 + 8, c * 16 : c * 16 + 16], tile)
+            T.reduce_sum(tile, total, dim=0)
+            T.reduce_sum(total, whole, dim=0)
+            totals[r, c] = whole[0]
+            T.copy(tile, copied[r * 8, c * 16])
+
+    values = torch.randint(-9, 9, (rows, columns)).float()
+    copied, totals = torch.full_like(values, torch.nan), torch.full((-(-rows // 8), -(-columns // 16)), torch.nan)
+    run(sums, values=values, copied=copied, totals=totals)
+    padded = torch.nn.functional.pad(values, (0, -columns % 16, 0, -rows % 8))
+    assert torch.equal(copied, values)
+    assert torch.equal(totals, padded.unflatten(0, (-1, 8)).unflatten(2, (-1, 16)).sum((1, 3)))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["sum", "max"])
+def test_reduces_along_any_axis(run, kind: str, axis: int) -> None:
+    """Catches a wrong axis, a missing start value (all entries are negative), kept axes in the wrong order."""
+    shape = [3, 4, 8]
+    kept = [size for k, size in enumerate(shape) if k != axis]
+    reduce = T.reduce_sum if kind == "sum" else T.reduce_max
+
+    @T.prim_func
+    def reduced(values: T.Tensor[tuple(shape), T.float32], result: T.Tensor[tuple(kept), T.float32]):
+        with T.Kernel(1, threads=32):
+            tile = T.alloc_fragment(tuple(shape), T.float32)
+            small = T.alloc_fragment(tuple(kept), T.float32)
+            T.copy(values, tile)
+            for a, b, c in T.Parallel(*shape):
+                tile[a, b, c] += 0.0  # a tile of its own, not a view
+            reduce(tile, small, dim=axis)
+            T.copy(small, result)
+
+    values, result = -torch.randint(1, 99, shape).float(), torch.full(kept, torch.nan)
+    run(reduced, values=values, result=result)
+    assert torch.equal(result, values.sum(axis) if kind == "sum" else values.amax(axis))
+
+
+def test_a_view_is_not_taken_where_the_source_changes(run) -> None:
+    """An in-place update: reading the tile in place would see what was already overwritten."""
+
+    @T.prim_func
+    def reverse(values: T.Tensor[(16,), T.float32]):
+        with T.Kernel(1, threads=16):
+            tile = T.alloc_fragment((16,), T.float32)
+            T.copy(values, tile)
+            for k in T.serial(16):
+                values[k] = tile[15 - k]
+
+    values = torch.arange(16.0)
+    run(reverse, values=values)
+    assert torch.equal(values, torch.arange(15.0, -1, -1))
+
+
+def test_unknown_operations_are_refused_by_name() -> None:
+    """A construct that the pass does not know must not be dropped."""
+
+    @T.prim_func
+    def cumulative(values: T.Tensor[(16,), T.float32]):
+        with T.Kernel(1, threads=16):
+            tile = T.alloc_shared((16,), T.float32)
+            T.copy(values, tile)
+            T.cumsum(tile, dim=0)
+            T.copy(tile, values)
+
+    with pytest.raises(LoweringError, match="cumsum"):
+        emit(cumulative)
+
+
+def test_thread_indices_are_refused() -> None:
+    """One block is one CPU thread: a kernel written in terms of threadIdx would run as thread 0 only."""
+
+    @T.prim_func
+    def by_thread(values: T.Tensor[(16,), T.float32]):
+        with T.Kernel(1, threads=16):
+            values[T.get_thread_binding()] = 1.0
+
+    with pytest.raises(LoweringError, match="thread"):
+        emit(by_thread)
+
+
+def test_a_checked_build_stops_at_an_index_out_of_bounds(tmp_path: Path) -> None:
+    """The checked builds below would prove nothing if they let this pass."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import tilelang.language as T, torch, json\n"
+        "from pathlib import Path\n"
+        "from mhc_tilelang import compile as compiler\n"
+        "from mhc_tilelang.cpu import build\n"
+        "from mhc_tilelang.cpu.emit import emit\n"
+        "@T.prim_func\n"
+        "def beyond(values: T.Tensor[(16,), T.float32]):\n"
+        "    with T.Kernel(1, threads=16):\n"
+        "        for k in T.serial(17):\n"
+        "            values[k] = 1.0\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        "(folder / 'k.cpp').write_text(emit(beyond, checked=True))\n"
+        "build.run_compiler(folder / 'k.cpp', folder / 'k.so')\n"
+        "buffers = [vars(b) for b in compiler.signature_of(beyond).buffers]\n"
+        "description = {'name': 'k', 'symbol': 'beyond', 'buffers': buffers, 'scalars': []}\n"
+        "build.bind(folder / 'k.so', description)(values=torch.zeros(16))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=os.environ, check=False)
+    assert done.returncode < 0
+    assert "values: index 16 outside its 16 elements" in done.stderr
+
+
+def test_no_kernel_leaves_its_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel, every index checked, at shapes with a tail on every axis: catches a missing guard."""
+    from mhc_tilelang.checking.inputs import Case, Inputs
+    from mhc_tilelang.checking.run import CHECKS, check_case
+
+    monkeypatch.setattr(compiler, "_kernels", {})
+    monkeypatch.setattr(compiler, "_load", lambda family, _, parameters: build.load(family, parameters, checked=True))
+    case = Case(num_streams=2, hidden_size=1037, dtype=torch.bfloat16, num_tokens=67)
+    inputs = Inputs.of(case, torch.device("cpu"))
+    assert all(check_case(kernel, case, inputs).passed for kernel in CHECKS)
+
+
+def test_no_stream_is_cast_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A float32 copy of a stream would double the traffic: nothing outside the kernels may convert one."""
+    import mhc_tilelang as mhc
+    from mhc_tilelang.checking.inputs import Case, Inputs
+
+    case = Case(num_streams=4, hidden_size=192, dtype=torch.bfloat16, num_tokens=5)
+    inputs = Inputs.of(case, torch.device("cpu"))
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("a tensor was converted")
+
+    for method in ("float", "to", "type", "double", "contiguous", "clone"):
+        monkeypatch.setattr(torch.Tensor, method, refuse)
+    with torch.no_grad():
+        layer_input, h_post, h_res = mhc.pre(inputs.x, inputs.phi, inputs.alpha, inputs.bias, case.spec)
+        mhc.post(inputs.x, layer_input, h_post, h_res)

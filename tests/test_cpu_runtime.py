@@ -1,0 +1,146 @@
+"""cpu/runtime.h against numpy and ml_dtypes: 16-bit floats, exp, the matrix product of a tile.
+
+One small library is compiled for all of it, with the flags of the kernels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from mhc_tilelang.cpu import build
+
+SOURCE = """
+#include "runtime.h"
+#define EACH(NAME, FROM, TO, EXPRESSION)                          \\
+  extern "C" void NAME(const FROM* from, TO* to, int64_t size) {  \\
+    for (int64_t k = 0; k < size; ++k) to[k] = EXPRESSION(from[k]); \\
+  }
+#define ROW(NAME, TO) \\
+  extern "C" void NAME(const float* from, TO* to, int64_t size) { mhc::copy_row(to, from, size); }
+#define GEMM(NAME, A, M, N, K) \\
+  extern "C" void NAME(const A* a, const float* b, float* c, int64_t) { mhc::gemm_nt<M, N, K>(a, b, c); }
+EACH(widen_bfloat16, mhc::bfloat16, float, float)
+EACH(widen_float16, mhc::float16, float, float)
+EACH(narrow_bfloat16, float, mhc::bfloat16, mhc::bfloat16)
+EACH(narrow_float16, float, mhc::float16, mhc::float16)
+EACH(exponential, float, float, mhc::exp)
+ROW(row_bfloat16, mhc::bfloat16)
+ROW(row_float16, mhc::float16)
+GEMM(gemm_float, float, 6, 10, 48)
+GEMM(gemm_bfloat16, mhc::bfloat16, 8, 24, 64)
+GEMM(gemm_float16, mhc::float16, 3, 5, 32)
+"""
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    folder: Path = tmp_path_factory.mktemp("runtime")
+    (folder / "runtime.cpp").write_text(SOURCE)
+    build.run_compiler(folder / "runtime.cpp", folder / "runtime.so")
+    return ctypes.CDLL(str(folder / "runtime.so"))
+
+
+def call(function, *arrays: np.ndarray) -> None:
+    function(*(ctypes.c_void_p(array.ctypes.data) for array in arrays), ctypes.c_int64(arrays[0].size))
+
+
+def interesting_floats() -> np.ndarray:
+    """Random bit patterns of every exponent, ties between 16-bit neighbours, subnormals, infinities, NaNs."""
+    random = np.random.default_rng(0).integers(0, 2**32, 400_000, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    halves = np.arange(65536, dtype=np.uint16)
+    exact = [halves.view(dtype).astype(np.float32) for dtype in DTYPES.values()]
+    with np.errstate(over="ignore", invalid="ignore"):
+        ties = [(value + np.nextafter(value, np.inf, dtype=value.dtype)) / 2 for value in exact]
+        between = [
+            ((v.view(np.uint32) & 0xFFFF0000) | tail).view(np.float32)
+            for v in exact
+            for tail in (0x7FFF, 0x8000, 0x8001)
+        ]
+        between += [
+            ((v.view(np.uint32) & 0xFFFFE000) | tail).view(np.float32)
+            for v in exact
+            for tail in (0x0FFF, 0x1000, 0x1001)
+        ]
+    return np.concatenate([random, *exact, *ties, *between])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_16_bit_value_widens_exactly(library: ctypes.CDLL, dtype: str) -> None:
+    """Catches a wrong bias, lost subnormals, infinities that become numbers."""
+    bits = np.arange(65536, dtype=np.uint16)
+    got = np.empty(bits.size, np.float32)
+    call(getattr(library, f"widen_{dtype}"), bits, got)
+    expected = bits.view(DTYPES[dtype]).astype(np.float32)
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(np.signbit(got), np.signbit(expected))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("function", ["narrow", "row"])
+def test_narrowing_rounds_to_nearest_even(library: ctypes.CDLL, function: str, dtype: str) -> None:
+    """Catches truncation, ties away from zero, flushed subnormals, overflow to the largest number, NaN to infinity.
+
+    `row` is the processor's own conversion where it has one; both must give the same bits.
+    """
+    values = interesting_floats()
+    got = np.full(values.size, 0x7FFF, np.uint16)
+    call(getattr(library, f"{function}_{dtype}"), values, got)
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = values.astype(DTYPES[dtype]).view(np.uint16)
+    is_nan = np.isnan(values)
+    assert np.isnan(got[is_nan].view(DTYPES[dtype]).astype(np.float32)).all()
+    np.testing.assert_array_equal(got[~is_nan], expected[~is_nan])
+
+
+def test_rows_of_any_length_are_converted_to_the_end(library: ctypes.CDLL) -> None:
+    """Catches a vector loop that forgets its tail, or writes past it."""
+    values = np.random.default_rng(1).standard_normal(70).astype(np.float32)
+    for size in range(70):
+        got = np.full(80, 0x1234, np.uint16)
+        call(library.row_bfloat16, values[:size].copy(), got)
+        np.testing.assert_array_equal(got[:size], values[:size].astype(ml_dtypes.bfloat16).view(np.uint16))
+        assert (got[size:] == 0x1234).all()
+
+
+def test_exp_is_within_two_ulp(library: ctypes.CDLL) -> None:
+    """Two ULP is what `tolerance` counts on; over the whole range where float32 has a normal result."""
+    values = np.linspace(-87, 88.7, 2_000_001).astype(np.float32)
+    got = np.empty_like(values)
+    call(library.exponential, values, got)
+    exact = np.exp(values.astype(np.float64))
+    ulp = np.exp2(np.floor(np.log2(exact)) - 23)
+    assert (np.abs(got - exact) / ulp).max() < 2
+
+
+def test_exp_at_its_limits(library: ctypes.CDLL) -> None:
+    """Catches NaN that becomes a number, overflow that wraps, subnormal results lost."""
+    values = np.array([np.nan, np.inf, -np.inf, 89, 1e30, -120, -1e30, 0, -0.0, -100], np.float32)
+    got = np.empty_like(values)
+    call(library.exponential, values, got)
+    assert np.isnan(got[0])
+    np.testing.assert_array_equal(got[1:9], [np.inf, 0, np.inf, np.inf, 0, 0, 1, 1])
+    np.testing.assert_allclose(got[9], np.exp(-100.0), atol=2**-148)
+
+
+@pytest.mark.parametrize(
+    ("function", "dtype", "m", "n", "k"),
+    [
+        ("gemm_float", np.float32, 6, 10, 48),
+        ("gemm_bfloat16", ml_dtypes.bfloat16, 8, 24, 64),
+        ("gemm_float16", np.float16, 3, 5, 32),
+    ],
+)
+def test_gemm_adds_a_times_b_transposed(library: ctypes.CDLL, function: str, dtype, m: int, n: int, k: int) -> None:
+    """Small integers, so the result is exact: catches a swapped index, a lost lane, a C that is overwritten."""
+    random = np.random.default_rng(2)
+    a, b = random.integers(-8, 9, (m, k)), random.integers(-8, 9, (n, k))
+    c = random.integers(-8, 9, (m, n)).astype(np.float32)
+    expected = c + a @ b.T
+    call(getattr(library, function), a.astype(dtype), b.astype(np.float32), c)
+    np.testing.assert_array_equal(c, expected)
