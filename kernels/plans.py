@@ -6,6 +6,7 @@ and "cuda" here: no plan depends on the architecture yet.
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 WARP = 32
 MAX_THREADS = 256
@@ -24,6 +25,7 @@ class ChannelTile:
     threads: int
 
 
+@cache
 def channel_tile(hidden_size: int, itemsize: int, target: str, alignment: int = MAX_ACCESS_BYTES) -> ChannelTile:
     """The tile for `target` ("cuda" or "cpu"); `alignment` is that of the stream's data pointers, in bytes."""
     if target == "cpu":
@@ -95,6 +97,7 @@ class ProjectionPlan:
         return -(-hidden_size // self.channels)
 
 
+@cache
 def projection_plan(rows: int, hidden_size: int, dtype: str, target: str) -> ProjectionPlan:
     """The plan for phi with `rows` rows. It must not depend on the token count: the chunks fix the bits."""
     if target == "cpu":

@@ -1,4 +1,4 @@
-"""One function per kernel: pick the plan for the tensor's device, allocate the outputs, launch.
+"""One function per kernel: pick the plan for the tensor's device, allocate the outputs unless `out` has them, launch.
 
 Tensors come flat, [T, …], checked and contiguous; `ops` sees to that. Nothing here changes a result: plans
 are functions of sizes and target, and the split of a projection moves no bits.
@@ -6,39 +6,51 @@ are functions of sizes and target, and the split of a projection moves no bits.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from . import compile as compiler
 from .kernels import plans
 from .spec import MHCSpec
 
+# Finding a tile takes 20 to 35 µs, and small batches are done in less.
+_channel_tile = cache(plans.channel_tile)
 
-def expand(h: torch.Tensor, num_streams: int) -> torch.Tensor:
+
+def expand(h: torch.Tensor, num_streams: int, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """h [T, C] -> [T, n, C]."""
-    x = h.new_empty(h.shape[0], num_streams, h.shape[1])
+    x = h.new_empty(h.shape[0], num_streams, h.shape[1]) if out is None else out
     _apply_kernel("expand", x, h, x)(h=h, x=x)
     return x
 
 
-def aggregate(x: torch.Tensor, h_pre: torch.Tensor) -> torch.Tensor:
+def aggregate(x: torch.Tensor, h_pre: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """x [T, n, C], h_pre [T, n] -> layer_input [T, C]."""
-    layer_input = x.new_empty(x.shape[0], x.shape[2])
+    layer_input = x.new_empty(x.shape[0], x.shape[2]) if out is None else out
     _apply_kernel("pre", x, x, layer_input)(x=x, h_pre=h_pre, layer_input=layer_input)
     return layer_input
 
 
-def post(x: torch.Tensor, layer_output: torch.Tensor, h_post: torch.Tensor, h_res: torch.Tensor) -> torch.Tensor:
+def post(
+    x: torch.Tensor,
+    layer_output: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """x [T, n, C], layer_output [T, C], h_post [T, n], h_res [T, n, n] -> x_next [T, n, C]."""
-    x_next = torch.empty_like(x)
+    x_next = torch.empty_like(x) if out is None else out
     kernel = _apply_kernel("post", x, x, layer_output, x_next)
     kernel(x=x, layer_output=layer_output, h_post=h_post, h_res=h_res, x_next=x_next)
     return x_next
 
 
-def sinkhorn(logits: torch.Tensor, iters: int, eps: float) -> torch.Tensor:
+def sinkhorn(logits: torch.Tensor, iters: int, eps: float, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """logits [T, n, n] -> h_res [T, n, n]."""
     target = compiler.target_of(logits.device)
-    h_res = torch.empty_like(logits)
+    h_res = torch.empty_like(logits) if out is None else out
     kernel = compiler.kernel(
         "sinkhorn",
         target,
@@ -66,6 +78,8 @@ def project(
     phi: torch.Tensor,
     plan: plans.ProjectionPlan | None = None,
     chunks_per_split: int | None = None,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [T, n, C], phi [M, K] -> partial sums [slabs, slab_rows, T], which the coefficients kernels read.
 
@@ -81,7 +95,10 @@ def project(
     if chunks_per_split is None:
         chunks_per_split = plans.chunks_per_split(num_tokens, num_chunks, plan, parallel_blocks(x.device))
     num_slabs = 1 if chunks_per_split >= num_chunks else num_chunks
-    partial = x.new_empty(num_slabs, plan.slab_rows, num_tokens, dtype=torch.float32)
+    shape = (num_slabs, plan.slab_rows, num_tokens)
+    partial = x.new_empty(shape, dtype=torch.float32) if out is None else out
+    if partial.shape != shape:  # the kernel takes the slab count from the tensor and writes what the split says
+        raise ValueError(f"project: out: expected shape {list(shape)}, got {list(partial.shape)}")
     kernel = compiler.kernel(
         "project",
         compiler.target_of(x.device),
@@ -100,11 +117,12 @@ def coefficients(
     bias: torch.Tensor,
     spec: MHCSpec,
     plan: plans.ProjectionPlan,
+    *,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Partial sums, alpha [3], bias [M] -> h_pre [T, n], h_post [T, n], h_res [T, n, n]."""
     n, num_tokens = spec.num_streams, partial.shape[-1]
-    h_pre, h_post = partial.new_empty(num_tokens, n), partial.new_empty(num_tokens, n)
-    h_res = partial.new_empty(num_tokens, n, n)
+    h_pre, h_post, h_res = out or (partial.new_empty(num_tokens, *rest) for rest in ((n,), (n,), (n, n)))
     target = compiler.target_of(partial.device)
     kernel = compiler.kernel(
         "coefficients",
@@ -165,7 +183,7 @@ def _apply_kernel(family: str, stream: torch.Tensor, *accessed: torch.Tensor) ->
     _, num_streams, hidden_size = stream.shape
     target = compiler.target_of(stream.device)
     kind = "cpu" if target == "cpu" else "cuda"
-    tile = plans.channel_tile(hidden_size, stream.element_size(), kind, alignment(*accessed))
+    tile = _channel_tile(hidden_size, stream.element_size(), kind, alignment(*accessed))
     dtype = compiler.dtype_name(stream.dtype)
     return compiler.kernel(family, target, num_streams=num_streams, hidden_size=hidden_size, dtype=dtype, tile=tile)
 

@@ -1,9 +1,10 @@
 """Compile the CPU's kernels and keep them on disk.
 
-A kernel's file is named by a hash of all that went into it: the sources of kernels and lowering, the sizes,
-tilelang's version, the compiler and its flags. So a kernel that is found needs neither tilelang nor the
-compiler, and nothing stale is ever loaded. The folder carries a hash of the processor's features, since
-`-march=native` code from one machine of a shared home may not run on another.
+A kernel's file is named by a hash of what it was made from: the sources of kernels and lowering, the sizes,
+tilelang's version, the compiler's flags. So nothing stale is loaded, and a kernel that is found needs neither
+tilelang nor a compiler (which compiler made it is not asked, or one would be needed to look). The folder
+carries a hash of the processor's features, since `-march=native` code from one machine of a shared home may
+not run on another.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from .. import compile as compiler
 from .. import kernels
 from ..errors import CompilerError
-from ..toolchain import CXX_NAMES, Tool, find_cxx, output_of, version_of
+from ..toolchain import CXX_NAMES, Tool, find_cxx, output_of
 
 if TYPE_CHECKING:
     import torch
@@ -101,10 +102,9 @@ def bind(library: Path, description: dict[str, Any]) -> compiler.Kernel:
 
 
 def kernel_hash(family: str, parameters: dict[str, Any], checked: bool) -> str:
-    """A hash of all that decides what the library does."""
-    ingredients = [family, repr(sorted(parameters.items())), str(checked), sources_hash(), *flags()]
-    ingredients += [version_of(cxx()), metadata.version("tilelang")]
-    return digest("\0".join(ingredients))
+    """A hash of what a library is made from."""
+    made_from = [family, repr(sorted(parameters.items())), str(checked), metadata.version("tilelang"), *flags()]
+    return digest("\0".join([*made_from, sources_hash()]))
 
 
 @cache
