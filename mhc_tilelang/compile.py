@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,20 +78,19 @@ class Kernel:
             self.launch(tensors, sizes, scalars)
 
     def _check(self, buffer: Buffer, tensor: torch.Tensor, sizes: dict[str, int], device: torch.device) -> None:
-        expected = tuple(
-            sizes.setdefault(d, got) if isinstance(d, str) else d
-            for d, got in zip(buffer.shape, tensor.shape, strict=False)
-        )
-        for what, wanted, got in (
-            ("shape", expected if tensor.ndim == len(buffer.shape) else buffer.shape, tuple(tensor.shape)),
-            ("dtype", buffer.dtype, dtype_name(tensor.dtype)),
-            ("device", device, tensor.device),
-            ("contiguous", True, tensor.is_contiguous()),
-        ):
-            if wanted != got:
-                raise ValueError(f"{self.name}: {buffer.name}: expected {what} {wanted}, got {got}")
+        got: tuple[int, ...] = tuple(tensor.shape)
+        shape = buffer.shape
+        if len(got) == len(shape):
+            shape = tuple(sizes.setdefault(d, g) if isinstance(d, str) else d for d, g in zip(shape, got, strict=True))
+        facts = (got, dtype_name(tensor.dtype), tensor.device, tensor.is_contiguous())
+        wanted = (shape, buffer.dtype, device, True)
+        if facts != wanted:
+            names = ("shape", "dtype", "device", "contiguous")
+            wrong = next(k for k in range(len(names)) if facts[k] != wanted[k])
+            raise ValueError(f"{self.name}: {buffer.name}: expected {names[wrong]} {wanted[wrong]}, got {facts[wrong]}")
 
 
+@cache
 def dtype_name(dtype: torch.dtype) -> str:
     """TileLang's name of a torch dtype: "bfloat16" of torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
