@@ -28,7 +28,7 @@ def expand(h: torch.Tensor, num_streams: int, *, out: torch.Tensor | None = None
 def aggregate(x: torch.Tensor, h_pre: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """x [T, n, C], h_pre [T, n] -> layer_input [T, C]."""
     layer_input = x.new_empty(x.shape[0], x.shape[2]) if out is None else out
-    _apply_kernel("pre", x, x, layer_input)(x=x, h_pre=h_pre, layer_input=layer_input)
+    _apply_kernel("pre", x, x, layer_input)(x=x, h_pre=aligned(h_pre), layer_input=layer_input)
     return layer_input
 
 
@@ -43,7 +43,7 @@ def post(
     """x [T, n, C], layer_output [T, C], h_post [T, n], h_res [T, n, n] -> x_next [T, n, C]."""
     x_next = torch.empty_like(x) if out is None else out
     kernel = _apply_kernel("post", x, x, layer_output, x_next)
-    kernel(x=x, layer_output=layer_output, h_post=h_post, h_res=h_res, x_next=x_next)
+    kernel(x=x, layer_output=layer_output, h_post=aligned(h_post), h_res=aligned(h_res), x_next=x_next)
     return x_next
 
 
@@ -59,7 +59,7 @@ def sinkhorn(logits: torch.Tensor, iters: int, eps: float, *, out: torch.Tensor 
         eps=eps,
         block=plans.tokens_per_block(target),
     )
-    kernel(logits=logits, h_res=h_res)
+    kernel(logits=aligned(logits), h_res=h_res)
     return h_res
 
 
@@ -69,7 +69,7 @@ def split_phi(phi: torch.Tensor, plan: plans.ProjectionPlan) -> torch.Tensor:
     halves = phi.new_empty(plan.columns, num_streams, hidden_size, dtype=getattr(torch, plan.operand_dtype))
     target = compiler.target_of(phi.device)
     kernel = compiler.kernel("split_phi", target, num_streams=num_streams, hidden_size=hidden_size, plan=plan)
-    kernel(phi=phi, phi_split=halves)
+    kernel(phi=aligned(phi), phi_split=halves)
     return halves
 
 
@@ -107,7 +107,7 @@ def project(
         dtype=compiler.dtype_name(x.dtype),
         plan=plan,
     )
-    kernel(x=x, phi=operand, partial=partial, chunks_per_split=chunks_per_split)
+    kernel(x=aligned(x), phi=operand, partial=partial, chunks_per_split=chunks_per_split)
     return partial
 
 
@@ -137,7 +137,7 @@ def coefficients(
         post_scale=spec.post_scale,
         block=plans.tokens_per_block(target),
     )
-    kernel(partial=partial, alpha=alpha, bias=bias, h_pre=h_pre, h_post=h_post, h_res=h_res)
+    kernel(partial=partial, alpha=aligned(alpha), bias=aligned(bias), h_pre=h_pre, h_post=h_post, h_res=h_res)
     return h_pre, h_post, h_res
 
 
@@ -161,7 +161,7 @@ def head_coefficients(
         rms_eps=spec.rms_eps,
         block=plans.tokens_per_block(target),
     )
-    kernel(partial=partial, alpha=alpha, bias=bias, h_pre=h_pre)
+    kernel(partial=partial, alpha=aligned(alpha), bias=aligned(bias), h_pre=h_pre)
     return h_pre
 
 
@@ -194,3 +194,12 @@ def alignment(*tensors: torch.Tensor) -> int:
     for tensor in tensors:
         bits |= tensor.data_ptr()
     return bits & -bits
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or on a GPU a copy of it if it does not start on 16 bytes, which is how kernels read.
+
+    Not for the streams of `pre`, `post` and `expand`: those kernels are built for narrower accesses instead.
+    """
+    starts_anywhere = tensor.device.type == "cpu" or alignment(tensor) == plans.MAX_ACCESS_BYTES
+    return tensor if starts_anywhere else tensor.clone()
