@@ -7,7 +7,8 @@
 
     spec       the sizes and constants
     ops        the functions; they check with `arguments`, and run kernels through `launch`
-    compile    (kernel, sizes, target) -> something to call; `cpu` and `cuda` are the targets
+    compile    (kernel family, sizes, target) -> a `kernel`, something to call
+    cpu, cuda  the targets; both start from the TIR that `tracing` gets
     kernels    the TileLang code          reference   the same in numpy float64
     checking   `mhc-tilelang check`       perf        `mhc-tilelang bench`
     cli, doctor, toolchain, errors

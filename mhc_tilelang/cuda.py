@@ -12,9 +12,10 @@ import tilelang
 from tilelang import PassConfigKey
 from tvm.target import Target
 
-from . import compile as compiler
 from .errors import CompilerError
+from .kernel import Kernel
 from .toolchain import find_nvcc
+from .tracing import progress, signature_of, trace
 
 if TYPE_CHECKING:
     import torch
@@ -37,9 +38,9 @@ PASS_CONFIGS = {
 COMPILE_FLAGS = ["-fmad=false"]
 
 
-def load(family: str, parameters: dict[str, Any], arch: str) -> compiler.Kernel:
+def load(family: str, parameters: dict[str, Any], arch: str) -> Kernel:
     """The kernel for the GPUs of one architecture."""
-    func = compiler.trace(family, parameters)
+    func = trace(family, parameters)
     jit_kernel = build(func, arch, family, parameters)
 
     def launch(tensors: list[torch.Tensor], _sizes: dict[str, int], scalars: list[int]) -> None:
@@ -48,7 +49,7 @@ def load(family: str, parameters: dict[str, Any], arch: str) -> compiler.Kernel:
         with torch.cuda.device(tensors[0].device):
             jit_kernel(*tensors, *scalars)
 
-    return compiler.Kernel(family, compiler.signature_of(func), launch)
+    return Kernel(family, signature_of(func), launch)
 
 
 def build(func: Any, arch: str, family: str, parameters: dict[str, Any]) -> tilelang.JITKernel:
@@ -57,7 +58,7 @@ def build(func: Any, arch: str, family: str, parameters: dict[str, Any]) -> tile
         raise CompilerError(
             "no nvcc: CUDA kernels are built with it. Install the CUDA toolkit, or `pip install tilelang[nvcc]`"
         )
-    with compiler.progress(family, arch, parameters):
+    with progress(family, arch, parameters):
         return tilelang.compile(
             func,
             target=Target({"kind": "cuda", "arch": arch}),

@@ -259,7 +259,7 @@ def cpuinfo() -> str:
 
 def cache_row() -> Row:
     """Report the directory of compiled kernels: its size, the space left, whether it can be written."""
-    from mhc_tilelang.compile import cache_directory
+    from mhc_tilelang.cpu.build import cache_directory
 
     directory = cache_directory()
     try:

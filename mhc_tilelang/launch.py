@@ -11,6 +11,7 @@ from functools import cache
 import torch
 
 from . import compile as compiler
+from .kernel import Kernel, dtype_name
 from .kernels import plans
 from .spec import MHCSpec
 
@@ -104,7 +105,7 @@ def project(
         compiler.target_of(x.device),
         num_streams=num_streams,
         hidden_size=hidden_size,
-        dtype=compiler.dtype_name(x.dtype),
+        dtype=dtype_name(x.dtype),
         plan=plan,
     )
     kernel(x=aligned(x), phi=operand, partial=partial, chunks_per_split=chunks_per_split)
@@ -168,7 +169,7 @@ def head_coefficients(
 def projection_plan(x: torch.Tensor, rows: int) -> plans.ProjectionPlan:
     """The plan by which a stream on this device is projected on a phi of `rows` rows."""
     kind = "cpu" if x.device.type == "cpu" else "cuda"
-    return plans.projection_plan(rows, x.shape[-1], compiler.dtype_name(x.dtype), kind)
+    return plans.projection_plan(rows, x.shape[-1], dtype_name(x.dtype), kind)
 
 
 def parallel_blocks(device: torch.device) -> int:
@@ -178,13 +179,13 @@ def parallel_blocks(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _apply_kernel(family: str, stream: torch.Tensor, *accessed: torch.Tensor) -> compiler.Kernel:
+def _apply_kernel(family: str, stream: torch.Tensor, *accessed: torch.Tensor) -> Kernel:
     """The kernel of a family that walks over channels, for vectors that all `accessed` pointers allow."""
     _, num_streams, hidden_size = stream.shape
     target = compiler.target_of(stream.device)
     kind = "cpu" if target == "cpu" else "cuda"
     tile = _channel_tile(hidden_size, stream.element_size(), kind, alignment(*accessed))
-    dtype = compiler.dtype_name(stream.dtype)
+    dtype = dtype_name(stream.dtype)
     return compiler.kernel(family, target, num_streams=num_streams, hidden_size=hidden_size, dtype=dtype, tile=tile)
 
 

@@ -16,6 +16,7 @@ from mhc_tilelang import compile as compiler
 from mhc_tilelang.cpu import build
 from mhc_tilelang.cpu.emit import emit
 from mhc_tilelang.errors import LoweringError
+from mhc_tilelang.tracing import signature_of
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def run(tmp_path: Path):
         source, library = tmp_path / "kernel.cpp", tmp_path / f"kernel{len(list(tmp_path.iterdir()))}.so"
         source.write_text(emit(func, checked=True))
         build.run_compiler(source, library)
-        signature = compiler.signature_of(func)
+        signature = signature_of(func)
         description = {
             "name": "kernel",
             "symbol": func.attrs["global_symbol"],
@@ -139,7 +140,7 @@ def test_a_checked_build_stops_at_an_index_out_of_bounds(tmp_path: Path) -> None
     script.write_text(
         "import tilelang.language as T, torch, json\n"
         "from pathlib import Path\n"
-        "from mhc_tilelang import compile as compiler\n"
+        "from mhc_tilelang.tracing import signature_of\n"
         "from mhc_tilelang.cpu import build\n"
         "from mhc_tilelang.cpu.emit import emit\n"
         "@T.prim_func\n"
@@ -150,7 +151,7 @@ def test_a_checked_build_stops_at_an_index_out_of_bounds(tmp_path: Path) -> None
         f"folder = Path({str(tmp_path)!r})\n"
         "(folder / 'k.cpp').write_text(emit(beyond, checked=True))\n"
         "build.run_compiler(folder / 'k.cpp', folder / 'k.so')\n"
-        "buffers = [vars(b) for b in compiler.signature_of(beyond).buffers]\n"
+        "buffers = [vars(b) for b in signature_of(beyond).buffers]\n"
         "description = {'name': 'k', 'symbol': 'beyond', 'buffers': buffers, 'scalars': []}\n"
         "build.bind(folder / 'k.so', description)(values=torch.zeros(16))\n"
     )

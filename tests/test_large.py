@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mhc_tilelang as mhc
-from mhc_tilelang import compile as compiler
+from mhc_tilelang import tracing
 from mhc_tilelang.kernels import plans
 
 
@@ -43,7 +43,7 @@ def test_cuda_indexes_streams_in_64_bits(family: str) -> None:
     plan = plans.projection_plan(24, 1280, "bfloat16", "cuda")
     tile = plans.channel_tile(1280, 2, "cuda")
     parameters = {**sizes, **({"plan": plan} if family == "project" else {"tile": tile})}
-    source = cuda.build(compiler.trace(family, parameters), "sm_90a", family, parameters).get_kernel_source()
+    source = cuda.build(tracing.trace(family, parameters), "sm_90a", family, parameters).get_kernel_source()
     in_32_bits = [int(number) for number in re.findall(r"\(int\)blockIdx\.x\) \* (\d+)", source)]
     in_64_bits = [
         int(number) for number in re.findall(r"\(int64_t\)\(\(int\)blockIdx\.x\)\) \* \(int64_t\)(\d+)", source)

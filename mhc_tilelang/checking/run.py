@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..compile import dtype_name
+from ..kernel import dtype_name
 from .inputs import Case, Inputs
 from .kernels import CHECKS, compare
 

@@ -22,14 +22,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import compile as compiler
 from .. import kernels
 from ..errors import CompilerError
+from ..kernel import Buffer, Kernel, Signature
 from ..toolchain import CXX_NAMES, Tool, find_cxx, output_of
+from ..tracing import progress, signature_of, trace
 
 if TYPE_CHECKING:
     import torch
 
+CACHE_VARIABLE = "MHC_TILELANG_CACHE"
 HERE = Path(__file__).parent
 # No flag here lets the compiler change a float32 result: contraction is off (fma is written out where it is
 # meant), and errno and traps, which nothing reads, only keep loops from becoming vector code.
@@ -44,13 +46,13 @@ FLAGS = [
 ]
 
 
-def load(family: str, parameters: dict[str, Any], checked: bool = False) -> compiler.Kernel:
+def load(family: str, parameters: dict[str, Any], checked: bool = False) -> Kernel:
     """The kernel, from disk if it is there. `checked` builds stop the process on an index out of bounds."""
-    directory = compiler.cache_directory() / f"cpu-{processor_hash()}"
+    directory = cache_directory() / f"cpu-{processor_hash()}"
     stem = directory / f"{family}-{kernel_hash(family, parameters, checked)}"
     library, description = stem.with_suffix(".so"), stem.with_suffix(".json")
     if not (library.exists() and description.exists()):
-        with compiler.progress(family, "cpu", parameters):
+        with progress(family, "cpu", parameters):
             build(family, parameters, checked, library, description)
     return bind(library, json.loads(description.read_text()))
 
@@ -59,14 +61,14 @@ def build(family: str, parameters: dict[str, Any], checked: bool, library: Path,
     """Trace, emit, compile; write the files so that a reader sees them whole or not at all."""
     from .emit import emit
 
-    func = compiler.trace(family, parameters)
+    func = trace(family, parameters)
     source = emit(func, checked)
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         cpp, made = Path(scratch) / f"{family}.cpp", Path(scratch) / library.name
         cpp.write_text(source)
         run_compiler(cpp, made)
-        signature = asdict(compiler.signature_of(func))
+        signature = asdict(signature_of(func))
         (Path(scratch) / description.name).write_text(
             json.dumps({"name": family, "symbol": func.attrs["global_symbol"], **signature})
         )
@@ -83,12 +85,12 @@ def run_compiler(source: Path, library: Path) -> None:
         raise CompilerError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
 
 
-def bind(library: Path, description: dict[str, Any]) -> compiler.Kernel:
+def bind(library: Path, description: dict[str, Any]) -> Kernel:
     """The function of a compiled library as a Kernel."""
     import torch  # before the library: its OpenMP threads are the ones that the kernel runs on
 
-    buffers = tuple(compiler.Buffer(b["name"], b["dtype"], tuple(b["shape"])) for b in description["buffers"])
-    signature = compiler.Signature(buffers, tuple(description["scalars"]))
+    buffers = tuple(Buffer(b["name"], b["dtype"], tuple(b["shape"])) for b in description["buffers"])
+    signature = Signature(buffers, tuple(description["scalars"]))
     function = getattr(ctypes.CDLL(str(library)), description["symbol"])
     numbers = len(signature.sizes) + len(signature.scalars)
     function.argtypes = [ctypes.c_void_p] * len(buffers) + [ctypes.c_int64] * numbers + [ctypes.c_int]
@@ -98,7 +100,17 @@ def bind(library: Path, description: dict[str, Any]) -> compiler.Kernel:
         pointers = [tensor.data_ptr() for tensor in tensors]
         function(*pointers, *sizes.values(), *scalars, torch.get_num_threads())
 
-    return compiler.Kernel(description["name"], signature, launch)
+    return Kernel(description["name"], signature, launch)
+
+
+def cache_directory() -> Path:
+    """Where compiled CPU kernels are kept: $MHC_TILELANG_CACHE, else mhc-tilelang in the user's cache.
+
+    CUDA kernels are kept by tilelang, in $TILELANG_CACHE_DIR.
+    """
+    if named := os.environ.get(CACHE_VARIABLE):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mhc-tilelang"
 
 
 def kernel_hash(family: str, parameters: dict[str, Any], checked: bool) -> str:

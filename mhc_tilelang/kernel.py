@@ -1,0 +1,82 @@
+"""What a compiled kernel is: a signature, and a call that checks its tensors against it.
+
+A target's `load` makes one (`cpu.build`, `cuda`), `compile` hands it out, `launch` calls it. Imports nothing of the
+package, and torch only for its types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A tensor that a kernel takes: its name, dtype, and shape, where a name stands for a run-time size."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a kernel is called with: buffers in TileLang's order, then the scalars."""
+
+    buffers: tuple[Buffer, ...]
+    scalars: tuple[str, ...]
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """The run-time sizes, in order of first mention."""
+        return tuple(dict.fromkeys(d for buffer in self.buffers for d in buffer.shape if isinstance(d, str)))
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel. Call it with its tensors and scalars by name; outputs are tensors it writes."""
+
+    name: str
+    signature: Signature
+    launch: Callable[[list[torch.Tensor], dict[str, int], list[int]], None]
+
+    def __call__(self, **arguments: torch.Tensor | int) -> None:
+        """Check every dimension against what was compiled and against each other, then run.
+
+        The CPU's code would read out of bounds on a wrong size without a word, so nothing is left out.
+        Zero tokens return before the launch: a grid of zero blocks is not a valid one.
+        """
+        signature = self.signature
+        tensors: list[Any] = [arguments.pop(buffer.name) for buffer in signature.buffers]
+        scalars: list[Any] = [arguments.pop(name) for name in signature.scalars]
+        if arguments:
+            raise TypeError(f"{self.name}: unknown arguments {sorted(arguments)}")
+        sizes: dict[str, int] = {}
+        device = tensors[0].device
+        for buffer, tensor in zip(signature.buffers, tensors, strict=True):
+            self._check(buffer, tensor, sizes, device)
+        if 0 not in sizes.values():
+            self.launch(tensors, sizes, scalars)
+
+    def _check(self, buffer: Buffer, tensor: torch.Tensor, sizes: dict[str, int], device: torch.device) -> None:
+        got: tuple[int, ...] = tuple(tensor.shape)
+        shape = buffer.shape
+        if len(got) == len(shape):
+            shape = tuple(sizes.setdefault(d, g) if isinstance(d, str) else d for d, g in zip(shape, got, strict=True))
+        facts = (got, dtype_name(tensor.dtype), tensor.device, tensor.is_contiguous())
+        wanted = (shape, buffer.dtype, device, True)
+        if facts != wanted:
+            names = ("shape", "dtype", "device", "contiguous")
+            wrong = next(k for k in range(len(names)) if facts[k] != wanted[k])
+            raise ValueError(f"{self.name}: {buffer.name}: expected {names[wrong]} {wanted[wrong]}, got {facts[wrong]}")
+
+
+@cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """TileLang's name of a torch dtype: "bfloat16" of torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
