@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
+# Of x, phi, alpha, bias and norm_weight, in this order; the last is None where no norm_weight is given.
+ProjectionGradients = tuple[Array, Array, Array, Array, Array | None]
 
 
 class Spec(Protocol):
@@ -55,6 +57,11 @@ def as_float64(name: str, value: ArrayLike, shape: Sequence[int | str | Ellipsis
     if not agrees:
         raise ValueError(f"{name}: expected shape {_shape_text(shape)}, got {_shape_text(array.shape)}")
     return array
+
+
+def as_gradient(name: str, value: ArrayLike | None, shape: Sequence[int]) -> Array:
+    """`value` as `as_float64` returns it; zeros for None, the gradient of an output that nothing was made of."""
+    return np.zeros(shape) if value is None else as_float64(name, value, shape)
 
 
 def _shape_text(shape: Sequence[int | str | EllipsisType]) -> str:

@@ -3,12 +3,30 @@
 h_res[j, i] is the weight of input stream i in output stream j. A column is one input stream spread over the
 outputs (Σ over j, axis −2); a row is one output stream gathered from the inputs (Σ over i, axis −1). Columns
 come first and rows last: rows sum to 1 after any number of iterations, columns only in the limit.
+
+Backward, exact after any number of iterations. A step t divides by a sum per column or per row; Σ is over its
+axis throughout:
+
+    P_t = P_{t−1} / d_t,  d_t = Σ P_{t−1} + eps
+
+    dP_t    = dP_{t−1} / d_t − P_{t−1} / d_t² · Σ dP_{t−1} = (dP_{t−1} − P_t · Σ dP_{t−1}) / d_t
+    g_{t−1} = (g_t − Σ g_t·P_t) / d_t           collecting dP_{t−1} in the sum of g_t·dP_t over all j and i
+    P_{t−1} = P_t · d_t
+
+So the way back from h_res, the last P_t, takes the 2·iters − 1 vectors d_t and no stored matrix. The very first
+step is a softmax S over j, and P_0 = S + eps adds a constant:
+
+    dS[j, i]       = S[j, i] · (dlogits[j, i] − Σ_j S[j, i]·dlogits[j, i])
+    g_logits[j, i] = S[j, i] · (g_0[j, i] − Σ_j g_0[j, i]·S[j, i])
 """
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ._inputs import Array, as_float64
+from ._inputs import Array, as_float64, as_gradient
+
+# The axis that a step sums over: j for columns, i for rows.
+COLUMNS, ROWS = -2, -1
 
 
 def softmax_columns(logits: Array) -> Array:
@@ -41,8 +59,7 @@ def sinkhorn(logits: ArrayLike, iters: int = 20, eps: float = 1e-6) -> Array:
     Returns:
         h_res, [..., n, n].
     """
-    if iters < 1:
-        raise ValueError(f"iters: expected at least 1, got {iters}")
+    _check_iters(iters)
     logits = as_float64("logits", logits, (..., "n", "n"))
     h_res = softmax_columns(logits) + eps
     h_res = normalize_rows(h_res, eps)
@@ -50,3 +67,36 @@ def sinkhorn(logits: ArrayLike, iters: int = 20, eps: float = 1e-6) -> Array:
         h_res = normalize_columns(h_res, eps)
         h_res = normalize_rows(h_res, eps)
     return h_res
+
+
+def sinkhorn_backward(g_h_res: ArrayLike | None, logits: ArrayLike, iters: int = 20, eps: float = 1e-6) -> Array:
+    """g_{t−1} = (g_t − Σ g_t·P_t) / d_t for every step t from the last to the first, then through the softmax.
+
+    Args:
+        g_h_res: [..., n, n], [out, in], or None.
+        logits, iters, eps: as for `sinkhorn`.
+
+    Returns:
+        g_logits, [..., n, n].
+    """
+    _check_iters(iters)
+    logits = as_float64("logits", logits, (..., "n", "n"))
+    gradient = as_gradient("g_h_res", g_h_res, logits.shape)
+
+    softmax = softmax_columns(logits)
+    matrix = softmax + eps
+    steps = []
+    for axis in [ROWS, *[COLUMNS, ROWS] * (iters - 1)]:
+        denominator = matrix.sum(axis=axis, keepdims=True) + eps
+        matrix = matrix / denominator
+        steps.append((axis, denominator))
+
+    for axis, denominator in reversed(steps):
+        gradient = (gradient - (gradient * matrix).sum(axis=axis, keepdims=True)) / denominator
+        matrix = matrix * denominator
+    return softmax * (gradient - (gradient * softmax).sum(axis=COLUMNS, keepdims=True))
+
+
+def _check_iters(iters: int) -> None:
+    if iters < 1:
+        raise ValueError(f"iters: expected at least 1, got {iters}")

@@ -158,6 +158,59 @@ def test_sigmoid_is_accurate_in_both_tails():
     np.testing.assert_allclose(both, 1.0, rtol=1e-14)
 
 
+def test_backward_from_what_a_forward_keeps():
+    """scaled = s·dots and s, and the forward's arguments: the form of the kernels, with no sum over x but the last.
+
+    Catches an rms_eps taken for 0 in ρ: it is 1 here, as large as the mean of x².
+    """
+    spec = make_spec(rms_eps=1.0, sinkhorn_eps=1e-2, sinkhorn_iters=3, post_scale=3.0)
+    n, K = spec.num_streams, spec.num_streams * spec.hidden_size
+    x, phi, alpha, bias = make_inputs(spec)
+    x /= 3.0
+    rng = np.random.default_rng(1)
+    upstream = [rng.standard_normal((len(x), *shape)) for shape in ((n,), (n,), (n, n))]
+    dots, sum_squares = reference.project(x, phi)
+    scale = reference.rms_scale(sum_squares, K, spec.rms_eps)[:, None]
+    scaled, alpha_rows = scale * dots, reference.alpha_per_row(alpha, n)
+
+    z_pre, z_post, z_res = reference.split_groups(alpha_rows * scaled + bias, n)
+    g_z_pre = upstream[0] * logistic(z_pre) * (1 - logistic(z_pre))
+    g_z_post = upstream[1] * 3.0 * logistic(z_post) * (1 - logistic(z_post))
+    g_z_res = reference.sinkhorn_backward(upstream[2], z_res, 3, 1e-2)
+    g_z = np.concatenate([g_z_pre, g_z_post, g_z_res.reshape(len(x), -1)], axis=-1)
+    g_dots = g_z * alpha_rows * scale
+    rho = -(scale**2) / K * (g_z * alpha_rows * scaled).sum(axis=-1, keepdims=True)
+    g_alpha_rows = (g_z * scaled).sum(axis=0)
+    g_alpha = [g_alpha_rows[:n].sum(), g_alpha_rows[n : 2 * n].sum(), g_alpha_rows[2 * n :].sum()]
+    x_flat = x.reshape(len(x), K)
+    expected = (g_dots @ phi + rho * x_flat).reshape(x.shape), g_dots.T @ x_flat, g_alpha, g_z.sum(axis=0)
+
+    *actual, absent = reference.coefficients_backward(*upstream, x, phi, alpha, bias, spec)
+    assert absent is None
+    for name, a, e in zip(("x", "phi", "alpha", "bias"), actual, expected, strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-11, atol=1e-13, err_msg=name)
+
+
+def test_gradient_by_x_is_orthogonal_to_x_without_rms_eps():
+    """No scale of the stream is seen, so no gradient points along it. Catches a ρ of another size or sign."""
+    x, phi, alpha, bias = make_inputs(make_spec())
+    upstream = [np.random.default_rng(1).standard_normal((5, *shape)) for shape in ((4,), (4,), (4, 4))]
+    for rms_eps, orthogonal in ((0.0, True), (1.0, False)):
+        g_x, *_ = reference.coefficients_backward(*upstream, x, phi, alpha, bias, make_spec(rms_eps=rms_eps))
+        along = np.abs((g_x * x).sum(axis=(1, 2))) / np.linalg.norm(g_x * x, axis=(1, 2))
+        assert (along < 1e-11).all() if orthogonal else (along > 1e-3).all()
+
+
+def test_sigmoid_slope_is_accurate_in_both_tails():
+    """Catches σ(z)·(1 − σ(z)), which is 0 at 40: a saturated gate would not train in the reference."""
+    spec = make_spec(num_streams=1, hidden_size=1)
+    for z in (-40.0, 40.0):
+        *_, g_bias, _ = reference.coefficients_backward(
+            [1.0], None, None, [[1.0]], np.zeros((3, 1)), np.ones(3), [z, 0, 0], spec
+        )
+        np.testing.assert_allclose(g_bias, [np.exp(-40.0), 0.0, 0.0], rtol=1e-14)
+
+
 def test_head_is_the_pre_group_alone():
     """Catches a head with its own normalisation, gate or eps: its n rows are the first n of a sublayer."""
     spec = make_spec(pre_eps=1e-2, rms_eps=1e-1)
@@ -168,3 +221,11 @@ def test_head_is_the_pre_group_alone():
     head = x, phi[:n], alpha[:1], bias[:n], spec, weight
     np.testing.assert_allclose(reference.head_coefficients(*head), h_pre, rtol=1e-13)
     np.testing.assert_allclose(reference.head(*head), reference.aggregate(x, h_pre), rtol=1e-12)
+
+    g_h_pre = np.random.default_rng(1).standard_normal(h_pre.shape)
+    g_x, g_phi, g_alpha, g_bias, g_weight = reference.coefficients_backward(
+        g_h_pre, None, None, x, phi, alpha, bias, spec, weight
+    )
+    expected = g_x, g_phi[:n], g_alpha[:1], g_bias[:n], g_weight
+    for actual, wanted in zip(reference.head_coefficients_backward(g_h_pre, *head), expected, strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-12, atol=1e-13)

@@ -129,6 +129,63 @@ def test_huge_logits_stay_finite():
     assert ((h_res >= 0) & (h_res <= 1)).all()  # false for NaN as well
 
 
+def implicit_backward(g_h_res, h_res):
+    """g_logits[j, i] = h_res[j, i] · (g_h_res[j, i] − u[j] − v[i]), with u and v such that rows and columns sum to 0.
+
+    The derivative of the limit, where h_res[j, i] = u'[j]·exp(logits[j, i])·v'[i] with sums of 1: what one gets by
+    differentiating the constraints instead of the iterations.
+    """
+    weighted = g_h_res * h_res
+    g_logits = np.empty_like(h_res)
+    for token, matrix in enumerate(h_res):
+        rows, columns = np.diag(matrix.sum(axis=1)), np.diag(matrix.sum(axis=0))
+        system = np.block([[rows, matrix], [matrix.T, columns]])
+        sums = np.concatenate([weighted[token].sum(axis=1), weighted[token].sum(axis=0)])
+        u, v = np.split(np.linalg.lstsq(system, sums)[0], 2)
+        g_logits[token] = weighted[token] - matrix * (u[:, None] + v)
+    return g_logits
+
+
+def relative_error(actual, expected):
+    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_gradient_is_that_of_the_iterations_not_of_the_limit(n):
+    """Implicit differentiation is right where the iterations have converged, and only there.
+
+    At std 6 and 20 iterations some matrices have not, so a kernel that used it would train another function.
+    """
+    rng = np.random.default_rng(6)
+    logits, g_h_res = rng.standard_normal((2, 32, n, n))
+    for std, iters, differs in [(1.0, 500, False), (1.0, 1, True), (1.0, 2, True), (6.0, 3, True), (6.0, 20, True)]:
+        exact = reference.sinkhorn_backward(g_h_res, std * logits, iters, eps=0.0)
+        implicit = implicit_backward(g_h_res, reference.sinkhorn(std * logits, iters, eps=0.0))
+        error = relative_error(implicit, exact)
+        assert error > 1e-2 if differs else error < 1e-10, (std, iters, error)
+
+        step = 6e-6 * rng.standard_normal(logits.shape)
+        ahead, behind = (reference.sinkhorn(std * logits + h, iters, eps=0.0) for h in (step, -step))
+        np.testing.assert_allclose(2 * (exact * step).sum(), (g_h_res * (ahead - behind)).sum(), rtol=1e-6)
+
+
+@settings(deadline=None)
+@given(square_logits(bound=8.0), st.integers(1, 30), st.sampled_from([0.0, 1e-6, 1e-2]))
+def test_gradient_has_no_part_that_shifts_a_column(logits, iters, eps):
+    """Σ_j g_logits[j, i] = 0, as no such shift is seen. Catches a softmax backward over i, or left out."""
+    g_h_res = np.random.default_rng(7).standard_normal(logits.shape)
+    g_logits = reference.sinkhorn_backward(g_h_res, logits, iters, eps)
+    np.testing.assert_allclose(g_logits.sum(axis=-2), 0.0, atol=1e-13 * (1 + np.abs(g_logits).max()))
+
+
+def test_gradient_of_huge_logits_is_finite():
+    """Catches an overflowing exp, and a rebuilt matrix that divides where the forward multiplied."""
+    logits, g_h_res = np.random.default_rng(8).standard_normal((2, 16, 4, 4))
+    assert np.isfinite(reference.sinkhorn_backward(g_h_res, 1e4 * logits)).all()
+
+
 def test_zero_iterations_are_refused():
     with pytest.raises(ValueError, match="iters: expected at least 1, got 0"):
         reference.sinkhorn(np.zeros((2, 2)), iters=0)
+    with pytest.raises(ValueError, match="iters: expected at least 1, got 0"):
+        reference.sinkhorn_backward(np.ones((2, 2)), np.zeros((2, 2)), iters=0)
