@@ -41,6 +41,8 @@ class Arguments:
             wanted = " or ".join(str(dtype) for dtype in dtypes)
             raise TypeError(f"{self.function}: {name}: expected dtype {wanted}, got {value.dtype}")
         if self.device is None:
+            if value.device.type not in ("cpu", "cuda"):
+                raise ValueError(f"{self.function}: {name}: expected device cpu or cuda, got {value.device}")
             self.device = value.device
         elif value.device != self.device:
             raise ValueError(f"{self.function}: {name}: expected device {self.device}, got {value.device}")
@@ -84,7 +86,7 @@ def check_spec(function: str, spec: MHCSpec) -> None:
 
 def check_streams(function: str, name: str, num_streams: int) -> None:
     """Refuse stream counts that there are no kernels for."""
-    if num_streams not in STREAM_COUNTS:
+    if type(num_streams) is not int or num_streams not in STREAM_COUNTS:
         raise ValueError(f"{function}: {name}: expected one of {STREAM_COUNTS} streams, got {num_streams}")
 
 
@@ -94,4 +96,7 @@ def sizes_of(function: str, name: str, value: torch.Tensor, dimensions: tuple[st
         raise TypeError(f"{function}: {name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.ndim < len(dimensions):
         raise ValueError(f"{function}: {name}: expected shape [..., {', '.join(dimensions)}], got {list(value.shape)}")
-    return tuple(value.shape[value.ndim - len(dimensions) :])
+    sizes = tuple(value.shape[value.ndim - len(dimensions) :])
+    if 0 in sizes:
+        raise ValueError(f"{function}: {name}: expected {', '.join(dimensions)} of at least 1, got {list(value.shape)}")
+    return sizes

@@ -95,6 +95,8 @@ def project(
     num_chunks = plan.num_chunks(hidden_size)
     if chunks_per_split is None:
         chunks_per_split = plans.chunks_per_split(num_tokens, num_chunks, plan, parallel_blocks(x.device))
+    if chunks_per_split < 1:
+        raise ValueError(f"project: chunks_per_split: expected at least 1, got {chunks_per_split}")
     num_slabs = 1 if chunks_per_split >= num_chunks else num_chunks
     shape = (num_slabs, plan.slab_rows, num_tokens)
     partial = x.new_empty(shape, dtype=torch.float32) if out is None else out

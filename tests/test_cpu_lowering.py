@@ -107,6 +107,63 @@ def test_a_view_is_not_taken_where_the_source_changes(run) -> None:
     assert torch.equal(values, torch.arange(15.0, -1, -1))
 
 
+def test_an_output_is_not_written_in_place_where_it_is_read(run) -> None:
+    """A shift by one: a tile that were its own output would see the values it has just written."""
+
+    @T.prim_func
+    def shift(values: T.Tensor[(16,), T.float32]):
+        with T.Kernel(1, threads=16):
+            tile = T.alloc_fragment((16,), T.float32)
+            for k in T.Parallel(16):
+                tile[k] = values[(k + 15) % 16]
+            T.copy(tile, values)
+
+    values = torch.arange(16.0)
+    run(shift, values=values)
+    assert torch.equal(values, torch.arange(16.0).roll(1))
+
+
+def test_a_tile_that_is_copied_out_twice_is_no_view(run) -> None:
+    """The second copy must find what the tile held, in both outputs."""
+
+    @T.prim_func
+    def twice(once: T.Tensor[(16,), T.float32], again: T.Tensor[(16,), T.float32]):
+        with T.Kernel(1, threads=16):
+            tile = T.alloc_fragment((16,), T.float32)
+            for k in T.Parallel(16):
+                tile[k] = 3.0
+            T.copy(tile, once)
+            for k in T.Parallel(16):
+                tile[k] += 1.0
+            T.copy(tile, again)
+
+    once, again = torch.full((16,), torch.nan), torch.full((16,), torch.nan)
+    run(twice, once=once, again=again)
+    assert once.tolist() == [3.0] * 16
+    assert again.tolist() == [4.0] * 16
+
+
+def test_elements_in_registers_start_from_what_the_tile_holds(run) -> None:
+    """A loop that updates before it sets, twice: catches a variable that is not loaded, or not written back."""
+
+    @T.prim_func
+    def updated(values: T.Tensor[(2, 16), T.float32]):
+        with T.Kernel(1, threads=16):
+            tile = T.alloc_fragment((2, 16), T.float32)
+            T.copy(values, tile)
+            for _ in T.serial(3):
+                for k in T.Parallel(16):
+                    for row in T.unroll(2):
+                        tile[row, k] = tile[row, k] * 2.0
+                        tile[row, k] += 1.0
+            T.copy(tile, values)
+
+    values = torch.arange(32.0).view(2, 16)
+    expected = values * 8 + 7
+    run(updated, values=values)
+    assert torch.equal(values, expected)
+
+
 def test_unknown_operations_are_refused_by_name() -> None:
     """A construct that the pass does not know must not be dropped."""
 

@@ -62,7 +62,7 @@ def worst(values: Array, comparison: Comparison) -> tuple[float, float]:
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.where(distance == 0, 0.0, distance / comparison.bound)
     at = np.unravel_index(np.argmax(share), share.shape)
-    scale = comparison.scale[at]
+    scale = comparison.scale[at] or 1.0
     return float(distance[at] / scale), float(comparison.bound[at] / scale)
 
 

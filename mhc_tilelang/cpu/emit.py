@@ -66,6 +66,8 @@ class Emitter:
     names: dict = field(default_factory=dict)
     arrays: dict = field(default_factory=dict)
     views: dict = field(default_factory=dict)
+    registers: dict[str, tuple[Array, str]] = field(default_factory=dict)
+    in_straight_line: bool = False
     stack_bytes: int = 0
     analyzer: arith.Analyzer = field(default_factory=arith.Analyzer)
 
@@ -154,9 +156,31 @@ class Emitter:
         var = self.name(stmt.loop_var)
         first, extent = self.expr(stmt.min), self.expr(stmt.extent)
         end = extent if first == "0" else f"{first} + {extent}"
+        is_vector_axis = stmt.kind == tirx.ForKind.PARALLEL and is_straight(stmt.body)
+        if is_vector_axis:
+            self.line("MHC_INDEPENDENT  // T.Parallel: no iteration depends on another")
         self.open(f"for (int64_t {var} = {first}; {var} < {end}; ++{var})")
-        self.statement(stmt.body)
+        if is_vector_axis:
+            self._in_registers(stmt.body)
+        else:
+            self.statement(stmt.body)
         self.close()
+
+    def _in_registers(self, body) -> None:
+        """Straight-line code: every element of a tile that it stores is a variable, written back once at the end.
+
+        Tiles only: TileLang holds each of a fragment's accesses in a T.Parallel to one form of index, so two
+        elements of different spelling are two elements.
+        """
+        self.registers, start = {}, len(self.lines)
+        self.in_straight_line = True
+        self.statement(body)
+        self.in_straight_line = False
+        declared = [f"{'  ' * self.depth}{array.c_type} {name};" for array, name in self.registers.values()]
+        self.lines[start:start] = declared
+        for element, (_, name) in self.registers.items():
+            self.line(f"{element} = {name};")
+        self.registers = {}
 
     def bound(self, loop: tirx.For) -> None:
         """Tell the analyzer the range of a loop's variable, so that it can prove a tile to lie inside."""
@@ -164,6 +188,7 @@ class Emitter:
 
     def _unrolled(self, stmt) -> None:
         """Write the body out once per value: a vectoriser sees straight lines where an inner loop stops it."""
+        self.bound(stmt)
         for value in range(int(stmt.min), int(stmt.min) + int(stmt.extent)):
             self.names[stmt.loop_var] = str(value)
             self.open("")
@@ -171,10 +196,17 @@ class Emitter:
             self.close()
 
     def _BufferStore(self, stmt) -> None:
-        array, value = self.array(stmt.buffer), self.expr(stmt.value)
+        array, indices = self.place(stmt)
+        element, value = self.element(array, indices), self.expr(stmt.value)
         if str(stmt.value.dtype) != array.dtype:
             value = f"{array.c_type}({value})"
-        self.line(f"{self.element(array, self.indices(stmt))} = {value};")
+        if self.in_straight_line and stmt.buffer.scope() != "global" and element not in self.registers:
+            self.registers[element] = (array, f"{array.name}_{len(self.registers)}_element")
+        self.line(f"{self.registered(element)} = {value};")
+
+    def registered(self, element: str) -> str:
+        """The variable that holds an element for now, or the element itself."""
+        return self.registers[element][1] if element in self.registers else element
 
     def _Evaluate(self, stmt) -> None:
         lower = tile_ops.LOWERINGS.get(op_name(stmt.value))
@@ -196,7 +228,7 @@ class Emitter:
     def _IntImm(self, node) -> str:
         if str(node.dtype) == "bool":
             return "true" if node.value else "false"
-        return str(int(node.value))
+        return f"{int(node.value)}u" if str(node.dtype) == "uint32" else str(int(node.value))
 
     def _FloatImm(self, node) -> str:
         value = float(node.value)
@@ -210,10 +242,7 @@ class Emitter:
         return self.names[node]
 
     def _BufferLoad(self, node) -> str:
-        view: View | None = self.views.get(node.buffer)
-        if view is not None:
-            return self.element(self.array(view.buffer), [self.expr(i) for i in view.indices(node.indices)])
-        return self.element(self.array(node.buffer), self.indices(node))
+        return self.registered(self.element(*self.place(node)))
 
     def _Cast(self, node) -> str:
         return f"{c_type(node.dtype)}({self.expr(node.value)})"
@@ -245,8 +274,12 @@ class Emitter:
             return f"({args[0]} ? {args[1]} : {args[2]})"
         raise LoweringError(f"call {node}")
 
-    def indices(self, access) -> list[str]:
-        return [self.expr(index) for index in access.indices]
+    def place(self, access) -> tuple[Array, list[str]]:
+        """The array and the indices that a load or store names, through its view if it has one."""
+        view: View | None = self.views.get(access.buffer)
+        if view is None:
+            return self.array(access.buffer), [self.expr(index) for index in access.indices]
+        return self.array(view.buffer), [self.expr(index) for index in view.indices(access.indices)]
 
     def element(self, array: Array, indices: list[str]) -> str:
         """`array[flat index]`, row-major; in a checked build the index is tested first."""
@@ -290,6 +323,15 @@ def emit(func: tirx.PrimFunc, checked: bool = False) -> str:
     name = func.attrs["global_symbol"]
     head = ['#include "runtime.h"', "", f'extern "C" void {name}({", ".join(signature)}) {{']
     return "\n".join(head + emitter.lines + ["}", ""])
+
+
+def is_straight(body) -> bool:
+    """Whether a loop body is a line of stores, with nothing but unrolled loops in it."""
+    if isinstance(body, tirx.SeqStmt):
+        return all(map(is_straight, body.seq))
+    if isinstance(body, tirx.For):
+        return body.kind == tirx.ForKind.UNROLLED and is_straight(body.body)
+    return isinstance(body, tirx.BufferStore | tirx.Bind)
 
 
 def buffers_of(func: tirx.PrimFunc) -> list[tirx.Buffer]:

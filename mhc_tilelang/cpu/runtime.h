@@ -17,6 +17,13 @@
 
 #define MHC_INLINE inline __attribute__((always_inline))
 
+// Before a loop whose iterations do not depend on each other.
+#ifdef __clang__
+#define MHC_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define MHC_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 namespace mhc {
 
 template <typename To, typename From>

@@ -56,6 +56,9 @@ def copy(emitter, call) -> None:
     """Row by row: the last axis is contiguous on both sides and goes through `mhc::copy_row`."""
     if call.args[1].args[0].buffer in emitter.views:
         return  # the tile is a view of what would be copied into it
+    view = emitter.views.get(call.args[0].args[0].buffer)
+    if view is not None and view.is_output:
+        return  # the tile is where it would be copied to
     source, target = Region.of(emitter, call.args[0]), Region.of(emitter, call.args[1])
     pairs = paired_axes(source.extent, target.extent)
     if not pairs or (pairs[-1][0] + 1, pairs[-1][1] + 1) != (len(source.first), len(target.first)):

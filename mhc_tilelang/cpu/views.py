@@ -1,8 +1,13 @@
-"""Tiles that need no copy: a fragment filled once from global memory is that memory, seen from an offset.
+"""Tiles that need no copy: a fragment that only mirrors global memory is that memory, seen from an offset.
 
-On a GPU `T.copy(x[token, 0, first], x_frag)` brings a tile into registers. A CPU reads through its cache
-anyway, so the copy would only add a pass. A tile becomes a view when nothing else writes it, the copy stands
-outside every loop, moves the same dtype, lies inside its source, and no output is read through it.
+On a GPU `T.copy(x[token, 0, first], x_frag)` brings a tile into registers. A CPU reads through its cache anyway,
+so the copy would only add a pass. A tile becomes a view where the copy stands outside every loop, moves the same
+dtype and lies inside its global buffer, and
+
+    an input   when nothing else writes the tile, and nothing writes the buffer;
+    an output  when the tile is copied out once, to a buffer that nothing else touches, and no other tile
+               operation takes it.
+
 Used by `emit`.
 """
 
@@ -23,6 +28,7 @@ class View:
     buffer: tirx.Buffer
     first: tuple
     axes: tuple[int, ...]
+    is_output: bool
 
     def indices(self, tile_indices) -> list:
         indices = list(self.first)
@@ -32,34 +38,77 @@ class View:
 
 
 def views_of(block, analyzer: arith.Analyzer) -> dict[tirx.Buffer, View]:
-    """The tiles among `block.alloc_buffers` that may be read in place."""
-    statements = block.body.seq if isinstance(block.body, tirx.SeqStmt) else [block.body]
-    written = written_buffers(block.body)
-    views = {}
-    for statement in statements:
+    """The tiles among `block.alloc_buffers` that are read or written in place."""
+    statements = list(block.body.seq) if isinstance(block.body, tirx.SeqStmt) else [block.body]
+    accesses = [accesses_of(statement) for statement in statements]
+    everywhere = [access for one in accesses for access in one]
+    views: dict[tirx.Buffer, View] = {}
+    for place, statement in enumerate(statements):
         if isinstance(statement, tirx.Bind):
             analyzer.bind(statement.var, statement.value, allow_override=True)
-        for tile, view in view_of_copy(statement, analyzer).items():
+        call: Any = getattr(statement, "value", None)
+        if not isinstance(statement, tirx.Evaluate) or op_name(call) != "tl.tileop.copy":
+            continue
+        source, target = call.args
+        if view := view_through(source, target, False, analyzer):
+            tile = target.args[0].buffer
+            written = [access.buffer for access in everywhere if access.is_write]
             if written.count(tile) == 1 and view.buffer not in written:
+                views[tile] = view
+        elif view := view_through(target, source, True, analyzer):
+            tile = source.args[0].buffer
+            copies = [access for access in everywhere if access.buffer.same_as(tile) and access.is_region]
+            touches = [access for access in everywhere if access.buffer.same_as(view.buffer)]
+            first_use = next(k for k in range(place + 1) if any(a.buffer.same_as(tile) for a in accesses[k]))
+            bound_late = any(isinstance(later, tirx.Bind) for later in statements[first_use:place])
+            if len(copies) == len(touches) == 1 and not bound_late:
                 views[tile] = view
     return views
 
 
-def view_of_copy(statement, analyzer: arith.Analyzer) -> dict[tirx.Buffer, View]:
-    call: Any = getattr(statement, "value", None)
-    if not isinstance(statement, tirx.Evaluate) or op_name(call) != "tl.tileop.copy":
-        return {}
-    (source, _, *extent), (tile, _, *tile_extent) = call.args[0].args, call.args[1].args
-    buffer, first = source.buffer, tuple(source.indices)
+def view_through(outside, inside, is_output: bool, analyzer: arith.Analyzer) -> View | None:
+    """A tile region seen as a region of global memory, if both move the same and the latter lies inside."""
+    (memory, _, *extent), (tile, _, *tile_extent) = outside.args, inside.args
+    buffer, first = memory.buffer, tuple(memory.indices)
     axes = tuple(axis for axis, _ in paired_axes(extent, tile_extent))
     whole = len(axes) == len(tile_extent) and all(map(same, tile_extent, tile.buffer.shape))
-    if buffer.scope() != "global" or not whole or buffer.dtype != tile.buffer.dtype:
-        return {}
-    if not all(
-        analyzer.can_prove(at + size <= full) for at, size, full in zip(first, extent, buffer.shape, strict=True)
-    ):
-        return {}
-    return {tile.buffer: View(buffer, first, axes)}
+    if buffer.scope() != "global" or tile.buffer.scope() == "global":
+        return None
+    if not whole or buffer.dtype != tile.buffer.dtype:
+        return None
+    ends = [at + size for at, size in zip(first, extent, strict=True)]
+    if not all(analyzer.can_prove(end <= full) for end, full in zip(ends, buffer.shape, strict=True)):
+        return None
+    return View(buffer, first, axes, is_output)
+
+
+@dataclass(frozen=True)
+class Access:
+    """One place that reads or writes a buffer, as an element or as a tile operation's region."""
+
+    buffer: tirx.Buffer
+    is_write: bool
+    is_region: bool
+
+
+def accesses_of(statement) -> list[Access]:
+    """Every access in a statement. A region's own BufferLoad, which only names it, is not one."""
+    accesses: list[Access] = []
+    names: list[Any] = []
+
+    def visit(node) -> None:
+        if isinstance(node, tirx.BufferStore):
+            accesses.append(Access(node.buffer, is_write=True, is_region=False))
+        elif op_name(node) == "tl.region":
+            names.append(node.args[0])
+            accesses.append(Access(node.args[0].buffer, is_write=bool(int(node.args[1]) & 2), is_region=True))
+        elif isinstance(node, tirx.BufferLoad):
+            accesses.append(Access(node.buffer, is_write=False, is_region=False))
+
+    tirx.stmt_functor.post_order_visit(statement, visit)
+    for name in names:
+        accesses.remove(Access(name.buffer, is_write=False, is_region=False))
+    return accesses
 
 
 def paired_axes(source, target) -> list[tuple[int, int]]:
@@ -73,20 +122,6 @@ def paired_axes(source, target) -> list[tuple[int, int]]:
         return aligned
     moving = [[axis for axis, size in enumerate(extent) if not same(size, 1)] for extent in (source, target)]
     return list(zip(*moving, strict=True))
-
-
-def written_buffers(body) -> list[tirx.Buffer]:
-    """Every buffer that something in `body` writes, once per place that does."""
-    written = []
-
-    def visit(node) -> None:
-        if isinstance(node, tirx.BufferStore):
-            written.append(node.buffer)
-        elif op_name(node) == "tl.region" and int(node.args[1]) & 2:
-            written.append(node.args[0].buffer)
-
-    tirx.stmt_functor.post_order_visit(body, visit)
-    return written
 
 
 def same(a, b) -> bool:
