@@ -41,3 +41,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoning(getattr(owner, name)))
+
+
+# pytest -n runs more OpenMP threads than there are cores. One that spins at a barrier keeps the one it waits for
+# from running: 43 s for tests/test_bits.py and test_of_tests.py on two cores, 9 s without. Read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -1,0 +1,116 @@
+"""Plain torch, as the kernels' competitor: which forms there are, how they run, and that they are right.
+
+A kernel is measured against the fastest form, not against the one that comes to mind first. A form is a
+function that takes a kernel's arguments and writes its results into preallocated outputs; it runs eagerly,
+under torch.compile, or both. Every form computes in float32 and rounds once, like the kernels: a form that
+rounds phi or a product on the way is faster and not a baseline. `verify` refuses such a form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import MHCError
+
+EAGER, COMPILED = "eager", "compiled"
+MODES = {"eager": (EAGER,), "all": (EAGER, COMPILED)}  # the values of --baselines
+
+# Largest difference from the kernel's output, relative to its norm. Two float32 computations of one value
+# differ in their last bits, so a few elements of a 16-bit output round the other way: 2e-5 in bfloat16, 5e-6 in
+# float16. Products rounded to the stream's dtype are 3e-3 and 4e-4 off, phi rounded to bfloat16 2e-3, to TF32
+# 2e-4.
+TOLERANCE = {torch.bfloat16: 2e-4, torch.float16: 1e-4, torch.float32: 5e-5}
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to write a kernel in torch, and where it is worth running."""
+
+    name: str
+    function: Callable[..., None]
+    modes: tuple[str, ...] = (EAGER, COMPILED)
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A form that has been bound to its arguments, run and verified; `error` is its distance from the kernel."""
+
+    form: str
+    mode: str
+    run: Callable[[], object]
+    error: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.mode}: {self.form}"
+
+
+def prepare(
+    kernel: str,
+    forms: tuple[Form, ...],
+    modes: tuple[str, ...],
+    arguments: Mapping[str, Any],
+    expected: Mapping[str, torch.Tensor],
+) -> list[Baseline]:
+    """Bind, compile and verify the forms that apply; `arguments` hold what they read, `expected` what they write.
+
+    The outputs, new tensors of the expected shapes, are shared: one form runs at a time.
+    """
+    outputs = {name: torch.empty_like(tensor) for name, tensor in expected.items()}
+    torch.compiler.reset()  # else shapes met before count against torch.compile's limit of recompilations
+    baselines = []
+    for form in forms:
+        for mode in modes:
+            if mode in form.modes:
+                run = bind(form, mode, {**arguments, **outputs})
+                error = verify(f"{kernel}, {mode}: {form.name}", run, outputs, expected)
+                baselines.append(Baseline(form.name, mode, run, error))
+    return baselines
+
+
+def applicable(forms: tuple[Form, ...], device: torch.device, dtype: str) -> tuple[Form, ...]:
+    """The forms for this device and stream dtype."""
+    return tuple(form for form in forms if device.type in form.devices and dtype in form.dtypes)
+
+
+def bind(form: Form, mode: str, arguments: Mapping[str, Any]) -> Callable[[], object]:
+    """The form as something to call. torch.compile compiles at the first call, for these very shapes."""
+    function = form.function
+    if mode == COMPILED:
+        function = torch.compile(function, fullgraph=True, dynamic=False)
+    return lambda: function(**arguments)
+
+
+def verify(
+    name: str,
+    run: Callable[[], object],
+    outputs: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
+) -> float:
+    """Run a form into outputs full of NaN and compare; its largest error, or an MHCError if that is too large."""
+    for output in outputs.values():
+        output.fill_(float("nan"))
+    run()
+    worst = 0.0
+    for key, wanted in expected.items():
+        error, tolerance = relative_error(outputs[key], wanted), TOLERANCE[wanted.dtype]
+        if not error <= tolerance:  # NaN is refused too
+            raise MHCError(
+                f"baseline {name}: expected {key} within {tolerance:.0e} of the kernel's, got {error:.1e}; "
+                "it is not timed, nor is anything else"
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖got − expected‖ / ‖expected‖."""
+    norm = torch.linalg.vector_norm
+    difference = norm(got.float() - expected.float(), dtype=torch.float64)
+    return float(difference / norm(expected, dtype=torch.float64))

@@ -1,0 +1,100 @@
+"""Measure one case: the kernel, a copy of as many bytes and every form of plain torch, in the same rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from . import stream_forms, token_forms
+from .baselines import MODES, Baseline, applicable, prepare
+from .cases import Case
+from .machine import last_level_cache
+from .timing import Statistics, clock_for, measure
+from .traffic import Traffic
+from .workloads import Stream, workload
+
+FORMS = {**stream_forms.FORMS, **token_forms.FORMS}
+KERNEL, COPY = "kernel", "copy"
+
+
+@dataclass(frozen=True)
+class FormResult:
+    """A form of plain torch: its time, and its relative distance from the kernel's output."""
+
+    form: str
+    mode: str
+    error: float
+    time: Statistics
+
+
+@dataclass(frozen=True)
+class Result:
+    """A case's times. `copy_bytes` are read and written together; `in_cache` when one call's bytes fit the cache."""
+
+    case: Case
+    traffic: Traffic
+    in_cache: bool
+    kernel: Statistics
+    copy: Statistics
+    copy_bytes: int
+    torch: tuple[FormResult, ...]
+
+    @property
+    def bandwidth(self) -> float:
+        """The kernel's bytes per second."""
+        return self.traffic.total / self.kernel.median
+
+    @property
+    def copy_bandwidth(self) -> float:
+        """The copy's bytes per second."""
+        return self.copy_bytes / self.copy.median
+
+    @property
+    def share_of_copy(self) -> float:
+        """The kernel's bandwidth in units of the copy's."""
+        return self.bandwidth / self.copy_bandwidth
+
+    def fastest(self, mode: str | None = None) -> FormResult:
+        """The fastest form of plain torch, of one mode or of all that ran."""
+        return min((form for form in self.torch if mode in (None, form.mode)), key=lambda form: form.time.median)
+
+    def speedup(self, form: FormResult) -> float:
+        """The form's time in units of the kernel's: above 1 where the kernel is faster."""
+        return form.time.median / self.kernel.median
+
+
+def run_cases(cases: Iterable[Case], device: torch.device, baselines: str, repeats: int) -> Iterator[Result]:
+    """Measure the cases one by one; those of one shape, which are neighbours, share their inputs."""
+    cache_bytes = last_level_cache(device)
+    clock = clock_for(device, cache_bytes)
+    for shape, group in groupby(cases, key=lambda case: case.shape):
+        stream = Stream.of(shape, device)
+        for case in group:
+            load = workload(case, stream)
+            load.run()
+            forms = applicable(FORMS[case.kernel], device, shape.dtype)
+            verified = prepare(case.kernel, forms, MODES[baselines], load.arguments, load.outputs())
+            copy, copy_bytes = make_copy(load.traffic.total, device)
+            candidates = {KERNEL: load.run, COPY: copy, **{form.name: form.run for form in verified}}
+            times = measure(candidates, clock, repeats)
+            in_cache = load.traffic.total <= cache_bytes
+            torch_results = tuple(form_result(form, times) for form in verified)
+            yield Result(case, load.traffic, in_cache, times[KERNEL], times[COPY], copy_bytes, torch_results)
+
+
+def form_result(baseline: Baseline, times: dict[str, Statistics]) -> FormResult:
+    """What is reported of a baseline."""
+    return FormResult(baseline.form, baseline.mode, baseline.error, times[baseline.name])
+
+
+def make_copy(num_bytes: int, device: torch.device) -> tuple[Callable[[], object], int]:
+    """A copy that reads and writes about `num_bytes` together, and how many it does.
+
+    Of ones: pages that were never written are all backed by one page of zeros, which stays in the cache.
+    """
+    source = torch.ones(max(1, num_bytes // 8), dtype=torch.float32, device=device)
+    destination = torch.ones_like(source)
+    return lambda: destination.copy_(source), 2 * source.nbytes

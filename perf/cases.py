@@ -1,0 +1,76 @@
+"""Which kernels are measured at which sizes.
+
+Imports no torch: the options' defaults come from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..kernels.plans import BYTES
+
+KERNELS = ("expand", "project", "coefficients", "sinkhorn", "pre", "post")
+WIDTHS = (1280, 1920, 2560, 4096, 7168)  # the paper's 3B, 9B and 27B models, then DeepSeek-V4's two
+GPU_TOKENS = (4096, 16384)  # the batch of one sequence, and of four
+CPU_STREAM_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of one stream; `dtype` is torch's name of its dtype."""
+
+    num_tokens: int
+    num_streams: int
+    hidden_size: int
+    dtype: str
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of the stream."""
+        return BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one shape."""
+
+    kernel: str
+    shape: Shape
+
+    @property
+    def reads_stream(self) -> bool:
+        """Whether the stream is read or written; the other kernels are float32 throughout."""
+        return self.kernel not in ("coefficients", "sinkhorn")
+
+    @property
+    def hidden_size(self) -> int | None:
+        """C; None for `sinkhorn`, which never sees a channel."""
+        return None if self.kernel == "sinkhorn" else self.shape.hidden_size
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of what the kernel mostly reads."""
+        return self.shape.dtype if self.reads_stream else "float32"
+
+
+def make_cases(kernels: Iterable[str], shapes: Iterable[Shape]) -> list[Case]:
+    """Shape by shape, every kernel; without those that a size they do not depend on would repeat."""
+    cases: dict[tuple[object, ...], Case] = {}
+    kernels = tuple(kernels)
+    for shape in shapes:
+        for case in (Case(kernel, shape) for kernel in kernels):
+            identity = (case.kernel, shape.num_tokens, shape.num_streams, case.hidden_size, case.dtype)
+            cases.setdefault(identity, case)
+    return list(cases.values())
+
+
+def cpu_tokens(num_streams: int, hidden_size: int, itemsize: int, cache_bytes: int) -> int:
+    """A power of two of tokens whose stream is 64 MiB at most, more where the last-level cache is larger.
+
+    The limit is never below twice the cache, so that even rounded down to a power of two a stream does not
+    fit the cache.
+    """
+    limit = max(CPU_STREAM_BYTES, 2 * cache_bytes)
+    tokens = max(1, limit // (num_streams * hidden_size * itemsize))
+    return 1 << (tokens.bit_length() - 1)

@@ -1,0 +1,110 @@
+"""`mhc-tilelang bench`: check the kernels, then time them against a copy and against plain torch.
+
+No number is printed over a failed check, and no torch form is timed whose result differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from ..device import add_device_argument, describe, pick_device, versions
+from ..json_output import add_json_argument, write_json
+from ..spec import STREAM_COUNTS
+from . import cases, report
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("bfloat16", "float16", "float32")
+REPEATS = {"cpu": 20, "cuda": 50}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `mhc-tilelang bench`."""
+    add_device_argument(parser)
+    add = parser.add_argument
+    text = f"any of {', '.join(cases.KERNELS)} (default: all)"
+    add("--kernels", nargs="+", choices=cases.KERNELS, default=cases.KERNELS, metavar="KERNEL", help=text)
+    text = f"hidden sizes (default: {', '.join(map(str, cases.WIDTHS))})"
+    add("--widths", nargs="+", type=positive, default=cases.WIDTHS, metavar="C", help=text)
+    text = "token counts (default: 4096 and 16384 on a GPU; on a CPU so many that the stream misses the cache)"
+    add("--tokens", nargs="+", type=positive, metavar="T", help=text)
+    add("--streams", type=int, choices=STREAM_COUNTS, default=4, help="residual streams, n (default: 4)")
+    add("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="of the stream (default: bfloat16)")
+    text = "forms of plain torch to compare with: eager ones, or those of torch.compile too, which take minutes more"
+    add("--baselines", choices=("eager", "all"), default="eager", help=text)
+    add("--repeats", type=positive, metavar="R", help="rounds that count (default: 20 on a CPU, 50 on a GPU)")
+    add_json_argument(parser)
+
+
+def positive(text: str) -> int:
+    """An argument that is a positive integer."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, measure, print; 1 without a number when a kernel is off."""
+    import torch
+    from tqdm import tqdm
+
+    from .bench import run_cases
+    from .timing import WARMUP_ROUNDS
+
+    device = pick_device(args.device)
+    if not check(device):
+        return 1
+    repeats = args.repeats or REPEATS[device.type]
+    facts = {
+        "device": describe(device),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "method": report.method(device.type, repeats, WARMUP_ROUNDS, args.baselines),
+    }
+    print(report.header(facts) + "\n")
+    chosen = cases.make_cases(args.kernels, shapes(args, device))
+    with torch.no_grad():
+        measured = run_cases(chosen, device, args.baselines, repeats)
+        results = list(tqdm(measured, total=len(chosen), desc="bench", unit="case", leave=False))
+    print(report.table(results))
+    write_json(args.json, report.as_json(facts, results))
+    return 0
+
+
+def check(device: torch.device) -> bool:
+    """Compare every kernel with float64; print the rows that are off."""
+    from ..checking.command import as_table
+    from ..checking.run import check_kernels
+
+    print("mhc-tilelang bench: checking the kernels first", file=sys.stderr)
+    failed = [row for row in check_kernels(device, quick=True) if not row.passed]
+    if failed:
+        print(as_table(failed))
+        print("\nFAILED: these kernels are wrong, so nothing is measured")
+    return not failed
+
+
+def shapes(args: argparse.Namespace, device: torch.device) -> list[cases.Shape]:
+    """The shapes that the options ask for, on this device."""
+    return [
+        cases.Shape(tokens, args.streams, width, dtype)
+        for dtype in args.dtype
+        for width in args.widths
+        for tokens in args.tokens or default_tokens(device, args.streams, width, dtype)
+    ]
+
+
+def default_tokens(device: torch.device, num_streams: int, hidden_size: int, dtype: str) -> tuple[int, ...]:
+    """Enough tokens that the stream misses the last-level cache."""
+    from .machine import last_level_cache
+
+    if device.type == "cuda":
+        return cases.GPU_TOKENS
+    itemsize = cases.BYTES[dtype]
+    return (cases.cpu_tokens(num_streams, hidden_size, itemsize, last_level_cache(device)),)

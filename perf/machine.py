@@ -1,0 +1,36 @@
+"""What a measurement has to know about the machine: the size of the cache that memory traffic must miss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def last_level_cache(device: torch.device) -> int:
+    """Bytes of the device's last cache before memory; 0 where the system does not tell."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    return cpu_last_level_cache()
+
+
+def cpu_last_level_cache(caches: Path = CPU_CACHES) -> int:
+    """Bytes of the highest level of the first processor's data caches, from Linux's description."""
+    sizes = {}
+    for index in caches.glob("index*"):
+        if (index / "type").read_text().strip() != "Instruction":
+            sizes[int((index / "level").read_text())] = parse_size((index / "size").read_text())
+    return sizes[max(sizes)] if sizes else 0
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size as Linux writes it: "32768K"."""
+    text = text.strip()
+    return int(text[:-1]) * UNITS[text[-1]] if text[-1:] in UNITS else int(text)

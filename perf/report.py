@@ -1,0 +1,145 @@
+"""What is printed and written: the header, the table, the JSON. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .bench import FormResult, Result
+    from .timing import Statistics
+
+IN_CACHE, DOUBTFUL = "*", "!"
+
+METHOD = {
+    "cpu": "wall time of single calls from a cold cache, outputs allocated beforehand",
+    "cuda": "CUDA events around single calls from a cold L2, outputs allocated beforehand",
+}
+
+
+def method(device_type: str, repeats: int, warmup: int, baselines: str) -> dict[str, Any]:
+    """How the numbers came about, for the header and the JSON."""
+    return {
+        "clock": METHOD[device_type],
+        "order": "kernel, copy and torch forms interleaved, every other round reversed",
+        "warmup_rounds": warmup,
+        "rounds": repeats,
+        "baselines": baselines,
+    }
+
+
+def header(facts: dict[str, Any]) -> str:
+    """The lines above the table."""
+    how = facts["method"]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    compiled = "eager and torch.compile" if how["baselines"] == "all" else "eager only (--baselines all for the rest)"
+    return "\n".join(
+        (
+            f"{facts['device']}, {facts['date']}",
+            f"{versions}, torch threads {facts['threads']}",
+            f"{how['clock']}; medians and quartiles of {how['rounds']} rounds,",
+            f"{how['order']}",
+            f"torch forms: {compiled}",
+        )
+    )
+
+
+def table(results: Sequence[Result]) -> str:
+    """A row per result, and below the table what its columns and marks mean."""
+    from tabulate import tabulate
+
+    compiled = any(form.mode == "compiled" for result in results for form in result.torch)
+    headers = ["kernel", "C", "tokens", "dtype", "time, ms", "quartiles", "stream, MB", "small, MB", "GB/s", "of copy"]
+    headers += ["vs eager", "fastest eager", *(["vs torch", "fastest torch"] if compiled else [])]
+    align = ["left", "right", "right", "left", "right", "left", *["right"] * 5, "left", *["right", "left"] * compiled]
+    lines = [row(result, compiled) for result in results]
+    text = tabulate(lines, headers=headers, disable_numparse=True, colalign=align)
+    return "\n".join((text, "", *footnotes(results)))
+
+
+def row(result: Result, compiled: bool) -> list[str]:
+    """One line of the table."""
+    case, time, traffic = result.case, result.kernel, result.traffic
+    quartiles = f"{milliseconds(time.lower_quartile)} to {milliseconds(time.upper_quartile)}"
+    marks = (IN_CACHE if result.in_cache else "") + (DOUBTFUL if is_doubtful(result) else "")
+    eager = result.fastest("eager")
+    line = [case.kernel + marks, str(case.hidden_size or ""), str(case.shape.num_tokens), case.dtype]
+    line += [milliseconds(time.median), quartiles, megabytes(traffic.stream), megabytes(traffic.small)]
+    line += [f"{result.bandwidth / 1e9:.1f}", f"{result.share_of_copy:.0%}"]
+    line += [f"{result.speedup(eager):.2f}×", eager.form]
+    if compiled:
+        fastest = result.fastest()
+        line += [f"{result.speedup(fastest):.2f}×", f"{fastest.mode}: {fastest.form}"]
+    return line
+
+
+def is_doubtful(result: Result) -> bool:
+    """Whether a time that is shown was taken while the system kept interrupting."""
+    forms = (result.fastest("eager"), result.fastest())
+    return any(time.doubtful for time in (result.kernel, result.copy, *(form.time for form in forms)))
+
+
+def footnotes(results: Sequence[Result]) -> list[str]:
+    """How to read the columns; the marks, where there are any."""
+    lines = [
+        "time: of one call. GB/s: stream and small bytes, each counted once, over the time. of copy: that in units",
+        "of a torch copy of as many bytes, whose half is written; a kernel that mostly reads can exceed it.",
+        "vs: the form's time over the kernel's, above 1 where the kernel is faster.",
+    ]
+    if any(result.in_cache for result in results):
+        text = "all bytes fit the last-level cache, which can keep what is written: GB/s is not memory bandwidth."
+        lines.append(f"{IN_CACHE} {text}")
+    if any(is_doubtful(result) for result in results):
+        lines.append(
+            f"{DOUBTFUL} the machine was busy: most calls of the kernel, the copy or a shown form waited for a core."
+        )
+    return lines
+
+
+def milliseconds(seconds: float) -> str:
+    """Three significant digits."""
+    value = seconds * 1e3
+    return f"{value:.{2 if value >= 1 else 3}f}" if value < 100 else f"{value:.0f}"
+
+
+def megabytes(count: int) -> str:
+    """Bytes in units of 10⁶, as GB/s has it; empty for none."""
+    return f"{count / 1e6:.{1 if count >= 1e6 else 3}f}" if count else ""
+
+
+def as_json(facts: dict[str, Any], results: Sequence[Result]) -> dict[str, Any]:
+    """The content of `--json FILE`. Times are in seconds, sizes in bytes, bandwidths in bytes per second."""
+    largest = max(results, key=lambda result: result.copy_bytes)
+    return {**facts, "copy": copy_json(largest), "results": [result_json(result) for result in results]}
+
+
+def copy_json(result: Result) -> dict[str, Any]:
+    """A result's copy ceiling; at the top level that of the most bytes."""
+    return {"bytes": result.copy_bytes, "bandwidth": result.copy_bandwidth, "time": asdict(result.copy)}
+
+
+def result_json(result: Result) -> dict[str, Any]:
+    """One result, with every form of plain torch that was timed."""
+    case = result.case
+    return {
+        "kernel": case.kernel,
+        "num_streams": case.shape.num_streams,
+        "hidden_size": case.hidden_size,
+        "num_tokens": case.shape.num_tokens,
+        "dtype": case.dtype,
+        "time": asdict(result.kernel),
+        "traffic": {**asdict(result.traffic), "total": result.traffic.total},
+        "bandwidth": result.bandwidth,
+        "share_of_copy": result.share_of_copy,
+        "fits_last_level_cache": result.in_cache,
+        "copy": copy_json(result),
+        "torch": [form_json(result, form) for form in result.torch],
+    }
+
+
+def form_json(result: Result, form: FormResult) -> dict[str, Any]:
+    """One form of plain torch."""
+    time: Statistics = form.time
+    facts = {"form": form.form, "mode": form.mode, "error": form.error}
+    return {**facts, "time": asdict(time), "over_kernel": result.speedup(form)}

@@ -1,0 +1,135 @@
+"""Time things against each other: interleaved rounds, one call a sample, quartiles.
+
+Whatever is compared is timed within the same rounds, so that a slow spell of the machine hits all of it
+alike. Every other round runs backwards, so that nobody always follows the same neighbour. Before each call
+the last-level cache is emptied: else whoever shares a buffer with its neighbour finds it there. Clocks:
+
+    CpuClock    wall time of one call, monotonic. Notes how long its threads waited for a core: on a machine
+                with other work, a sample measures the scheduler (a kernel of 0.6 ms was seen to take 4 and 8,
+                one and two time slices of Linux).
+    CudaClock   time between two events around the call.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+WARMUP_ROUNDS = 2
+WAITING_SHARE = 0.05  # of a call's time; quiet machines stay below it
+THREADS = Path("/proc/self/task")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call: how long it took, and how long threads of this process waited for a core meanwhile."""
+
+    seconds: float
+    waited: float = 0.0
+
+    @property
+    def disturbed(self) -> bool:
+        return self.waited > WAITING_SHARE * self.seconds
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of several samples, in seconds; `disturbed` of them were left out, unless that was more than half."""
+
+    median: float
+    lower_quartile: float
+    upper_quartile: float
+    samples: int
+    disturbed: int
+
+    @property
+    def doubtful(self) -> bool:
+        return 2 * self.disturbed > self.samples
+
+
+Run = Callable[[], object]
+Clock = Callable[[Run], Sample]
+
+
+def measure(candidates: Mapping[str, Run], clock: Clock, repeats: int) -> dict[str, Statistics]:
+    """Run every candidate once a round, for WARMUP_ROUNDS that are dropped and `repeats` that count."""
+    samples: dict[str, list[Sample]] = {name: [] for name in candidates}
+    for round_number in range(WARMUP_ROUNDS + repeats):
+        for name in list(candidates)[:: -1 if round_number % 2 else 1]:
+            sample = clock(candidates[name])
+            if round_number >= WARMUP_ROUNDS:
+                samples[name].append(sample)
+    return {name: summarize(taken) for name, taken in samples.items()}
+
+
+def summarize(samples: Sequence[Sample]) -> Statistics:
+    """Median and quartiles of the undisturbed samples, or of all if those are fewer than half."""
+    undisturbed = [sample for sample in samples if not sample.disturbed]
+    kept = undisturbed if 2 * len(undisturbed) >= len(samples) else samples
+    seconds = [sample.seconds for sample in kept]
+    if len(seconds) == 1:
+        seconds *= 2  # a single sample is all of its quartiles
+    lower, median, upper = statistics.quantiles(seconds, n=4, method="inclusive")
+    return Statistics(median, lower, upper, len(samples), len(samples) - len(undisturbed))
+
+
+def clock_for(device: torch.device, cache_bytes: int) -> Clock:
+    """The device's clock; `cache_bytes` is the size of its last-level cache, 0 if unknown."""
+    return CudaClock(device, cache_bytes) if device.type == "cuda" else CpuClock(cache_bytes)
+
+
+class CpuClock:
+    """Time one call on the wall, after reading twice the last-level cache, at least 64 MiB, on every thread.
+
+    Reading, since the lines of a write would have to be written back while the call runs.
+    """
+
+    def __init__(self, cache_bytes: int) -> None:
+        self.flush = torch.ones(max(2 * cache_bytes, 64 << 20) // 4)
+
+    def __call__(self, run: Run) -> Sample:
+        """Time one call."""
+        self.flush.sum()
+        waited = waiting_nanoseconds()
+        start = time.perf_counter_ns()
+        run()
+        nanoseconds = time.perf_counter_ns() - start
+        return Sample(nanoseconds / 1e9, (waiting_nanoseconds() - waited) / 1e9)
+
+
+def waiting_nanoseconds() -> int:
+    """How long this process's threads have been runnable without a core so far; 0 where Linux does not tell."""
+    total = 0
+    with suppress(OSError):  # not Linux, or a thread that has just ended
+        for thread in THREADS.iterdir():
+            total += int((thread / "schedstat").read_text().split()[1])
+    return total
+
+
+class CudaClock:
+    """Time one call between two events, after writing four times L2, at least 512 MiB.
+
+    That takes long enough for the call's kernels to be queued before it ends, so that the time to launch them
+    from Python is not measured.
+    """
+
+    def __init__(self, device: torch.device, cache_bytes: int) -> None:
+        self.device = device
+        self.flush = torch.empty(max(4 * cache_bytes, 512 << 20), dtype=torch.uint8, device=device)
+        self.start, self.end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def __call__(self, run: Run) -> Sample:
+        """Time one call."""
+        with torch.cuda.device(self.device):
+            self.flush.zero_()
+            self.start.record()
+            run()
+            self.end.record()
+            self.end.synchronize()
+        return Sample(self.start.elapsed_time(self.end) / 1e3)

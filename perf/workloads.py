@@ -1,0 +1,139 @@
+"""A kernel ready to run: its inputs, outputs allocated beforehand, and what plain torch is to reproduce.
+
+Kernels run through `launch`, as the public functions run them, so that what is timed is what a caller waits
+for, except the allocation of the outputs. The inputs are those of the correctness check, so logits have
+standard deviation 2 and no matrix is symmetric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import launch
+from ..checking import inputs as checking
+from ..checking.inputs import Inputs
+from ..kernels.plans import ProjectionPlan
+from ..spec import MHCSpec
+from .cases import Case, Shape
+from .traffic import Traffic, traffic
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One kernel at one shape.
+
+    Attributes:
+        run: the kernel, writing into the same outputs at every call.
+        outputs: what it wrote, by name, as the forms of plain torch write it.
+        arguments: what those forms read, by name.
+        traffic: bytes of one call.
+    """
+
+    run: Callable[[], object]
+    outputs: Callable[[], Tensors]
+    arguments: dict[str, Any]
+    traffic: Traffic
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What all kernels of one shape share: the inputs, and the projection of the stream."""
+
+    spec: MHCSpec
+    inputs: Inputs
+    plan: ProjectionPlan
+    partial: torch.Tensor
+
+    @classmethod
+    def of(cls, shape: Shape, device: torch.device) -> Stream:
+        """Draw the inputs and project the stream."""
+        dtype = getattr(torch, shape.dtype)
+        case = checking.Case(shape.num_streams, shape.hidden_size, dtype, shape.num_tokens)
+        inputs = Inputs.of(case, device)
+        plan = launch.projection_plan(inputs.x, case.spec.num_coefficients)
+        return cls(case.spec, inputs, plan, launch.project(inputs.x, inputs.phi, plan))
+
+    def dots(self) -> torch.Tensor:
+        """x·phi [M, T], the slabs and phi's halves added up."""
+        total = self.partial.sum(0)[: self.plan.halves * self.plan.rows]
+        return total.unflatten(0, (self.plan.halves, self.plan.rows)).sum(0)
+
+    def squares(self) -> torch.Tensor:
+        """Σx² [T], the slabs and lanes added up."""
+        return self.partial.sum(0)[self.plan.halves * self.plan.rows :].sum(0)
+
+
+def workload(case: Case, stream: Stream) -> Workload:
+    """The case's kernel on this stream."""
+    run, outputs, arguments = BUILDERS[case.kernel](stream)
+    return Workload(run, outputs, arguments, traffic(case, stream.plan, num_slabs=stream.partial.shape[0]))
+
+
+Parts = tuple[Callable[[], object], Callable[[], Tensors], dict[str, Any]]
+
+
+def expand(stream: Stream) -> Parts:
+    """h -> x."""
+    h, n, x = stream.inputs.h, stream.spec.num_streams, torch.empty_like(stream.inputs.x)
+    return lambda: launch.expand(h, n, out=x), lambda: {"x": x}, {"h": h}
+
+
+def project(stream: Stream) -> Parts:
+    """x, phi -> partial sums; compared as dots [T, M] and squares [T]."""
+    x, phi, plan, partial = stream.inputs.x, stream.inputs.phi, stream.plan, stream.partial
+    return (
+        lambda: launch.project(x, phi, plan, out=partial),
+        lambda: {"dots": stream.dots().T.contiguous(), "squares": stream.squares()},
+        {"x": x, "phi": phi},
+    )
+
+
+def coefficients(stream: Stream) -> Parts:
+    """Partial sums -> h_pre, h_post, h_res."""
+    inputs, spec, plan, partial = stream.inputs, stream.spec, stream.plan, stream.partial
+    out = (torch.empty_like(inputs.h_pre), torch.empty_like(inputs.h_post), torch.empty_like(inputs.h_res))
+    alpha_and_bias = {"alpha": inputs.alpha, "bias": inputs.bias}
+    return (
+        lambda: launch.coefficients(partial, inputs.alpha, inputs.bias, spec, plan, out=out),
+        lambda: dict(zip(("h_pre", "h_post", "h_res"), out, strict=True)),
+        {"dots": stream.dots(), "squares": stream.squares(), **alpha_and_bias, "spec": spec},
+    )
+
+
+def sinkhorn(stream: Stream) -> Parts:
+    """Logits -> h_res."""
+    logits, h_res = stream.inputs.logits, torch.empty_like(stream.inputs.h_res)
+    iters, eps = stream.spec.sinkhorn_iters, stream.spec.sinkhorn_eps
+    arguments = {"logits": logits, "iters": iters, "eps": eps}
+    return lambda: launch.sinkhorn(logits, iters, eps, out=h_res), lambda: {"h_res": h_res}, arguments
+
+
+def pre(stream: Stream) -> Parts:
+    """x, h_pre -> layer_input."""
+    x, h_pre, layer_input = stream.inputs.x, stream.inputs.h_pre, torch.empty_like(stream.inputs.h)
+    arguments = {"x": x, "h_pre": h_pre}
+    return lambda: launch.aggregate(x, h_pre, out=layer_input), lambda: {"layer_input": layer_input}, arguments
+
+
+def post(stream: Stream) -> Parts:
+    """x, layer_output, h_post, h_res -> x_next."""
+    names = ("x", "layer_output", "h_post", "h_res")
+    arguments = {name: getattr(stream.inputs, name) for name in names}
+    x_next = torch.empty_like(stream.inputs.x)
+    return lambda: launch.post(**arguments, out=x_next), lambda: {"x_next": x_next}, arguments
+
+
+BUILDERS: dict[str, Callable[[Stream], Parts]] = {
+    "expand": expand,
+    "project": project,
+    "coefficients": coefficients,
+    "sinkhorn": sinkhorn,
+    "pre": pre,
+    "post": post,
+}

@@ -1,0 +1,290 @@
+"""Bad arguments: refused by name, with what was expected and what came, before anything is compiled.
+
+Would catch: an argument that is not looked at, a check after the first kernel, an error of PyTorch's in the
+place of ours.
+"""
+
+import math
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+import torch
+
+import mhc_tilelang as mhc
+from mhc_tilelang import MHCSpec, ops
+from mhc_tilelang import compile as compiler
+
+SPEC = MHCSpec.deepseek_v4(64)
+n, C, M, K, T = 4, 64, 24, 256, 6
+
+
+def arguments_of(function):
+    """Good arguments, by name."""
+    x, phi, alpha, bias = torch.zeros(T, n, C), torch.zeros(M, K), torch.zeros(3), torch.zeros(M)
+    projected = {"x": x, "phi": phi, "alpha": alpha, "bias": bias, "spec": SPEC, "norm_weight": torch.ones(K)}
+    return {
+        "expand": {"h": torch.zeros(T, C), "num_streams": n},
+        "sinkhorn": {"logits": torch.zeros(T, n, n), "iters": 20, "eps": 1e-6},
+        "coefficients": projected,
+        "pre": projected,
+        "head": {**projected, "phi": phi[:n], "alpha": alpha[:1], "bias": bias[:n]},
+        "post": {
+            "x": x,
+            "layer_output": torch.zeros(T, C),
+            "h_post": torch.zeros(T, n),
+            "h_res": torch.zeros(T, n, n),
+        },
+    }[function]
+
+
+FUNCTIONS = ("expand", "sinkhorn", "coefficients", "pre", "post", "head")
+PROJECTING = ("coefficients", "pre", "head")
+TENSORS = [(f, name) for f in FUNCTIONS for name, v in arguments_of(f).items() if isinstance(v, torch.Tensor)]
+TOKEN_TENSORS = [("post", "layer_output"), ("post", "h_post"), ("post", "h_res")]
+every_tensor = pytest.mark.parametrize(("function", "argument"), TENSORS)
+
+
+def call(function, **changed):
+    return getattr(ops, function)(**{**arguments_of(function), **changed})
+
+
+@pytest.fixture(autouse=True)
+def no_kernel(monkeypatch):
+    """A call that gets as far as a kernel fails the test."""
+
+    def refuse(family, *_, **__):
+        pytest.fail(f"{family} was asked for")
+
+    monkeypatch.setattr(compiler, "kernel", refuse)
+
+
+def assert_refused(error, function, argument, parts, **changed):
+    """The error's type, its beginning `function: argument`, and that it quotes expected and got."""
+    with pytest.raises(error) as caught:
+        call(function, **changed)
+    message = str(caught.value)
+    assert message.startswith((f"{function}: {argument}: ", f"{function}: {argument} "))
+    for part in parts:
+        assert part in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_good_arguments_reach_a_kernel(function):
+    """Tests the other tests: what they change is the only thing that is wrong."""
+    with pytest.raises(pytest.fail.Exception, match="was asked for"):
+        call(function)
+
+
+@every_tensor
+@pytest.mark.parametrize("value", [None, [[1.0]], 3])
+def test_wrong_type(function, argument, value):
+    if (argument, value) == ("norm_weight", None):
+        return  # its default
+    assert_refused(TypeError, function, argument, ["expected a torch.Tensor, got"], **{argument: value})
+
+
+@every_tensor
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.bfloat16])
+def test_wrong_dtype(function, argument, dtype):
+    """Streams may be bfloat16, all else only float32; the layer's output only what x is."""
+    if dtype == torch.bfloat16 and argument in ("h", "x"):
+        if function != "post":
+            return
+        argument, changed = "layer_output", {"x": arguments_of("post")["x"].to(dtype)}
+        assert_refused(TypeError, function, argument, ["torch.bfloat16", "got torch.float32"], **changed)
+        return
+    tensor = arguments_of(function)[argument].to(dtype)
+    assert_refused(TypeError, function, argument, ["expected dtype", f"got {dtype}"], **{argument: tensor})
+
+
+@every_tensor
+def test_wrong_shape(function, argument):
+    """Each dimension one element short."""
+    tensor = arguments_of(function)[argument]
+    for axis in range(tensor.ndim):
+        short = tensor.narrow(axis, 0, tensor.shape[axis] - 1).contiguous()
+        if argument == "h" or (argument in ("x", "logits") and axis == 0):
+            continue  # any C will do for h, and the first tensor says how many tokens there are
+        if (function, argument) == ("post", "x"):
+            blamed = "x" if axis == 1 else "layer_output"  # n = 3 is none of ours; C = 63 is not layer_output's
+            assert_refused(ValueError, function, blamed, ["expected", "got"], x=short)
+            continue
+        leading = axis == 0 and (function, argument) in TOKEN_TENSORS
+        got = short.shape[:1] if leading else short.shape
+        assert_refused(ValueError, function, argument, ["expected", f"got {list(got)}"], **{argument: short})
+
+
+@pytest.mark.parametrize("function", PROJECTING)
+def test_transposed_phi(function):
+    phi = arguments_of(function)["phi"].T.contiguous()
+    rows = n if function == "head" else M
+    parts = [f"expected shape [{rows}, {K}], got [{K}, {rows}]", "transposed?"]
+    assert_refused(ValueError, function, "phi", parts, phi=phi)
+
+
+@pytest.mark.parametrize("function", PROJECTING)
+def test_spec_of_other_sizes(function):
+    """The spec rules: x is what disagrees."""
+    for spec in (MHCSpec(65), MHCSpec(64, num_streams=2)):
+        wanted = f"expected shape [..., {spec.num_streams}, {spec.hidden_size}], got [{T}, {n}, {C}]"
+        assert_refused(ValueError, function, "x", [wanted], spec=spec)
+
+
+def test_stream_and_channel_axes_swapped():
+    wanted = "expected shape [..., 4, 64], got [6, 64, 4]"
+    assert_refused(ValueError, "pre", "x", [wanted], x=torch.zeros(T, C, n))
+
+
+@pytest.mark.parametrize("function", PROJECTING)
+def test_spec_is_no_spec(function):
+    for spec in (None, {"hidden_size": 64}, 64, MHCSpec):
+        assert_refused(TypeError, function, "spec", ["expected an MHCSpec, got"], spec=spec)
+
+
+@every_tensor
+def test_two_devices(function, argument):
+    """The meta device stands in for a second one. The first tensor's device is the call's."""
+    tensor = arguments_of(function)[argument].to("meta")
+    if argument in ("h", "logits"):
+        return  # a single tensor: see test_device_without_kernels
+    if argument == "x":  # the first one: it may be blamed for what it is, or the second for being elsewhere
+        second = {"post": "layer_output"}.get(function, "phi")
+        with pytest.raises(ValueError, match=rf"^{function}: (x: .*got meta|{second}: .*meta, got cpu)$"):
+            call(function, x=tensor)
+    else:
+        assert_refused(ValueError, function, argument, ["expected device cpu, got meta"], **{argument: tensor})
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_device_without_kernels(function):
+    """Every tensor on a device that is neither a CPU nor a GPU."""
+    first = next(iter(arguments_of(function)))
+    moved = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in arguments_of(function).items()}
+    assert_refused(ValueError, function, first, ["cpu or cuda", "got meta"], **moved)
+
+
+@every_tensor
+def test_not_contiguous(function, argument):
+    """Refused, not copied: a copy of the wide stream would cost more than the kernel."""
+    tensor = arguments_of(function)[argument]
+    if tensor.numel() == 1:
+        return  # one element lies contiguous at any stride
+    strided = torch.zeros(*tensor.shape, 2, dtype=tensor.dtype)[..., 0]
+    parts = ["expected a contiguous tensor, got strides", str(tuple(strided.stride())), ".contiguous()"]
+    assert_refused(ValueError, function, argument, parts, **{argument: strided})
+
+
+@every_tensor
+def test_gradient_asked_for(function, argument):
+    """No backward yet: an error instead of a result that silently has no gradient."""
+    tensor = arguments_of(function)[argument].requires_grad_()
+    assert_refused(mhc.GradientError, function, argument, ["requires a gradient", "no_grad"], **{argument: tensor})
+    with torch.no_grad(), pytest.raises(pytest.fail.Exception, match="was asked for"):
+        call(function, **{argument: tensor})
+
+
+@pytest.mark.parametrize(("function", "argument"), TOKEN_TENSORS)
+@pytest.mark.parametrize("leading", [(), (1,), (5,), (7,), (2, 3), (6, 1)])
+def test_leading_dimensions_that_disagree(function, argument, leading):
+    """Neither broadcast nor regrouped: [2, 3] tokens are not [6]."""
+    tensor = torch.zeros(*leading, *arguments_of(function)[argument].shape[1:])
+    parts = [f"expected leading dimensions [{T}], got {list(leading)}"]
+    assert_refused(ValueError, function, argument, parts, **{argument: tensor})
+
+
+@pytest.mark.parametrize("num_streams", [0, 1, 3, 5, 16, -4])
+def test_stream_counts_without_kernels(num_streams):
+    parts = ["(2, 4, 8)", f"got {num_streams}"]
+    assert_refused(ValueError, "expand", "num_streams", parts, num_streams=num_streams)
+    if num_streams > 0:
+        sized = torch.zeros(T, num_streams, num_streams)
+        assert_refused(ValueError, "sinkhorn", "logits", parts, logits=sized)
+        assert_refused(ValueError, "post", "x", parts, x=torch.zeros(T, num_streams, C))
+
+
+@pytest.mark.parametrize("num_streams", [4.0, "4", None, True])
+def test_stream_count_is_no_integer(num_streams):
+    assert_refused((TypeError, ValueError), "expand", "num_streams", ["expected", "got"], num_streams=num_streams)
+
+
+def test_matrices_that_are_not_square():
+    parts = ["expected square matrices [..., n, n], got [6, 4, 2]"]
+    assert_refused(ValueError, "sinkhorn", "logits", parts, logits=torch.zeros(T, 4, 2))
+
+
+@pytest.mark.parametrize(("function", "argument"), [("expand", "h"), ("post", "x"), ("sinkhorn", "logits")])
+def test_too_few_dimensions(function, argument):
+    assert_refused(ValueError, function, argument, ["expected shape [...", "got []"], **{argument: torch.zeros(())})
+
+
+@pytest.mark.parametrize(("function", "changed"), [("expand", {"h": (T, 0)}), ("post", {"x": (T, n, 0)})])
+def test_no_channels(function, changed):
+    """C = 0 is no hidden size, as MHCSpec says."""
+    [(argument, shape)] = changed.items()
+    more = {"layer_output": torch.zeros(T, 0)} if function == "post" else {}
+    tensor = torch.zeros(*shape)
+    parts = ["expected", f"got {list(shape)}"]
+    assert_refused(ValueError, function, argument, parts, **{argument: tensor}, **more)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error"),
+    [
+        ({"iters": 0}, ValueError),
+        ({"iters": -1}, ValueError),
+        ({"iters": 2.0}, TypeError),
+        ({"iters": None}, TypeError),
+        ({"eps": -1e-6}, ValueError),
+        ({"eps": math.nan}, ValueError),
+        ({"eps": math.inf}, ValueError),
+        ({"eps": "0"}, TypeError),
+    ],
+)
+def test_sinkhorn_constants(changed, error):
+    [(argument, value)] = changed.items()
+    with pytest.raises(error, match=rf"{argument}: expected .*, got .*{value}"):
+        call("sinkhorn", **changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error"),
+    [
+        ({"hidden_size": 0}, ValueError),
+        ({"hidden_size": -1}, ValueError),
+        ({"hidden_size": 64.0}, TypeError),
+        ({"hidden_size": "64"}, TypeError),
+        ({"hidden_size": True}, TypeError),
+        ({"num_streams": 3}, ValueError),
+        ({"num_streams": 16}, ValueError),
+        ({"num_streams": 4.0}, TypeError),
+        ({"sinkhorn_iters": 0}, ValueError),
+        ({"sinkhorn_iters": None}, TypeError),
+    ]
+    + [
+        ({name: value}, error)
+        for name in ("sinkhorn_eps", "pre_eps", "rms_eps", "post_scale")
+        for value, error in [(-1.0, ValueError), (math.nan, ValueError), (math.inf, ValueError), ("1", TypeError)]
+    ],
+)
+def test_bad_spec(changed, error):
+    [(name, value)] = changed.items()
+    with pytest.raises(error, match=rf"^{name}: expected .*, got .*{value}"):
+        MHCSpec(**{"hidden_size": 64, **changed})
+
+
+def test_presets():
+    """DESIGN's constants. Catches a preset that drifts."""
+    v4 = MHCSpec.deepseek_v4(hidden_size=2560)
+    assert v4 == MHCSpec(2560, 4, 20, 1e-6, 1e-6, 1e-6, 2.0) == MHCSpec(2560)
+    paper = MHCSpec.paper(hidden_size=2560)
+    assert paper == replace(v4, sinkhorn_eps=0.0, pre_eps=0.0, rms_eps=1e-20)
+    assert MHCSpec.paper(64, num_streams=8, rms_eps=1e-12) == MHCSpec(64, 8, 20, 0.0, 0.0, 1e-12, 2.0)
+    assert (v4.num_coefficients, v4.stream_size) == (24, 10_240)
+    with pytest.raises(FrozenInstanceError):
+        v4.num_streams = 8
+
+
+def test_integers_for_floats():
+    """`sinkhorn_eps=0` is a number like 0.0, and the same spec."""
+    assert MHCSpec(64, sinkhorn_eps=0, post_scale=2) == MHCSpec(64, sinkhorn_eps=0.0)

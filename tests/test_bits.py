@@ -1,0 +1,160 @@
+"""Bits: a token's result depends on that token alone, on one device and build.
+
+Would catch: a sum whose order follows the batch, the split or the thread count; a race; a fused function that
+rounds elsewhere than its parts.
+"""
+
+import pytest
+import torch
+from helpers import CPU, assert_same_bits, map_tokens
+
+from mhc_tilelang import launch, ops
+from mhc_tilelang.checking.inputs import Case, Inputs
+
+NUM_TOKENS = 70
+CASES = {
+    "n4-bfloat16": Case(4, 1000, torch.bfloat16, NUM_TOKENS),  # four chunks, so that splits matter
+    "n4-float16": Case(4, 333, torch.float16, NUM_TOKENS),
+    "n4-float32": Case(4, 333, torch.float32, NUM_TOKENS),
+    "n2-bfloat16": Case(2, 333, torch.bfloat16, NUM_TOKENS),
+    "n8-bfloat16": Case(8, 333, torch.bfloat16, NUM_TOKENS),
+}
+
+
+def projected(inputs, rows=None):
+    groups = None if rows is None else 1
+    return inputs.x, inputs.phi[:rows], inputs.alpha[:groups], inputs.bias[:rows]
+
+
+FUNCTIONS = {
+    "coefficients": lambda i, spec: ops.coefficients(*projected(i), spec),
+    "pre": lambda i, spec: ops.pre(*projected(i), spec),
+    "post": lambda i, _: (ops.post(i.x, i.layer_output, i.h_post, i.h_res),),
+    "sinkhorn": lambda i, spec: (ops.sinkhorn(i.logits, spec.sinkhorn_iters, spec.sinkhorn_eps),),
+    "head": lambda i, spec: (ops.head(*projected(i, spec.num_streams), spec),),
+}
+
+
+def run(function, inputs, case):
+    return FUNCTIONS[function](inputs, case.spec)
+
+
+every_function = pytest.mark.parametrize("function", FUNCTIONS)
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, undone afterwards: the kernels take their thread count from it."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def each_alone(function, inputs, case):
+    """The outputs of one call per token, put together."""
+    calls = [run(function, map_tokens(inputs, lambda t, k=k: t[k : k + 1]), case) for k in range(NUM_TOKENS)]
+    return [torch.cat(outputs) for outputs in zip(*calls, strict=True)]
+
+
+@every_function
+@every_case
+def test_same_call_twice(case, function):
+    """Also catches an argument that a kernel writes, and an output that shares memory with another one."""
+    inputs = Inputs.of(case, CPU)
+    first = run(function, inputs, case)
+    kept = [output.clone() for output in first]
+    for _ in range(3):
+        assert_same_bits(run(function, inputs, case), first)
+    assert_same_bits(first, kept)
+    assert_same_bits(vars(inputs).values(), vars(Inputs.of(case, CPU)).values())
+
+
+@every_function
+@every_case
+def test_token_alone_and_in_batches(case, function):
+    """In batches of 1 to 70 tokens, then at random places, many times over, in batches of 127 to 4097."""
+    inputs = Inputs.of(case, CPU)
+    alone = each_alone(function, inputs, case)
+    for size in range(1, NUM_TOKENS + 1):
+        batch = run(function, map_tokens(inputs, lambda t, size=size: t[:size]), case)
+        assert_same_bits(batch, [output[:size] for output in alone])
+    generator = torch.Generator().manual_seed(6)
+    for size in (127, 1000, 4097):
+        places = torch.randint(NUM_TOKENS, (size,), generator=generator)
+        batch = run(function, map_tokens(inputs, lambda t, places=places: t[places]), case)
+        assert_same_bits(batch, [output[places] for output in alone])
+
+
+@every_function
+def test_thread_count(function, threads):
+    """1, 2 and 3 threads, 70 and 4097 tokens. Catches a partial sum per thread."""
+    case = CASES["n4-bfloat16"]
+    small = Inputs.of(case, CPU)
+    for inputs in (small, map_tokens(small, lambda t: t.repeat(59, *[1] * (t.ndim - 1))[:4097])):
+        threads(1)
+        one = run(function, inputs, case)
+        for count in (2, 3):
+            threads(count)
+            assert_same_bits(run(function, inputs, case), one)
+
+
+@pytest.mark.parametrize("parallel_blocks", [1, 2, 3, 4, 264])
+@pytest.mark.parametrize("function", ["coefficients", "pre", "head"])
+def test_size_of_the_device(function, parallel_blocks, monkeypatch):
+    """A device that runs more blocks splits further. Catches totals added in the order of the splits."""
+    case = CASES["n4-bfloat16"]
+    inputs = map_tokens(Inputs.of(case, CPU), lambda t: t[:3])
+    expected = run(function, inputs, case)
+    monkeypatch.setattr(launch, "parallel_blocks", lambda _: parallel_blocks)
+    assert_same_bits(run(function, inputs, case), expected)
+
+
+@every_case
+def test_pre_is_coefficients_and_aggregation(case):
+    inputs = Inputs.of(case, CPU)
+    h_pre, h_post, h_res = ops.coefficients(*projected(inputs), case.spec)
+    assert_same_bits(ops.pre(*projected(inputs), case.spec), [launch.aggregate(inputs.x, h_pre), h_post, h_res])
+
+
+def test_sinkhorn_is_the_one_in_coefficients():
+    """On logits that are the bias alone. Catches two copies of the iteration that drift apart."""
+    case = CASES["n4-bfloat16"]
+    inputs = Inputs.of(case, CPU)
+    _, _, h_res = ops.coefficients(torch.zeros_like(inputs.x), *projected(inputs)[1:], case.spec)
+    logits = inputs.bias[8:].view(1, 4, 4).expand(NUM_TOKENS, 4, 4).contiguous()
+    assert_same_bits([h_res], [ops.sinkhorn(logits)])
+
+
+def test_given_outputs_are_written():
+    """`out=` of the launches, which allocate nothing then: the same bits, in that memory."""
+    case = CASES["n4-bfloat16"]
+    i, spec = Inputs.of(case, CPU), case.spec
+    plan = launch.projection_plan(i.x, spec.num_coefficients)
+    partial = launch.project(i.x, i.phi, plan)
+    launches = [
+        lambda **out: launch.expand(i.h, 4, **out),
+        lambda **out: launch.aggregate(i.x, i.h_pre, **out),
+        lambda **out: launch.post(i.x, i.layer_output, i.h_post, i.h_res, **out),
+        lambda **out: launch.sinkhorn(i.logits, 20, 1e-6, **out),
+        lambda **out: launch.project(i.x, i.phi, plan, **out),
+        lambda **out: launch.coefficients(partial, i.alpha, i.bias, spec, plan, **out),
+    ]
+    for call in launches:
+        expected = call()
+        single = isinstance(expected, torch.Tensor)
+        expected = [expected] if single else expected
+        given = [torch.full_like(tensor, float("nan")) for tensor in expected]
+        returned = call(out=given[0] if single else tuple(given))
+        assert_same_bits(given, expected)
+        returned = [returned] if single else returned
+        assert all(r is g for r, g in zip(returned, given, strict=True))
+
+
+def test_given_partial_sums_of_another_split_are_refused():
+    """One slab where every chunk writes its own would be written out of bounds."""
+    case = CASES["n4-bfloat16"]
+    i = Inputs.of(case, CPU)
+    plan = launch.projection_plan(i.x, 24)
+    with pytest.raises(ValueError, match=r"project: out: expected shape \[4, 40, 70\], got \[1, 40, 70\]"):
+        launch.project(i.x, i.phi, plan, 1, out=torch.empty(1, plan.slab_rows, NUM_TOKENS))

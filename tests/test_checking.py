@@ -1,0 +1,163 @@
+"""`mhc-tilelang check`: its rows, its JSON, and that a broken kernel fails it.
+
+Would catch: a check that always passes, a failure that the exit status hides, a traceback for a bad --text.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from mhc_tilelang import launch
+from mhc_tilelang.checking import real_stream, run
+from mhc_tilelang.checking.inputs import Case, Inputs
+from mhc_tilelang.checking.kernels import CHECKS, Comparison, compare
+from mhc_tilelang.cli import main
+
+CPU = torch.device("cpu")
+TINY = [Case(4, 64, torch.bfloat16, 5), Case(2, 192, torch.float32, 3)]
+ROW = {
+    "kernel": str,
+    "dtype": str,
+    "num_streams": int,
+    "hidden_size": int,
+    "num_tokens": int,
+    "error": float,
+    "tolerance": float,
+    "torch_error": float,
+    "passed": bool,
+}
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """The command on two cases and the first bytes of a text; returns its options for both files."""
+    monkeypatch.setattr(run, "cases", lambda *_: TINY)
+    text, report = tmp_path / "text", tmp_path / "report.json"
+    text.write_text("a real stream")
+    return ["check", "--device", "cpu", "--text", str(text), "--json", str(report)], report
+
+
+@pytest.fixture
+def transposing_post(monkeypatch):
+    post = launch.post
+
+    def transposing(x, layer_output, h_post, h_res, **out):
+        return post(x, layer_output, h_post, h_res.transpose(1, 2).contiguous(), **out)
+
+    monkeypatch.setattr(launch, "post", transposing)
+
+
+def test_rows_of_check_kernels(monkeypatch):
+    """One per case and kernel, in order. An error of 0 would say that a result was compared with itself."""
+    monkeypatch.setattr(run, "cases", lambda *_: TINY)
+    rows = run.check_kernels(CPU)
+    assert [(row.num_tokens, row.kernel) for row in rows] == [(c.num_tokens, k) for c in TINY for k in CHECKS]
+    assert all(row.passed and 0 <= row.error <= row.tolerance for row in rows)
+    assert all(row.error > 0 for row in rows if row.kernel != "expand")
+
+
+def test_cases_cover_what_they_say():
+    """Every n and dtype, wide and odd widths, one channel, no token; `quick` keeps every n and dtype."""
+    quick, full = run.cases(quick=True), run.cases()
+    pairs = {(n, dtype) for n in run.STREAMS for dtype in run.DTYPES}
+    assert {(case.num_streams, case.dtype) for case in quick} == pairs
+    assert len(quick) == len(pairs)
+    assert set(quick) < set(full)
+    assert {1, 2560} <= {case.hidden_size for case in full}
+    assert any(case.hidden_size % 2 and case.hidden_size > 256 for case in full)
+    assert {0, 1} <= {case.num_tokens for case in full}
+    assert max(case.logit_std for case in full) == 6.0
+
+
+def test_inputs_make_errors_visible():
+    """Logits of standard deviation 2 at every K, alphas apart, h_res not symmetric."""
+    for size in (1, 64, 2560):
+        inputs = Inputs.of(Case(4, size, torch.float32, 500), CPU)
+        logits = inputs.x.flatten(1) @ inputs.phi.T
+        normed = logits * torch.rsqrt(inputs.x.flatten(1).square().mean(1, keepdim=True))
+        assert 1.6 < normed.std() < 2.4
+        assert inputs.alpha.unique().numel() == 3
+        assert (inputs.h_res - inputs.h_res.mT).abs().mean() > 0.1
+
+
+def test_json(tiny, capsys):
+    """The schema that reports read. Catches numpy numbers and a renamed key."""
+    options, file = tiny
+    assert main(options) == 0
+    report = json.loads(file.read_text())
+    assert set(report) == {"device", "versions", "passed", "kernels"}
+    assert report["passed"] is True
+    assert {"mhc-tilelang", "torch", "tilelang", "python"} <= set(report["versions"])
+    for row in report["kernels"]:
+        assert {name: type(value) for name, value in row.items()} == ROW
+    names = [row["kernel"] for row in report["kernels"]]
+    assert names == [*CHECKS, *CHECKS, *["real stream"] * 3]
+    printed = capsys.readouterr().out
+    assert f"{len(names)} of {len(names)} cases passed" in printed
+    assert "FAILED" not in printed
+    assert all(kernel in printed for kernel in CHECKS)
+
+
+def test_broken_kernel_fails_the_command(tiny, transposing_post, capsys):
+    """In the exit status, in the table, in the last line by name, and in the JSON."""
+    options, file = tiny
+    assert main(options) == 1
+    report = json.loads(file.read_text())
+    assert report["passed"] is False
+    assert {row["kernel"] for row in report["kernels"] if not row["passed"]} == {"post", "real stream"}
+    printed = capsys.readouterr().out
+    assert "FAILED: post, real stream" in printed
+    passed = [row["passed"] for row in report["kernels"]]
+    assert f"{sum(passed)} of {len(passed)} cases passed" in printed
+
+
+def test_kernel_that_returns_nan_fails(monkeypatch):
+    """NaN compares false with everything: an error that is `> bound` would let it pass."""
+    monkeypatch.setattr(launch, "post", lambda x, *_, **__: torch.full_like(x, float("nan")))
+    row = run.check_case("post", TINY[0], Inputs.of(TINY[0], CPU))
+    assert not row.passed
+    assert row.error == float("inf")
+
+
+def test_zero_is_a_right_answer():
+    """Where the exact result, its bound and its scale are 0, as of a zero stream, a result of 0 is no error."""
+    zero = np.zeros((2, 3))
+    assert compare(Comparison("x_next", zero, zero, zero, zero, zero)).passed
+    assert not compare(Comparison("x_next", zero + 1, zero, zero, zero, zero)).passed
+
+
+@pytest.mark.parametrize("content", [None, b""], ids=["missing", "empty"])
+def test_bad_text_is_one_line(content, tmp_path, capsys):
+    """Before any kernel is compiled, and without a traceback."""
+    file = tmp_path / "text"
+    if content is not None:
+        file.write_bytes(content)
+    assert main(["check", "--device", "cpu", "--text", str(file)]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("mhc-tilelang check: ")
+    assert f"--text {file}" in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_directory_as_text_is_one_line(tmp_path, capsys):
+    assert main(["check", "--device", "cpu", "--text", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_text_of_one_byte(tmp_path):
+    """The shortest text there is, and any bytes, UTF-8 or not."""
+    file = tmp_path / "text"
+    file.write_bytes(b"\xff")
+    tokens = real_stream.read_tokens(file)
+    assert tokens.tolist() == [255]
+    assert real_stream.check_stream(tokens, torch.float32, CPU).passed
+
+
+@pytest.mark.parametrize("dtype", run.DTYPES)
+def test_real_stream_sees_a_transposed_mix(dtype, transposing_post):
+    tokens = real_stream.read_tokens(real_stream.default_text())
+    row = real_stream.check_stream(tokens, dtype, CPU)
+    assert not row.passed

@@ -1,0 +1,103 @@
+"""head: its own coefficients, n rows only, and the aggregation by them.
+
+Would catch: rows of `coefficients` in the head's place, pre_eps left out, streams mixed up.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    CPU,
+    DTYPES,
+    STREAMS,
+    assert_leading_dimensions_are_tokens,
+    assert_matches_float64,
+    assert_same_bits,
+    assert_special_values_stay_in_their_token,
+    assert_views_can_start_anywhere,
+    crosses,
+)
+
+from mhc_tilelang import ops, reference
+from mhc_tilelang.checking.inputs import Case, Inputs
+from mhc_tilelang.checking.kernels import numpy64
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+CASE = Case(4, 333, torch.bfloat16, 63)
+
+
+def arguments(inputs, case):
+    n = case.num_streams
+    return inputs.x, inputs.phi[:n], inputs.alpha[:1], inputs.bias[:n]
+
+
+def call(inputs, case):
+    return (ops.head(*arguments(inputs, case), case.spec),)
+
+
+def float64(inputs, case):
+    return (reference.head(*map(numpy64, arguments(inputs, case)), case.spec),)
+
+
+@pytest.mark.parametrize("case", crosses())
+def test_matches_float64(case):
+    assert_matches_float64("head", case)
+
+
+@pytest.mark.parametrize("n", STREAMS)
+def test_wide_logits(n):
+    assert_matches_float64("head", Case(n, 192, torch.float32, 511, logit_std=6.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_phi(dtype):
+    """phi ~ 1e-4 with alpha as much larger. Catches a dot that is dropped, or that underflows in 16 bits."""
+    case = Case(4, 192, dtype, 127)
+    inputs = Inputs.of(case, CPU)
+    shrink = 1e-4 / inputs.phi.std()
+    assert_matches_float64("head", case, replace(inputs, phi=inputs.phi * shrink, alpha=inputs.alpha / shrink))
+
+
+def test_one_stream_chosen():
+    """Gates closed but for one stream's: that stream, to the bit, as pre_eps is 0 here. Catches swapped streams."""
+    inputs = Inputs.of(CASE, CPU)
+    spec = replace(CASE.spec, pre_eps=0.0)
+    for chosen in range(4):
+        bias = torch.full((4,), -1e4)
+        bias[chosen] = 1e4
+        h = ops.head(inputs.x, torch.zeros(4, 4 * 333), torch.ones(1), bias, spec)
+        assert_same_bits([h], [inputs.x[:, chosen]])
+
+
+def test_pre_eps():
+    """With gates closed, pre_eps of the sum of the streams. Catches an eps that is left out."""
+    inputs = Inputs.of(CASE, CPU)
+    spec = replace(CASE.spec, pre_eps=0.5)
+    h = ops.head(inputs.x, torch.zeros(4, 4 * 333), torch.ones(1), torch.full((4,), -1e4), spec)
+    np.testing.assert_allclose(numpy64(h), numpy64(inputs.x).sum(1) / 2, rtol=2**-8, atol=2**-20)
+
+
+def test_norm_weight_is_multiplied_into_phi():
+    """Catches a norm_weight that is accepted and ignored."""
+    inputs = Inputs.of(CASE, CPU)
+    weight = 0.5 + torch.rand(inputs.phi.shape[1])
+    x, phi, alpha, bias = arguments(inputs, CASE)
+    weighted = ops.head(x, phi, alpha, bias, CASE.spec, norm_weight=weight)
+    assert_same_bits([weighted], [ops.head(x, phi * weight, alpha, bias, CASE.spec)])
+    assert (weighted.float() - call(inputs, CASE)[0].float()).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_special_values(value):
+    assert_special_values_stay_in_their_token(call, float64, CASE, "x", value)
+
+
+def test_leading_dimensions():
+    assert_leading_dimensions_are_tokens(call, CASE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_misaligned_views(dtype):
+    assert_views_can_start_anywhere(call, replace(CASE, dtype=dtype))

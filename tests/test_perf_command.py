@@ -1,0 +1,192 @@
+"""`mhc-tilelang bench` from its arguments to its table, with the correctness check and the clock replaced.
+
+Would catch: a number printed over a failed check, an option that is accepted and ignored, JSON that is not
+what the table shows, a traceback where one line will do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mhc_tilelang import cli, launch
+from mhc_tilelang.checking import run as checks
+from mhc_tilelang.checking.run import Row
+from mhc_tilelang.perf import bench, cases, timing
+from mhc_tilelang.perf.timing import Sample
+
+SMALL = ("--device", "cpu", "--widths", "48", "--tokens", "32", "--repeats", "2")
+PASSED = Row("post", "bfloat16", 4, 192, 127, error=1e-3, tolerance=2e-3, torch_error=1e-3, passed=True)
+FAILED = Row("post", "float32", 4, 192, 127, error=0.5, tolerance=1e-6, torch_error=1e-7, passed=False)
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Have the correctness check return these rows."""
+
+    def stand_in(*rows: Row) -> None:
+        monkeypatch.setattr(checks, "check_kernels", lambda *_, **__: list(rows))
+
+    stand_in(PASSED)
+    return stand_in
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Have every call take a millisecond more than the one before; the list says how long a call waits."""
+    waits = [0.0]
+    ticks = iter(range(1, 100_000))
+
+    def stand_in(run: timing.Run) -> Sample:
+        run()
+        return Sample(1e-3 * next(ticks), waits[0])
+
+    monkeypatch.setattr(bench, "clock_for", lambda *_: stand_in)
+    return waits
+
+
+def run_json(tmp_path: Path, *options: str) -> dict[str, Any]:
+    file = tmp_path / "bench.json"
+    assert cli.main(["bench", *SMALL, *options, "--json", str(file)]) == 0
+    loaded: dict[str, Any] = json.loads(file.read_text())
+    return loaded
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_failed_check_ends_it_without_a_number(
+    checked: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checked(PASSED, FAILED)
+    monkeypatch.setattr(bench, "run_cases", lambda *_: pytest.fail("measured over a failed check"))
+    file = tmp_path / "bench.json"
+    assert cli.main(["bench", *SMALL, "--json", str(file)]) == 1
+    out = capsys.readouterr().out
+    assert "float32" in out
+    assert "5.0e-01" in out
+    assert "bfloat16" not in out
+    assert "FAILED: these kernels are wrong" in out
+    assert "GB/s" not in out
+    assert not file.exists()
+
+
+@pytest.mark.usefixtures("checked", "clock")
+def test_a_kernel_that_torch_contradicts_ends_it_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the very sizes that are measured, which the check does not visit."""
+    monkeypatch.setattr(launch, "aggregate", lambda *_, out: out.fill_(1.0))
+    assert cli.main(["bench", *SMALL, "--kernels", "pre"]) == 1
+    captured = capsys.readouterr()
+    assert "GB/s" not in captured.out
+    assert "mhc-tilelang bench: baseline pre, eager: einsum: expected layer_input within 2e-04" in captured.err
+
+
+@pytest.mark.usefixtures("checked", "clock")
+def test_json(tmp_path: Path) -> None:
+    got = run_json(tmp_path, "--kernels", "post", "sinkhorn", "--streams", "2")
+    assert set(got) == {"device", "date", "versions", "threads", "method", "copy", "results"}
+    assert got["threads"] == torch.get_num_threads()
+    assert got["method"]["rounds"] == 2
+    assert got["method"]["baselines"] == "eager"
+    post, sinkhorn = got["results"]
+    assert (post["kernel"], post["num_streams"], post["hidden_size"], post["num_tokens"]) == ("post", 2, 48, 32)
+    assert (sinkhorn["kernel"], sinkhorn["hidden_size"], sinkhorn["dtype"]) == ("sinkhorn", None, "float32")
+    for result in (post, sinkhorn):
+        total = result["traffic"]["total"]
+        assert total == sum(result["traffic"][key] for key in ("stream_read", "stream_written", "small"))
+        assert result["bandwidth"] == pytest.approx(total / result["time"]["median"])
+        assert result["copy"]["bandwidth"] == pytest.approx(result["copy"]["bytes"] / result["copy"]["time"]["median"])
+        assert abs(result["copy"]["bytes"] - total) < 8
+        assert result["share_of_copy"] == pytest.approx(result["bandwidth"] / result["copy"]["bandwidth"])
+        assert result["time"]["lower_quartile"] <= result["time"]["median"] <= result["time"]["upper_quartile"]
+        for form in result["torch"]:
+            assert form["mode"] == "eager"
+            assert form["over_kernel"] == pytest.approx(form["time"]["median"] / result["time"]["median"])
+    assert post["traffic"]["stream_read"] == 3 * 48 * 32 * 2
+    assert got["copy"] == max((result["copy"] for result in got["results"]), key=lambda copy: copy["bytes"])
+
+
+@pytest.mark.usefixtures("checked", "clock")
+def test_table_shows_the_fastest_form(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "last_level_cache", lambda _: 0)
+    [result] = run_json(tmp_path, "--kernels", "pre")["results"]
+    fastest = min(result["torch"], key=lambda form: form["time"]["median"])
+    out = capsys.readouterr().out
+    [line] = [line for line in out.splitlines() if line.startswith("pre ")]
+    assert line.endswith(f"{fastest['over_kernel']:.2f}×  {fastest['form']}")
+    assert f"{result['time']['median'] * 1e3:.2f}" in line
+    assert "eager only" in out
+    assert "the machine was busy" not in out
+
+
+@pytest.mark.usefixtures("checked")
+def test_marks(clock: list[float], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "last_level_cache", lambda _: 1 << 20)
+    clock[0] = 1e6
+    assert cli.main(["bench", *SMALL, "--kernels", "post"]) == 0
+    out = capsys.readouterr().out
+    assert "\npost*! " in out
+    assert "* all bytes fit the last-level cache" in out
+    assert "! the machine was busy" in out
+
+
+@pytest.mark.usefixtures("checked", "clock")
+def test_options_reach_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def stand_in(chosen: list[cases.Case], device: torch.device, baselines: str, repeats: int) -> Any:
+        asked.update(cases=chosen, device=device, baselines=baselines, repeats=repeats)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "run_cases", stand_in)
+    options = "--kernels pre --widths 32 64 --tokens 8 16 --streams 8 --dtype float32 float16 --baselines all"
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["bench", "--device", "cpu", *options.split(), "--repeats", "7"])
+    assert asked["device"] == torch.device("cpu")
+    assert (asked["baselines"], asked["repeats"]) == ("all", 7)
+    expected = [(T, 8, C, d) for d in ("float32", "float16") for C in (32, 64) for T in (8, 16)]
+    assert asked["cases"] == [cases.Case("pre", cases.Shape(*sizes)) for sizes in expected]
+
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["bench", "--device", "cpu"])
+    assert {case.kernel for case in asked["cases"]} == set(cases.KERNELS)
+    assert {case.shape.hidden_size for case in asked["cases"]} == {1280, 1920, 2560, 4096, 7168}
+    assert {case.shape.dtype for case in asked["cases"]} == {"bfloat16"}
+    assert asked["baselines"] == "eager"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--kernels nonsense",
+        "--dtype int8",
+        "--widths 0",
+        "--widths wide",
+        "--tokens -1",
+        "--streams 3",
+        "--repeats 0",
+        "--baselines some",
+        "--device tpu",
+    ],
+)
+def test_bad_options_exit_2(options: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench", *options.split()])
+    assert options.split()[0] in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("checked")
+def test_cuda_without_a_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["bench", "--device", "cuda"]) == 1
+    assert capsys.readouterr().err.startswith("mhc-tilelang bench: --device cuda: torch sees no GPU")

@@ -1,0 +1,96 @@
+"""The clock and the statistics, on samples made up for the purpose.
+
+Would catch: rounds in one order only, warm-up that counts, a mean in place of the median, waiting for a core
+that counts as the kernel's time, a flush inside the timed region.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mhc_tilelang.perf import timing
+from mhc_tilelang.perf.timing import WARMUP_ROUNDS, Sample, Statistics, measure, summarize
+
+QUIET = [Sample(seconds) for seconds in (5.0, 1.0, 2.0, 100.0, 3.0)]
+WAITED = Sample(seconds=50.0, waited=10.0)
+
+
+def test_quartiles() -> None:
+    assert summarize(QUIET) == Statistics(3.0, 2.0, 5.0, samples=5, disturbed=0)
+
+
+def test_one_sample_is_its_own_quartiles() -> None:
+    assert summarize(QUIET[:1]) == Statistics(5.0, 5.0, 5.0, samples=1, disturbed=0)
+
+
+def test_disturbed_samples_do_not_count() -> None:
+    statistics = summarize([*QUIET, *[WAITED] * 5])
+    assert statistics == Statistics(3.0, 2.0, 5.0, samples=10, disturbed=5)
+    assert not statistics.doubtful
+
+
+def test_all_samples_count_where_most_are_disturbed() -> None:
+    statistics = summarize([*QUIET, *[WAITED] * 6])
+    assert statistics.median == 50.0
+    assert statistics.disturbed == 6
+    assert statistics.doubtful
+
+
+def test_a_moment_of_waiting_is_no_disturbance() -> None:
+    assert not Sample(seconds=1.0, waited=0.04).disturbed
+    assert Sample(seconds=1.0, waited=0.06).disturbed
+
+
+def test_rounds_alternate_in_order_and_warmup_is_dropped() -> None:
+    calls: list[str] = []
+    ticks = iter(range(1000))
+
+    def clock(run: timing.Run) -> Sample:
+        run()
+        return Sample(float(next(ticks)))
+
+    candidates = {name: lambda name=name: calls.append(name) for name in "abc"}
+    times = measure(candidates, clock, repeats=3)
+    assert "".join(calls) == ("abc" + "cba") * 2 + "abc"
+    assert WARMUP_ROUNDS == 2
+    # The first call that counts is number 6; a is called in places 6, 11 and 12, b in the middle of each round.
+    assert times["a"] == summarize([Sample(6.0), Sample(11.0), Sample(12.0)])
+    assert times["b"] == summarize([Sample(7.0), Sample(10.0), Sample(13.0)])
+
+
+def test_cpu_clock_times_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0
+
+    def pass_time(nanoseconds: int) -> None:
+        nonlocal now
+        now += nanoseconds
+
+    class Flush:
+        def sum(self) -> None:
+            pass_time(1_000_000)
+
+    clock = timing.CpuClock(cache_bytes=0)
+    monkeypatch.setattr(clock, "flush", Flush())
+    monkeypatch.setattr(timing.time, "perf_counter_ns", lambda: now)
+    monkeypatch.setattr(timing, "waiting_nanoseconds", lambda: now // 10)
+    assert clock(lambda: pass_time(500)) == Sample(seconds=500e-9, waited=50e-9)
+
+
+@pytest.mark.parametrize(("cache_bytes", "flushed"), [(0, 64 << 20), (48 << 20, 96 << 20)])
+def test_flush_is_larger_than_the_cache(cache_bytes: int, flushed: int) -> None:
+    assert timing.CpuClock(cache_bytes).flush.nbytes == flushed
+
+
+def test_waiting_is_summed_over_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for thread, waited in (("11", 300), ("12", 4)):
+        (tmp_path / thread).mkdir()
+        (tmp_path / thread / "schedstat").write_text(f"987654321 {waited} 17\n")
+    monkeypatch.setattr(timing, "THREADS", tmp_path)
+    assert timing.waiting_nanoseconds() == 304
+
+
+def test_waiting_is_zero_where_it_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "THREADS", tmp_path / "absent")
+    assert timing.waiting_nanoseconds() == 0

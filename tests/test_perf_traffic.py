@@ -1,0 +1,93 @@
+"""Bytes and cases, against the design's numbers and against the tensors that the kernels get.
+
+Would catch: a tensor that is counted twice or not at all, a default size that fits the cache, a case that is
+measured twice.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mhc_tilelang.kernels import plans
+from mhc_tilelang.perf.cases import KERNELS, Case, Shape, cpu_tokens, make_cases
+from mhc_tilelang.perf.machine import cpu_last_level_cache
+from mhc_tilelang.perf.traffic import small_bytes, stream_elements, traffic
+from mhc_tilelang.perf.workloads import Stream, workload
+
+STREAM_DTYPES = ("bfloat16", "float32")
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_stream_traffic_is_the_designs(n: int) -> None:
+    assert stream_elements("project", n) == (n, 0)
+    assert stream_elements("pre", n) == (n, 1)
+    assert stream_elements("post", n) == (n + 1, n)
+    assert stream_elements("expand", n) == (1, n)
+    assert stream_elements("sinkhorn", n) == stream_elements("coefficients", n) == (0, 0)
+    papers = [sum(stream_elements(kernel, n)) for kernel in ("project", "pre", "post")]
+    assert sum(papers) == 4 * n + 2
+
+
+def nbytes(values: Any) -> int:
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", STREAM_DTYPES)
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_bytes_are_those_of_the_tensors(kernel: str, dtype: str, n: int) -> None:
+    """What goes in and comes out, tensor by tensor; for the projection's partial sums, the tensor itself."""
+    shape = Shape(num_tokens=70, num_streams=n, hidden_size=48, dtype=dtype)
+    stream = Stream.of(shape, torch.device("cpu"))
+    load = workload(Case(kernel, shape), stream)
+    inputs, outputs = dict(load.arguments), load.outputs()
+    if kernel == "coefficients":
+        inputs = {"partial": stream.partial, "alpha": inputs["alpha"], "bias": inputs["bias"]}
+    if kernel == "project":
+        outputs = {"partial": stream.partial}
+    assert load.traffic.total == nbytes(inputs.values()) + nbytes(outputs.values())
+    streams = [tensor for name, tensor in (inputs | outputs).items() if name in ("h", "x", "layer_output", "x_next")]
+    streams += [tensor for name, tensor in outputs.items() if name == "layer_input"]
+    assert load.traffic.stream == nbytes(streams)
+
+
+def test_split_phi_counts_its_halves() -> None:
+    """On a GPU phi is read once, and its two bfloat16 halves, padded to 48 rows, are written and read."""
+    shape = Shape(num_tokens=4096, num_streams=4, hidden_size=2560, dtype="bfloat16")
+    plan = plans.projection_plan(24, 2560, "bfloat16", "cuda")
+    phi, halves, partial = 24 * 10240 * 4, 48 * 10240 * 2, (48 + 16) * 4096 * 4
+    assert small_bytes(Case("project", shape), plan, num_slabs=1) == phi + 2 * halves + partial
+    assert traffic(Case("project", shape), plan, num_slabs=1).stream == 4096 * 10240 * 2
+
+
+def test_cases_are_not_repeated_for_what_a_kernel_does_not_see() -> None:
+    shapes = [Shape(64, 4, C, dtype) for dtype in STREAM_DTYPES for C in (32, 48)]
+    cases = make_cases(KERNELS, shapes)
+    count = {kernel: sum(case.kernel == kernel for case in cases) for kernel in KERNELS}
+    assert count == {"expand": 4, "project": 4, "coefficients": 2, "sinkhorn": 1, "pre": 4, "post": 4}
+    assert [case.shape for case in cases] == sorted((case.shape for case in cases), key=shapes.index)
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 20, 32 << 20, 400 << 20])
+@pytest.mark.parametrize("hidden_size", [1280, 1920, 7168])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_default_streams_miss_the_cache(cache_bytes: int, hidden_size: int, itemsize: int) -> None:
+    tokens = cpu_tokens(4, hidden_size, itemsize, cache_bytes)
+    stream = tokens * 4 * hidden_size * itemsize
+    assert tokens & (tokens - 1) == 0
+    assert cache_bytes < stream <= max(64 << 20, 2 * cache_bytes)
+
+
+def test_last_level_cache_is_the_highest_data_cache(tmp_path: Path) -> None:
+    caches = [(1, "Data", "48K"), (1, "Instruction", "32K"), (2, "Unified", "1024K"), (3, "Unified", "32M")]
+    for index, facts in enumerate(caches):
+        folder = tmp_path / f"index{index}"
+        folder.mkdir()
+        for name, value in zip(("level", "type", "size"), facts, strict=True):
+            (folder / name).write_text(f"{value}\n")
+    assert cpu_last_level_cache(tmp_path) == 32 << 20
+    assert cpu_last_level_cache(tmp_path / "absent") == 0
