@@ -25,7 +25,7 @@ READY := $(VENV)/.mhc-ready
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
 
-bench: $(READY) ## measure the kernels: bandwidth, and the overhead over a plain residual
+bench: $(READY) ## check the kernels, then measure them: time, bandwidth, ratio to plain torch
 	$(BIN)/mhc-tilelang bench $(ARGS)
 
 check: $(READY) ## compare the kernels with the float64 reference

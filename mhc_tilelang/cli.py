@@ -30,7 +30,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "check": Command("mhc_tilelang.checking.command", "compare the kernels with the float64 reference"),
-    "bench": Command("mhc_tilelang.perf.command", "measure bandwidth and the overhead over a plain residual"),
+    "bench": Command("mhc_tilelang.perf.command", "measure the kernels: time, bandwidth, ratio to plain torch"),
     "doctor": Command("mhc_tilelang.doctor", "report what this machine has and what is missing"),
 }
 
