@@ -147,8 +147,8 @@ def cxx() -> Tool:
     if tool is None:
         wanted = os.environ.get("CXX") or ", ".join(CXX_NAMES)
         raise CompilerError(
-            f"no C++ compiler: looked for {wanted}. The CPU target builds its kernels with one: install g++ 12 "
-            "or newer, or clang++, or name it in $CXX"
+            f"no C++ compiler: looked for {wanted}. The CPU target builds its kernels with one: install g++ "
+            "or clang++, or name it in $CXX"
         )
     return tool
 
