@@ -17,9 +17,9 @@ reader adds: their order follows from C alone, not from a thread layout.
 
 **Tensor cores, float32 results.** phi is float32 and must not be rounded to the tensor core's operand type.
 It is split once per call, phi = high + low, the two halves stacked as 2·M rows of one product; the reader
-adds the halves. A bfloat16 stream is then exact as it is. float16 and float32 streams use TF32 operands,
-where float16 is exact and float32 is split too, x = high + low, in registers. A CPU multiplies float32 phi
-directly (`split` is off).
+adds the halves. 2^-18 of an element is lost with bfloat16 halves, 2^-20 with TF32 ones. A bfloat16 stream is an
+operand as it is. float16 and float32 streams use TF32 operands, where float16 is exact and float32 is split
+too, x = high + low, in registers. A CPU multiplies float32 phi directly (`split` is off).
 """
 
 import tilelang.language as T

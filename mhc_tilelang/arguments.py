@@ -37,6 +37,7 @@ class Arguments:
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{self.function}: {name}: expected a torch.Tensor, got {type(value).__name__}")
         self._check_shape(name, value, trailing, batched)
+        self._check_memory(name, value)
         if value.dtype not in dtypes:
             wanted = " or ".join(str(dtype) for dtype in dtypes)
             raise TypeError(f"{self.function}: {name}: expected dtype {wanted}, got {value.dtype}")
@@ -51,12 +52,22 @@ class Arguments:
                 f"{self.function}: {name}: expected a contiguous tensor, got strides {tuple(value.stride())} for "
                 f"shape {list(value.shape)}; call .contiguous() first"
             )
-        if value.requires_grad and torch.is_grad_enabled():
+        tangent = torch.autograd.forward_ad.unpack_dual(value).tangent
+        if tangent is not None or (value.requires_grad and torch.is_grad_enabled()):
             raise GradientError(
                 f"{self.function}: {name} requires a gradient, and the kernels have no backward yet; "
                 "call under torch.no_grad(), or pass a detached tensor"
             )
         return value.reshape(-1, *trailing) if batched else value
+
+    def _check_memory(self, name: str, value: torch.Tensor) -> None:
+        """The kernels read a tensor's memory: refuse tensors that have none, or whose values are something else."""
+        wrapped = torch._is_functional_tensor(value) or torch._C._functorch.is_functorch_wrapped_tensor(value)
+        if wrapped or type(value) not in (torch.Tensor, torch.nn.Parameter):
+            kind = "one wrapped by a function transform" if wrapped else type(value).__name__
+            raise TypeError(f"{self.function}: {name}: expected a torch.Tensor with memory of its own, got {kind}")
+        if value.is_neg():
+            raise ValueError(f"{self.function}: {name}: expected no lazy negation, got one; call .resolve_neg() first")
 
     def _check_shape(self, name: str, value: torch.Tensor, trailing: tuple[int, ...], batched: bool) -> None:
         split = value.ndim - len(trailing)
@@ -86,7 +97,9 @@ def check_spec(function: str, spec: MHCSpec) -> None:
 
 def check_streams(function: str, name: str, num_streams: int) -> None:
     """Refuse stream counts that there are no kernels for."""
-    if type(num_streams) is not int or num_streams not in STREAM_COUNTS:
+    if type(num_streams) is not int:
+        raise TypeError(f"{function}: {name}: expected int, got {num_streams!r} of type {type(num_streams).__name__}")
+    if num_streams not in STREAM_COUNTS:
         raise ValueError(f"{function}: {name}: expected one of {STREAM_COUNTS} streams, got {num_streams}")
 
 

@@ -20,7 +20,6 @@ from .tracing import progress, signature_of, trace
 if TYPE_CHECKING:
     import torch
 
-ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
 # Bytes of shared memory that one block may use, per architecture (CUDA programming guide, technical
 # specifications per compute capability).
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100a": 227 * 1024, "sm_120a": 99 * 1024}

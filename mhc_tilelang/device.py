@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import platform
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import MHCError
+from .toolchain import output_of
 
 if TYPE_CHECKING:
     import torch
@@ -40,13 +42,14 @@ def describe(device: torch.device) -> str:
 
 
 def processor_name() -> str:
-    """The processor's model name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+    """The processor's model name, as the system tells it."""
+    if platform.system() == "Darwin":
+        return output_of(["sysctl", "-n", "machdep.cpu.brand_string"]).strip() or platform.machine()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:

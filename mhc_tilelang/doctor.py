@@ -22,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from mhc_tilelang.device import processor_name
 from mhc_tilelang.json_output import add_json_argument, write_json
 from mhc_tilelang.toolchain import CXX_NAMES, find_cxx, find_nvcc, output_of, version_of
 
@@ -170,7 +171,7 @@ def nvcc_row(required: bool) -> Row:
     """Report nvcc, which the CUDA target needs: required where torch sees a GPU."""
     if tool := find_nvcc():
         return Row("nvcc", f"{version_of(tool)} ({tool.path}, from {tool.origin})")
-    hint = 'a CUDA toolkit, or pip install "mhc-tilelang[cuda-build]"'
+    hint = 'a CUDA toolkit, or pip install "tilelang[nvcc]"'
     return Row("nvcc", "not found", "missing" if required else "optional", hint)
 
 
@@ -224,17 +225,9 @@ def cpu_rows() -> list[Row]:
     flags = cpu_flags()
     simd = [name for name in SIMD_OF_INTEREST if name in flags]
     return [
-        Row("CPU", f"{cpu_model()}, {usable} of {os.cpu_count()} cores usable"),
+        Row("CPU", f"{processor_name()}, {usable} of {os.cpu_count()} cores usable"),
         Row("SIMD", " ".join(simd) or f"none of {', '.join(SIMD_OF_INTEREST)} reported"),
     ]
-
-
-def cpu_model() -> str:
-    """Name the CPU."""
-    if sys.platform == "darwin":
-        return output_of(["sysctl", "-n", "machdep.cpu.brand_string"]).strip() or platform.machine()
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo(), re.MULTILINE)
-    return found.group(1) if found else platform.processor() or platform.machine()
 
 
 def cpu_flags() -> set[str]:

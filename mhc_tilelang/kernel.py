@@ -32,6 +32,11 @@ class Signature:
     scalars: tuple[str, ...]
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all arguments."""
+        return (*(buffer.name for buffer in self.buffers), *self.scalars)
+
+    @property
     def sizes(self) -> tuple[str, ...]:
         """The run-time sizes, in order of first mention."""
         return tuple(dict.fromkeys(d for buffer in self.buffers for d in buffer.shape if isinstance(d, str)))
@@ -52,6 +57,8 @@ class Kernel:
         Zero tokens return before the launch: a grid of zero blocks is not a valid one.
         """
         signature = self.signature
+        if missing := [name for name in signature.names if name not in arguments]:
+            raise TypeError(f"{self.name}: missing arguments {missing}")
         tensors: list[Any] = [arguments.pop(buffer.name) for buffer in signature.buffers]
         scalars: list[Any] = [arguments.pop(name) for name in signature.scalars]
         if arguments:

@@ -49,7 +49,10 @@ def sinkhorn(logits: torch.Tensor, iters: int = 20, eps: float = 1e-6) -> torch.
     if num_streams != columns:
         raise ValueError(f"sinkhorn: logits: expected square matrices [..., n, n], got {list(logits.shape)}")
     check_streams("sinkhorn", "logits", num_streams)
-    MHCSpec(hidden_size=1, sinkhorn_iters=iters, sinkhorn_eps=eps)  # its checks name both
+    try:
+        MHCSpec(hidden_size=1, sinkhorn_iters=iters, sinkhorn_eps=eps)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"sinkhorn: {str(error).removeprefix('sinkhorn_')}") from None
     arguments = Arguments("sinkhorn")
     logits = arguments.tensor("logits", logits, (num_streams, num_streams), batched=True)
     return arguments.output(launch.sinkhorn(logits, iters, float(eps)))
@@ -67,7 +70,8 @@ def coefficients(
     """The three mappings of a sublayer from its stream (Eq. 14-19).
 
     Args:
-        x: [..., n, C], stream dtype.
+        x: [..., n, C], stream dtype. Σx² is summed in float32: beyond about 1e19/√K it overflows, and the
+            logits become their biases.
         phi: [M, K]; rows pre n, post n, res n·n as [out, in] row-major. The columns are x flattened.
         alpha: [3], for the pre, post and res rows.
         bias: [M], not scaled by the RMS norm.

@@ -5,10 +5,11 @@ A leaf: imports nothing of the package.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 
 STREAM_COUNTS = (2, 4, 8)
+MAX_ITERS = 10_000  # far beyond convergence
+SMALLEST, LARGEST = 2.0**-126, 2.0**127  # constants are float32 in the kernels, and no subnormals there
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class MHCSpec:
     Attributes:
         hidden_size: C, channels of a stream, at least 1.
         num_streams: n, lanes of the residual stream: 2, 4 or 8.
-        sinkhorn_iters: Sinkhorn-Knopp iterations, at least 1 (the paper: 20).
+        sinkhorn_iters: Sinkhorn-Knopp iterations, 1 to 10,000 (the paper: 20).
         sinkhorn_eps: added after the softmax and to every later row and column sum.
         pre_eps: added to h_pre after its sigmoid.
         rms_eps: added to the mean square before the root.
@@ -42,15 +43,16 @@ class MHCSpec:
             wanted = (int,) if field.type == "int" else (int, float)
             if isinstance(value, bool) or not isinstance(value, wanted):
                 raise TypeError(f"{field.name}: expected {field.type}, got {value!r} of type {type(value).__name__}")
-        for name in ("hidden_size", "sinkhorn_iters"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.hidden_size < 1:
+            raise ValueError(f"hidden_size: expected at least 1, got {self.hidden_size}")
+        if not 1 <= self.sinkhorn_iters <= MAX_ITERS:
+            raise ValueError(f"sinkhorn_iters: expected 1 to {MAX_ITERS}, got {self.sinkhorn_iters}")
         if self.num_streams not in STREAM_COUNTS:
             raise ValueError(f"num_streams: expected one of {STREAM_COUNTS}, got {self.num_streams}")
         for name in ("sinkhorn_eps", "pre_eps", "rms_eps", "post_scale"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+            if not (value == 0 or SMALLEST <= value <= LARGEST):
+                raise ValueError(f"{name}: expected 0 or a positive number that float32 holds, got {value}")
 
     @classmethod
     def deepseek_v4(cls, hidden_size: int, **changes: float) -> MHCSpec:

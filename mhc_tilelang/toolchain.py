@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -21,13 +22,15 @@ class Tool(NamedTuple):
 
     path: str
     origin: str
+    arguments: tuple[str, ...] = ()  # that $CXX gives, as in "ccache g++"
 
 
 def find_cxx() -> Tool | None:
     """Find the C++ compiler: $CXX, and only that where it is set; else g++, clang++ or c++ on the PATH."""
     if named := os.environ.get("CXX"):
-        path = shutil.which(named)
-        return Tool(path, "$CXX") if path else None
+        program, *arguments = shlex.split(named)
+        path = shutil.which(program)
+        return Tool(path, "$CXX", tuple(arguments)) if path else None
     for name in CXX_NAMES:
         if path := shutil.which(name):
             return Tool(path, "PATH")
@@ -46,7 +49,7 @@ def find_nvcc() -> Tool | None:
 
 def version_of(tool: Tool) -> str:
     """Return the version line of a compiler: nvcc's release line, the first line of any other."""
-    lines = output_of([tool.path, "--version"]).splitlines()
+    lines = output_of([tool.path, *tool.arguments, "--version"]).splitlines()
     release = [line for line in lines if "release" in line and "Cuda" in line]
     return (release or lines or ["version unknown"])[0].strip()
 

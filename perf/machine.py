@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,9 @@ def cpu_last_level_cache(caches: Path = CPU_CACHES) -> int:
     """Bytes of the highest level of the first processor's data caches, from Linux's description."""
     sizes = {}
     for index in caches.glob("index*"):
-        if (index / "type").read_text().strip() != "Instruction":
-            sizes[int((index / "level").read_text())] = parse_size((index / "size").read_text())
+        with suppress(OSError):  # some systems list a cache without its level or size
+            if (index / "type").read_text().strip() != "Instruction":
+                sizes[int((index / "level").read_text())] = parse_size((index / "size").read_text())
     return sizes[max(sizes)] if sizes else 0
 
 

@@ -1,6 +1,6 @@
 """Bytes that a kernel has to move: every tensor it takes or writes, once. From sizes alone, without torch.
 
-Stream tensors are counted in elements per token, in units of C (DESIGN: 4n + 2 for the sum of the paper's
+Stream tensors are counted in elements per token, in units of C (4n + 2 for the sum of the paper's
 kernels, project, pre and post):
 
     expand   reads 1      writes n

@@ -274,7 +274,7 @@ def test_bad_spec(changed, error):
 
 
 def test_presets():
-    """DESIGN's constants. Catches a preset that drifts."""
+    """The documented constants. Catches a preset that drifts."""
     v4 = MHCSpec.deepseek_v4(hidden_size=2560)
     assert v4 == MHCSpec(2560, 4, 20, 1e-6, 1e-6, 1e-6, 2.0) == MHCSpec(2560)
     paper = MHCSpec.paper(hidden_size=2560)
@@ -288,3 +288,55 @@ def test_presets():
 def test_integers_for_floats():
     """`sinkhorn_eps=0` is a number like 0.0, and the same spec."""
     assert MHCSpec(64, sinkhorn_eps=0, post_scale=2) == MHCSpec(64, sinkhorn_eps=0.0)
+
+
+# Tensors whose memory is not their value. The kernels read raw memory: each of these was a crash or a wrong number.
+
+
+def test_fake_tensors_are_refused():
+    """They have no memory at all."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        fake = torch.ones(2, 8)
+        with pytest.raises(TypeError, match=r"expand: h: expected .* memory of its own, got FakeTensor"):
+            ops.expand(fake, 4)
+
+
+@pytest.mark.parametrize("transform", [torch.func.functionalize, torch.vmap])
+def test_wrapped_tensors_are_refused(transform):
+    """A function transform hands over a wrapper without data."""
+    with pytest.raises(TypeError, match=r"expand: h: expected .* wrapped by a function transform"):
+        transform(lambda h: ops.expand(h, 4))(torch.ones(2, 3, 8))
+
+
+def test_lazy_negation_is_refused():
+    """The memory holds the opposite sign."""
+    with pytest.raises(ValueError, match=r"expand: h: .*resolve_neg"):
+        ops.expand(torch._neg_view(torch.ones(2, 8)), 4)
+
+
+def test_forward_mode_gradients_are_refused():
+    """A tangent must not be dropped without a word."""
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(torch.ones(2, 8), torch.ones(2, 8))
+        with pytest.raises(mhc.GradientError, match="expand: h requires a gradient"):
+            ops.expand(dual, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rms_eps", 1e-60), ("post_scale", 1e300), ("pre_eps", 10**400), ("sinkhorn_eps", float("nan"))],
+)
+def test_constants_that_float32_does_not_hold(name, value):
+    """They would become 0 or infinity in a kernel."""
+    with pytest.raises(ValueError, match=name):
+        MHCSpec(8, **{name: value})
+
+
+def test_sinkhorn_names_its_own_arguments():
+    """Not those of the spec that checks them."""
+    with pytest.raises(ValueError, match="sinkhorn: iters: expected 1 to"):
+        ops.sinkhorn(torch.zeros(1, 2, 2), iters=10**12)
+    with pytest.raises(TypeError, match="sinkhorn: eps: expected float"):
+        ops.sinkhorn(torch.zeros(1, 2, 2), eps="small")

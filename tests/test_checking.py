@@ -61,7 +61,7 @@ def test_rows_of_check_kernels(monkeypatch):
 def test_cases_cover_what_they_say():
     """Every n and dtype, wide and odd widths, one channel, no token; `quick` keeps every n and dtype."""
     quick, full = run.cases(quick=True), run.cases()
-    pairs = {(n, dtype) for n in run.STREAMS for dtype in run.DTYPES}
+    pairs = {(n, dtype) for n in run.STREAM_COUNTS for dtype in run.STREAM_DTYPES}
     assert {(case.num_streams, case.dtype) for case in quick} == pairs
     assert len(quick) == len(pairs)
     assert set(quick) < set(full)
@@ -156,7 +156,7 @@ def test_text_of_one_byte(tmp_path):
     assert real_stream.check_stream(tokens, torch.float32, CPU).passed
 
 
-@pytest.mark.parametrize("dtype", run.DTYPES)
+@pytest.mark.parametrize("dtype", run.STREAM_DTYPES)
 def test_real_stream_sees_a_transposed_mix(dtype, transposing_post):
     tokens = real_stream.read_tokens(real_stream.default_text())
     row = real_stream.check_stream(tokens, dtype, CPU)

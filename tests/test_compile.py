@@ -217,3 +217,23 @@ def test_public_names_resolve():
         assert getattr(mhc_tilelang, name).__name__ == name
     with pytest.raises(AttributeError, match="no_such_name"):
         mhc_tilelang.no_such_name  # noqa: B018
+
+
+def test_missing_argument_is_named():
+    """Not a KeyError."""
+    with pytest.raises(TypeError, match=r"post: missing arguments \['h_post', 'h_res', 'x_next'\]"):
+        post_kernel()(x=torch.empty(0), layer_output=torch.empty(0))
+
+
+def test_unusable_cache_is_a_known_error(monkeypatch):
+    """One line that names the folder and the variable, not a traceback."""
+    monkeypatch.setenv(build.CACHE_VARIABLE, "/proc/absent")
+    monkeypatch.setattr(compiler, "_kernels", {})
+    with pytest.raises(CompilerError, match=r"cannot keep kernels in /proc/absent.*MHC_TILELANG_CACHE"):
+        post_kernel()
+
+
+def test_cxx_may_have_arguments(cold, monkeypatch):
+    """CXX="ccache g++" is how many set it."""
+    monkeypatch.setenv("CXX", "env g++")
+    post_kernel()

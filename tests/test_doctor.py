@@ -144,9 +144,9 @@ def test_nvcc_search_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     in_home = program(tmp_path / "home" / "bin", "nvcc", release)
 
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert toolchain.find_nvcc() == (str(on_path), "PATH")
+    assert toolchain.find_nvcc() == toolchain.Tool(str(on_path), "PATH")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
-    assert toolchain.find_nvcc() == (str(in_home), "$CUDA_HOME")
+    assert toolchain.find_nvcc() == toolchain.Tool(str(in_home), "$CUDA_HOME")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert toolchain.find_nvcc() is None
     assert toolchain.version_of(toolchain.Tool(str(on_path), "PATH")) == release

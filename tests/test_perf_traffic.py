@@ -1,4 +1,4 @@
-"""Bytes and cases, against the design's numbers and against the tensors that the kernels get.
+"""Bytes and cases, against the paper's kernels and against the tensors that the kernels get.
 
 Would catch: a tensor that is counted twice or not at all, a default size that fits the cache, a case that is
 measured twice.
@@ -22,7 +22,7 @@ STREAM_DTYPES = ("bfloat16", "float32")
 
 
 @pytest.mark.parametrize("n", [2, 4, 8])
-def test_stream_traffic_is_the_designs(n: int) -> None:
+def test_stream_traffic_is_that_of_the_papers_kernels(n: int) -> None:
     assert stream_elements("project", n) == (n, 0)
     assert stream_elements("pre", n) == (n, 1)
     assert stream_elements("post", n) == (n + 1, n)

@@ -27,13 +27,14 @@ def run(args: argparse.Namespace) -> int:
     """Print a row per kernel and case; 1 when one is off."""
     from tqdm import tqdm
 
+    from ..arguments import STREAM_DTYPES
     from . import real_stream
     from . import run as checks
 
     device = pick_device(args.device)
     tokens = real_stream.read_tokens(args.text or real_stream.default_text())
-    streams = (real_stream.check_stream(tokens, dtype, device) for dtype in checks.DTYPES)
-    total = len(checks.cases()) * len(checks.CHECKS) + len(checks.DTYPES)
+    streams = (real_stream.check_stream(tokens, dtype, device) for dtype in STREAM_DTYPES)
+    total = len(checks.cases()) * len(checks.CHECKS) + len(STREAM_DTYPES)
     rows = list(tqdm(chain(checks.iterate(device), streams), total=total, desc="check", unit="case", leave=False))
 
     failed = [row for row in rows if not row.passed]

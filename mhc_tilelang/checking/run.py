@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ..arguments import STREAM_DTYPES
 from ..kernel import dtype_name
+from ..spec import STREAM_COUNTS
 from .inputs import Case, Inputs
 from .kernels import CHECKS, compare
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-STREAMS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,12 @@ def cases(quick: bool = False) -> list[Case]:
 
     `quick` keeps one case per n and dtype: what a benchmark wants to know before it speaks.
     """
-    everywhere = [Case(n, 192, dtype, 127) for n in STREAMS for dtype in DTYPES]
+    everywhere = [Case(n, 192, dtype, 127) for n in STREAM_COUNTS for dtype in STREAM_DTYPES]
     if quick:
         return everywhere
     shapes = [(2560, 63), (1000, 128), (333, 65), (1, 4097), (64, 1), (64, 0)]
     spread = [Case(4, size, torch.bfloat16, tokens) for size, tokens in shapes]
-    wide_logits = [Case(n, 192, torch.float32, 511, logit_std=6.0) for n in STREAMS]
+    wide_logits = [Case(n, 192, torch.float32, 511, logit_std=6.0) for n in STREAM_COUNTS]
     return everywhere + spread + wide_logits
 
 

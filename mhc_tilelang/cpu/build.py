@@ -51,10 +51,16 @@ def load(family: str, parameters: dict[str, Any], checked: bool = False) -> Kern
     directory = cache_directory() / f"cpu-{processor_hash()}"
     stem = directory / f"{family}-{kernel_hash(family, parameters, checked)}"
     library, description = stem.with_suffix(".so"), stem.with_suffix(".json")
-    if not (library.exists() and description.exists()):
-        with progress(family, "cpu", parameters):
-            build(family, parameters, checked, library, description)
-    return bind(library, json.loads(description.read_text()))
+    try:
+        if not (library.exists() and description.exists()):
+            with progress(family, "cpu", parameters):
+                build(family, parameters, checked, library, description)
+        return bind(library, json.loads(description.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise CompilerError(
+            f"cannot keep kernels in {directory}: {error}. Name a folder that can be written and run from in "
+            f"${CACHE_VARIABLE}"
+        ) from error
 
 
 def build(family: str, parameters: dict[str, Any], checked: bool, library: Path, description: Path) -> None:
@@ -66,12 +72,10 @@ def build(family: str, parameters: dict[str, Any], checked: bool, library: Path,
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         cpp, made = Path(scratch) / f"{family}.cpp", Path(scratch) / library.name
-        cpp.write_text(source)
+        cpp.write_text(source, encoding="utf-8")
         run_compiler(cpp, made)
-        signature = asdict(signature_of(func))
-        (Path(scratch) / description.name).write_text(
-            json.dumps({"name": family, "symbol": func.attrs["global_symbol"], **signature})
-        )
+        facts = {"name": family, "symbol": func.attrs["global_symbol"], **asdict(signature_of(func))}
+        (Path(scratch) / description.name).write_text(json.dumps(facts), encoding="utf-8")
         os.replace(cpp, library.with_suffix(".cpp"))
         os.replace(made, library)
         os.replace(Path(scratch) / description.name, description)
@@ -79,7 +83,7 @@ def build(family: str, parameters: dict[str, Any], checked: bool, library: Path,
 
 def run_compiler(source: Path, library: Path) -> None:
     tool = cxx()
-    command = [tool.path, *flags(), f"-I{HERE}", str(source), "-o", str(library)]
+    command = [tool.path, *tool.arguments, *flags(), f"-I{HERE}", str(source), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise CompilerError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
@@ -121,16 +125,17 @@ def kernel_hash(family: str, parameters: dict[str, Any], checked: bool) -> str:
 
 @cache
 def sources_hash() -> str:
-    """A hash of the kernels' and this folder's sources."""
+    """A hash of the sources of the kernels, of this folder, and of what describes a kernel to its caller."""
     files = [*Path(kernels.__file__).parent.glob("*.py"), *HERE.glob("*.py"), *HERE.glob("*.h")]
-    return digest("\0".join(f"{path.name}\0{path.read_text()}" for path in sorted(files)))
+    files += [HERE.parent / "tracing.py", HERE.parent / "kernel.py"]
+    return digest("\0".join(f"{path.name}\0{path.read_text(encoding='utf-8')}" for path in sorted(files)))
 
 
 @cache
 def processor_hash() -> str:
     """A hash of what `-march=native` depends on: the processor's model and features."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         facts = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
     except OSError:
         facts = [output_of(["sysctl", "-n", "machdep.cpu"]), platform.processor()]
