@@ -53,7 +53,7 @@ CALLS = {
 
 BITWISE = {"tirx.bitwise_and": "&", "tirx.shift_right": ">>", "tirx.shift_left": "<<"}
 
-MAX_STACK_BYTES = 1 << 20
+MAX_STACK_BYTES = 1 << 19  # OpenMP threads have 2 MiB or more by default
 
 
 @dataclass
@@ -70,8 +70,6 @@ class Emitter:
     in_straight_line: bool = False
     stack_bytes: int = 0
     analyzer: arith.Analyzer = field(default_factory=arith.Analyzer)
-
-    # --- lines and names ---------------------------------------------------------------------------------
 
     def line(self, text: str) -> None:
         self.lines.append("  " * self.depth + text)
@@ -104,8 +102,6 @@ class Emitter:
         array = Array(self.fresh(buffer.name), str(buffer.dtype), tuple(buffer.shape), is_global)
         self.arrays[buffer] = array
         return array
-
-    # --- statements --------------------------------------------------------------------------------------
 
     def statement(self, stmt: tirx.Stmt) -> None:
         handler = getattr(self, f"_{type(stmt).__name__}", None)
@@ -213,8 +209,6 @@ class Emitter:
         if lower is None:
             raise LoweringError(f"call {stmt.value}")
         lower(self, stmt.value)
-
-    # --- expressions -------------------------------------------------------------------------------------
 
     def expr(self, node) -> str:
         kind = type(node).__name__
