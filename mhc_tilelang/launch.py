@@ -165,8 +165,7 @@ def head_coefficients(
 
 def projection_plan(x: torch.Tensor, rows: int) -> plans.ProjectionPlan:
     """The plan by which a stream on this device is projected on a phi of `rows` rows."""
-    kind = "cpu" if x.device.type == "cpu" else "cuda"
-    return plans.projection_plan(rows, x.shape[-1], dtype_name(x.dtype), kind)
+    return plans.projection_plan(rows, x.shape[-1], dtype_name(x.dtype), x.device.type)
 
 
 def parallel_blocks(device: torch.device) -> int:
@@ -180,9 +179,8 @@ def _apply_kernel(family: str, stream: torch.Tensor, *accessed: torch.Tensor) ->
     """The kernel of a family that walks over channels, for vectors that all `accessed` pointers allow."""
     _, num_streams, hidden_size = stream.shape
     target = compiler.target_of(stream.device)
-    kind = "cpu" if target == "cpu" else "cuda"
     copies = family == "expand"
-    tile = plans.channel_tile(hidden_size, stream.element_size(), kind, alignment(*accessed), copies)
+    tile = plans.channel_tile(hidden_size, stream.element_size(), stream.device.type, alignment(*accessed), copies)
     dtype = dtype_name(stream.dtype)
     return compiler.kernel(family, target, num_streams=num_streams, hidden_size=hidden_size, dtype=dtype, tile=tile)
 
