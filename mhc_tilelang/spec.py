@@ -53,6 +53,7 @@ class MHCSpec:
             value = getattr(self, name)
             if not (value == 0 or SMALLEST <= value <= LARGEST):
                 raise ValueError(f"{name}: expected 0 or a positive number that float32 holds, got {value}")
+            object.__setattr__(self, name, float(value))  # 2 and 2.0 are one kernel
 
     @classmethod
     def deepseek_v4(cls, hidden_size: int, **changes: float) -> MHCSpec:

@@ -340,3 +340,8 @@ def test_sinkhorn_names_its_own_arguments():
         ops.sinkhorn(torch.zeros(1, 2, 2), iters=10**12)
     with pytest.raises(TypeError, match="sinkhorn: eps: expected float"):
         ops.sinkhorn(torch.zeros(1, 2, 2), eps="small")
+
+
+def test_whole_numbers_and_floats_are_one_spec():
+    """An int constant would be another key, and so another compilation of the same kernel."""
+    assert repr(MHCSpec(8, post_scale=2, pre_eps=0)) == repr(MHCSpec(8, post_scale=2.0, pre_eps=0.0))
