@@ -9,7 +9,8 @@ Equations (16) to (19), per token, with K = n·C:
     h_res  = sinkhorn(z_res)
 
 Rows of x·phi: pre n, post n, res n·n with [out, in] row-major. One token is one thread, as in `sinkhorn`;
-everything is float32. Only the partial sums are read, and n² + 2n values a token written.
+everything is float32. Only the partial sums are read, and 2·(n² + 2n) + 1 values a token written: the mappings, and
+as `projected` what a backward cannot get from them, the rows s·(x·phi) and, last, s.
 """
 
 import tilelang.language as T
@@ -29,18 +30,22 @@ def sum_slabs(total, partial, first_row, outer, inner, first_token, num_tokens, 
 
 
 @T.macro
-def inverse_rms(scale, partial, first_token, num_tokens, num_slabs, num_elements, rms_eps, plan, block):
-    """scale[0, t] = s of Eq. (15): the slabs of each lane added, then the lanes, ascending."""
+def inverse_rms(scale, projected, partial, first_token, num_tokens, num_slabs, num_elements, rms_eps, plan, block):
+    """scale[0, t] = s of Eq. (15): the slabs of each lane added, then the lanes, ascending. Keeps it."""
     lanes = T.alloc_fragment((LANES, 1, block), T.float32)
     sum_slabs(lanes, partial, plan.halves * plan.rows, LANES, 1, first_token, num_tokens, num_slabs, block)
     T.reduce_sum(lanes, scale, dim=0)
     for k, t in T.Parallel(1, block):
         scale[k, t] = T.rsqrt(scale[k, t] * (1.0 / num_elements) + rms_eps)
+    for k, t in T.Parallel(1, block):
+        if first_token + t < num_tokens:
+            projected[plan.rows + k, first_token + t] = scale[k, t]
 
 
 @T.macro
 def logits(
     z,
+    projected,
     partial,
     scale,
     alpha,
@@ -55,7 +60,7 @@ def logits(
     plan,
     block,
 ):
-    """Eq. (16) for the rows from `first_row` on, seen as a matrix z [outer, inner, block].
+    """Eq. (16) for the rows from `first_row` on, seen as a matrix z [outer, inner, block]; keeps x·phi · s.
 
     Every group of rows has a fragment of its own, and every loop runs over a whole fragment: TileLang 0.1.15
     lays a fragment out by its first loop and silently truncates it where that loop covers only a part.
@@ -67,7 +72,12 @@ def logits(
         for a, b, t in T.Parallel(outer, inner, block):
             z[a, b, t] += low[a, b, t]
     for a, b, t in T.Parallel(outer, inner, block):
-        z[a, b, t] = alpha[group] * (z[a, b, t] * scale[0, t]) + bias[first_row + a * inner + b]
+        z[a, b, t] *= scale[0, t]
+    for a, b, t in T.Parallel(outer, inner, block):
+        if first_token + t < num_tokens:
+            projected[first_row + a * inner + b, first_token + t] = z[a, b, t]
+    for a, b, t in T.Parallel(outer, inner, block):
+        z[a, b, t] = alpha[group] * z[a, b, t] + bias[first_row + a * inner + b]
 
 
 def sigmoid(z):
@@ -86,7 +96,9 @@ def coefficients_kernel(
     post_scale: float,
     block: int,
 ):
-    """partial [slabs, slab_rows, T], alpha [3], bias [M] -> h_pre [T, n], h_post [T, n], h_res [T, n, n]."""
+    """partial [slabs, slab_rows, T], alpha [3], bias [M]
+    -> h_pre [T, n], h_post [T, n], h_res [T, n, n], projected [M + 1, T].
+    """
     n = num_streams
     num_rows = n * n + 2 * n
     num_tokens = T.dynamic("num_tokens")
@@ -100,6 +112,7 @@ def coefficients_kernel(
         h_pre: T.Tensor[(num_tokens, n), T.float32],
         h_post: T.Tensor[(num_tokens, n), T.float32],
         h_res: T.Tensor[(num_tokens, n, n), T.float32],
+        projected: T.Tensor[(num_rows + 1, num_tokens), T.float32],
     ):
         with T.Kernel(T.ceildiv(num_tokens, block), threads=block) as tile:
             scale = T.alloc_fragment((1, block), T.float32)
@@ -107,16 +120,18 @@ def coefficients_kernel(
             z_post = T.alloc_fragment((1, n, block), T.float32)
             P = T.alloc_fragment((n, n, block), T.float32)
             first = tile * block
-            inverse_rms(scale, partial, first, num_tokens, num_slabs, n * hidden_size, rms_eps, plan, block)
-            logits(z_pre, partial, scale, alpha, bias, 0, 0, 1, n, first, num_tokens, num_slabs, plan, block)
+            inverse_rms(
+                scale, projected, partial, first, num_tokens, num_slabs, n * hidden_size, rms_eps, plan, block
+            )
+            logits(z_pre, projected, partial, scale, alpha, bias, 0, 0, 1, n, first, num_tokens, num_slabs, plan, block)
             for k, j, t in T.Parallel(1, n, block):
                 if first + t < num_tokens:
                     h_pre[first + t, j] = sigmoid(z_pre[k, j, t]) + pre_eps
-            logits(z_post, partial, scale, alpha, bias, 1, n, 1, n, first, num_tokens, num_slabs, plan, block)
+            logits(z_post, projected, partial, scale, alpha, bias, 1, n, 1, n, first, num_tokens, num_slabs, plan, block)
             for k, j, t in T.Parallel(1, n, block):
                 if first + t < num_tokens:
                     h_post[first + t, j] = post_scale * sigmoid(z_post[k, j, t])
-            logits(P, partial, scale, alpha, bias, 2, 2 * n, n, n, first, num_tokens, num_slabs, plan, block)
+            logits(P, projected, partial, scale, alpha, bias, 2, 2 * n, n, n, first, num_tokens, num_slabs, plan, block)
             sinkhorn_inplace(P, n, block, iters, sinkhorn_eps)
             for j, i, t in T.Parallel(n, n, block):
                 if first + t < num_tokens:

@@ -14,7 +14,7 @@ from .plans import ProjectionPlan
 def head_coefficients_kernel(
     num_streams: int, hidden_size: int, plan: ProjectionPlan, pre_eps: float, rms_eps: float, block: int
 ):
-    """partial [slabs, slab_rows, T], alpha [1], bias [n] -> h_pre [T, n]."""
+    """partial [slabs, slab_rows, T], alpha [1], bias [n] -> h_pre [T, n], projected [n + 1, T] as in `coefficients`."""
     n = num_streams
     num_tokens = T.dynamic("num_tokens")
     num_slabs = T.dynamic("num_slabs")
@@ -25,13 +25,16 @@ def head_coefficients_kernel(
         alpha: T.Tensor[(1,), T.float32],
         bias: T.Tensor[(n,), T.float32],
         h_pre: T.Tensor[(num_tokens, n), T.float32],
+        projected: T.Tensor[(n + 1, num_tokens), T.float32],
     ):
         with T.Kernel(T.ceildiv(num_tokens, block), threads=block) as tile:
             scale = T.alloc_fragment((1, block), T.float32)
             z = T.alloc_fragment((1, n, block), T.float32)
             first = tile * block
-            inverse_rms(scale, partial, first, num_tokens, num_slabs, n * hidden_size, rms_eps, plan, block)
-            logits(z, partial, scale, alpha, bias, 0, 0, 1, n, first, num_tokens, num_slabs, plan, block)
+            inverse_rms(
+                scale, projected, partial, first, num_tokens, num_slabs, n * hidden_size, rms_eps, plan, block
+            )
+            logits(z, projected, partial, scale, alpha, bias, 0, 0, 1, n, first, num_tokens, num_slabs, plan, block)
             for k, j, t in T.Parallel(1, n, block):
                 if first + t < num_tokens:
                     h_pre[first + t, j] = sigmoid(z[k, j, t]) + pre_eps

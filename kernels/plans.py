@@ -71,6 +71,20 @@ def cpu_channels(hidden_size: int) -> int:
     return max(divisors, default=min(hidden_size, CPU_CHANNELS))
 
 
+def reduction_tile(num_streams: int, itemsize: int, target: str) -> ChannelTile:
+    """The tile of the kernels that sum over a token's channels, which a block walks through tile by tile.
+
+    The tile fixes the order of the sums, so it must not depend on the data's alignment. `post_backward` keeps n² + n
+    partial sums a channel. On a GPU a thread owns 16/n channels, so that they fit its registers (n = 4: 157, n = 8:
+    254); threads are a power of two, as tilelang's reductions want. On a CPU they are vector registers: one
+    store of a row of 16-bit results takes 32 channels, and 2048 tokens of n = 4, C = 1024 took 1.4 ms with 32
+    where 64 took 2.9; float32 took 2.4 with 16 where 32 took 3.3.
+    """
+    if target == "cpu":
+        return ChannelTile(64 // itemsize, threads=1)
+    return ChannelTile(128 * 16 // num_streams, threads=128)
+
+
 @dataclass(frozen=True)
 class ProjectionPlan:
     """What is compiled into a projection: phi's form, and the tile of tokens and channels a block works on."""
@@ -131,9 +145,66 @@ def chunks_per_split(num_tokens: int, num_chunks: int, plan: ProjectionPlan, par
     return -(-num_chunks // splits)
 
 
+@dataclass(frozen=True)
+class ProjectionBackwardPlan:
+    """What is compiled into a projection's backward: as `ProjectionPlan`, for a block of channels of one stream."""
+
+    rows: int
+    split: bool
+    operand_dtype: str
+    tokens: int
+    channels: int
+    threads: int
+
+    @property
+    def columns(self) -> int:
+        """Rows of phi in a tile, padded to the tensor core's 16."""
+        return -(-self.rows // 16) * 16 if self.split else self.rows
+
+
+@cache
+def projection_backward_plan(rows: int, hidden_size: int, dtype: str, target: str) -> ProjectionBackwardPlan:
+    """The plan for phi with `rows` rows."""
+    if target == "cpu":
+        channels = min(512, -(-hidden_size // LANES) * LANES)
+        return ProjectionBackwardPlan(rows, False, "float32", tokens=48, channels=channels, threads=1)
+    if dtype == "bfloat16":
+        return ProjectionBackwardPlan(rows, True, "bfloat16", tokens=64, channels=128 if rows <= 32 else 64, threads=128)
+    return ProjectionBackwardPlan(rows, True, "float32", tokens=64, channels=64 if rows <= 32 else 32, threads=128)
+
+
+TOKENS_PER_PARTIAL = 512  # a partial g_phi costs 4·M·K bytes of traffic to write: 0.75C a token at 512 (n = 4, bfloat16)
+MAX_PARTIALS = 8
+
+
+def tokens_per_split(num_tokens: int, plan: ProjectionBackwardPlan) -> int:
+    """Tokens that share one partial g_phi: whole tiles, 512 or more, eight partials at most."""
+    wanted = max(TOKENS_PER_PARTIAL, -(-num_tokens // MAX_PARTIALS))
+    return -(-wanted // plan.tokens) * plan.tokens
+
+
 def tokens_per_block(target: str) -> int:
     """Tokens of a block of the one-thread-a-token kernels, `sinkhorn` and the coefficients.
 
     One warp on a GPU, since 4096 tokens are only 128 of them; four registers of 16 lanes on a CPU.
     """
     return 64 if target == "cpu" else 32
+
+
+DENOMINATOR_BYTES = {"cuda": 80 * 1024, "cpu": 256 * 1024}  # beside the other tiles: of sm_120's 99 KB, of a stack
+
+
+def sinkhorn_backward_tokens(num_streams: int, iters: int, target: str) -> int:
+    """Tokens of a block that keeps the 2·iters − 1 denominators of its tokens on chip; 0 where none would fit.
+
+    One warp on a GPU: up to 80 iterations at n = 4. A CPU takes fewer tokens for more iterations, down to one vector.
+    """
+    block, smallest = tokens_per_block(target), 16 if target == "cpu" else WARP
+    while block * (2 * iters - 1) * num_streams * 4 > DENOMINATOR_BYTES[target]:
+        block //= 2
+    return block if block >= smallest else 0
+
+
+def partial_lanes(num_partials: int) -> int:
+    """Lanes in which partial sums are added: one for the few of g_phi, 16 for those of a block of tokens each."""
+    return 1 if num_partials <= 16 else 16

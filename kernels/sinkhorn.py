@@ -29,8 +29,8 @@ def normalize(P, scale, num_streams, block, eps, axis):
 
 
 @T.macro
-def softmax_columns(P, scale, num_streams, block, eps):
-    """P = exp(P − max_j P) / Σ_j exp(…) + eps."""
+def softmax(P, scale, num_streams, block):
+    """P = exp(P − max_j P) / Σ_j exp(…)."""
     T.reduce_max(P, scale, dim=0)
     for j, i, t in T.Parallel(num_streams, num_streams, block):
         P[j, i, t] = T.exp(P[j, i, t] - scale[i, t])
@@ -38,7 +38,15 @@ def softmax_columns(P, scale, num_streams, block, eps):
     for i, t in T.Parallel(num_streams, block):
         scale[i, t] = 1.0 / scale[i, t]
     for j, i, t in T.Parallel(num_streams, num_streams, block):
-        P[j, i, t] = P[j, i, t] * scale[i, t] + eps
+        P[j, i, t] *= scale[i, t]
+
+
+@T.macro
+def softmax_columns(P, scale, num_streams, block, eps):
+    """The first step: a softmax, + eps."""
+    softmax(P, scale, num_streams, block)
+    for j, i, t in T.Parallel(num_streams, num_streams, block):
+        P[j, i, t] += eps
 
 
 @T.macro

@@ -117,10 +117,14 @@ def coefficients(
     plan: plans.ProjectionPlan,
     *,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Partial sums, alpha [3], bias [M] -> h_pre [T, n], h_post [T, n], h_res [T, n, n]."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Partial sums, alpha [3], bias [M] -> h_pre [T, n], h_post [T, n], h_res [T, n, n], projected [M + 1, T].
+
+    `out` has the first three.
+    """
     n, num_tokens = spec.num_streams, partial.shape[-1]
     h_pre, h_post, h_res = out or (partial.new_empty(num_tokens, *rest) for rest in ((n,), (n,), (n, n)))
+    projected = partial.new_empty(spec.num_coefficients + 1, num_tokens)
     target = compiler.target_of(partial.device)
     kernel = compiler.kernel(
         "coefficients",
@@ -135,8 +139,16 @@ def coefficients(
         post_scale=spec.post_scale,
         block=plans.tokens_per_block(target),
     )
-    kernel(partial=partial, alpha=aligned(alpha), bias=aligned(bias), h_pre=h_pre, h_post=h_post, h_res=h_res)
-    return h_pre, h_post, h_res
+    kernel(
+        partial=partial,
+        alpha=aligned(alpha),
+        bias=aligned(bias),
+        h_pre=h_pre,
+        h_post=h_post,
+        h_res=h_res,
+        projected=projected,
+    )
+    return h_pre, h_post, h_res, projected
 
 
 def head_coefficients(
@@ -145,22 +157,23 @@ def head_coefficients(
     bias: torch.Tensor,
     spec: MHCSpec,
     plan: plans.ProjectionPlan,
-) -> torch.Tensor:
-    """Partial sums, alpha [1], bias [n] -> h_pre [T, n]."""
-    h_pre = partial.new_empty(partial.shape[-1], spec.num_streams)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Partial sums, alpha [1], bias [n] -> h_pre [T, n], projected [n + 1, T]."""
+    n, num_tokens = spec.num_streams, partial.shape[-1]
+    h_pre, projected = partial.new_empty(num_tokens, n), partial.new_empty(n + 1, num_tokens)
     target = compiler.target_of(partial.device)
     kernel = compiler.kernel(
         "head_coefficients",
         target,
-        num_streams=spec.num_streams,
+        num_streams=n,
         hidden_size=spec.hidden_size,
         plan=plan,
         pre_eps=spec.pre_eps,
         rms_eps=spec.rms_eps,
         block=plans.tokens_per_block(target),
     )
-    kernel(partial=partial, alpha=aligned(alpha), bias=aligned(bias), h_pre=h_pre)
-    return h_pre
+    kernel(partial=partial, alpha=aligned(alpha), bias=aligned(bias), h_pre=h_pre, projected=projected)
+    return h_pre, projected
 
 
 def projection_plan(x: torch.Tensor, rows: int) -> plans.ProjectionPlan:

@@ -153,7 +153,7 @@ def head(
     """
     arguments, x, phi, alpha, bias = _projected("head", x, phi, alpha, bias, spec, norm_weight, head=True)
     plan = launch.projection_plan(x, spec.num_streams)
-    h_pre = launch.head_coefficients(launch.project(x, phi, plan), alpha, bias, spec, plan)
+    h_pre, _ = launch.head_coefficients(launch.project(x, phi, plan), alpha, bias, spec, plan)
     return arguments.output(launch.aggregate(x, h_pre))
 
 
@@ -184,4 +184,4 @@ def _coefficients(
     x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor, spec: MHCSpec
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     plan = launch.projection_plan(x, spec.num_coefficients)
-    return launch.coefficients(launch.project(x, phi, plan), alpha, bias, spec, plan)
+    return launch.coefficients(launch.project(x, phi, plan), alpha, bias, spec, plan)[:3]

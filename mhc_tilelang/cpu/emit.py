@@ -25,7 +25,7 @@ from tvm import arith, ir, tirx
 from ..errors import LoweringError
 from . import tile_ops
 from .types import Array, c_type, op_name
-from .views import View, views_of
+from .views import View, accesses_of, views_of
 
 INFIX = {
     "Add": "+",
@@ -118,8 +118,9 @@ class Emitter:
 
     def _SBlock(self, stmt) -> None:
         self.views |= views_of(stmt, self.analyzer)
+        touched = {access.buffer for access in accesses_of(stmt.body)}
         for buffer in stmt.alloc_buffers:
-            if buffer in self.views:
+            if buffer in self.views or buffer not in touched:
                 continue
             array = self.declare(buffer, is_global=False)
             size = prod(int(extent) for extent in buffer.shape)

@@ -216,6 +216,15 @@ MHC_INLINE float sum(lanes v) {
   return v[0];
 }
 
+// The sum of a row: lane l adds the elements l, l + LANES, …; then the lanes.
+template <int SIZE>
+MHC_INLINE float sum_row(const float* row) {
+  static_assert(SIZE % LANES == 0);
+  lanes total = load(row);
+  for (int k = LANES; k < SIZE; k += LANES) total += load(row + k);
+  return sum(total);
+}
+
 // C[ROWS, COLUMNS] += A[ROWS, K] · B[COLUMNS, K]ᵀ for one block whose sums stay in registers.
 template <int ROWS, int COLUMNS, int K, typename A, typename B>
 MHC_INLINE void gemm_block(const A* a, const B* b, float* c, int ldc) {
@@ -251,6 +260,73 @@ inline void gemm_nt(const A* a, const B* b, float* c) {
   for (int m = 0; m < M; m += ROWS)
     for (int n = 0; n < N; n += COLUMNS)
       gemm_block<ROWS, COLUMNS, K>(a + m * K, b + n * K, c + m * N + n, N);
+}
+
+template <typename T>
+MHC_INLINE void store(T* to, lanes v) {
+  std::memcpy(to, &v, sizeof(v));
+}
+
+MHC_INLINE lanes broadcast(float value) { return lanes{} + value; }
+
+// C[ROWS, VECTORS · LANES] += A · B for one block whose sums stay in registers: a row of B at a time, each element of
+// A's column times that row. A[row, k] is a[row · row_step + k · k_step].
+template <int ROWS, int VECTORS, int K, typename A, typename B>
+MHC_INLINE void outer_block(const A* a, int row_step, int k_step, const B* b, int ldb, float* c, int ldc) {
+  lanes acc[ROWS][VECTORS];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) acc[r][v] = load(c + r * ldc + v * LANES);
+  for (int k = 0; k < K; ++k) {
+    lanes row[VECTORS];
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) row[v] = load(b + k * ldb + v * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      const lanes factor = broadcast(float(a[r * row_step + k * k_step]));
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) acc[r][v] = fma(factor, row[v], acc[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) store(c + r * ldc + v * LANES, acc[r][v]);
+}
+
+#ifdef __AVX512F__
+constexpr int OUTER_VECTORS = 4, OUTER_ROWS = 6;  // 24 sums, 4 vectors of B, one of A: 29 of 32 registers
+#else
+constexpr int OUTER_VECTORS = 1, OUTER_ROWS = 4;
+#endif
+
+constexpr int largest_divisor(int size, int limit) {
+  int divisor = limit;
+  while (size % divisor) --divisor;
+  return divisor;
+}
+
+// C[M, N] += A · B[K, N], with A[m, k] at a[m · row_step + k · k_step]. B's panel of a few vectors stays in the cache.
+template <int M, int N, int K, typename A, typename B>
+inline void gemm_outer(const A* a, int row_step, int k_step, const B* b, float* c) {
+  static_assert(N % LANES == 0, "the tile's last dimension must be a multiple of LANES");
+  constexpr int ROWS = largest_divisor(M, OUTER_ROWS), VECTORS = largest_divisor(N / LANES, OUTER_VECTORS);
+  for (int n = 0; n < N; n += VECTORS * LANES)
+    for (int m = 0; m < M; m += ROWS)
+      outer_block<ROWS, VECTORS, K>(a + m * row_step, row_step, k_step, b + n, N, c + m * N + n, N);
+}
+
+// C[M, N] += A[M, K] · B[K, N].
+template <int M, int N, int K, typename A, typename B>
+inline void gemm_nn(const A* a, const B* b, float* c) {
+  gemm_outer<M, N, K>(a, K, 1, b, c);
+}
+
+// C[M, N] += A[K, M]ᵀ · B[K, N].
+template <int M, int N, int K, typename A, typename B>
+inline void gemm_tn(const A* a, const B* b, float* c) {
+  gemm_outer<M, N, K>(a, 1, M, b, c);
 }
 
 }  // namespace mhc

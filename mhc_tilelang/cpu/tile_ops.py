@@ -15,6 +15,9 @@ from ..errors import LoweringError
 from .types import Array
 from .views import paired_axes
 
+LANES = 16  # as in runtime.h
+GEMMS = {(False, True): "gemm_nt", (False, False): "gemm_nn", (True, False): "gemm_tn"}
+
 
 @dataclass(frozen=True)
 class Region:
@@ -110,29 +113,37 @@ def fill(emitter, call) -> None:
 
 
 def reduce(emitter, call) -> None:
-    """dst = Σ src (or max) along one axis, in ascending order, the kept axes innermost."""
+    """dst = Σ src (or max) along one axis, in ascending order, the kept axes innermost.
+
+    The sum of a last axis of whole registers is `mhc::sum_row`'s instead: by lanes, then pairwise.
+    """
     source, target = Region.of(emitter, call.args[0]), Region.of(emitter, call.args[1])
     kind, axis, clear = call.args[2].value, int(call.args[3]), bool(call.args[4])
     if kind not in ("sum", "max"):
         raise LoweringError(f"T.reduce of kind {kind!r}; sum and max are known")
     kept = [k for k in range(len(source.extent)) if k != axis]
     variables = {k: emitter.fresh(f"r{k}") for k in range(len(source.extent))}
+    is_row = kind == "sum" and axis == len(kept) and int(source.extent[axis]) % LANES == 0
     if clear:
         identity = "0.0f" if kind == "sum" else "-__builtin_inff()"
         loops(emitter, target, f"= {identity};")
-    for k in [axis, *kept]:
+    for k in kept if is_row else [axis, *kept]:
         emitter.open(
             f"for (int64_t {variables[k]} = 0; {variables[k]} < {emitter.expr(source.extent[k])}; ++{variables[k]})"
         )
     into = target.element(emitter, {place: variables[k] for place, k in enumerate(kept)})
-    term = source.element(emitter, variables)
+    if is_row:
+        row = source.element(emitter, {**variables, axis: "0"})
+        term = f"mhc::sum_row<{int(source.extent[axis])}>(&{row})"
+    else:
+        term = source.element(emitter, variables)
     emitter.line(f"{into} = {into} + {term};" if kind == "sum" else f"{into} = mhc::max<float>({into}, {term});")
-    for _ in range(len(kept) + 1):
+    for _ in range(len(kept) + (not is_row)):
         emitter.close()
 
 
 def gemm(emitter, call) -> None:
-    """C += A · Bᵀ of whole tiles; the other orientations are not used by the kernels."""
+    """C += A · Bᵀ, A · B or Aᵀ · B of whole tiles; the kernels use no other orientation."""
     regions = [Region.of(emitter, arg) for arg in call.args[:3]]
     a, b, c = (region.array for region in regions)
     if any(region.array.is_global for region in regions):
@@ -140,9 +151,9 @@ def gemm(emitter, call) -> None:
     transposed = bool(call.args[3]), bool(call.args[4])
     m, n, k = (int(arg) for arg in call.args[5:8])
     clear = bool(call.args[9])
-    if transposed != (False, True) or clear:
+    if transposed not in GEMMS or clear:
         raise LoweringError(f"T.gemm with transpose_A, transpose_B = {transposed}, clear_accum = {clear}")
-    emitter.line(f"mhc::gemm_nt<{m}, {n}, {k}>({a.name}, {b.name}, {c.name});")
+    emitter.line(f"mhc::{GEMMS[transposed]}<{m}, {n}, {k}>({a.name}, {b.name}, {c.name});")
 
 
 def loops(emitter, region: Region, statement: str) -> None:

@@ -1,8 +1,9 @@
 """Tiles that need no copy: a fragment that only mirrors global memory is that memory, seen from an offset.
 
 On a GPU `T.copy(x[token, 0, first], x_frag)` brings a tile into registers. A CPU reads through its cache anyway,
-so the copy would only add a pass. A tile becomes a view where the copy stands outside every loop, moves the same
-dtype and lies inside its global buffer, and
+so the copy would only add a pass. A tile becomes a view where the copy moves the same dtype and lies inside its
+global buffer, everything that touches the tile stands beside the copy, in one sequence of statements (a block's or
+a serial loop's), and
 
     an input   when nothing else writes the tile, and nothing writes the buffer;
     an output  when the tile is copied out once, to a buffer that nothing else touches, and no other tile
@@ -16,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tvm import arith, tirx
+from tvm import arith, ir, tirx
 
 from .types import op_name
 
@@ -39,13 +40,24 @@ class View:
 
 def views_of(block, analyzer: arith.Analyzer) -> dict[tirx.Buffer, View]:
     """The tiles among `block.alloc_buffers` that are read or written in place."""
-    statements = list(block.body.seq) if isinstance(block.body, tirx.SeqStmt) else [block.body]
+    return views_in(block.body, accesses_of(block.body), analyzer)
+
+
+def views_in(body, everywhere: list[Access], analyzer: arith.Analyzer) -> dict[tirx.Buffer, View]:
+    """Those whose copy stands in the sequence `body`, or in a serial loop in it; `everywhere`: the block's accesses."""
+    statements = list(body.seq) if isinstance(body, tirx.SeqStmt) else [body]
     accesses = [accesses_of(statement) for statement in statements]
-    everywhere = [access for one in accesses for access in one]
     views: dict[tirx.Buffer, View] = {}
+
+    def is_here(tile: tirx.Buffer) -> bool:
+        return count(tile, [access for one in accesses for access in one]) == count(tile, everywhere)
+
     for place, statement in enumerate(statements):
         if isinstance(statement, tirx.Bind):
             analyzer.bind(statement.var, statement.value, allow_override=True)
+        if isinstance(statement, tirx.For) and statement.kind == tirx.ForKind.SERIAL:
+            analyzer.bind(statement.loop_var, ir.Range.from_min_extent(statement.min, statement.extent))
+            views |= views_in(statement.body, everywhere, analyzer)
         call: Any = getattr(statement, "value", None)
         if not isinstance(statement, tirx.Evaluate) or op_name(call) != "tl.tileop.copy":
             continue
@@ -53,17 +65,21 @@ def views_of(block, analyzer: arith.Analyzer) -> dict[tirx.Buffer, View]:
         if view := view_through(source, target, False, analyzer):
             tile = target.args[0].buffer
             written = [access.buffer for access in everywhere if access.is_write]
-            if written.count(tile) == 1 and view.buffer not in written:
+            if written.count(tile) == 1 and view.buffer not in written and is_here(tile):
                 views[tile] = view
         elif view := view_through(target, source, True, analyzer):
             tile = source.args[0].buffer
             copies = [access for access in everywhere if access.buffer.same_as(tile) and access.is_region]
-            touches = [access for access in everywhere if access.buffer.same_as(view.buffer)]
-            first_use = next(k for k in range(place + 1) if any(a.buffer.same_as(tile) for a in accesses[k]))
+            first_use = next(k for k in range(place + 1) if count(tile, accesses[k]))
             bound_late = any(isinstance(later, tirx.Bind) for later in statements[first_use:place])
-            if len(copies) == len(touches) == 1 and not bound_late:
+            if len(copies) == count(view.buffer, everywhere) == 1 and is_here(tile) and not bound_late:
                 views[tile] = view
     return views
+
+
+def count(buffer: tirx.Buffer, accesses: list[Access]) -> int:
+    """How many of the accesses are to this buffer."""
+    return sum(access.buffer.same_as(buffer) for access in accesses)
 
 
 def view_through(outside, inside, is_output: bool, analyzer: arith.Analyzer) -> View | None:

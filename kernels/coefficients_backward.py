@@ -1,0 +1,176 @@
+"""coefficients, backward: from the gradients of the three mappings to those of the projection and its parameters.
+
+With m = s·(x·phi) and s, which the forward kept, z = alpha·m + bias is Eq. (16) again. The gates and Sinkhorn give g_z:
+
+    g_z_pre  = g_h_pre · σ(z)·σ(−z)
+    g_z_post = post_scale · g_h_post · σ(z)·σ(−z)           σ(−z), since 1 − σ(z) is 0 in float32 from z = 17 on
+    g_z_res  = Sinkhorn's backward of g_h_res               see `sinkhorn_backward`
+
+and from there, for row m of phi, which has the alpha of its group,
+
+    g_bias[m]  = Σ_tokens g_z[m]              g_alpha = Σ_tokens Σ_m g_z[m]·m,  m over the rows of a group
+    g_dots[m]  = g_z[m] · alpha · s           what the row of x·phi gets
+    ρ          = −s²/K · Σ_m g_z[m] · alpha · m             what x gets through s: g_x += ρ·x
+
+`g_projected` has the rows g_dots and, last, ρ: the layout of `projected`. Sums over tokens leave a row of partial sums
+a block, which `partial_sums` adds up. One token is one thread; nothing here is as wide as the stream.
+"""
+
+import tilelang.language as T
+
+from .coefficients import sigmoid
+from .sinkhorn_backward import sinkhorn_backward_inplace
+
+
+@T.macro
+def load_scaled(scaled, projected, first_row, outer, inner, first_token, num_tokens, block):
+    """scaled[a, b, t] = m of row first_row + a · inner + b; zero beyond the last token."""
+    for a, b, t in T.Parallel(outer, inner, block):
+        scaled[a, b, t] = T.if_then_else(
+            first_token + t < num_tokens, projected[first_row + a * inner + b, first_token + t], 0.0
+        )
+
+
+@T.macro
+def gate_backward(g_z, g_h, scaled, alpha, bias, group, first_row, factor, given, first_token, num_tokens, n, block):
+    """g_z[0, j, t] = factor · g_h · σ(z)·σ(−z); zero where no g_h is given."""
+    for k, j, t in T.Parallel(1, n, block):
+        if given:
+            z = alpha[group] * scaled[k, j, t] + bias[first_row + j]
+            g = T.if_then_else(first_token + t < num_tokens, g_h[first_token + t, j], 0.0)
+            g_z[k, j, t] = factor * g * (sigmoid(z) * sigmoid(-z))
+        else:
+            g_z[k, j, t] = 0.0
+
+
+@T.macro
+def group_backward(
+    rho,
+    partial,
+    g_projected,
+    g_z,
+    scaled,
+    scale,
+    alpha,
+    group,
+    num_groups,
+    first_row,
+    outer,
+    inner,
+    tile,
+    num_tokens,
+    block,
+):
+    """One group of rows: its g_dots, the block's sums for g_alpha and g_bias, and its part of Σ g_z · alpha · m."""
+    row_sums = T.alloc_fragment((outer, inner), T.float32)
+    T.reduce_sum(g_z, row_sums, dim=2)
+    for a, b in T.Parallel(outer, inner):
+        partial[tile, num_groups + first_row + a * inner + b] = row_sums[a, b]
+    for a, b, t in T.Parallel(outer, inner, block):
+        if tile * block + t < num_tokens:
+            g_projected[first_row + a * inner + b, tile * block + t] = g_z[a, b, t] * alpha[group] * scale[t]
+    through_outer = T.alloc_fragment((inner, block), T.float32)
+    through = T.alloc_fragment((block,), T.float32)
+    group_sum = T.alloc_fragment((1,), T.float32)
+    for a, b, t in T.Parallel(outer, inner, block):
+        scaled[a, b, t] *= g_z[a, b, t]
+    T.reduce_sum(scaled, through_outer, dim=0)
+    T.reduce_sum(through_outer, through, dim=0)
+    for t in T.Parallel(block):
+        rho[t] += alpha[group] * through[t]
+    T.reduce_sum(through, group_sum, dim=0)
+    for k in T.Parallel(1):
+        partial[tile, group + k] = group_sum[k]
+
+
+@T.macro
+def load_scale(scale, rho, projected, num_rows, first_token, num_tokens, block):
+    """s of every token, and rho = 0."""
+    for t in T.Parallel(block):
+        scale[t] = T.if_then_else(first_token + t < num_tokens, projected[num_rows, first_token + t], 0.0)
+    T.clear(rho)
+
+
+@T.macro
+def store_rho(g_projected, rho, scale, num_rows, num_elements, first_token, num_tokens, block):
+    """ρ = −s²/K · Σ_m g_z · alpha · m."""
+    for t in T.Parallel(block):
+        if first_token + t < num_tokens:
+            g_projected[num_rows, first_token + t] = -(scale[t] * scale[t]) * (1.0 / num_elements) * rho[t]
+
+
+def coefficients_backward_kernel(
+    num_streams: int,
+    hidden_size: int,
+    iters: int,
+    sinkhorn_eps: float,
+    post_scale: float,
+    block: int,
+    pre: bool,
+    post: bool,
+    res: bool,
+):
+    """g_h_pre, g_h_post [T, n], g_h_res [T, n, n], projected [M + 1, T], alpha [3], bias [M]
+    -> g_projected [M + 1, T], partial [blocks, 3 + M] of g_alpha and g_bias.
+
+    `pre`, `post` and `res` say which gradients are given; one that is not is a tensor of one element that nobody
+    touches, and counts as zero.
+    """
+    n = num_streams
+    num_rows = n * n + 2 * n
+    num_tokens = T.dynamic("num_tokens")
+    num_partials = T.dynamic("num_partials")
+    absent = (1,)
+
+    @T.prim_func
+    def coefficients_backward(
+        g_h_pre: T.Tensor[(num_tokens, n) if pre else absent, T.float32],
+        g_h_post: T.Tensor[(num_tokens, n) if post else absent, T.float32],
+        g_h_res: T.Tensor[(num_tokens, n, n) if res else absent, T.float32],
+        projected: T.Tensor[(num_rows + 1, num_tokens), T.float32],
+        alpha: T.Tensor[(3,), T.float32],
+        bias: T.Tensor[(num_rows,), T.float32],
+        g_projected: T.Tensor[(num_rows + 1, num_tokens), T.float32],
+        partial: T.Tensor[(num_partials, 3 + num_rows), T.float32],
+    ):
+        with T.Kernel(T.ceildiv(num_tokens, block), threads=block) as tile:
+            scale = T.alloc_fragment((block,), T.float32)
+            rho = T.alloc_fragment((block,), T.float32)
+            scaled_pre = T.alloc_fragment((1, n, block), T.float32)
+            scaled_post = T.alloc_fragment((1, n, block), T.float32)
+            scaled_res = T.alloc_fragment((n, n, block), T.float32)
+            g_z_pre = T.alloc_fragment((1, n, block), T.float32)
+            g_z_post = T.alloc_fragment((1, n, block), T.float32)
+            g_z_res = T.alloc_fragment((n, n, block), T.float32)
+            z_res = T.alloc_shared((n, n, block), T.float32)
+            first = tile * block
+            load_scale(scale, rho, projected, num_rows, first, num_tokens, block)
+
+            load_scaled(scaled_pre, projected, 0, 1, n, first, num_tokens, block)
+            gate_backward(g_z_pre, g_h_pre, scaled_pre, alpha, bias, 0, 0, 1.0, pre, first, num_tokens, n, block)
+            group_backward(
+                rho, partial, g_projected, g_z_pre, scaled_pre, scale, alpha, 0, 3, 0, 1, n, tile, num_tokens, block
+            )
+            load_scaled(scaled_post, projected, n, 1, n, first, num_tokens, block)
+            gate_backward(
+                g_z_post, g_h_post, scaled_post, alpha, bias, 1, n, post_scale, post, first, num_tokens, n, block
+            )
+            group_backward(
+                rho, partial, g_projected, g_z_post, scaled_post, scale, alpha, 1, 3, n, 1, n, tile, num_tokens, block
+            )
+            if res:
+                load_scaled(scaled_res, projected, 2 * n, n, n, first, num_tokens, block)
+                for j, i, t in T.Parallel(n, n, block):
+                    z_res[j, i, t] = alpha[2] * scaled_res[j, i, t] + bias[2 * n + j * n + i]
+                for j, i, t in T.Parallel(n, n, block):
+                    g_z_res[j, i, t] = T.if_then_else(first + t < num_tokens, g_h_res[first + t, j, i], 0.0)
+                sinkhorn_backward_inplace(g_z_res, z_res, n, block, iters, sinkhorn_eps)
+            else:
+                T.clear(g_z_res)
+            load_scaled(scaled_res, projected, 2 * n, n, n, first, num_tokens, block)
+            group_backward(
+                rho, partial, g_projected, g_z_res, scaled_res, scale, alpha, 2, 3, 2 * n, n, n, tile, num_tokens, block
+            )
+            store_rho(g_projected, rho, scale, num_rows, n * hidden_size, first, num_tokens, block)
+
+    return coefficients_backward

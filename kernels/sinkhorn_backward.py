@@ -1,0 +1,116 @@
+"""Sinkhorn-Knopp, backward: exact after any number of iterations, with nothing saved but the logits.
+
+A step divides by a sum over its axis (j for columns, i for rows; Σ is over it throughout):
+
+    P_t = P_{t−1} / d_t,  d_t = Σ P_{t−1} + eps
+    dP_t = (dP_{t−1} − P_t · Σ dP_{t−1}) / d_t
+
+so from the last step to the first, starting with g = g_h_res and P = h_res,
+
+    g = (g − Σ g · P) / d_t ;  P = P · d_t
+
+The first step is a softmax over j, P_0 = S + eps:
+
+    g_logits = S · (g − Σ_j g · S)
+
+So the way back needs the 2·iters − 1 vectors d_t and no stored matrix: the forward is run again on chip and keeps them,
+n values a step in shared memory (20 KB a warp at n = 4 and 20 iterations), and P is rebuilt from its last value. The
+softmax is computed afresh from the logits at the end, since P_0 − eps would lose the small elements of S.
+
+One token is one thread, as in the forward. g and P are 2·n² registers.
+"""
+
+import tilelang.language as T
+
+from .sinkhorn import softmax, softmax_columns
+
+
+@T.macro
+def normalize_keeping(P, scale, denominators, step, num_streams, block, eps, axis):
+    """`sinkhorn.normalize`, which also keeps the sums + eps as denominators[step]."""
+    T.reduce_sum(P, scale, dim=axis)
+    for k, t in T.Parallel(num_streams, block):
+        scale[k, t] += eps
+        denominators[step, k, t] = scale[k, t]
+        scale[k, t] = 1.0 / scale[k, t]
+    for j, i, t in T.Parallel(num_streams, num_streams, block):
+        P[j, i, t] *= scale[i if axis == 0 else j, t]
+
+
+@T.macro
+def undo_normalize(g, P, products, scale, sums, denominators, step, num_streams, block, axis):
+    """g = (g − Σ g · P) / d ;  P = P · d."""
+    for j, i, t in T.Parallel(num_streams, num_streams, block):
+        products[j, i, t] = g[j, i, t] * P[j, i, t]
+    T.reduce_sum(products, sums, dim=axis)
+    for k, t in T.Parallel(num_streams, block):
+        scale[k, t] = denominators[step, k, t]
+    for j, i, t in T.Parallel(num_streams, num_streams, block):
+        P[j, i, t] *= scale[i if axis == 0 else j, t]
+    for k, t in T.Parallel(num_streams, block):
+        scale[k, t] = 1.0 / scale[k, t]
+    for j, i, t in T.Parallel(num_streams, num_streams, block):
+        g[j, i, t] = (g[j, i, t] - sums[i if axis == 0 else j, t]) * scale[i if axis == 0 else j, t]
+
+
+@T.macro
+def undo_softmax(g, S, products, sums, num_streams, block):
+    """g = S · (g − Σ_j g · S)."""
+    for j, i, t in T.Parallel(num_streams, num_streams, block):
+        products[j, i, t] = g[j, i, t] * S[j, i, t]
+    T.reduce_sum(products, sums, dim=0)
+    for j, i, t in T.Parallel(num_streams, num_streams, block):
+        g[j, i, t] = S[j, i, t] * (g[j, i, t] - sums[i, t])
+
+
+@T.macro
+def sinkhorn_backward_inplace(g, logits, num_streams, block, iters, eps):
+    """Turn g_h_res [n, n, block], a fragment with the tokens last, into g_logits; `logits` is such a tile, shared."""
+    n = num_streams
+    P = T.alloc_fragment((n, n, block), T.float32)
+    products = T.alloc_fragment((n, n, block), T.float32)
+    scale = T.alloc_fragment((n, block), T.float32)
+    sums = T.alloc_fragment((n, block), T.float32)
+    denominators = T.alloc_shared((2 * iters - 1, n, block), T.float32)
+    for j, i, t in T.Parallel(n, n, block):
+        P[j, i, t] = logits[j, i, t]
+    softmax_columns(P, scale, n, block, eps)
+    normalize_keeping(P, scale, denominators, 0, n, block, eps, axis=1)
+    for k in T.serial(iters - 1):
+        normalize_keeping(P, scale, denominators, 2 * k + 1, n, block, eps, axis=0)
+        normalize_keeping(P, scale, denominators, 2 * k + 2, n, block, eps, axis=1)
+    for k in T.serial(iters - 1):
+        undo_normalize(g, P, products, scale, sums, denominators, 2 * (iters - 1 - k), n, block, axis=1)
+        undo_normalize(g, P, products, scale, sums, denominators, 2 * (iters - 1 - k) - 1, n, block, axis=0)
+    undo_normalize(g, P, products, scale, sums, denominators, 0, n, block, axis=1)
+    for j, i, t in T.Parallel(n, n, block):
+        P[j, i, t] = logits[j, i, t]
+    softmax(P, scale, n, block)
+    undo_softmax(g, P, products, sums, n, block)
+
+
+def sinkhorn_backward_kernel(num_streams: int, iters: int, eps: float, block: int):
+    """g_h_res, logits [T, n, n] -> g_logits [T, n, n], float32; `block` tokens a block, one thread each."""
+    n = num_streams
+    num_tokens = T.dynamic("num_tokens")
+
+    @T.prim_func
+    def sinkhorn_backward(
+        g_h_res: T.Tensor[(num_tokens, n, n), T.float32],
+        logits: T.Tensor[(num_tokens, n, n), T.float32],
+        g_logits: T.Tensor[(num_tokens, n, n), T.float32],
+    ):
+        with T.Kernel(T.ceildiv(num_tokens, block), threads=block) as tile:
+            g = T.alloc_fragment((n, n, block), T.float32)
+            z = T.alloc_shared((n, n, block), T.float32)
+            first = tile * block
+            for j, i, t in T.Parallel(n, n, block):
+                g[j, i, t] = T.if_then_else(first + t < num_tokens, g_h_res[first + t, j, i], 0.0)
+            for j, i, t in T.Parallel(n, n, block):
+                z[j, i, t] = T.if_then_else(first + t < num_tokens, logits[first + t, j, i], 0.0)
+            sinkhorn_backward_inplace(g, z, n, block, iters, eps)
+            for j, i, t in T.Parallel(n, n, block):
+                if first + t < num_tokens:
+                    g_logits[first + t, j, i] = g[j, i, t]
+
+    return sinkhorn_backward

@@ -1,0 +1,268 @@
+"""One function per backward kernel, as `launch` has one per forward kernel: plan, outputs, launch.
+
+Tensors come flat and contiguous, [T, …]; `operators` sees to that. A gradient that is not wanted, or not given, is
+None: it is neither computed nor read. Sums over tokens are taken in an order that the sizes fix.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import compile as compiler
+from .errors import GradientError
+from .kernel import dtype_name
+from .kernels import plans
+from .launch import aligned, alignment
+from .spec import MHCSpec
+
+ELEMENTS = 256  # of a block of `sum_partials`
+
+Gradient = torch.Tensor | None
+
+
+def expand_backward(g_x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """g_x [T, n, C] -> g_h [T, C]."""
+    num_tokens, num_streams, hidden_size = g_x.shape
+    g_h = g_x.new_empty(num_tokens, hidden_size) if out is None else out
+    tile = plans.channel_tile(hidden_size, g_x.element_size(), g_x.device.type, alignment(g_x, g_h))
+    kernel = compiler.kernel(
+        "expand_backward",
+        compiler.target_of(g_x.device),
+        num_streams=num_streams,
+        hidden_size=hidden_size,
+        dtype=dtype_name(g_x.dtype),
+        tile=tile,
+    )
+    kernel(g_x=g_x, g_h=g_h)
+    return g_h
+
+
+def sinkhorn_backward(
+    g_h_res: torch.Tensor, logits: torch.Tensor, iters: int, eps: float, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """g_h_res, logits [T, n, n] -> g_logits [T, n, n]."""
+    num_streams = logits.shape[-1]
+    g_logits = torch.empty_like(logits) if out is None else out
+    target = compiler.target_of(logits.device)
+    block = sinkhorn_tokens(num_streams, iters, target)
+    kernel = compiler.kernel("sinkhorn_backward", target, num_streams=num_streams, iters=iters, eps=eps, block=block)
+    kernel(g_h_res=aligned(g_h_res), logits=aligned(logits), g_logits=g_logits)
+    return g_logits
+
+
+def sinkhorn_tokens(num_streams: int, iters: int, target: str) -> int:
+    """Tokens of a block of Sinkhorn's backward. Raises GradientError where the iterations do not fit on the chip."""
+    kind = "cpu" if target == "cpu" else "cuda"
+    block = plans.sinkhorn_backward_tokens(num_streams, iters, kind)
+    if not block:
+        most = max(k for k in range(1, iters) if plans.sinkhorn_backward_tokens(num_streams, k, kind))
+        raise GradientError(
+            f"sinkhorn: the backward keeps a vector per step on the chip: expected at most {most} iterations for "
+            f"{num_streams} streams on {kind}, got {iters}"
+        )
+    return block
+
+
+def pre_backward(g_layer_input: torch.Tensor, x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """g_layer_input [T, C], x [T, n, C] -> g_h_pre [T, n]."""
+    num_tokens, num_streams, hidden_size = x.shape
+    g_h_pre = x.new_empty(num_tokens, num_streams, dtype=torch.float32) if out is None else out
+    kernel = compiler.kernel(
+        "pre_backward",
+        compiler.target_of(x.device),
+        num_streams=num_streams,
+        hidden_size=hidden_size,
+        dtype=dtype_name(x.dtype),
+        tile=plans.reduction_tile(num_streams, x.element_size(), x.device.type),
+    )
+    kernel(g_layer_input=aligned(g_layer_input), x=aligned(x), g_h_pre=g_h_pre)
+    return g_h_pre
+
+
+def post_backward(
+    g_x_next: torch.Tensor,
+    x: torch.Tensor,
+    layer_output: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    *,
+    needs_x: bool = True,
+    needs_layer_output: bool = True,
+    needs_mixing: bool = True,
+    out: tuple[Gradient, Gradient, Gradient, Gradient] | None = None,
+) -> tuple[Gradient, Gradient, Gradient, Gradient]:
+    """g_x_next and post's arguments, flat -> the gradients of x, layer_output, h_post and h_res; None unless needed.
+
+    `needs_mixing` asks for the last two.
+    """
+    wanted = (needs_x, needs_layer_output, needs_mixing, needs_mixing)
+    arguments = (x, layer_output, h_post, h_res)
+    gradients = out or tuple(torch.empty_like(t) if w else None for t, w in zip(arguments, wanted, strict=True))
+    g_x, g_layer_output, g_h_post, g_h_res = map(_or_unused, gradients, arguments)
+    kernel = compiler.kernel(
+        "post_backward",
+        compiler.target_of(x.device),
+        num_streams=x.shape[1],
+        hidden_size=x.shape[2],
+        dtype=dtype_name(x.dtype),
+        layer_dtype=dtype_name(layer_output.dtype),
+        tile=plans.reduction_tile(x.shape[1], x.element_size(), x.device.type),
+        stream=needs_x,
+        layer=needs_layer_output,
+        mixing=needs_mixing,
+    )
+    kernel(
+        g_x_next=aligned(g_x_next),
+        x=aligned(x),
+        layer_output=aligned(layer_output),
+        h_post=aligned(h_post),
+        h_res=aligned(h_res),
+        g_x=g_x,
+        g_layer_output=g_layer_output,
+        g_h_post=g_h_post,
+        g_h_res=g_h_res,
+    )
+    return gradients  # type: ignore[return-value]
+
+
+def coefficients_backward(
+    g_h_pre: Gradient,
+    g_h_post: Gradient,
+    g_h_res: Gradient,
+    projected: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    spec: MHCSpec,
+    *,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the mappings, projected [M + 1, T], alpha [3], bias [M] -> g_projected [M + 1, T], g_alpha, g_bias."""
+    target = compiler.target_of(projected.device)
+    given = {"g_h_pre": g_h_pre, "g_h_post": g_h_post, "g_h_res": g_h_res}
+    kernel = compiler.kernel(
+        "coefficients_backward",
+        target,
+        num_streams=spec.num_streams,
+        hidden_size=spec.hidden_size,
+        iters=spec.sinkhorn_iters,
+        sinkhorn_eps=spec.sinkhorn_eps,
+        post_scale=spec.post_scale,
+        block=(block := sinkhorn_tokens(spec.num_streams, spec.sinkhorn_iters, target)),
+        pre=g_h_pre is not None,
+        post=g_h_post is not None,
+        res=g_h_res is not None,
+    )
+    tensors = {name: _or_unused(gradient, projected) for name, gradient in given.items()}
+    g_projected, g_alpha, g_bias = out or (torch.empty_like(t) for t in (projected, alpha, bias))
+    partial = partial_sums(projected, block, alpha.numel() + bias.numel())
+    kernel(**tensors, projected=projected, alpha=aligned(alpha), bias=aligned(bias), g_projected=g_projected, partial=partial)
+    split_parameters(partial, g_alpha, g_bias)
+    return g_projected, g_alpha, g_bias
+
+
+def head_coefficients_backward(
+    g_h_pre: torch.Tensor, projected: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor, spec: MHCSpec
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """g_h_pre [T, n], projected [n + 1, T], alpha [1], bias [n] -> g_projected [n + 1, T], g_alpha [1], g_bias [n]."""
+    target = compiler.target_of(projected.device)
+    block = plans.tokens_per_block(target)
+    kernel = compiler.kernel(
+        "head_coefficients_backward",
+        target,
+        num_streams=spec.num_streams,
+        hidden_size=spec.hidden_size,
+        block=block,
+    )
+    g_projected, g_alpha, g_bias = (torch.empty_like(t) for t in (projected, alpha, bias))
+    partial = partial_sums(projected, block, alpha.numel() + bias.numel())
+    kernel(
+        g_h_pre=aligned(g_h_pre),
+        projected=projected,
+        alpha=aligned(alpha),
+        bias=aligned(bias),
+        g_projected=g_projected,
+        partial=partial,
+    )
+    split_parameters(partial, g_alpha, g_bias)
+    return g_projected, g_alpha, g_bias
+
+
+def partial_sums(projected: torch.Tensor, block: int, elements: int) -> torch.Tensor:
+    """Room for a row of partial sums per block of tokens; a row of zeros where there is no token."""
+    num_partials = -(-projected.shape[-1] // block)
+    return projected.new_empty(num_partials, elements) if num_partials else projected.new_zeros(1, elements)
+
+
+def split_parameters(partial: torch.Tensor, g_alpha: torch.Tensor, g_bias: torch.Tensor) -> None:
+    """The partial sums added up, and shared out."""
+    total = sum_partials(partial)
+    g_alpha.copy_(total[: g_alpha.numel()])
+    g_bias.copy_(total[g_alpha.numel() :])
+
+
+def sum_partials(partial: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """partial [partials, elements] -> [elements], in an order that the sizes fix."""
+    total = partial.new_empty(partial.shape[1]) if out is None else out
+    lanes = plans.partial_lanes(partial.shape[0])
+    kernel = compiler.kernel("sum_partials", compiler.target_of(partial.device), lanes=lanes, block=ELEMENTS)
+    kernel(partial=partial, total=total)
+    return total
+
+
+def project_backward(
+    g_projected: torch.Tensor,
+    x: torch.Tensor,
+    phi: torch.Tensor,
+    *,
+    h_pre: Gradient = None,
+    g_layer_input: Gradient = None,
+    needs_x: bool = True,
+    needs_phi: bool = True,
+    out: tuple[Gradient, Gradient] | None = None,
+) -> tuple[Gradient, Gradient]:
+    """g_projected [M + 1, T], x [T, n, C], phi [M, K] -> g_x [T, n, C] and g_phi [M, K], None unless needed.
+
+    With h_pre [T, n] and g_layer_input [T, C], g_x also has what the aggregation adds, h_pre[i] · g_layer_input.
+    """
+    num_tokens, num_streams, hidden_size = x.shape
+    rows = phi.shape[0]
+    plan = plans.projection_backward_plan(rows, hidden_size, dtype_name(x.dtype), x.device.type)
+    tokens_per_split = plans.tokens_per_split(num_tokens, plan)
+    num_splits = -(-num_tokens // tokens_per_split)
+    g_x, g_phi = out or (torch.empty_like(x) if needs_x else None, torch.empty_like(phi) if needs_phi else None)
+    if num_tokens == 0:
+        return g_x, None if g_phi is None else g_phi.zero_()
+    partial = None
+    if g_phi is not None:
+        own = num_splits == 1  # one range of tokens: its partial sum is the sum
+        partial = g_phi.view(1, -1) if own else phi.new_empty(num_splits, phi.numel())
+    kernel = compiler.kernel(
+        "project_backward",
+        compiler.target_of(x.device),
+        num_streams=num_streams,
+        hidden_size=hidden_size,
+        dtype=dtype_name(x.dtype),
+        plan=plan,
+        stream=needs_x,
+        weights=needs_phi,
+        aggregated=needs_x and g_layer_input is not None,
+    )
+    shape = (rows, num_streams, hidden_size)
+    kernel(
+        g_projected=g_projected,
+        x=aligned(x),
+        phi=aligned(phi).view(shape) if needs_x else phi.new_empty(1),
+        h_pre=_or_unused(h_pre if needs_x else None, phi),
+        g_layer_input=_or_unused(g_layer_input if needs_x else None, x),
+        g_x=_or_unused(g_x, x),
+        partial=_or_unused(None if partial is None else partial.view(-1, *shape), phi),
+        tokens_per_split=tokens_per_split,
+    )
+    if g_phi is not None and partial is not None and num_splits > 1:
+        sum_partials(partial, out=g_phi.view(-1))
+    return g_x, g_phi
+
+
+def _or_unused(tensor: Gradient, like: torch.Tensor) -> torch.Tensor:
+    """The tensor, or the one element that a kernel takes for a tensor it does not touch."""
+    return like.new_empty(1) if tensor is None else aligned(tensor)
