@@ -13,15 +13,34 @@ everything is float32. Only the partial sums are read, and 2·(n² + 2n) + 1 val
 as `projected` what a backward cannot get from them, the rows s·(x·phi) and, last, s.
 """
 
+from dataclasses import dataclass
+
 import tilelang.language as T
 
 from .plans import LANES, ProjectionPlan
 from .sinkhorn import sinkhorn_inplace
 
 
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows of phi that share an alpha, seen as a matrix [outer, inner]: which alpha, and the first row."""
+
+    index: int
+    first: int
+    outer: int
+    inner: int
+
+
+def row_groups(num_streams: int) -> tuple[RowGroup, RowGroup, RowGroup]:
+    """pre, post and res."""
+    n = num_streams
+    return RowGroup(0, 0, 1, n), RowGroup(1, n, 1, n), RowGroup(2, 2 * n, n, n)
+
+
 @T.macro
-def sum_slabs(total, partial, first_row, outer, inner, first_token, num_tokens, num_slabs, block):
+def sum_slabs(total, partial, first_row, first_token, num_tokens, num_slabs):
     """total[a, b, t] = Σ_slab partial[slab, first_row + a · inner + b, first_token + t], slabs ascending."""
+    outer, inner, block = total.shape
     T.clear(total)
     for slab in T.serial(num_slabs):
         for a, b, t in T.Parallel(outer, inner, block):
@@ -33,7 +52,7 @@ def sum_slabs(total, partial, first_row, outer, inner, first_token, num_tokens, 
 def inverse_rms(scale, projected, partial, first_token, num_tokens, num_slabs, num_elements, rms_eps, plan, block):
     """scale[0, t] = s of Eq. (15): the slabs of each lane added, then the lanes, ascending. Keeps it."""
     lanes = T.alloc_fragment((LANES, 1, block), T.float32)
-    sum_slabs(lanes, partial, plan.halves * plan.rows, LANES, 1, first_token, num_tokens, num_slabs, block)
+    sum_slabs(lanes, partial, plan.halves * plan.rows, first_token, num_tokens, num_slabs)
     T.reduce_sum(lanes, scale, dim=0)
     for k, t in T.Parallel(1, block):
         scale[k, t] = T.rsqrt(scale[k, t] * (1.0 / num_elements) + rms_eps)
@@ -43,41 +62,26 @@ def inverse_rms(scale, projected, partial, first_token, num_tokens, num_slabs, n
 
 
 @T.macro
-def logits(
-    z,
-    projected,
-    partial,
-    scale,
-    alpha,
-    bias,
-    group,
-    first_row,
-    outer,
-    inner,
-    first_token,
-    num_tokens,
-    num_slabs,
-    plan,
-    block,
-):
-    """Eq. (16) for the rows from `first_row` on, seen as a matrix z [outer, inner, block]; keeps x·phi · s.
+def logits(z, projected, partial, scale, alpha, bias, group: RowGroup, first_token, num_tokens, num_slabs, plan, block):
+    """Eq. (16) for a group of rows, z [outer, inner, block]; keeps x·phi · s.
 
     Every group of rows has a fragment of its own, and every loop runs over a whole fragment: TileLang 0.1.15
     lays a fragment out by its first loop and silently truncates it where that loop covers only a part.
     """
-    sum_slabs(z, partial, first_row, outer, inner, first_token, num_tokens, num_slabs, block)
+    outer, inner = group.outer, group.inner
+    sum_slabs(z, partial, group.first, first_token, num_tokens, num_slabs)
     if plan.split:
         low = T.alloc_fragment((outer, inner, block), T.float32)
-        sum_slabs(low, partial, plan.rows + first_row, outer, inner, first_token, num_tokens, num_slabs, block)
+        sum_slabs(low, partial, plan.rows + group.first, first_token, num_tokens, num_slabs)
         for a, b, t in T.Parallel(outer, inner, block):
             z[a, b, t] += low[a, b, t]
     for a, b, t in T.Parallel(outer, inner, block):
         z[a, b, t] *= scale[0, t]
     for a, b, t in T.Parallel(outer, inner, block):
         if first_token + t < num_tokens:
-            projected[first_row + a * inner + b, first_token + t] = z[a, b, t]
+            projected[group.first + a * inner + b, first_token + t] = z[a, b, t]
     for a, b, t in T.Parallel(outer, inner, block):
-        z[a, b, t] = alpha[group] * z[a, b, t] + bias[first_row + a * inner + b]
+        z[a, b, t] = alpha[group.index] * z[a, b, t] + bias[group.first + a * inner + b]
 
 
 def sigmoid(z):
@@ -100,6 +104,7 @@ def coefficients_kernel(
     -> h_pre [T, n], h_post [T, n], h_res [T, n, n], projected [M + 1, T].
     """
     n = num_streams
+    pre, post, res = row_groups(n)
     num_rows = n * n + 2 * n
     num_tokens = T.dynamic("num_tokens")
     num_slabs = T.dynamic("num_slabs")
@@ -120,18 +125,16 @@ def coefficients_kernel(
             z_post = T.alloc_fragment((1, n, block), T.float32)
             P = T.alloc_fragment((n, n, block), T.float32)
             first = tile * block
-            inverse_rms(
-                scale, projected, partial, first, num_tokens, num_slabs, n * hidden_size, rms_eps, plan, block
-            )
-            logits(z_pre, projected, partial, scale, alpha, bias, 0, 0, 1, n, first, num_tokens, num_slabs, plan, block)
+            inverse_rms(scale, projected, partial, first, num_tokens, num_slabs, n * hidden_size, rms_eps, plan, block)
+            logits(z_pre, projected, partial, scale, alpha, bias, pre, first, num_tokens, num_slabs, plan, block)
             for k, j, t in T.Parallel(1, n, block):
                 if first + t < num_tokens:
                     h_pre[first + t, j] = sigmoid(z_pre[k, j, t]) + pre_eps
-            logits(z_post, projected, partial, scale, alpha, bias, 1, n, 1, n, first, num_tokens, num_slabs, plan, block)
+            logits(z_post, projected, partial, scale, alpha, bias, post, first, num_tokens, num_slabs, plan, block)
             for k, j, t in T.Parallel(1, n, block):
                 if first + t < num_tokens:
                     h_post[first + t, j] = post_scale * sigmoid(z_post[k, j, t])
-            logits(P, projected, partial, scale, alpha, bias, 2, 2 * n, n, n, first, num_tokens, num_slabs, plan, block)
+            logits(P, projected, partial, scale, alpha, bias, res, first, num_tokens, num_slabs, plan, block)
             sinkhorn_inplace(P, n, block, iters, sinkhorn_eps)
             for j, i, t in T.Parallel(n, n, block):
                 if first + t < num_tokens:

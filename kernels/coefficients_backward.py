@@ -18,69 +18,55 @@ a block, which `partial_sums` adds up. One token is one thread; nothing here is 
 
 import tilelang.language as T
 
-from .coefficients import sigmoid
+from .coefficients import RowGroup, row_groups, sigmoid
 from .sinkhorn_backward import sinkhorn_backward_inplace
 
 
 @T.macro
-def load_scaled(scaled, projected, first_row, outer, inner, first_token, num_tokens, block):
-    """scaled[a, b, t] = m of row first_row + a · inner + b; zero beyond the last token."""
-    for a, b, t in T.Parallel(outer, inner, block):
+def load_scaled(scaled, projected, group: RowGroup, first_token, num_tokens, block):
+    """scaled[a, b, t] = m of the group's row a · inner + b; zero beyond the last token."""
+    for a, b, t in T.Parallel(group.outer, group.inner, block):
         scaled[a, b, t] = T.if_then_else(
-            first_token + t < num_tokens, projected[first_row + a * inner + b, first_token + t], 0.0
+            first_token + t < num_tokens, projected[group.first + a * group.inner + b, first_token + t], 0.0
         )
 
 
 @T.macro
-def gate_backward(g_z, g_h, scaled, alpha, bias, group, first_row, factor, given, first_token, num_tokens, n, block):
-    """g_z[0, j, t] = factor · g_h · σ(z)·σ(−z); zero where no g_h is given."""
-    for k, j, t in T.Parallel(1, n, block):
-        if given:
-            z = alpha[group] * scaled[k, j, t] + bias[first_row + j]
-            g = T.if_then_else(first_token + t < num_tokens, g_h[first_token + t, j], 0.0)
-            g_z[k, j, t] = factor * g * (sigmoid(z) * sigmoid(-z))
-        else:
-            g_z[k, j, t] = 0.0
+def gate_backward(g_z, g_h, scaled, alpha, bias, factor, group: RowGroup, first_token, num_tokens, block):
+    """g_z[0, j, t] = factor · g_h · σ(z)·σ(−z)."""
+    for k, j, t in T.Parallel(1, group.inner, block):
+        z = alpha[group.index] * scaled[k, j, t] + bias[group.first + j]
+        g = T.if_then_else(first_token + t < num_tokens, g_h[first_token + t, j], 0.0)
+        g_z[k, j, t] = factor * g * (sigmoid(z) * sigmoid(-z))
 
 
 @T.macro
-def group_backward(
-    rho,
-    partial,
-    g_projected,
-    g_z,
-    scaled,
-    scale,
-    alpha,
-    group,
-    num_groups,
-    first_row,
-    outer,
-    inner,
-    tile,
-    num_tokens,
-    block,
-):
-    """One group of rows: its g_dots, the block's sums for g_alpha and g_bias, and its part of Σ g_z · alpha · m."""
+def group_backward(rho, partial, g_projected, g_z, scaled, scale, alpha, group: RowGroup, tile, num_tokens, block):
+    """One group of rows: its g_dots, the block's sums for g_alpha and g_bias, and its part of Σ g_z · alpha · m.
+
+    `partial` has a column per alpha, then one per row. Overwrites scaled.
+    """
+    outer, inner = group.outer, group.inner
+    num_alphas = partial.shape[1] - (g_projected.shape[0] - 1)
     row_sums = T.alloc_fragment((outer, inner), T.float32)
+    inner_sums = T.alloc_fragment((inner, block), T.float32)
+    token_sums = T.alloc_fragment((block,), T.float32)
+    block_sum = T.alloc_fragment((1,), T.float32)
     T.reduce_sum(g_z, row_sums, dim=2)
     for a, b in T.Parallel(outer, inner):
-        partial[tile, num_groups + first_row + a * inner + b] = row_sums[a, b]
+        partial[tile, num_alphas + group.first + a * inner + b] = row_sums[a, b]
     for a, b, t in T.Parallel(outer, inner, block):
         if tile * block + t < num_tokens:
-            g_projected[first_row + a * inner + b, tile * block + t] = g_z[a, b, t] * alpha[group] * scale[t]
-    through_outer = T.alloc_fragment((inner, block), T.float32)
-    through = T.alloc_fragment((block,), T.float32)
-    group_sum = T.alloc_fragment((1,), T.float32)
+            g_projected[group.first + a * inner + b, tile * block + t] = g_z[a, b, t] * alpha[group.index] * scale[t]
     for a, b, t in T.Parallel(outer, inner, block):
         scaled[a, b, t] *= g_z[a, b, t]
-    T.reduce_sum(scaled, through_outer, dim=0)
-    T.reduce_sum(through_outer, through, dim=0)
+    T.reduce_sum(scaled, inner_sums, dim=0)
+    T.reduce_sum(inner_sums, token_sums, dim=0)
     for t in T.Parallel(block):
-        rho[t] += alpha[group] * through[t]
-    T.reduce_sum(through, group_sum, dim=0)
+        rho[t] += alpha[group.index] * token_sums[t]
+    T.reduce_sum(token_sums, block_sum, dim=0)
     for k in T.Parallel(1):
-        partial[tile, group + k] = group_sum[k]
+        partial[tile, group.index + k] = block_sum[k]
 
 
 @T.macro
@@ -106,17 +92,17 @@ def coefficients_backward_kernel(
     sinkhorn_eps: float,
     post_scale: float,
     block: int,
-    pre: bool,
-    post: bool,
-    res: bool,
+    pre_given: bool,
+    post_given: bool,
+    res_given: bool,
 ):
     """g_h_pre, g_h_post [T, n], g_h_res [T, n, n], projected [M + 1, T], alpha [3], bias [M]
     -> g_projected [M + 1, T], partial [blocks, 3 + M] of g_alpha and g_bias.
 
-    `pre`, `post` and `res` say which gradients are given; one that is not is a tensor of one element that nobody
-    touches, and counts as zero.
+    What is not given, as `…_given` say, is a tensor of one element that nobody touches, and counts as zero.
     """
     n = num_streams
+    pre, post, res = row_groups(n)
     num_rows = n * n + 2 * n
     num_tokens = T.dynamic("num_tokens")
     num_partials = T.dynamic("num_partials")
@@ -124,9 +110,9 @@ def coefficients_backward_kernel(
 
     @T.prim_func
     def coefficients_backward(
-        g_h_pre: T.Tensor[(num_tokens, n) if pre else absent, T.float32],
-        g_h_post: T.Tensor[(num_tokens, n) if post else absent, T.float32],
-        g_h_res: T.Tensor[(num_tokens, n, n) if res else absent, T.float32],
+        g_h_pre: T.Tensor[(num_tokens, n) if pre_given else absent, T.float32],
+        g_h_post: T.Tensor[(num_tokens, n) if post_given else absent, T.float32],
+        g_h_res: T.Tensor[(num_tokens, n, n) if res_given else absent, T.float32],
         projected: T.Tensor[(num_rows + 1, num_tokens), T.float32],
         alpha: T.Tensor[(3,), T.float32],
         bias: T.Tensor[(num_rows,), T.float32],
@@ -146,31 +132,33 @@ def coefficients_backward_kernel(
             first = tile * block
             load_scale(scale, rho, projected, num_rows, first, num_tokens, block)
 
-            load_scaled(scaled_pre, projected, 0, 1, n, first, num_tokens, block)
-            gate_backward(g_z_pre, g_h_pre, scaled_pre, alpha, bias, 0, 0, 1.0, pre, first, num_tokens, n, block)
+            load_scaled(scaled_pre, projected, pre, first, num_tokens, block)
+            if pre_given:
+                gate_backward(g_z_pre, g_h_pre, scaled_pre, alpha, bias, 1.0, pre, first, num_tokens, block)
+            else:
+                T.clear(g_z_pre)
+            group_backward(rho, partial, g_projected, g_z_pre, scaled_pre, scale, alpha, pre, tile, num_tokens, block)
+
+            load_scaled(scaled_post, projected, post, first, num_tokens, block)
+            if post_given:
+                gate_backward(g_z_post, g_h_post, scaled_post, alpha, bias, post_scale, post, first, num_tokens, block)
+            else:
+                T.clear(g_z_post)
             group_backward(
-                rho, partial, g_projected, g_z_pre, scaled_pre, scale, alpha, 0, 3, 0, 1, n, tile, num_tokens, block
+                rho, partial, g_projected, g_z_post, scaled_post, scale, alpha, post, tile, num_tokens, block
             )
-            load_scaled(scaled_post, projected, n, 1, n, first, num_tokens, block)
-            gate_backward(
-                g_z_post, g_h_post, scaled_post, alpha, bias, 1, n, post_scale, post, first, num_tokens, n, block
-            )
-            group_backward(
-                rho, partial, g_projected, g_z_post, scaled_post, scale, alpha, 1, 3, n, 1, n, tile, num_tokens, block
-            )
-            if res:
-                load_scaled(scaled_res, projected, 2 * n, n, n, first, num_tokens, block)
+
+            load_scaled(scaled_res, projected, res, first, num_tokens, block)
+            if res_given:
                 for j, i, t in T.Parallel(n, n, block):
                     z_res[j, i, t] = alpha[2] * scaled_res[j, i, t] + bias[2 * n + j * n + i]
                 for j, i, t in T.Parallel(n, n, block):
                     g_z_res[j, i, t] = T.if_then_else(first + t < num_tokens, g_h_res[first + t, j, i], 0.0)
                 sinkhorn_backward_inplace(g_z_res, z_res, n, block, iters, sinkhorn_eps)
+                load_scaled(scaled_res, projected, res, first, num_tokens, block)  # not held in registers meanwhile
             else:
                 T.clear(g_z_res)
-            load_scaled(scaled_res, projected, 2 * n, n, n, first, num_tokens, block)
-            group_backward(
-                rho, partial, g_projected, g_z_res, scaled_res, scale, alpha, 2, 3, 2 * n, n, n, tile, num_tokens, block
-            )
+            group_backward(rho, partial, g_projected, g_z_res, scaled_res, scale, alpha, res, tile, num_tokens, block)
             store_rho(g_projected, rho, scale, num_rows, n * hidden_size, first, num_tokens, block)
 
     return coefficients_backward

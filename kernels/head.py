@@ -7,7 +7,7 @@ phi has n rows only. The aggregation itself is the `pre` kernel.
 
 import tilelang.language as T
 
-from .coefficients import inverse_rms, logits, sigmoid
+from .coefficients import RowGroup, inverse_rms, logits, sigmoid
 from .plans import ProjectionPlan
 
 
@@ -16,6 +16,7 @@ def head_coefficients_kernel(
 ):
     """partial [slabs, slab_rows, T], alpha [1], bias [n] -> h_pre [T, n], projected [n + 1, T] as in `coefficients`."""
     n = num_streams
+    rows = RowGroup(0, 0, 1, n)
     num_tokens = T.dynamic("num_tokens")
     num_slabs = T.dynamic("num_slabs")
 
@@ -31,10 +32,8 @@ def head_coefficients_kernel(
             scale = T.alloc_fragment((1, block), T.float32)
             z = T.alloc_fragment((1, n, block), T.float32)
             first = tile * block
-            inverse_rms(
-                scale, projected, partial, first, num_tokens, num_slabs, n * hidden_size, rms_eps, plan, block
-            )
-            logits(z, projected, partial, scale, alpha, bias, 0, 0, 1, n, first, num_tokens, num_slabs, plan, block)
+            inverse_rms(scale, projected, partial, first, num_tokens, num_slabs, n * hidden_size, rms_eps, plan, block)
+            logits(z, projected, partial, scale, alpha, bias, rows, first, num_tokens, num_slabs, plan, block)
             for k, j, t in T.Parallel(1, n, block):
                 if first + t < num_tokens:
                     h_pre[first + t, j] = sigmoid(z[k, j, t]) + pre_eps

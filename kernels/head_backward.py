@@ -5,6 +5,7 @@ The rest of head's backward is that of `pre`: `pre_backward` for g_h_pre, then t
 
 import tilelang.language as T
 
+from .coefficients import RowGroup
 from .coefficients_backward import gate_backward, group_backward, load_scale, load_scaled, store_rho
 
 
@@ -13,6 +14,7 @@ def head_coefficients_backward_kernel(num_streams: int, hidden_size: int, block:
     -> g_projected [n + 1, T], partial [blocks, 1 + n] of g_alpha and g_bias.
     """
     n = num_streams
+    rows = RowGroup(0, 0, 1, n)
     num_tokens = T.dynamic("num_tokens")
     num_partials = T.dynamic("num_partials")
 
@@ -32,9 +34,9 @@ def head_coefficients_backward_kernel(num_streams: int, hidden_size: int, block:
             g_z = T.alloc_fragment((1, n, block), T.float32)
             first = tile * block
             load_scale(scale, rho, projected, n, first, num_tokens, block)
-            load_scaled(scaled, projected, 0, 1, n, first, num_tokens, block)
-            gate_backward(g_z, g_h_pre, scaled, alpha, bias, 0, 0, 1.0, True, first, num_tokens, n, block)
-            group_backward(rho, partial, g_projected, g_z, scaled, scale, alpha, 0, 1, 0, 1, n, tile, num_tokens, block)
+            load_scaled(scaled, projected, rows, first, num_tokens, block)
+            gate_backward(g_z, g_h_pre, scaled, alpha, bias, 1.0, rows, first, num_tokens, block)
+            group_backward(rho, partial, g_projected, g_z, scaled, scale, alpha, rows, tile, num_tokens, block)
             store_rho(g_projected, rho, scale, n, n * hidden_size, first, num_tokens, block)
 
     return head_coefficients_backward

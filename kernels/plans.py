@@ -166,14 +166,18 @@ class ProjectionBackwardPlan:
 def projection_backward_plan(rows: int, hidden_size: int, dtype: str, target: str) -> ProjectionBackwardPlan:
     """The plan for phi with `rows` rows."""
     if target == "cpu":
-        channels = min(512, -(-hidden_size // LANES) * LANES)
+        channels = min(512 if rows <= 32 else 256, -(-hidden_size // LANES) * LANES)
         return ProjectionBackwardPlan(rows, False, "float32", tokens=48, channels=channels, threads=1)
     if dtype == "bfloat16":
-        return ProjectionBackwardPlan(rows, True, "bfloat16", tokens=64, channels=128 if rows <= 32 else 64, threads=128)
+        return ProjectionBackwardPlan(
+            rows, True, "bfloat16", tokens=64, channels=128 if rows <= 32 else 64, threads=128
+        )
     return ProjectionBackwardPlan(rows, True, "float32", tokens=64, channels=64 if rows <= 32 else 32, threads=128)
 
 
-TOKENS_PER_PARTIAL = 512  # a partial g_phi costs 4·M·K bytes of traffic to write: 0.75C a token at 512 (n = 4, bfloat16)
+TOKENS_PER_PARTIAL = (
+    512  # a partial g_phi costs 4·M·K bytes of traffic to write: 0.75C a token at 512 (n = 4, bfloat16)
+)
 MAX_PARTIALS = 8
 
 

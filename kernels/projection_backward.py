@@ -17,10 +17,10 @@ over a range of tokens. Of each tile of x it makes g_x and adds to its sum for g
 **Fixed order.** The ranges are a function of the token count and C; every range writes its own partial g_phi,
 and `partial_sums` adds those up in order. No atomics.
 
-**Tensor cores, float32 results.** As in `projection`, operands are split into high and low halves: g_dots · phi is three
-products (high·high, low·high, high·low), g_dots · x two where x is an operand as it is (bfloat16; float16 in TF32)
-and three where it is float32. A CPU multiplies float32. Rows beyond the last token are zero on both sides: what
-lies in memory there could be NaN, and 0 · NaN is NaN.
+**Tensor cores, float32 results.** As in `projection`, operands are split into high and low halves: g_dots · phi is
+three products (high·high, low·high, high·low), g_dots · x two where x is an operand as it is (bfloat16; float16 in
+TF32) and three where it is float32. A CPU multiplies float32. Rows beyond the last token are zero on both sides:
+what lies in memory there could be NaN, and 0 · NaN is NaN.
 """
 
 import tilelang.language as T
@@ -54,9 +54,7 @@ def load_phi(high, low, phi, stream, first_channel, hidden_size, plan):
 def load_g_dots(high, low, g_projected, first_token, num_tokens, plan):
     """The halves of g_dots, token by row; zero beyond the last token."""
     for m, t in T.Parallel(plan.columns, plan.tokens):
-        value = T.if_then_else(
-            m < plan.rows and first_token + t < num_tokens, g_projected[m, first_token + t], 0.0
-        )
+        value = T.if_then_else(m < plan.rows and first_token + t < num_tokens, g_projected[m, first_token + t], 0.0)
         split_tile(high, low, t, m, value, plan)
 
 
@@ -71,8 +69,8 @@ def project_backward_kernel(
 ):
     """g_projected [M + 1, T], x [T, n, C], phi [M, n, C] -> g_x [T, n, C], partial [splits, M, n, C] of g_phi.
 
-    `stream` asks for g_x, `weights` for g_phi; `aggregated` adds h_pre [T, n] · g_layer_input [T, C] to g_x. What is not
-    asked for or not given is a tensor of one element that nobody touches.
+    `stream` asks for g_x, `weights` for g_phi; `aggregated` adds h_pre [T, n] · g_layer_input [T, C] to g_x. What is
+    not asked for or not given is a tensor of one element that nobody touches.
     """
     n, rows, tokens, channels = num_streams, plan.rows, plan.tokens, plan.channels
     operand = plan.operand_dtype

@@ -136,7 +136,9 @@ def coefficients_backward(
     *,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the mappings, projected [M + 1, T], alpha [3], bias [M] -> g_projected [M + 1, T], g_alpha, g_bias."""
+    """Gradients of the mappings, projected [M + 1, T], alpha [3], bias [M]
+    -> g_projected [M + 1, T], g_alpha [3], g_bias [M].
+    """
     target = compiler.target_of(projected.device)
     given = {"g_h_pre": g_h_pre, "g_h_post": g_h_post, "g_h_res": g_h_res}
     kernel = compiler.kernel(
@@ -148,14 +150,21 @@ def coefficients_backward(
         sinkhorn_eps=spec.sinkhorn_eps,
         post_scale=spec.post_scale,
         block=(block := sinkhorn_tokens(spec.num_streams, spec.sinkhorn_iters, target)),
-        pre=g_h_pre is not None,
-        post=g_h_post is not None,
-        res=g_h_res is not None,
+        pre_given=g_h_pre is not None,
+        post_given=g_h_post is not None,
+        res_given=g_h_res is not None,
     )
     tensors = {name: _or_unused(gradient, projected) for name, gradient in given.items()}
     g_projected, g_alpha, g_bias = out or (torch.empty_like(t) for t in (projected, alpha, bias))
     partial = partial_sums(projected, block, alpha.numel() + bias.numel())
-    kernel(**tensors, projected=projected, alpha=aligned(alpha), bias=aligned(bias), g_projected=g_projected, partial=partial)
+    kernel(
+        **tensors,
+        projected=projected,
+        alpha=aligned(alpha),
+        bias=aligned(bias),
+        g_projected=g_projected,
+        partial=partial,
+    )
     split_parameters(partial, g_alpha, g_bias)
     return g_projected, g_alpha, g_bias
 

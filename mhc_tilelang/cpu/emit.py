@@ -206,6 +206,8 @@ class Emitter:
         return self.registers[element][1] if element in self.registers else element
 
     def _Evaluate(self, stmt) -> None:
+        if is_nothing(stmt):
+            return
         lower = tile_ops.LOWERINGS.get(op_name(stmt.value))
         if lower is None:
             raise LoweringError(f"call {stmt.value}")
@@ -326,7 +328,12 @@ def is_straight(body) -> bool:
         return all(map(is_straight, body.seq))
     if isinstance(body, tirx.For):
         return body.kind == tirx.ForKind.UNROLLED and is_straight(body.body)
-    return isinstance(body, tirx.BufferStore | tirx.Bind)
+    return isinstance(body, tirx.BufferStore | tirx.Bind) or is_nothing(body)
+
+
+def is_nothing(stmt) -> bool:
+    """The body that is left where everything in it was switched off when the kernel was traced."""
+    return isinstance(stmt, tirx.Evaluate) and isinstance(stmt.value, tirx.IntImm)
 
 
 def buffers_of(func: tirx.PrimFunc) -> list[tirx.Buffer]:
