@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from mhc_tilelang.checking.inputs import Case, Inputs
-from mhc_tilelang.checking.kernels import CHECKS, compare, numpy64
+from mhc_tilelang.checking.kernels import compare, numpy64
+from mhc_tilelang.checking.run import CHECKS
 from mhc_tilelang.kernel import dtype_name
 
 CPU = torch.device("cpu")

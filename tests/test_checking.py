@@ -12,7 +12,8 @@ import torch
 from mhc_tilelang import launch
 from mhc_tilelang.checking import real_stream, run
 from mhc_tilelang.checking.inputs import Case, Inputs
-from mhc_tilelang.checking.kernels import CHECKS, Comparison, compare
+from mhc_tilelang.checking.kernels import Comparison, compare
+from mhc_tilelang.checking.run import CHECKS
 from mhc_tilelang.cli import main
 
 CPU = torch.device("cpu")

@@ -71,3 +71,37 @@ class Inputs:
             logits=normal(tokens, n, n) * case.logit_std,
         )
         return cls(**{name: tensor.to(device) for name, tensor in vars(drawn).items()})
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Upstream gradients of everything that some function returns, for one case: standard normal, never constant.
+
+    Of a constant gradient, rows of h_res that sum to one would return zero, and a kernel that did nothing would pass.
+    """
+
+    g_x: torch.Tensor
+    g_h: torch.Tensor
+    g_h_pre: torch.Tensor
+    g_h_post: torch.Tensor
+    g_h_res: torch.Tensor
+    g_projected: torch.Tensor
+
+    @classmethod
+    def of(cls, case: Case, device: torch.device) -> Gradients:
+        """Drawn on the CPU, from another seed than the inputs."""
+        generator = torch.Generator().manual_seed(case.seed + 1_000_003)
+        tokens, n, size = case.num_tokens, case.num_streams, case.hidden_size
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        drawn = cls(
+            g_x=normal(tokens, n, size).to(case.dtype),
+            g_h=normal(tokens, size).to(case.dtype),
+            g_h_pre=normal(tokens, n),
+            g_h_post=normal(tokens, n),
+            g_h_res=normal(tokens, n, n),
+            g_projected=normal(case.spec.num_coefficients + 1, tokens),
+        )
+        return cls(**{name: tensor.to(device) for name, tensor in vars(drawn).items()})

@@ -6,6 +6,8 @@ anyone. Arguments as in `mhc_tilelang.ops`, flat; one rounding at the end.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..spec import MHCSpec
@@ -69,3 +71,12 @@ def head(x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Te
     dots, squares = project(x, phi)
     scaled = dots * torch.rsqrt(squares / spec.stream_size + spec.rms_eps).unsqueeze(-1)
     return aggregate(x, torch.sigmoid(alpha * scaled + bias) + spec.pre_eps)
+
+
+def by_autograd(
+    function: Callable[..., torch.Tensor], gradient: torch.Tensor, *arguments: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """The gradients of a function by all its arguments, for one of its output, from torch's own autograd."""
+    leaves = [argument.detach().clone().requires_grad_() for argument in arguments]
+    with torch.enable_grad():
+        return torch.autograd.grad(function(*leaves), leaves, gradient)

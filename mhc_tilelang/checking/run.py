@@ -10,8 +10,11 @@ import torch
 from ..arguments import STREAM_DTYPES
 from ..kernel import dtype_name
 from ..spec import STREAM_COUNTS
+from . import backward, kernels
 from .inputs import Case, Inputs
-from .kernels import CHECKS, compare
+from .kernels import compare
+
+CHECKS = {**kernels.CHECKS, **backward.CHECKS}
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def check_case(kernel: str, case: Case, inputs: Inputs) -> Row:
     with torch.no_grad():
         verdicts = [compare(comparison) for comparison in CHECKS[kernel](case, inputs)]
     worst = max(verdicts, key=lambda v: (not v.passed, v.error / v.tolerance if v.tolerance else 0.0))
-    dtype = "float32" if kernel == "sinkhorn" else dtype_name(case.dtype)  # it never sees the stream
+    dtype = "float32" if kernel.startswith("sinkhorn") else dtype_name(case.dtype)  # it never sees the stream
     sizes = (dtype, case.num_streams, case.hidden_size, case.num_tokens)
     passed = all(verdict.passed for verdict in verdicts)
     return Row(kernel, *sizes, worst.error, worst.tolerance, worst.torch_error, passed)

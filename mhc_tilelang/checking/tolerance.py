@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.plans import ProjectionPlan
+from ..kernels.plans import ProjectionBackwardPlan, ProjectionPlan
 
 Array = NDArray[np.float64]
 
@@ -28,7 +28,7 @@ def combination(magnitude: Array, num_terms: int, dtype: str) -> Array:
     return magnitude * (UNIT_ROUNDOFF[dtype] + (num_terms + 1) * U32) + SMALLEST[dtype]
 
 
-def split_error(plan: ProjectionPlan) -> float:
+def split_error(plan: ProjectionPlan | ProjectionBackwardPlan) -> float:
     """What is left of a product's operand after phi = high + low, relative to the root of the sum of squares.
 
     bfloat16 halves leave at most 2^-18 of each element, TF32 halves 2^-21 (x is split as well: 2^-20); the
@@ -37,6 +37,15 @@ def split_error(plan: ProjectionPlan) -> float:
     if not plan.split:
         return 0.0
     return 5 * (2.0**-18 if plan.operand_dtype == "bfloat16" else 2.0**-20)
+
+
+def inner_products(root_sum_squares: Array, num_terms: int) -> Array:
+    """Sums of `num_terms` products in float32 in one chain, by the root of their sum of squares.
+
+    The error is a walk with steps of u/√3 times the partial sum, so √(K/6)·u where partial sums are as large as chance
+    makes them; of a million sums some wander twice as far, and errors reach five standard deviations.
+    """
+    return root_sum_squares * 6 * np.sqrt(num_terms) * U32
 
 
 def dots(x: Array, phi: Array, plan: ProjectionPlan) -> Array:
@@ -75,3 +84,25 @@ def sinkhorn(logit_bound: Array, values: Array, iters: int) -> Array:
     largest = np.abs(values).max(axis=(-1, -2), keepdims=True, initial=0.0)
     delta = logit_bound.max(axis=(-1, -2), keepdims=True, initial=0.0) + 2 * U32 * (1 + largest)
     return np.broadcast_to(n * (delta + (n + 3) * U32 * np.sqrt(2 * iters)), values.shape)
+
+
+def sigmoid_slope(values: Array, logit_bound: Array) -> Array:
+    """values = gradient · σ'(z): |σ''| ≤ σ' times the logit's bound; two sigmoids (5 u each), four products round."""
+    return np.abs(values) * (logit_bound + 14 * U32)
+
+
+def sinkhorn_backward(gradient: Array, logit_bound: Array, values: Array, iters: int) -> Array:
+    """g_logits [..., n, n], one bound per matrix: that of `sinkhorn`, times the largest upstream gradient.
+
+    Going back through a normalisation is a projection, orthogonal where elements are weighted with P, so it does
+    not amplify what came before it; each rounds by (n + 3)·u, as it does forward. And logits that are off by δ move
+    the derivative of the entropy-regularised projection by as much as they move the projection itself.
+    """
+    largest = np.abs(gradient).max(axis=(-1, -2), keepdims=True, initial=0.0)
+    return largest * sinkhorn(logit_bound, values, iters)
+
+
+def sum_over_tokens(values: Array, bounds: Array) -> Array:
+    """Σ over the last axis of terms that are each off by up to their bound, independently, summed in float32."""
+    root_sum_squares = np.sqrt(np.square(values).sum(-1))
+    return 3 * np.sqrt(np.square(bounds).sum(-1)) + inner_products(root_sum_squares, max(values.shape[-1], 1))
