@@ -9,6 +9,8 @@ consecutive channels of all n streams, so x is read once, and neither shared mem
 
 The order of the sum is part of the contract, since fused kernels must give the same bits:
 acc = h_post[j] · F, then acc = fma(h_res[j, i], x[i], acc) for i ascending, in float32, rounded once.
+
+`layer_dtype` differs from `dtype` under autocast: a float32 stream whose layers return 16 bits, read as they are.
 """
 
 import tilelang.language as T
@@ -16,7 +18,7 @@ import tilelang.language as T
 from .plans import ChannelTile
 
 
-def post_kernel(num_streams: int, hidden_size: int, dtype: str, tile: ChannelTile):
+def post_kernel(num_streams: int, hidden_size: int, dtype: str, layer_dtype: str, tile: ChannelTile):
     """x [T, n, C], layer_output [T, C], h_post [T, n], h_res [T, n, n] -> x_next [T, n, C]."""
     n, block = num_streams, tile.channels
     num_tokens = T.dynamic("num_tokens")
@@ -24,7 +26,7 @@ def post_kernel(num_streams: int, hidden_size: int, dtype: str, tile: ChannelTil
     @T.prim_func
     def post(
         x: T.Tensor[(num_tokens, n, hidden_size), dtype],
-        layer_output: T.Tensor[(num_tokens, hidden_size), dtype],
+        layer_output: T.Tensor[(num_tokens, hidden_size), layer_dtype],
         h_post: T.Tensor[(num_tokens, n), T.float32],
         h_res: T.Tensor[(num_tokens, n, n), T.float32],
         x_next: T.Tensor[(num_tokens, n, hidden_size), dtype],
@@ -35,7 +37,7 @@ def post_kernel(num_streams: int, hidden_size: int, dtype: str, tile: ChannelTil
         ):
             first = channel_block * block
             x_frag = T.alloc_fragment((n, block), dtype)
-            layer_output_frag = T.alloc_fragment((block,), dtype)
+            layer_output_frag = T.alloc_fragment((block,), layer_dtype)
             acc = T.alloc_fragment((n, block), T.float32)
             T.copy(x[token, 0, first], x_frag)
             T.copy(layer_output[token, first], layer_output_frag)

@@ -38,7 +38,8 @@ def post(
 ) -> torch.Tensor:
     """x [T, n, C], layer_output [T, C], h_post [T, n], h_res [T, n, n] -> x_next [T, n, C]."""
     x_next = torch.empty_like(x) if out is None else out
-    kernel = _apply_kernel("post", x, x, layer_output, x_next)
+    layer_dtype = dtype_name(layer_output.dtype)
+    kernel = _apply_kernel("post", x, x, layer_output, x_next, layer_dtype=layer_dtype)
     kernel(x=x, layer_output=layer_output, h_post=aligned(h_post), h_res=aligned(h_res), x_next=x_next)
     return x_next
 
@@ -188,14 +189,20 @@ def parallel_blocks(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _apply_kernel(family: str, stream: torch.Tensor, *accessed: torch.Tensor) -> Kernel:
+def _apply_kernel(family: str, stream: torch.Tensor, *accessed: torch.Tensor, **parameters: str) -> Kernel:
     """The kernel of a family that walks over channels, for vectors that all `accessed` pointers allow."""
     _, num_streams, hidden_size = stream.shape
-    target = compiler.target_of(stream.device)
     copies = family == "expand"
     tile = plans.channel_tile(hidden_size, stream.element_size(), stream.device.type, alignment(*accessed), copies)
-    dtype = dtype_name(stream.dtype)
-    return compiler.kernel(family, target, num_streams=num_streams, hidden_size=hidden_size, dtype=dtype, tile=tile)
+    return compiler.kernel(
+        family,
+        compiler.target_of(stream.device),
+        num_streams=num_streams,
+        hidden_size=hidden_size,
+        dtype=dtype_name(stream.dtype),
+        **parameters,
+        tile=tile,
+    )
 
 
 def alignment(*tensors: torch.Tensor) -> int:
