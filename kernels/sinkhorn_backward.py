@@ -2,22 +2,22 @@
 
 A step divides by a sum over its axis (j for columns, i for rows; Σ is over it throughout):
 
-    P_t = P_{t−1} / d_t,  d_t = Σ P_{t−1} + eps
-    dP_t = (dP_{t−1} − P_t · Σ dP_{t−1}) / d_t
+    P_t = P_{t−1} / d_t,  d_t = Σ P_{t−1} + eps        g_{t−1} = (g_t − Σ g_t · P_t) / d_t
 
-so from the last step to the first, starting with g = g_h_res and P = h_res,
+In H_t = g_t · P_t the division cancels against P_{t−1} = P_t · d_t. So, from the last step to the first, starting with
+P = h_res and H = g_h_res · P:
 
-    g = (g − Σ g · P) / d_t ;  P = P · d_t
+    H = H − P · Σ H ;  P = P · d_t
 
-The first step is a softmax over j, P_0 = S + eps:
+The first step is a softmax over j, P_0 = S + eps, and g_logits = S · (g_0 − Σ_j g_0 · S), so that
 
-    g_logits = S · (g − Σ_j g · S)
+    H = H · S / (S + eps) ;  g_logits = H − S · Σ_j H
 
-So the way back needs the 2·iters − 1 vectors d_t and no stored matrix: the forward is run again on chip and keeps them,
-n values a step in shared memory (20 KB a warp at n = 4 and 20 iterations), and P is rebuilt from its last value. The
-softmax is computed afresh from the logits at the end, since P_0 − eps would lose the small elements of S.
+The way back needs the 2·iters − 1 vectors d_t and no stored matrix: the forward is run again on chip and keeps them, n
+values a step in shared memory (20 KB a warp at n = 4 and 20 iterations), and P is rebuilt from its last value. S is
+computed afresh from the logits, since P_0 − eps would lose its small elements.
 
-One token is one thread, as in the forward. g and P are 2·n² registers.
+One token is one thread, as in the forward; H and P are 2·n² registers.
 """
 
 import tilelang.language as T
@@ -38,29 +38,26 @@ def normalize_keeping(P, scale, denominators, step, num_streams, block, eps, axi
 
 
 @T.macro
-def undo_normalize(g, P, products, scale, sums, denominators, step, num_streams, block, axis):
-    """g = (g − Σ g · P) / d ;  P = P · d."""
+def undo_normalize(H, P, sums, denominators, step, num_streams, block, axis):
+    """H = H − P · Σ H ;  P = P · d."""
+    T.reduce_sum(H, sums, dim=axis)
     for j, i, t in T.Parallel(num_streams, num_streams, block):
-        products[j, i, t] = g[j, i, t] * P[j, i, t]
-    T.reduce_sum(products, sums, dim=axis)
+        H[j, i, t] = T.ieee_fmaf(-P[j, i, t], sums[i if axis == 0 else j, t], H[j, i, t])
     for k, t in T.Parallel(num_streams, block):
-        scale[k, t] = denominators[step, k, t]
+        sums[k, t] = denominators[step, k, t]
     for j, i, t in T.Parallel(num_streams, num_streams, block):
-        P[j, i, t] *= scale[i if axis == 0 else j, t]
-    for k, t in T.Parallel(num_streams, block):
-        scale[k, t] = 1.0 / scale[k, t]
-    for j, i, t in T.Parallel(num_streams, num_streams, block):
-        g[j, i, t] = (g[j, i, t] - sums[i if axis == 0 else j, t]) * scale[i if axis == 0 else j, t]
+        P[j, i, t] *= sums[i if axis == 0 else j, t]
 
 
 @T.macro
-def undo_softmax(g, S, products, sums, num_streams, block):
-    """g = S · (g − Σ_j g · S)."""
+def undo_softmax(H, S, sums, num_streams, block, eps):
+    """H = H · S / (S + eps), then g_logits = H − S · Σ_j H."""
+    if eps > 0:
+        for j, i, t in T.Parallel(num_streams, num_streams, block):
+            H[j, i, t] *= S[j, i, t] / (S[j, i, t] + eps)
+    T.reduce_sum(H, sums, dim=0)
     for j, i, t in T.Parallel(num_streams, num_streams, block):
-        products[j, i, t] = g[j, i, t] * S[j, i, t]
-    T.reduce_sum(products, sums, dim=0)
-    for j, i, t in T.Parallel(num_streams, num_streams, block):
-        g[j, i, t] = S[j, i, t] * (g[j, i, t] - sums[i, t])
+        H[j, i, t] = T.ieee_fmaf(-S[j, i, t], sums[i, t], H[j, i, t])
 
 
 @T.macro
@@ -68,25 +65,25 @@ def sinkhorn_backward_inplace(g, logits, num_streams, block, iters, eps):
     """Turn g_h_res [n, n, block], a fragment with the tokens last, into g_logits; `logits` is such a tile, shared."""
     n = num_streams
     P = T.alloc_fragment((n, n, block), T.float32)
-    products = T.alloc_fragment((n, n, block), T.float32)
-    scale = T.alloc_fragment((n, block), T.float32)
     sums = T.alloc_fragment((n, block), T.float32)
     denominators = T.alloc_shared((2 * iters - 1, n, block), T.float32)
     for j, i, t in T.Parallel(n, n, block):
         P[j, i, t] = logits[j, i, t]
-    softmax_columns(P, scale, n, block, eps)
-    normalize_keeping(P, scale, denominators, 0, n, block, eps, axis=1)
+    softmax_columns(P, sums, n, block, eps)
+    normalize_keeping(P, sums, denominators, 0, n, block, eps, axis=1)
     for k in T.serial(iters - 1):
-        normalize_keeping(P, scale, denominators, 2 * k + 1, n, block, eps, axis=0)
-        normalize_keeping(P, scale, denominators, 2 * k + 2, n, block, eps, axis=1)
+        normalize_keeping(P, sums, denominators, 2 * k + 1, n, block, eps, axis=0)
+        normalize_keeping(P, sums, denominators, 2 * k + 2, n, block, eps, axis=1)
+    for j, i, t in T.Parallel(n, n, block):
+        g[j, i, t] *= P[j, i, t]
     for k in T.serial(iters - 1):
-        undo_normalize(g, P, products, scale, sums, denominators, 2 * (iters - 1 - k), n, block, axis=1)
-        undo_normalize(g, P, products, scale, sums, denominators, 2 * (iters - 1 - k) - 1, n, block, axis=0)
-    undo_normalize(g, P, products, scale, sums, denominators, 0, n, block, axis=1)
+        undo_normalize(g, P, sums, denominators, 2 * (iters - 1 - k), n, block, axis=1)
+        undo_normalize(g, P, sums, denominators, 2 * (iters - 1 - k) - 1, n, block, axis=0)
+    undo_normalize(g, P, sums, denominators, 0, n, block, axis=1)
     for j, i, t in T.Parallel(n, n, block):
         P[j, i, t] = logits[j, i, t]
-    softmax(P, scale, n, block)
-    undo_softmax(g, P, products, sums, n, block)
+    softmax(P, sums, n, block)
+    undo_softmax(g, P, sums, n, block, eps)
 
 
 def sinkhorn_backward_kernel(num_streams: int, iters: int, eps: float, block: int):
