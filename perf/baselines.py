@@ -28,13 +28,18 @@ TOLERANCE = {torch.bfloat16: 2e-4, torch.float16: 1e-4, torch.float32: 5e-5}
 
 @dataclass(frozen=True)
 class Form:
-    """One way to write a kernel in torch, and where it is worth running."""
+    """One way to write a kernel in torch, and where it is worth running.
+
+    Where it `binds`, the function does once, untimed, what a backward may expect to find done, and returns what is
+    timed; such a form is eager.
+    """
 
     name: str
-    function: Callable[..., None]
+    function: Callable[..., Any]
     modes: tuple[str, ...] = (EAGER, COMPILED)
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
+    binds: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,9 @@ def applicable(forms: tuple[Form, ...], device: torch.device, dtype: str) -> tup
 def bind(form: Form, mode: str, arguments: Mapping[str, Any]) -> Callable[[], object]:
     """The form as something to call. torch.compile compiles at the first call, for these very shapes."""
     function = form.function
+    if form.binds:
+        run: Callable[[], object] = function(**arguments)
+        return run
     if mode == COMPILED:
         function = torch.compile(function, fullgraph=True, dynamic=False)
     return lambda: function(**arguments)

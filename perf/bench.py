@@ -8,7 +8,7 @@ from itertools import groupby
 
 import torch
 
-from . import stream_forms, token_forms
+from . import backward_post_forms, backward_stream_forms, backward_token_forms, stream_forms, token_forms
 from .baselines import MODES, Baseline, applicable, prepare
 from .cases import Case
 from .machine import last_level_cache
@@ -16,7 +16,13 @@ from .timing import Statistics, clock_for, measure
 from .traffic import Traffic
 from .workloads import Stream, workload
 
-FORMS = {**stream_forms.FORMS, **token_forms.FORMS}
+FORMS = {
+    **stream_forms.FORMS,
+    **token_forms.FORMS,
+    **backward_stream_forms.FORMS,
+    **backward_post_forms.FORMS,
+    **backward_token_forms.FORMS,
+}
 KERNEL, COPY = "kernel", "copy"
 
 

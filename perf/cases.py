@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from ..kernels.plans import BYTES
 
 KERNELS = ("expand", "project", "coefficients", "sinkhorn", "pre", "post")
+BACKWARD_KERNELS = tuple(f"{kernel}_backward" for kernel in KERNELS)
+TOKEN_KERNELS = ("coefficients", "sinkhorn", "coefficients_backward", "sinkhorn_backward")  # never see the stream
 WIDTHS = (1280, 1920, 2560, 4096, 7168)  # the paper's 3B, 9B and 27B models, then DeepSeek-V4's two
 GPU_TOKENS = (4096, 16384)  # the batch of one sequence, and of four
 CPU_STREAM_BYTES = 64 << 20
@@ -41,12 +43,12 @@ class Case:
     @property
     def reads_stream(self) -> bool:
         """Whether the stream is read or written; the other kernels are float32 throughout."""
-        return self.kernel not in ("coefficients", "sinkhorn")
+        return self.kernel not in TOKEN_KERNELS
 
     @property
     def hidden_size(self) -> int | None:
-        """C; None for `sinkhorn`, which never sees a channel."""
-        return None if self.kernel == "sinkhorn" else self.shape.hidden_size
+        """C; None for Sinkhorn, which never sees a channel."""
+        return None if self.kernel in ("sinkhorn", "sinkhorn_backward") else self.shape.hidden_size
 
     @property
     def dtype(self) -> str:

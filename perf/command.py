@@ -26,8 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `mhc-tilelang bench`."""
     add_device_argument(parser)
     add = parser.add_argument
-    text = f"any of {', '.join(cases.KERNELS)} (default: all)"
-    add("--kernels", nargs="+", choices=cases.KERNELS, default=cases.KERNELS, metavar="KERNEL", help=text)
+    every = cases.KERNELS + cases.BACKWARD_KERNELS
+    text = f"any of {', '.join(every)} (default: the forward ones)"
+    add("--kernels", nargs="+", choices=every, default=cases.KERNELS, metavar="KERNEL", help=text)
     text = f"hidden sizes (default: {', '.join(map(str, cases.WIDTHS))})"
     add("--widths", nargs="+", type=positive, default=cases.WIDTHS, metavar="C", help=text)
     text = "token counts (default: 4096 and 16384 on a GPU; on a CPU so many that the stream misses the cache)"

@@ -8,8 +8,13 @@ kernels, project, pre and post):
     pre      reads n      writes 1
     post     reads n + 1  writes n
 
-Everything else is small and counted apart: phi (and its halves, where it is split for tensor cores),
-partial sums, coefficients, logits.
+    expand_backward   reads n       writes 1
+    project_backward  reads n       writes n
+    pre_backward      reads n + 1   writes 0
+    post_backward     reads 2n + 1  writes n + 1
+
+Everything else is small and counted apart: phi (and its halves, where it is split for tensor cores) and its
+gradient, partial sums, coefficients, logits.
 """
 
 from __future__ import annotations
@@ -44,7 +49,16 @@ class Traffic:
 def stream_elements(kernel: str, num_streams: int) -> tuple[int, int]:
     """Elements of stream dtype read and written per token, in units of C."""
     n = num_streams
-    return {"expand": (1, n), "project": (n, 0), "pre": (n, 1), "post": (n + 1, n)}.get(kernel, (0, 0))
+    return {
+        "expand": (1, n),
+        "project": (n, 0),
+        "pre": (n, 1),
+        "post": (n + 1, n),
+        "expand_backward": (n, 1),
+        "project_backward": (n, n),
+        "pre_backward": (n + 1, 0),
+        "post_backward": (2 * n + 1, n + 1),
+    }.get(kernel, (0, 0))
 
 
 def small_bytes(case: Case, plan: ProjectionPlan, num_slabs: int) -> int:
@@ -58,8 +72,25 @@ def small_bytes(case: Case, plan: ProjectionPlan, num_slabs: int) -> int:
         return rows * stream_size * FLOAT32 + 2 * halves + partial  # the halves are written, then read
     if case.kernel == "coefficients":
         return partial + (3 + rows + rows * tokens) * FLOAT32
-    per_token = {"sinkhorn": 2 * n * n, "pre": n, "post": n + n * n}.get(case.kernel, 0)
+    if case.kernel == "coefficients_backward":  # g_h_*, and what is projected in and out; alpha, bias in and out
+        return ((3 * rows + 2) * tokens + 2 * (3 + rows)) * FLOAT32
+    if case.kernel == "project_backward":  # phi in and out
+        phi = rows * n * case.shape.hidden_size
+        return (2 * phi + (rows + 1) * tokens) * FLOAT32 + g_phi_slab_bytes()
+    per_token = {
+        "sinkhorn": 2 * n * n,
+        "pre": n,
+        "post": n + n * n,
+        "sinkhorn_backward": 3 * n * n,
+        "pre_backward": n,
+        "post_backward": 2 * (n + n * n),
+    }.get(case.kernel, 0)
     return per_token * tokens * FLOAT32
+
+
+def g_phi_slab_bytes() -> int:
+    """Bytes of partial sums of g_phi that `project_backward` writes and reads again: none are counted."""
+    return 0
 
 
 def traffic(case: Case, plan: ProjectionPlan, num_slabs: int) -> Traffic:

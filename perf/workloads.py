@@ -2,7 +2,7 @@
 
 Kernels run through `launch`, as the public functions run them, so that what is timed is what a caller waits
 for, except the allocation of the outputs. The inputs are those of the correctness check, so logits have
-standard deviation 2 and no matrix is symmetric.
+standard deviation 2 and no matrix is symmetric; the backward kernels' upstream gradients are standard normal.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .. import launch
+from .. import launch, launch_backward
 from ..checking import inputs as checking
 from ..checking.inputs import Inputs
 from ..kernels.plans import ProjectionPlan
@@ -21,6 +21,7 @@ from ..spec import MHCSpec
 from .cases import Case, Shape
 from .traffic import Traffic, traffic
 
+SEED = 1  # of upstream gradients; the inputs' is 0
 Tensors = dict[str, torch.Tensor]
 
 
@@ -67,6 +68,11 @@ class Stream:
     def squares(self) -> torch.Tensor:
         """Σx² [T], the slabs and lanes added up."""
         return self.partial.sum(0)[self.plan.halves * self.plan.rows :].sum(0)
+
+    def projected(self) -> torch.Tensor:
+        """What a backward keeps of the projection, [M + 1, T]: s·(x·phi), and s."""
+        s = torch.rsqrt(self.squares() / self.spec.stream_size + self.spec.rms_eps)
+        return torch.cat((self.dots() * s, s.unsqueeze(0)))
 
 
 def workload(case: Case, stream: Stream) -> Workload:
@@ -129,6 +135,82 @@ def post(stream: Stream) -> Parts:
     return lambda: launch.post(**arguments, out=x_next), lambda: {"x_next": x_next}, arguments
 
 
+def gradients_like(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Upstream gradients for these tensors: normal, the same at every call, drawn on the CPU."""
+    generator = torch.Generator().manual_seed(SEED)
+    return [torch.randn(tensor.shape, generator=generator).to(tensor) for tensor in tensors]
+
+
+def expand_backward(stream: Stream) -> Parts:
+    """g_x -> g_h."""
+    [g_x], g_h = gradients_like(stream.inputs.x), torch.empty_like(stream.inputs.h)
+    return lambda: launch_backward.expand_backward(g_x, out=g_h), lambda: {"g_h": g_h}, {"g_x": g_x}
+
+
+def project_backward(stream: Stream) -> Parts:
+    """g_projected, x, phi -> g_x, g_phi."""
+    x, phi = stream.inputs.x, stream.inputs.phi
+    [g_projected] = gradients_like(stream.projected())
+    g_projected[-1] *= phi.norm(dim=0).mean()  # of rho: the two terms of g_x are of one size
+    out = (torch.empty_like(x), torch.empty_like(phi))
+    return (
+        lambda: launch_backward.project_backward(g_projected, x, phi, out=out),
+        lambda: dict(zip(("g_x", "g_phi"), out, strict=True)),
+        {"g_projected": g_projected, "x": x, "phi": phi},
+    )
+
+
+def coefficients_backward(stream: Stream) -> Parts:
+    """g_h_pre, g_h_post, g_h_res, projected, alpha, bias -> g_projected, g_alpha, g_bias."""
+    inputs, projected = stream.inputs, stream.projected()
+    names = ("g_h_pre", "g_h_post", "g_h_res")
+    upstream = dict(zip(names, gradients_like(inputs.h_pre, inputs.h_post, inputs.h_res), strict=True))
+    parameters = {"alpha": inputs.alpha, "bias": inputs.bias, "spec": stream.spec}
+    arguments: dict[str, Any] = {**upstream, "projected": projected, **parameters}
+    out = (torch.empty_like(projected), torch.empty_like(inputs.alpha), torch.empty_like(inputs.bias))
+    return (
+        lambda: launch_backward.coefficients_backward(**arguments, out=out),
+        lambda: dict(zip(("g_projected", "g_alpha", "g_bias"), out, strict=True)),
+        arguments,
+    )
+
+
+def sinkhorn_backward(stream: Stream) -> Parts:
+    """g_h_res, logits -> g_logits."""
+    logits, g_logits = stream.inputs.logits, torch.empty_like(stream.inputs.logits)
+    [g_h_res] = gradients_like(logits)
+    iters, eps = stream.spec.sinkhorn_iters, stream.spec.sinkhorn_eps
+    return (
+        lambda: launch_backward.sinkhorn_backward(g_h_res, logits, iters, eps, out=g_logits),
+        lambda: {"g_logits": g_logits},
+        {"g_h_res": g_h_res, "logits": logits, "iters": iters, "eps": eps},
+    )
+
+
+def pre_backward(stream: Stream) -> Parts:
+    """g_layer_input, x -> g_h_pre."""
+    x, g_h_pre = stream.inputs.x, torch.empty_like(stream.inputs.h_pre)
+    [g_layer_input] = gradients_like(stream.inputs.h)
+    return (
+        lambda: launch_backward.pre_backward(g_layer_input, x, out=g_h_pre),
+        lambda: {"g_h_pre": g_h_pre},
+        {"g_layer_input": g_layer_input, "x": x},
+    )
+
+
+def post_backward(stream: Stream) -> Parts:
+    """g_x_next, x, layer_output, h_post, h_res -> g_x, g_layer_output, g_h_post, g_h_res."""
+    names = ("x", "layer_output", "h_post", "h_res")
+    inputs = {name: getattr(stream.inputs, name) for name in names}
+    [g_x_next] = gradients_like(stream.inputs.x)
+    out = tuple(torch.empty_like(tensor) for tensor in inputs.values())
+    return (
+        lambda: launch_backward.post_backward(g_x_next, **inputs, out=out),
+        lambda: {f"g_{name}": tensor for name, tensor in zip(names, out, strict=True)},
+        {"g_x_next": g_x_next, **inputs},
+    )
+
+
 BUILDERS: dict[str, Callable[[Stream], Parts]] = {
     "expand": expand,
     "project": project,
@@ -136,4 +218,10 @@ BUILDERS: dict[str, Callable[[Stream], Parts]] = {
     "sinkhorn": sinkhorn,
     "pre": pre,
     "post": post,
+    "expand_backward": expand_backward,
+    "project_backward": project_backward,
+    "coefficients_backward": coefficients_backward,
+    "sinkhorn_backward": sinkhorn_backward,
+    "pre_backward": pre_backward,
+    "post_backward": post_backward,
 }

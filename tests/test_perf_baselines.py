@@ -1,7 +1,7 @@
 """Plain torch, against float64, and the guard that keeps a wrong form from being timed.
 
 Would catch: a form that is another function, one that leaves an output unwritten, one that wins by rounding
-phi or a product, a block that drops its tail.
+phi or a product, a block that drops its tail, a backward that takes h_res or Sinkhorn's steps the wrong way round.
 """
 
 from __future__ import annotations
@@ -15,14 +15,22 @@ import torch
 from mhc_tilelang import reference
 from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.errors import MHCError
-from mhc_tilelang.perf import stream_forms, token_forms
-from mhc_tilelang.perf.baselines import COMPILED, EAGER, TOLERANCE, Form, applicable, prepare, relative_error
+from mhc_tilelang.perf import (
+    backward_post_forms,
+    backward_stream_forms,
+    backward_token_forms,
+    stream_forms,
+    token_forms,
+)
+from mhc_tilelang.perf.baselines import COMPILED, EAGER, TOLERANCE, Form, applicable, bind, prepare, relative_error
 from mhc_tilelang.perf.bench import FORMS
-from mhc_tilelang.perf.cases import KERNELS, Case, Shape
+from mhc_tilelang.perf.cases import BACKWARD_KERNELS, KERNELS, Case, Shape
 from mhc_tilelang.perf.workloads import Stream, Workload, workload
+from mhc_tilelang.reference.coefficients import join_groups, sigmoid_slope, sum_groups
 
 CPU = torch.device("cpu")
-ALL = [pytest.param(kernel, form, mode, id=f"{kernel}-{mode}-{form.name}") for kernel in KERNELS
+EVERY_KERNEL = KERNELS + BACKWARD_KERNELS
+ALL = [pytest.param(kernel, form, mode, id=f"{kernel}-{mode}-{form.name}") for kernel in EVERY_KERNEL
        for form in FORMS[kernel] if "cpu" in form.devices for mode in form.modes]  # fmt: skip
 
 
@@ -41,6 +49,8 @@ def prepare_form(kernel: str, form: Form, mode: str, load: Workload) -> float:
 def float64(kernel: str, arguments: dict[str, Any]) -> dict[str, np.ndarray]:
     """The reference's outputs, named as the forms name them."""
     exact = {k: numpy64(v) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    if kernel in BACKWARD_KERNELS:
+        return float64_backward(kernel, exact)
     if kernel == "expand":
         return {"x": reference.expand(exact["h"], 4)}
     if kernel == "project":
@@ -63,8 +73,40 @@ def float64(kernel: str, arguments: dict[str, Any]) -> dict[str, np.ndarray]:
     }
 
 
+def float64_backward(kernel: str, exact: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The same of a backward kernel, composed of the reference's steps."""
+    if kernel == "expand_backward":
+        return {"g_h": reference.expand_backward(exact["g_x"], exact["g_x"][:, 0], exact["g_x"].shape[1])}
+    if kernel == "sinkhorn_backward":
+        return {"g_logits": reference.sinkhorn_backward(**exact)}
+    if kernel == "pre_backward":
+        x = exact["x"]
+        return {"g_h_pre": reference.aggregate_backward(exact["g_layer_input"], x, np.zeros(x.shape[:2]))[1]}
+    if kernel == "post_backward":
+        names = ("g_x", "g_layer_output", "g_h_post", "g_h_res")
+        return dict(zip(names, reference.post_backward(**exact), strict=True))
+    if kernel == "project_backward":
+        g_dots, rho = exact["g_projected"][:-1].T, exact["g_projected"][-1]
+        gradients = reference.project_backward(g_dots, rho / 2, exact["x"], exact["phi"])
+        return dict(zip(("g_x", "g_phi"), gradients, strict=True))
+    spec, scaled, scale = exact["spec"], exact["projected"][:-1].T, exact["projected"][-1]
+    n, dots = spec.num_streams, scaled / scale[:, None]
+    alpha = reference.alpha_per_row(exact["alpha"], n)
+    logits = reference.compute_logits(dots, scale, alpha, exact["bias"])
+    pre, post, res = reference.split_groups(logits, n)
+    g_logits = join_groups(
+        exact["g_h_pre"] * sigmoid_slope(pre),
+        spec.post_scale * exact["g_h_post"] * sigmoid_slope(post),
+        reference.sinkhorn_backward(exact["g_h_res"], res, spec.sinkhorn_iters, spec.sinkhorn_eps),
+    )
+    g_dots, g_scale, g_alpha, g_bias = reference.compute_logits_backward(g_logits, dots, scale, alpha, exact["bias"])
+    rho = -(scale**3) / spec.stream_size * g_scale
+    g_projected = np.concatenate([g_dots.T, rho[None]])
+    return {"g_projected": g_projected, "g_alpha": sum_groups(g_alpha, n), "g_bias": g_bias}
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", EVERY_KERNEL)
 def test_eager_forms_match_float64(kernel: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """To rounding: half a unit of the output's dtype, and a few of float32 on the way."""
     monkeypatch.setattr(stream_forms, "BLOCK_BYTES", 10 * 4 * 48 * 4)  # 10 tokens: three blocks and a tail
@@ -74,7 +116,7 @@ def test_eager_forms_match_float64(kernel: str, dtype: str, monkeypatch: pytest.
     for form in applicable(FORMS[kernel], CPU, dtype):
         if EAGER in form.modes:
             outputs = {name: torch.full_like(tensor, torch.nan) for name, tensor in load.outputs().items()}
-            form.function(**load.arguments, **outputs)
+            bind(form, EAGER, {**load.arguments, **outputs})()
             for name, exact in expected.items():
                 rounding = torch.finfo(outputs[name].dtype).eps / 2
                 error = np.linalg.norm(numpy64(outputs[name]) - exact) / np.linalg.norm(exact)
@@ -128,6 +170,28 @@ def one_iteration_less(logits: torch.Tensor, iters: int, eps: float, h_res: torc
     token_forms.sinkhorn_as_written(logits, iters - 1, eps, h_res)
 
 
+def transposed_backward(
+    g_x_next: torch.Tensor, x: torch.Tensor, layer_output: torch.Tensor, h_post: torch.Tensor, h_res: torch.Tensor,
+    **outputs: torch.Tensor,
+) -> None:  # fmt: skip
+    post = backward_post_forms.post_backward_einsum
+    post(g_x_next, x, layer_output, h_post, h_res.mT, **outputs)
+
+
+def low_g_dots(g_projected: torch.Tensor, **tensors: torch.Tensor) -> None:
+    backward_stream_forms.project_backward_matmul(g_projected.bfloat16().float(), **tensors)
+
+
+def no_scale(g_projected: torch.Tensor, **tensors: torch.Tensor) -> None:
+    without_rho = torch.cat((g_projected[:-1], torch.zeros_like(g_projected[-1:])))
+    backward_stream_forms.project_backward_matmul(without_rho, **tensors)
+
+
+def rows_first(g_h_res: torch.Tensor, logits: torch.Tensor, iters: int, eps: float, g_logits: torch.Tensor) -> None:
+    token_gradient = backward_token_forms.logits_gradient
+    g_logits.copy_(token_gradient(g_h_res.clone(), logits, iters, eps, columns=-1, rows=-2))
+
+
 @pytest.mark.parametrize(
     ("kernel", "wrong", "output"),
     [
@@ -138,6 +202,10 @@ def one_iteration_less(logits: torch.Tensor, iters: int, eps: float, h_res: torc
         ("post", transposed, "x_next"),
         ("pre", no_last_token, "layer_input"),
         ("sinkhorn", one_iteration_less, "h_res"),
+        ("post_backward", transposed_backward, "g_x"),
+        ("project_backward", low_g_dots, "g_x"),
+        ("project_backward", no_scale, "g_x"),
+        ("sinkhorn_backward", rows_first, "g_logits"),
     ],
 )
 def test_a_wrong_form_is_refused(kernel: str, wrong: Any, output: str) -> None:
@@ -159,11 +227,37 @@ def test_modes_and_devices_select() -> None:
 
 
 def test_every_kernel_has_an_eager_and_a_compiled_form_everywhere() -> None:
-    assert set(FORMS) == set(KERNELS)
+    assert set(FORMS) == set(EVERY_KERNEL)
     for device in ("cpu", "cuda"):
-        for kernel in KERNELS:
+        for kernel in EVERY_KERNEL:
             modes = {mode for form in applicable(FORMS[kernel], torch.device(device), "float32") for mode in form.modes}
             assert modes == {EAGER, COMPILED}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kernel", ["project_backward", "pre_backward", "post_backward"])
+def test_tensor_core_forms_are_exact_enough(kernel: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With their products taken in float32, which a CPU lacks for operands of 16 bits."""
+
+    def in_float32(name: str) -> None:
+        product = getattr(torch, name)
+
+        def widened(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype, **kwargs: Any) -> torch.Tensor:
+            assert a.dtype == b.dtype != torch.float32
+            assert out_dtype == torch.float32
+            return product(a.float(), b.float(), **kwargs)
+
+        def dispatch(a: torch.Tensor, b: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            return (widened if "out_dtype" in kwargs else product)(a, b, **kwargs)
+
+        monkeypatch.setattr(torch, name, dispatch)
+
+    load = make(kernel, dtype=dtype)
+    forms = applicable(FORMS[kernel], torch.device("cuda"), dtype)
+    [form] = [form for form in forms if "cpu" not in form.devices]
+    in_float32("mm")
+    in_float32("bmm")
+    prepare_form(kernel, form, EAGER, load)
 
 
 def test_relative_error() -> None:

@@ -115,6 +115,16 @@ def test_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("checked", "clock")
+def test_a_backward_kernel_is_measured_when_asked_for(tmp_path: Path) -> None:
+    [post, sinkhorn] = run_json(tmp_path, "--kernels", "post_backward", "sinkhorn_backward")["results"]
+    assert (post["kernel"], post["hidden_size"], post["dtype"]) == ("post_backward", 48, "bfloat16")
+    assert (sinkhorn["kernel"], sinkhorn["hidden_size"], sinkhorn["dtype"]) == ("sinkhorn_backward", None, "float32")
+    assert post["traffic"]["stream_read"] == 9 * 48 * 32 * 2
+    assert post["traffic"]["stream_written"] == 5 * 48 * 32 * 2
+    assert "autograd" in [form["form"] for form in post["torch"]]
+
+
+@pytest.mark.usefixtures("checked", "clock")
 def test_table_shows_the_fastest_form(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +179,7 @@ def test_options_reach_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     "options",
     [
         "--kernels nonsense",
+        "--kernels head_backward",
         "--dtype int8",
         "--widths 0",
         "--widths wide",

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from mhc_tilelang.kernels import plans
-from mhc_tilelang.perf.cases import KERNELS, Case, Shape, cpu_tokens, make_cases
+from mhc_tilelang.perf.cases import BACKWARD_KERNELS, KERNELS, Case, Shape, cpu_tokens, make_cases
 from mhc_tilelang.perf.machine import cpu_last_level_cache
-from mhc_tilelang.perf.traffic import small_bytes, stream_elements, traffic
+from mhc_tilelang.perf.traffic import g_phi_slab_bytes, small_bytes, stream_elements, traffic
 from mhc_tilelang.perf.workloads import Stream, workload
 
 STREAM_DTYPES = ("bfloat16", "float32")
+STREAMS = ("h", "x", "layer_input", "layer_output", "x_next")
 
 
 @pytest.mark.parametrize("n", [2, 4, 8])
@@ -32,11 +33,21 @@ def test_stream_traffic_is_that_of_the_papers_kernels(n: int) -> None:
     assert sum(papers) == 4 * n + 2
 
 
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_stream_traffic_of_the_backward(n: int) -> None:
+    """Every kernel's backward reads what the forward read and a gradient of what it wrote."""
+    assert stream_elements("expand_backward", n) == (n, 1)
+    assert stream_elements("project_backward", n) == (n, n)
+    assert stream_elements("pre_backward", n) == (n + 1, 0)
+    assert stream_elements("post_backward", n) == (2 * n + 1, n + 1)
+    assert stream_elements("sinkhorn_backward", n) == stream_elements("coefficients_backward", n) == (0, 0)
+
+
 def nbytes(values: Any) -> int:
     return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", KERNELS + BACKWARD_KERNELS)
 @pytest.mark.parametrize("dtype", STREAM_DTYPES)
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_bytes_are_those_of_the_tensors(kernel: str, dtype: str, n: int) -> None:
@@ -49,9 +60,9 @@ def test_bytes_are_those_of_the_tensors(kernel: str, dtype: str, n: int) -> None
         inputs = {"partial": stream.partial, "alpha": inputs["alpha"], "bias": inputs["bias"]}
     if kernel == "project":
         outputs = {"partial": stream.partial}
-    assert load.traffic.total == nbytes(inputs.values()) + nbytes(outputs.values())
-    streams = [tensor for name, tensor in (inputs | outputs).items() if name in ("h", "x", "layer_output", "x_next")]
-    streams += [tensor for name, tensor in outputs.items() if name == "layer_input"]
+    slabs = g_phi_slab_bytes() if kernel == "project_backward" else 0
+    assert load.traffic.total == nbytes(inputs.values()) + nbytes(outputs.values()) + slabs
+    streams = [tensor for name, tensor in (inputs | outputs).items() if name.removeprefix("g_") in STREAMS]
     assert load.traffic.stream == nbytes(streams)
 
 
@@ -66,9 +77,10 @@ def test_split_phi_counts_its_halves() -> None:
 
 def test_cases_are_not_repeated_for_what_a_kernel_does_not_see() -> None:
     shapes = [Shape(64, 4, C, dtype) for dtype in STREAM_DTYPES for C in (32, 48)]
-    cases = make_cases(KERNELS, shapes)
+    cases = make_cases(KERNELS + BACKWARD_KERNELS, shapes)
+    backward = {kernel: sum(case.kernel == f"{kernel}_backward" for case in cases) for kernel in KERNELS}
     count = {kernel: sum(case.kernel == kernel for case in cases) for kernel in KERNELS}
-    assert count == {"expand": 4, "project": 4, "coefficients": 2, "sinkhorn": 1, "pre": 4, "post": 4}
+    assert count == backward == {"expand": 4, "project": 4, "coefficients": 2, "sinkhorn": 1, "pre": 4, "post": 4}
     assert [case.shape for case in cases] == sorted((case.shape for case in cases), key=shapes.index)
 
 
