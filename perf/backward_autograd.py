@@ -41,6 +41,13 @@ def write(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         output.copy_(gradient)
 
 
+def gradients(forward: Forward, inputs: Sequence[Tensor], upstream: object) -> tuple[Tensor, ...]:
+    """The inputs' gradients; `upstream` has the form of what `forward` returns."""
+    _, backward, *_ = torch.func.vjp(forward, *inputs)
+    result: tuple[Tensor, ...] = backward(upstream)
+    return result
+
+
 def post_einsum(x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
     """`post` as products of matrices, whose backward are two such products."""
     mixed = torch.einsum("tji,tic->tjc", h_res, x.float())
@@ -61,8 +68,8 @@ def post_backward_vjp(
     g_x: Tensor, g_layer_output: Tensor, g_h_post: Tensor, g_h_res: Tensor,
 ) -> None:  # fmt: skip
     """Of `post` as sums of broadcast products."""
-    _, vjp = torch.func.vjp(plain_torch.post, x, layer_output, h_post, h_res)
-    write((g_x, g_layer_output, g_h_post, g_h_res), vjp(g_x_next))
+    outputs = (g_x, g_layer_output, g_h_post, g_h_res)
+    write(outputs, gradients(plain_torch.post, (x, layer_output, h_post, h_res), g_x_next))
 
 
 def project_backward_recorded(
@@ -75,8 +82,8 @@ def project_backward_recorded(
 
 def project_backward_vjp(g_projected: Tensor, x: Tensor, phi: Tensor, g_x: Tensor, g_phi: Tensor) -> None:
     """Of x·phi and Σx²; the gradient of the latter is ρ/2."""
-    _, vjp = torch.func.vjp(plain_torch.project, x, phi)
-    write((g_x, g_phi), vjp((g_projected[:-1].T, g_projected[-1] / 2)))
+    upstream = (g_projected[:-1].T, g_projected[-1] / 2)
+    write((g_x, g_phi), gradients(plain_torch.project, (x, phi), upstream))
 
 
 def sinkhorn_backward_recorded(
@@ -88,8 +95,7 @@ def sinkhorn_backward_recorded(
 
 def sinkhorn_backward_vjp(g_h_res: Tensor, logits: Tensor, iters: int, eps: float, g_logits: Tensor) -> None:
     """Of the formula on [T, n, n]."""
-    _, vjp = torch.func.vjp(lambda z: plain_torch.sinkhorn(z, iters, eps), logits)
-    write((g_logits,), vjp(g_h_res))
+    write((g_logits,), gradients(lambda z: plain_torch.sinkhorn(z, iters, eps), (logits,), g_h_res))
 
 
 def coefficients_of(spec: MHCSpec) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
@@ -130,7 +136,7 @@ def coefficients_backward_vjp(
 ) -> None:  # fmt: skip
     """Of the formula on [T, M]."""
     s = projected[-1]
-    _, vjp = torch.func.vjp(coefficients_of(spec), (projected[:-1] / s).T, s, alpha, bias)
-    g_dots, g_s, *sums = vjp((g_h_pre, g_h_post, g_h_res))
+    inputs = ((projected[:-1] / s).T, s, alpha, bias)
+    g_dots, g_s, *sums = gradients(coefficients_of(spec), inputs, (g_h_pre, g_h_post, g_h_res))
     write((g_projected[:-1], g_projected[-1]), (g_dots.T, -(s**3) / spec.stream_size * g_s))
     write((g_alpha, g_bias), sums)

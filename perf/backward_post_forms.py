@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import backward_autograd as autograd
-from .backward_stream_forms import HALF
+from .backward_stream_forms import HALF, total
 from .baselines import COMPILED, EAGER, Form
 from .stream_forms import block_tokens, widened
 
@@ -48,20 +48,20 @@ def post_backward_streams(
     g, streams, layer = g_x_next.float().unbind(1), x.float().unbind(1), layer_output.float()
     g_h_post.copy_(torch.stack([(g[j] * layer).sum(-1) for j in range(n)], 1))
     g_h_res.copy_(torch.stack([(g[j] * streams[i]).sum(-1) for j in range(n) for i in range(n)], 1).view_as(h_res))
-    g_layer_output.copy_(sum(h_post[:, j, None] * g[j] for j in range(n)))
-    g_x.copy_(torch.stack([sum(h_res[:, j, i, None] * g[j] for j in range(n)) for i in range(n)], 1))
+    g_layer_output.copy_(total([h_post[:, j, None] * g[j] for j in range(n)]))
+    g_x.copy_(torch.stack([total([h_res[:, j, i, None] * g[j] for j in range(n)]) for i in range(n)], 1))
 
 
 def post_backward_outputs(
     g_x_next: Tensor, x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor,
     g_x: Tensor, g_layer_output: Tensor, g_h_post: Tensor, g_h_res: Tensor,
 ) -> None:  # fmt: skip
-    """Output stream by output stream, so that sums and dots of one shape share a loop: two of them read g_x_next."""
+    """Output stream by output stream: a dot with all input streams at a time."""
     g, wide, layer = [stream.float() for stream in g_x_next.unbind(1)], x.float(), layer_output.float()
     n = len(g)
-    g_x.copy_(sum(h_res[:, j, :, None] * g[j].unsqueeze(1) for j in range(n)))
+    g_x.copy_(total([h_res[:, j, :, None] * g[j].unsqueeze(1) for j in range(n)]))
     g_h_res.copy_(torch.stack([(g[j].unsqueeze(1) * wide).sum(-1) for j in range(n)], 1))
-    g_layer_output.copy_(sum(h_post[:, j, None] * g[j] for j in range(n)))
+    g_layer_output.copy_(total([h_post[:, j, None] * g[j] for j in range(n)]))
     g_h_post.copy_(torch.stack([(g[j] * layer).sum(-1) for j in range(n)], 1))
 
 
@@ -69,7 +69,7 @@ def post_backward_blocks(
     g_x_next: Tensor, x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor,
     g_x: Tensor, g_layer_output: Tensor, g_h_post: Tensor, g_h_res: Tensor,
 ) -> None:  # fmt: skip
-    """Batched products of blocks of tokens."""
+    """Batched products of blocks of tokens; g_h_post as products summed, since those with a vector are slow."""
     block = min(block_tokens(x), len(x))
     n, C = x.shape[1:]
     workspace, gradients, sums = x.new_empty(3, block, n, C, dtype=torch.float32)
@@ -78,9 +78,9 @@ def post_backward_blocks(
     for g_b, x_b, layer_b, post_b, res_b, g_x_b, g_layer_b, g_post_b, g_res_b in zip(
         *(tensor.split(block) for tensor in tensors), strict=True
     ):
-        g = widened(g_b, gradients)
+        g, layer = widened(g_b, gradients), widened(layer_b, vectors[:, 0])
+        torch.sum(torch.mul(g, layer.unsqueeze(1), out=sums[: len(g)]), -1, out=g_post_b)
         torch.bmm(g, widened(x_b, workspace).mT, out=g_res_b)
-        torch.bmm(g, widened(layer_b, vectors[:, 0]).unsqueeze(-1), out=g_post_b.unsqueeze(-1))
         if g_x_b.dtype == torch.float32:
             torch.bmm(res_b.mT, g, out=g_x_b)
             torch.bmm(post_b.unsqueeze(1), g, out=g_layer_b.unsqueeze(1))
@@ -104,13 +104,13 @@ def post_backward_joined(
     for g_b, x_b, layer_b, weights_b, dots_b, g_x_b, g_layer_b in zip(
         *(tensor.split(block) for tensor in tensors), strict=True
     ):
-        g, wide, total = widened(g_b, gradients), workspace[: len(g_b)], sums[: len(g_b)]
+        g, wide, sums_b = widened(g_b, gradients), workspace[: len(g_b)], sums[: len(g_b)]
         wide[:, :n].copy_(x_b)
         wide[:, n].copy_(layer_b)
         torch.bmm(g, wide.mT, out=dots_b)
-        torch.bmm(weights_b.mT, g, out=total)
-        g_x_b.copy_(total[:, :n])
-        g_layer_b.copy_(total[:, n])
+        torch.bmm(weights_b.mT, g, out=sums_b)
+        g_x_b.copy_(sums_b[:, :n])
+        g_layer_b.copy_(sums_b[:, n])
     g_h_res.copy_(dots[..., :n])
     g_h_post.copy_(dots[..., n])
 

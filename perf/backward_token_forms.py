@@ -17,6 +17,7 @@ from torch import Tensor
 from ..spec import MHCSpec
 from . import backward_autograd as autograd
 from . import token_forms
+from .backward_stream_forms import total
 from .baselines import COMPILED, EAGER, Form
 from .token_forms import alpha_rows
 
@@ -65,11 +66,6 @@ Matrix = list[list[Tensor]]
 def transposed(matrix: Matrix) -> Matrix:
     """The transpose of a matrix of variables."""
     return [list(vector) for vector in zip(*matrix, strict=True)]
-
-
-def total(vector: list[Tensor]) -> Tensor:
-    """The sum of a vector of variables."""
-    return sum(vector[1:], vector[0])
 
 
 def sinkhorn_backward_scalars(g_h_res: Tensor, logits: Tensor, iters: int, eps: float, g_logits: Tensor) -> None:
@@ -134,9 +130,10 @@ def coefficients_backward_blocks(
     g_bias.zero_()
     for first in range(0, len(g_h_pre), token_forms.BLOCK_TOKENS):
         block = slice(first, first + token_forms.BLOCK_TOKENS)
-        upstream = (g_h_pre[block], g_h_post[block], g_h_res[block])
-        inputs = (projected[:, block], alpha, bias, spec)
-        add_coefficients_backward(*upstream, *inputs, g_projected[:, block], g_alpha, g_bias)
+        add_coefficients_backward(
+            g_h_pre[block], g_h_post[block], g_h_res[block], projected[:, block], alpha, bias,
+            spec, g_projected[:, block], g_alpha, g_bias,
+        )  # fmt: skip
 
 
 FORMS: dict[str, tuple[Form, ...]] = {

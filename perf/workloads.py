@@ -203,7 +203,8 @@ def post_backward(stream: Stream) -> Parts:
     names = ("x", "layer_output", "h_post", "h_res")
     inputs = {name: getattr(stream.inputs, name) for name in names}
     [g_x_next] = gradients_like(stream.inputs.x)
-    out = tuple(torch.empty_like(tensor) for tensor in inputs.values())
+    x, layer_output, h_post, h_res = map(torch.empty_like, inputs.values())
+    out = (x, layer_output, h_post, h_res)
     return (
         lambda: launch_backward.post_backward(g_x_next, **inputs, out=out),
         lambda: {f"g_{name}": tensor for name, tensor in zip(names, out, strict=True)},
