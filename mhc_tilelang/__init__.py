@@ -6,7 +6,8 @@
     x = mhc.post(x, layer(layer_input), h_post, h_res)
 
     spec       the sizes and constants
-    ops        the functions; they check with `arguments`, and run kernels through `launch`
+    ops        the functions; they check with `arguments` and call `operators`
+    operators  what autograd and torch.compile see; they run kernels through `launch` and `launch_backward`
     compile    (kernel family, sizes, target) -> a `kernel`, something to call
     cpu, cuda  the targets; both start from the TIR that `tracing` gets
     kernels    the TileLang code          reference   the same in numpy float64

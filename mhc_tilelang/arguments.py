@@ -1,7 +1,10 @@
 """Checks of the public functions' arguments: every error names the argument, what was expected, what came.
 
-They run before any kernel is compiled or started. `Arguments` collects the shapes' letters as it goes, so the
-first tensor that mentions a size fixes it for the others.
+They run before any kernel is compiled or started. `Arguments` remembers the device and the leading dimensions of
+the first tensor that has them, which fixes them for the others.
+
+torch.compile traces through here. Sizes that it leaves open must not be compared by `if`, which would fix them: see
+`_check_leading`. What an operator takes care of itself is not asked then, since asking means one more guard.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ class Arguments:
         self.function = function
         self.device: torch.device | None = None
         self.leading: torch.Size | None = None
+        self.differentiated: str | None = None
 
     def tensor(
         self,
@@ -29,15 +33,11 @@ class Arguments:
         trailing: tuple[int, ...],
         dtypes: tuple[torch.dtype, ...] = (torch.float32,),
         batched: bool = False,
-    ) -> torch.Tensor:
-        """Check one tensor; `batched` tensors have leading (token) dimensions, the same for all of them.
-
-        Returns it with all leading dimensions flattened to one.
-        """
+    ) -> None:
+        """Check one tensor; `batched` tensors have leading (token) dimensions, the same for all of them."""
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{self.function}: {name}: expected a torch.Tensor, got {type(value).__name__}")
         self._check_shape(name, value, trailing, batched)
-        self._check_memory(name, value)
         if value.dtype not in dtypes:
             wanted = " or ".join(str(dtype) for dtype in dtypes)
             raise TypeError(f"{self.function}: {name}: expected dtype {wanted}, got {value.dtype}")
@@ -47,27 +47,19 @@ class Arguments:
             self.device = value.device
         elif value.device != self.device:
             raise ValueError(f"{self.function}: {name}: expected device {self.device}, got {value.device}")
-        if not value.is_contiguous():
-            raise ValueError(
-                f"{self.function}: {name}: expected a contiguous tensor, got strides {tuple(value.stride())} for "
-                f"shape {list(value.shape)}; call .contiguous() first"
-            )
-        tangent = torch.autograd.forward_ad.unpack_dual(value).tangent
-        if tangent is not None or (value.requires_grad and torch.is_grad_enabled()):
-            raise GradientError(
-                f"{self.function}: {name} requires a gradient, and the kernels have no backward yet; "
-                "call under torch.no_grad(), or pass a detached tensor"
-            )
-        return value.reshape(-1, *trailing) if batched else value
+        if not torch.compiler.is_compiling():
+            self._check_layout(name, value)
+        if value.requires_grad and torch.is_grad_enabled():
+            self.differentiated = self.differentiated or name
 
-    def _check_memory(self, name: str, value: torch.Tensor) -> None:
-        """The kernels read a tensor's memory: refuse tensors that have none, or whose values are something else."""
-        wrapped = torch._is_functional_tensor(value) or torch._C._functorch.is_functorch_wrapped_tensor(value)
-        if wrapped or type(value) not in (torch.Tensor, torch.nn.Parameter):
-            kind = "one wrapped by a function transform" if wrapped else type(value).__name__
-            raise TypeError(f"{self.function}: {name}: expected a torch.Tensor with memory of its own, got {kind}")
-        if value.is_neg():
-            raise ValueError(f"{self.function}: {name}: expected no lazy negation, got one; call .resolve_neg() first")
+    def buffer(self, name: str, value: torch.Tensor, trailing: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Check a tensor that the caller wants a result in. After the inputs: it has their leading dimensions."""
+        self.tensor(name, value, trailing, (dtype,), batched=True)
+        if self.differentiated is not None:
+            raise GradientError(
+                f"{self.function}: {self.differentiated} requires a gradient, and a call with out= gives none; "
+                "leave out= away, or call under torch.no_grad()"
+            )
 
     def _check_shape(self, name: str, value: torch.Tensor, trailing: tuple[int, ...], batched: bool) -> None:
         split = value.ndim - len(trailing)
@@ -78,15 +70,32 @@ class Arguments:
             raise ValueError(f"{self.function}: {name}: expected shape [{wanted}], got {list(value.shape)}{hint}")
         if batched and self.leading is None:
             self.leading = leading
-        elif batched and leading != self.leading:
+        elif batched:
+            self._check_leading(name, leading)
+
+    def _check_leading(self, name: str, leading: torch.Size) -> None:
+        assert self.leading is not None
+        same_rank = len(leading) == len(self.leading)
+        if same_rank and torch.compiler.is_compiling():
+            for size, expected in zip(leading, self.leading, strict=True):
+                torch._check(size == expected)
+        elif not same_rank or leading != self.leading:
             raise ValueError(
-                f"{self.function}: {name}: expected leading dimensions {list(self.leading or ())}, got {list(leading)}"
+                f"{self.function}: {name}: expected leading dimensions {list(self.leading)}, got {list(leading)}"
             )
 
-    def output(self, flat: torch.Tensor) -> torch.Tensor:
-        """A flat result with the call's leading dimensions put back."""
-        assert self.leading is not None
-        return flat.view(*self.leading, *flat.shape[1:])
+    def _check_layout(self, name: str, value: torch.Tensor) -> None:
+        if not value.is_contiguous():
+            raise ValueError(
+                f"{self.function}: {name}: expected a contiguous tensor, got strides {tuple(value.stride())} for "
+                f"shape {list(value.shape)}; call .contiguous() first"
+            )
+        forward_ad = torch.autograd.forward_ad  # an operator without a formula for tangents drops them in silence
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+            raise GradientError(
+                f"{self.function}: {name} has a tangent, and there are no forward-mode gradients; "
+                "use reverse mode, or pass a detached tensor"
+            )
 
 
 def check_spec(function: str, spec: MHCSpec) -> None:

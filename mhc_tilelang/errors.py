@@ -14,7 +14,7 @@ class CompilerError(MHCError):
 
 
 class GradientError(MHCError):
-    """A tensor requires a gradient that the kernels cannot give yet."""
+    """A gradient that there is none of: second derivatives, forward mode, calls with out=."""
 
 
 class LoweringError(MHCError):

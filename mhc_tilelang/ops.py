@@ -1,27 +1,36 @@
 """The public functions: expand, coefficients, sinkhorn, pre, post, head.
 
-Each checks its arguments (`arguments`), flattens the leading dimensions to T tokens, launches kernels
-(`launch`) and puts the dimensions back. n streams, C = hidden size, K = n·C, M = n² + 2n; "..." stands for
-any leading dimensions, none and empty ones included. Streams are bfloat16, float16 or float32; everything
-else is float32. Tensors are contiguous and on one device. Errors: TypeError for a wrong type or dtype,
-ValueError for a wrong shape, layout, size or device, GradientError where a gradient is asked for.
+Each checks its arguments (`arguments`) and calls its operator (`operators`), which autograd differentiates and
+torch.compile keeps whole. n streams, C = hidden size, K = n·C, M = n² + 2n; "..." stands for any leading
+dimensions, none and empty ones included. Streams are bfloat16, float16 or float32; everything else is float32.
+Tensors are contiguous and on one device. Gradients have the dtype of what they belong to; there are no second
+derivatives and no forward mode.
+
+`out=` writes the results into given buffers, and returns those. Buffers are contiguous, have the results' shapes
+and dtypes, and overlap no input. No gradient flows through such a call.
+
+Errors: TypeError for a wrong type or dtype, ValueError for a wrong shape, layout, size or device, GradientError for
+a gradient that there is none of: second derivatives, tangents, `out=` of what requires one.
 """
 
 from __future__ import annotations
 
 import torch
 
-from . import launch
+from . import operators
 from .arguments import STREAM_DTYPES, Arguments, check_spec, check_streams, sizes_of
 from .spec import MHCSpec
 
+Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-def expand(h: torch.Tensor, num_streams: int) -> torch.Tensor:
+
+def expand(h: torch.Tensor, num_streams: int, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """Copy an embedding into n equal streams.
 
     Args:
         h: [..., C], stream dtype.
         num_streams: n.
+        out: the result's buffer.
 
     Returns:
         x [..., n, C] in h's dtype, x[i] = h for every stream i. Exact.
@@ -29,11 +38,17 @@ def expand(h: torch.Tensor, num_streams: int) -> torch.Tensor:
     check_streams("expand", "num_streams", num_streams)
     (hidden_size,) = sizes_of("expand", "h", h, ("C",))
     arguments = Arguments("expand")
-    h = arguments.tensor("h", h, (hidden_size,), STREAM_DTYPES, batched=True)
-    return arguments.output(launch.expand(h, num_streams))
+    arguments.tensor("h", h, (hidden_size,), STREAM_DTYPES, batched=True)
+    if out is None:
+        return operators.expand.expand(h, num_streams)
+    arguments.buffer("out", out, (num_streams, hidden_size), h.dtype)
+    operators.expand.expand_out(h, num_streams, out=out)
+    return out
 
 
-def sinkhorn(logits: torch.Tensor, iters: int = 20, eps: float = 1e-6) -> torch.Tensor:
+def sinkhorn(
+    logits: torch.Tensor, iters: int = 20, eps: float = 1e-6, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Make matrices doubly stochastic by Sinkhorn-Knopp iterations (Eq. 9): columns first, rows last.
 
     Args:
@@ -41,6 +56,7 @@ def sinkhorn(logits: torch.Tensor, iters: int = 20, eps: float = 1e-6) -> torch.
         iters: iterations, at least 1.
         eps: added after the softmax over columns and to every later sum. With 0, a row that lies more than
             104 below the largest entry of each of its columns gives NaN.
+        out: the result's buffer.
 
     Returns:
         h_res [..., n, n], float32. Rows sum to 1 (to eps); columns as closely as `iters` brings them.
@@ -54,8 +70,12 @@ def sinkhorn(logits: torch.Tensor, iters: int = 20, eps: float = 1e-6) -> torch.
     except (TypeError, ValueError) as error:
         raise type(error)(f"sinkhorn: {str(error).removeprefix('sinkhorn_')}") from None
     arguments = Arguments("sinkhorn")
-    logits = arguments.tensor("logits", logits, (num_streams, num_streams), batched=True)
-    return arguments.output(launch.sinkhorn(logits, iters, float(eps)))
+    arguments.tensor("logits", logits, (num_streams, num_streams), batched=True)
+    if out is None:
+        return operators.sinkhorn.sinkhorn(logits, iters, float(eps))
+    arguments.buffer("out", out, (num_streams, num_streams), torch.float32)
+    operators.sinkhorn.sinkhorn_out(logits, iters, float(eps), out=out)
+    return out
 
 
 def coefficients(
@@ -66,7 +86,8 @@ def coefficients(
     spec: MHCSpec,
     *,
     norm_weight: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    out: Tensors3 | None = None,
+) -> Tensors3:
     """The three mappings of a sublayer from its stream (Eq. 14-19).
 
     Args:
@@ -77,14 +98,22 @@ def coefficients(
         bias: [M], not scaled by the RMS norm.
         spec: sizes and constants.
         norm_weight: [K], the RMS norm's weight; multiplied into phi unless it is absorbed there already.
+        out: the results' three buffers, in their order.
 
     Returns:
         h_pre [..., n], h_post [..., n], h_res [..., n, n], float32. `h_res[j, i]` is the weight of input
         stream i in output stream j.
     """
-    arguments, x, phi, alpha, bias = _projected("coefficients", x, phi, alpha, bias, spec, norm_weight)
-    h_pre, h_post, h_res = _coefficients(x, phi, alpha, bias, spec)
-    return arguments.output(h_pre), arguments.output(h_post), arguments.output(h_res)
+    arguments, phi = _check_projected("coefficients", x, phi, alpha, bias, spec, norm_weight)
+    if out is None:
+        h_pre, h_post, h_res, _ = operators.coefficients.coefficients(x, phi, alpha, bias, *_constants(spec))
+        return h_pre, h_post, h_res
+    n = spec.num_streams
+    h_pre, h_post, h_res = _check_buffers(arguments, out, h_pre=(n,), h_post=(n,), h_res=(n, n))
+    operators.coefficients.coefficients_out(
+        x, phi, alpha, bias, *_constants(spec), h_pre=h_pre, h_post=h_post, h_res=h_res
+    )
+    return h_pre, h_post, h_res
 
 
 def pre(
@@ -95,7 +124,8 @@ def pre(
     spec: MHCSpec,
     *,
     norm_weight: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    out: Tensors3 | None = None,
+) -> Tensors3:
     """Before a layer: the coefficients, and the streams aggregated to the layer's input (Eq. 3, H_pre x).
 
     The arguments are those of `coefficients`.
@@ -103,21 +133,35 @@ def pre(
     Returns:
         layer_input [..., C] in x's dtype, rounded once; h_post [..., n] and h_res [..., n, n] for `post`.
     """
-    arguments, x, phi, alpha, bias = _projected("pre", x, phi, alpha, bias, spec, norm_weight)
-    h_pre, h_post, h_res = _coefficients(x, phi, alpha, bias, spec)
-    return arguments.output(launch.aggregate(x, h_pre)), arguments.output(h_post), arguments.output(h_res)
+    arguments, phi = _check_projected("pre", x, phi, alpha, bias, spec, norm_weight)
+    if out is None:
+        layer_input, h_post, h_res, *_ = operators.pre.pre(x, phi, alpha, bias, *_constants(spec))
+        return layer_input, h_post, h_res
+    n, hidden_size = spec.num_streams, spec.hidden_size
+    buffers = _check_buffers(arguments, out, x.dtype, layer_input=(hidden_size,), h_post=(n,), h_res=(n, n))
+    layer_input, h_post, h_res = buffers
+    operators.pre.pre_out(x, phi, alpha, bias, *_constants(spec), layer_input=layer_input, h_post=h_post, h_res=h_res)
+    return layer_input, h_post, h_res
 
 
-def post(x: torch.Tensor, layer_output: torch.Tensor, h_post: torch.Tensor, h_res: torch.Tensor) -> torch.Tensor:
+def post(
+    x: torch.Tensor,
+    layer_output: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """After a layer: mix the streams and add the layer's output to each (Eq. 3).
 
     x_next[j] = Σ_i h_res[j, i] · x[i] + h_post[j] · layer_output
 
     Args:
         x: [..., n, C], stream dtype.
-        layer_output: [..., C], x's dtype.
+        layer_output: [..., C], x's dtype. With a float32 stream any stream dtype, since that is what autocast gives.
         h_post: [..., n], float32.
         h_res: [..., n, n], float32, as [out, in]. DeepSeek's `comb` is its transpose.
+        out: the result's buffer.
 
     Returns:
         x_next [..., n, C] in x's dtype, combined in float32 and rounded once.
@@ -125,11 +169,16 @@ def post(x: torch.Tensor, layer_output: torch.Tensor, h_post: torch.Tensor, h_re
     num_streams, hidden_size = sizes_of("post", "x", x, ("n", "C"))
     check_streams("post", "x", num_streams)
     arguments = Arguments("post")
-    x = arguments.tensor("x", x, (num_streams, hidden_size), STREAM_DTYPES, batched=True)
-    layer_output = arguments.tensor("layer_output", layer_output, (hidden_size,), (x.dtype,), batched=True)
-    h_post = arguments.tensor("h_post", h_post, (num_streams,), batched=True)
-    h_res = arguments.tensor("h_res", h_res, (num_streams, num_streams), batched=True)
-    return arguments.output(launch.post(x, layer_output, h_post, h_res))
+    arguments.tensor("x", x, (num_streams, hidden_size), STREAM_DTYPES, batched=True)
+    layer_dtypes = STREAM_DTYPES if x.dtype == torch.float32 else (x.dtype,)
+    arguments.tensor("layer_output", layer_output, (hidden_size,), layer_dtypes, batched=True)
+    arguments.tensor("h_post", h_post, (num_streams,), batched=True)
+    arguments.tensor("h_res", h_res, (num_streams, num_streams), batched=True)
+    if out is None:
+        return operators.post.post(x, layer_output, h_post, h_res)
+    arguments.buffer("out", out, (num_streams, hidden_size), x.dtype)
+    operators.post.post_out(x, layer_output, h_post, h_res, out=out)
+    return out
 
 
 def head(
@@ -140,6 +189,7 @@ def head(
     spec: MHCSpec,
     *,
     norm_weight: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """After the last sublayer: aggregate the streams by coefficients of their own.
 
@@ -147,17 +197,20 @@ def head(
         x: [..., n, C], stream dtype.
         phi: [n, K]. alpha: [1]. bias: [n]. norm_weight: [K] or None, as in `coefficients`.
         spec: sizes and constants.
+        out: the result's buffer.
 
     Returns:
         [..., C] in x's dtype: Σ_i h_pre[i] · x[i] with h_pre = sigmoid(alpha · s · x·phi + bias) + pre_eps.
     """
-    arguments, x, phi, alpha, bias = _projected("head", x, phi, alpha, bias, spec, norm_weight, head=True)
-    plan = launch.projection_plan(x, spec.num_streams)
-    h_pre, _ = launch.head_coefficients(launch.project(x, phi, plan), alpha, bias, spec, plan)
-    return arguments.output(launch.aggregate(x, h_pre))
+    arguments, phi = _check_projected("head", x, phi, alpha, bias, spec, norm_weight, head=True)
+    if out is None:
+        return operators.head.head(x, phi, alpha, bias, spec.pre_eps, spec.rms_eps)[0]
+    arguments.buffer("out", out, (spec.hidden_size,), x.dtype)
+    operators.head.head_out(x, phi, alpha, bias, spec.pre_eps, spec.rms_eps, out=out)
+    return out
 
 
-def _projected(
+def _check_projected(
     function: str,
     x: torch.Tensor,
     phi: torch.Tensor,
@@ -166,22 +219,38 @@ def _projected(
     spec: MHCSpec,
     norm_weight: torch.Tensor | None,
     head: bool = False,
-) -> tuple[Arguments, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Check the arguments of a function that projects; x flat, norm_weight multiplied into phi."""
+) -> tuple[Arguments, torch.Tensor]:
+    """Check the arguments of a function that projects; return phi with norm_weight multiplied into it."""
     check_spec(function, spec)
     rows, groups = (spec.num_streams, 1) if head else (spec.num_coefficients, 3)
     arguments = Arguments(function)
-    x = arguments.tensor("x", x, (spec.num_streams, spec.hidden_size), STREAM_DTYPES, batched=True)
-    phi = arguments.tensor("phi", phi, (rows, spec.stream_size))
-    alpha = arguments.tensor("alpha", alpha, (groups,))
-    bias = arguments.tensor("bias", bias, (rows,))
+    arguments.tensor("x", x, (spec.num_streams, spec.hidden_size), STREAM_DTYPES, batched=True)
+    arguments.tensor("phi", phi, (rows, spec.stream_size))
+    arguments.tensor("alpha", alpha, (groups,))
+    arguments.tensor("bias", bias, (rows,))
     if norm_weight is not None:
-        phi = phi * arguments.tensor("norm_weight", norm_weight, (spec.stream_size,))
-    return arguments, x, phi, alpha, bias
+        arguments.tensor("norm_weight", norm_weight, (spec.stream_size,))
+        phi = phi * norm_weight
+    return arguments, phi
 
 
-def _coefficients(
-    x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor, spec: MHCSpec
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    plan = launch.projection_plan(x, spec.num_coefficients)
-    return launch.coefficients(launch.project(x, phi, plan), alpha, bias, spec, plan)[:3]
+def _check_buffers(
+    arguments: Arguments,
+    out: Tensors3,
+    first_dtype: torch.dtype = torch.float32,
+    **trailing: tuple[int, ...],
+) -> Tensors3:
+    """Check a tuple of buffers against the names and trailing shapes of the results; all but the first are float32."""
+    if not isinstance(out, (tuple, list)) or len(out) != len(trailing):
+        got = f"{len(out)} of them" if isinstance(out, (tuple, list)) else type(out).__name__
+        raise TypeError(f"{arguments.function}: out: expected a tuple of {', '.join(trailing)}, got {got}")
+    dtypes = (first_dtype, torch.float32, torch.float32)
+    for k, (name, shape) in enumerate(trailing.items()):
+        arguments.buffer(f"out[{k}] ({name})", out[k], shape, dtypes[k])
+    first, second, third = out
+    return first, second, third
+
+
+def _constants(spec: MHCSpec) -> tuple[int, float, float, float, float]:
+    """A spec as an operator takes it; the sizes are those of its tensors."""
+    return spec.sinkhorn_iters, spec.sinkhorn_eps, spec.pre_eps, spec.rms_eps, spec.post_scale

@@ -1,0 +1,18 @@
+"""The functions as PyTorch operators, `torch.ops.mhc_tilelang.*`: what autograd and torch.compile see.
+
+    library       how an operator is registered, and what the families share
+    expand, sinkhorn, post, coefficients, pre, head
+                  a family a file: X, X_out, X_backward, each with its fake, and X's autograd
+
+X allocates its outputs, X_out writes into buffers and has no gradient, X_backward is an operator because
+torch.compile traces a backward too. They take tensors with any leading dimensions, so that no view stands
+between them and the caller's tensors, and with any strides: `ops` refuses those of a caller, but compilers and
+autograd hand over what they like. Operators of functions that project return, after the function's outputs, what
+their backward needs (`h_pre`, `projected`); `ops` drops that.
+
+Importing this package registers all of them.
+"""
+
+from . import coefficients, expand, head, post, pre, sinkhorn
+
+__all__ = ["coefficients", "expand", "head", "post", "pre", "sinkhorn"]
