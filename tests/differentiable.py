@@ -1,0 +1,86 @@
+"""The differentiable functions as the tests of operators see them: arguments, a call, the float64 backward.
+
+function = FUNCTIONS["pre"]
+tensors = function.tensors(case)                  # by name, in the order of the signature
+outputs = function.call(tensors, case.spec)       # always a tuple
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from helpers import CPU
+
+from mhc_tilelang import MHCSpec, ops, reference
+from mhc_tilelang.checking.inputs import Case, Inputs
+from mhc_tilelang.checking.kernels import numpy64
+
+
+@dataclass(frozen=True)
+class Function:
+    """One public function. `constants` of a spec are what it takes besides tensors, by name."""
+
+    name: str
+    arguments: tuple[str, ...]
+    constants: Callable[[MHCSpec], dict[str, object]]
+
+    def tensors(self, case: Case, leading: tuple[int, ...] | None = None) -> dict[str, torch.Tensor]:
+        """Fresh arguments; `leading` shapes the case's tokens."""
+        inputs, n = Inputs.of(case, CPU), case.num_streams
+        drawn = {**vars(inputs), "norm_weight": 0.5 + torch.rand(case.spec.stream_size)}
+        if self.name == "head":
+            drawn.update(phi=inputs.phi[:n].clone(), alpha=inputs.alpha[:1].clone(), bias=inputs.bias[:n].clone())
+        if leading is not None:
+            for name in {"h", "x", "layer_output", "h_post", "h_res", "logits"} & drawn.keys():
+                drawn[name] = drawn[name].view(*leading, *drawn[name].shape[1:])
+        return {name: drawn[name] for name in self.arguments}
+
+    def call(self, tensors: dict[str, torch.Tensor], spec: MHCSpec, **more: object) -> tuple[torch.Tensor, ...]:
+        outputs = getattr(ops, self.name)(**tensors, **self.constants(spec), **more)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def reference_backward(
+        self, g_outputs: list[torch.Tensor | None], tensors: dict[str, torch.Tensor], spec: MHCSpec
+    ) -> dict[str, object]:
+        """The gradients in float64, by argument."""
+        upstream = [None if g is None else numpy64(g) for g in g_outputs]
+        arguments = {name: numpy64(tensor.detach()) for name, tensor in tensors.items()}
+        backward = getattr(reference, f"{self.name}_backward")
+        gradients = backward(*upstream, **arguments, **self.constants(spec))
+        return dict(zip(self.arguments, gradients if isinstance(gradients, tuple) else (gradients,), strict=True))
+
+
+_PROJECTED = ("x", "phi", "alpha", "bias", "norm_weight")
+FUNCTIONS = {
+    function.name: function
+    for function in (
+        Function("expand", ("h",), lambda spec: {"num_streams": spec.num_streams}),
+        Function("sinkhorn", ("logits",), lambda spec: {"iters": spec.sinkhorn_iters, "eps": spec.sinkhorn_eps}),
+        Function("coefficients", _PROJECTED, lambda spec: {"spec": spec}),
+        Function("pre", _PROJECTED, lambda spec: {"spec": spec}),
+        Function("head", _PROJECTED, lambda spec: {"spec": spec}),
+        Function("post", ("x", "layer_output", "h_post", "h_res"), lambda _: {}),
+    )
+}
+
+
+def upstream(outputs: tuple[torch.Tensor, ...], seed: int = 7) -> list[torch.Tensor]:
+    """Random gradients of the outputs, in their dtypes."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(output.shape, generator=generator).to(output.dtype) for output in outputs]
+
+
+def requiring(tensors: dict[str, torch.Tensor], names: tuple[str, ...] | None = None) -> dict[str, torch.Tensor]:
+    """The tensors, of which those named (or all) require a gradient."""
+    wanted = tensors if names is None else names
+    return {name: tensor.detach().requires_grad_(name in wanted) for name, tensor in tensors.items()}
+
+
+def gradients(
+    outputs: tuple[torch.Tensor, ...], tensors: dict[str, torch.Tensor], g_outputs: list[torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """By argument, those that require one."""
+    inputs = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+    return dict(zip(inputs, torch.autograd.grad(outputs, list(inputs.values()), g_outputs), strict=True))

@@ -1,0 +1,169 @@
+"""Gradients are those of the kernels to the bit, and those of the reference.
+
+Would catch: the gradient of another argument or output, an upstream gradient read at the wrong strides, a gradient lost
+because its neighbours are absent, a kernel launched for a gradient that nobody wants.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from differentiable import FUNCTIONS, gradients, requiring, upstream
+from helpers import assert_same_bits
+
+from mhc_tilelang import launch, launch_backward
+from mhc_tilelang.checking.inputs import Case
+
+CASE = Case(4, 64, torch.float32, 6)
+BF16 = Case(4, 64, torch.bfloat16, 6)
+every_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+
+
+@pytest.mark.parametrize("case", [CASE, BF16], ids=["float32", "bfloat16"])
+def test_gradients_are_the_kernels(case):
+    """What autograd returns is, to the bit, what the launches return. Catches arguments that change places."""
+    spec = case.spec
+    tensors = {name: function.tensors(case) for name, function in FUNCTIONS.items()}
+
+    def autograd(name):
+        given = requiring({key: value for key, value in tensors[name].items() if key != "norm_weight"})
+        outputs = FUNCTIONS[name].call(given, spec)
+        return upstream(outputs), gradients(outputs, given, upstream(outputs)).values()
+
+    g, got = autograd("expand")
+    assert_same_bits(got, [launch_backward.expand_backward(*g)])
+    g, got = autograd("sinkhorn")
+    assert_same_bits(got, [launch_backward.sinkhorn_backward(*g, tensors["sinkhorn"]["logits"], 20, 1e-6)])
+    g, got = autograd("post")
+    assert_same_bits(got, launch_backward.post_backward(*g, *tensors["post"].values()))
+
+    for name in ("coefficients", "pre", "head"):
+        x, phi, alpha, bias, _ = tensors[name].values()
+        g, got = autograd(name)
+        plan = launch.projection_plan(x, phi.shape[0])
+        partial = launch.project(x, phi, plan)
+        aggregation = {}
+        if name == "head":
+            h_pre, projected = launch.head_coefficients(partial, alpha, bias, spec, plan)
+            backward = launch_backward.head_coefficients_backward
+        else:
+            h_pre, _, _, projected = launch.coefficients(partial, alpha, bias, spec, plan)
+            backward = launch_backward.coefficients_backward
+        if name != "coefficients":
+            aggregation = {"h_pre": h_pre, "g_layer_input": g[0]}
+            g[0] = launch_backward.pre_backward(g[0], x)
+        g_projected, g_alpha, g_bias = backward(*g, projected, alpha, bias, spec)
+        g_x, g_phi = launch_backward.project_backward(g_projected, x, phi, **aggregation)
+        assert_same_bits(got, [g_x, g_phi, g_alpha, g_bias])
+
+
+# Of the norm over all tokens. Float32 rounds to 6e-8, and roundings of a sum of K = 256 terms or of Sinkhorn's 39 steps
+# there and back add up as a random walk does: 16 or 9 times that. Ten times more for head's alpha, one number that is a
+# sum over all tokens and streams which nearly cancels. Measured: 5e-7, and 2e-6 for that one.
+TOLERANCE = 1e-5
+
+
+def assert_near_float64(function, case, tensors, outputs, g_outputs):
+    """The gradients of all arguments that require one, given those of some outputs."""
+    with_gradient = [k for k, g in enumerate(g_outputs) if g is not None]
+    got = gradients([outputs[k] for k in with_gradient], tensors, [g_outputs[k] for k in with_gradient])
+    exact = function.reference_backward(g_outputs, tensors, case.spec)
+    for name, gradient in got.items():
+        assert gradient.shape == tensors[name].shape
+        assert gradient.dtype == tensors[name].dtype
+        distance = np.linalg.norm(gradient.double().numpy() - exact[name])
+        assert distance <= TOLERANCE * np.linalg.norm(exact[name]), (function.name, name)
+
+
+@every_function
+def test_each_output_alone_and_all(function):
+    """Outputs that nothing was made of have no gradient. Catches gradients that go to another output."""
+    case = Case(4, 64, torch.float32, 63)
+    tensors = requiring(function.tensors(case, (7, 9)))
+    outputs = function.call(tensors, case.spec)
+    g_outputs = upstream(outputs)
+    choices = [[g if k == j else None for k, g in enumerate(g_outputs)] for j in range(len(outputs))] + [g_outputs]
+    for choice in choices:
+        assert_near_float64(function, case, tensors, function.call(tensors, case.spec), choice)
+
+
+@every_function
+def test_each_input_alone(function):
+    """One argument requires a gradient: the same bits as if all did."""
+    tensors = function.tensors(CASE, (2, 3))
+    every = requiring(tensors)
+    outputs = function.call(every, CASE.spec)
+    expected = gradients(outputs, every, upstream(outputs))
+    for name in tensors:
+        one = requiring(tensors, (name,))
+        outputs = function.call(one, CASE.spec)
+        got = gradients(outputs, one, upstream(outputs))
+        assert list(got) == [name]
+        assert_same_bits(got.values(), [expected[name]])
+
+
+@every_function
+def test_upstream_gradients_of_any_strides(function):
+    """Transposed and expanded ones, as autograd makes them, give the bits of their contiguous copies."""
+    tensors = requiring(function.tensors(CASE, (2, 3)))
+    outputs = function.call(tensors, CASE.spec)
+    kinds = {
+        "transposed": [g.transpose(0, 1).contiguous().transpose(0, 1) for g in upstream(outputs)],
+        "expanded": [
+            g.expand(output.shape) for g, output in zip(upstream([o[:1] for o in outputs]), outputs, strict=True)
+        ],
+    }
+    for g_outputs in kinds.values():
+        assert not any(g.is_contiguous() for g in g_outputs)
+        got, expected = (
+            gradients(function.call(tensors, CASE.spec), tensors, g)
+            for g in (g_outputs, [g.contiguous() for g in g_outputs])
+        )
+        assert_same_bits(got.values(), expected.values())
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The backward launches of a test: their names, and of `project_backward` and `post_backward` what was needed."""
+    calls = []
+
+    def counted(name, launch_one):
+        def call(*args, **kwargs):
+            needs = [key.removeprefix("needs_") for key, value in kwargs.items() if key.startswith("needs_") and value]
+            calls.append(" ".join([name.removesuffix("_backward"), *needs]))
+            return launch_one(*args, **kwargs)
+
+        return call
+
+    for name in [name for name in vars(launch_backward) if name.endswith("_backward")]:
+        monkeypatch.setattr(launch_backward, name, counted(name, getattr(launch_backward, name)))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "outputs", "expected"),
+    [
+        ("pre", ("x",), (0, 1, 2), ["pre", "coefficients", "project x"]),
+        ("pre", ("phi",), (0, 1, 2), ["pre", "coefficients", "project phi"]),
+        ("pre", ("x", "phi"), (0,), ["pre", "coefficients", "project x phi"]),
+        ("pre", ("alpha", "bias"), (0,), ["pre", "coefficients"]),
+        ("pre", ("x",), (1, 2), ["coefficients", "project x"]),
+        ("coefficients", ("bias",), (0, 1, 2), ["coefficients"]),
+        ("coefficients", ("phi",), (2,), ["coefficients", "project phi"]),
+        ("head", ("x",), (0,), ["pre", "head_coefficients", "project x"]),
+        ("head", ("norm_weight",), (0,), ["pre", "head_coefficients", "project phi"]),
+        ("head", ("alpha",), (0,), ["pre", "head_coefficients"]),
+        ("post", ("x",), (0,), ["post x"]),
+        ("post", ("layer_output",), (0,), ["post layer_output"]),
+        ("post", ("h_res",), (0,), ["post mixing"]),
+        ("post", ("x", "h_post"), (0,), ["post x mixing"]),
+    ],
+)
+def test_no_needless_launch(name, wanted, outputs, expected, launched):
+    """Frozen arguments and unused outputs cost nothing: neither a kernel nor zeros to run one on."""
+    tensors = requiring(FUNCTIONS[name].tensors(CASE), wanted)
+    results = FUNCTIONS[name].call(tensors, CASE.spec)
+    results = [results[k] for k in outputs]
+    gradients(results, tensors, upstream(results))
+    assert launched == expected

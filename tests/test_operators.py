@@ -1,0 +1,151 @@
+"""The operators keep PyTorch's rules, and `out=` writes where it should.
+
+Would catch: a schema that hides a write or an alias, a fake of another shape or dtype, an operator without autograd,
+a result that is computed elsewhere and copied.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from differentiable import FUNCTIONS, gradients, requiring, upstream
+from helpers import assert_same_bits
+
+from mhc_tilelang import ops
+from mhc_tilelang.checking.inputs import Case
+from mhc_tilelang.operators import library
+
+BF16 = Case(4, 64, torch.bfloat16, 6)
+every_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+
+
+def operator(name):
+    return getattr(torch.ops.mhc_tilelang, name).default
+
+
+def constants_of(function, spec):
+    """What the operators of a function take after its tensors."""
+    return {
+        "expand": (spec.num_streams,),
+        "sinkhorn": (spec.sinkhorn_iters, spec.sinkhorn_eps),
+        "head": (spec.pre_eps, spec.rms_eps),
+        "post": (),
+    }.get(function.name, (spec.sinkhorn_iters, spec.sinkhorn_eps, spec.pre_eps, spec.rms_eps, spec.post_scale))
+
+
+def operator_arguments(function, case):
+    """Positional arguments of X; leading dimensions [2, T/2] or [0, 3]."""
+    tensors = function.tensors(case, (2, case.num_tokens // 2) if case.num_tokens else (0, 3))
+    tensors.pop("norm_weight", None)
+    return [*tensors.values(), *constants_of(function, case.spec)]
+
+
+def backward_arguments(function, case):
+    """Positional arguments of X_backward: the upstream gradients, X's tensors, what X kept, constants, needs."""
+    arguments = operator_arguments(function, case)
+    outputs = operator(function.name)(*arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    public = len(function.call(function.tensors(case), case.spec))
+    g_outputs = upstream(outputs[:public])
+    if function.name == "expand":
+        return g_outputs
+    count = len(arguments) - len(constants_of(function, case.spec))
+    needs = {"sinkhorn": [], "post": [True] * 3}.get(function.name, [True] * 2)
+    return [*g_outputs, *arguments[:count], *outputs[public:], *arguments[count:], *needs]
+
+
+def buffers_of(function, outputs):
+    """X_out's buffers for these outputs, by name."""
+    names = {"coefficients": ("h_pre", "h_post", "h_res"), "pre": ("layer_input", "h_post", "h_res")}
+    names = names.get(function.name, ("out",))
+    return {name: torch.zeros_like(output) for name, output in zip(names, outputs, strict=False)}
+
+
+@pytest.mark.parametrize("num_tokens", [6, 0], ids=["tokens", "no-token"])
+@every_function
+def test_forward_operators(function, num_tokens):
+    """PyTorch's own checks: schema, fake, autograd registration, and both under AOTAutograd with symbolic sizes."""
+    arguments = operator_arguments(function, Case(4, 64, torch.bfloat16, num_tokens))
+    for k, argument in enumerate(arguments):
+        if isinstance(argument, torch.Tensor):
+            arguments[k] = argument.requires_grad_()
+    torch.library.opcheck(operator(function.name), tuple(arguments))
+
+
+@pytest.mark.parametrize("num_tokens", [6, 0], ids=["tokens", "no-token"])
+@every_function
+def test_backward_operators(function, num_tokens):
+    """The same checks; nothing needed and all of it, no upstream gradient but the last and all of them."""
+    arguments = backward_arguments(function, Case(4, 64, torch.bfloat16, num_tokens))
+    check = operator(f"{function.name}_backward")
+    torch.library.opcheck(check, tuple(arguments))
+    if function.name in ("coefficients", "pre"):
+        torch.library.opcheck(check, (None, None, *arguments[2:-2], False, True))
+    if function.name == "post":
+        torch.library.opcheck(check, (*arguments[:-3], False, True, False))
+
+
+@pytest.mark.parametrize("num_tokens", [6, 0], ids=["tokens", "no-token"])
+@every_function
+def test_out_operators(function, num_tokens):
+    """The same checks. Catches a buffer that the schema does not call written."""
+    arguments = operator_arguments(function, Case(4, 64, torch.bfloat16, num_tokens))
+    outputs = operator(function.name)(*arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.library.opcheck(operator(f"{function.name}_out"), tuple(arguments), buffers_of(function, outputs))
+
+
+def test_every_operator_is_checked():
+    """Tests the tests above: an operator that none of them knows."""
+    known = {f"mhc_tilelang::{name}{kind}" for name in FUNCTIONS for kind in ("", "_out", "_backward")}
+    assert library.LIBRARY._op_defs == known
+
+
+@every_function
+def test_results_have_memory_of_their_own(function):
+    """Outputs are no views, which autograd would not let a caller write into, and nothing shares memory."""
+    tensors = requiring(function.tensors(BF16, (2, 3)))
+    outputs = function.call(tensors, BF16.spec)
+    assert not any(output._is_view() for output in outputs)
+    results = [*outputs, *gradients(outputs, tensors, upstream(outputs)).values()]
+    assert len({result.data_ptr() for result in results}) == len(results)
+
+
+@pytest.mark.parametrize("leading", [(6,), (2, 3), (0, 3), ()], ids=str)
+@every_function
+def test_given_buffers(function, leading):
+    """`out=` writes the results, to the bit, and returns the buffers; it allocates no stream."""
+    tensors = function.tensors(Case(4, 64, torch.bfloat16, math.prod(leading)), leading)
+    expected = function.call(tensors, BF16.spec)
+    buffers = tuple(torch.full_like(output, math.nan) for output in expected)
+    returned = function.call(tensors, BF16.spec, out=buffers if len(buffers) > 1 else buffers[0])
+    assert all(r is b for r, b in zip(returned, buffers, strict=True))
+    assert_same_bits(buffers, expected)
+
+
+@pytest.mark.parametrize("name", ["expand", "sinkhorn", "post"])
+def test_given_buffers_are_all_the_memory(name, monkeypatch):
+    """Nothing is allocated. Catches a result that is computed elsewhere and copied."""
+    function = FUNCTIONS[name]
+    tensors = function.tensors(BF16)
+    (buffer,) = map(torch.empty_like, function.call(tensors, BF16.spec))
+    for owner, method in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "clone"),
+    ):
+        monkeypatch.setattr(owner, method, lambda *_, **__: pytest.fail("allocated"))
+    function.call(tensors, BF16.spec, out=buffer)
+
+
+def test_written_buffers_are_known_to_autograd():
+    """A buffer that a backward still needs: PyTorch's error for it, as for any write in place."""
+    h = torch.randn(6, 64)
+    buffer, weight = torch.randn(6, 4, 64), torch.randn(6, 4, 64, requires_grad=True)
+    product = buffer * weight
+    ops.expand(h, 4, out=buffer)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward(torch.randn(6, 4, 64))
