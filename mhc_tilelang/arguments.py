@@ -77,8 +77,9 @@ class Arguments:
         assert self.leading is not None
         same_rank = len(leading) == len(self.leading)
         if same_rank and torch.compiler.is_compiling():
+            message = f"{self.function}: {name}: expected the leading dimensions of the first tensor, got others"
             for size, expected in zip(leading, self.leading, strict=True):
-                torch._check(size == expected)
+                torch._check(size == expected, lambda: message)
         elif not same_rank or leading != self.leading:
             raise ValueError(
                 f"{self.function}: {name}: expected leading dimensions {list(self.leading)}, got {list(leading)}"
