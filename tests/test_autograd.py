@@ -59,8 +59,8 @@ def test_gradients_are_the_kernels(case):
 
 
 # Of the norm over all tokens. Float32 rounds to 6e-8, and roundings of a sum of K = 256 terms or of Sinkhorn's 39 steps
-# there and back add up as a random walk does: 16 or 9 times that. Ten times more for head's alpha, one number that is a
-# sum over all tokens and streams which nearly cancels. Measured: 5e-7, and 2e-6 for that one.
+# there and back add up as a random walk does: to 16 or 9 times that, 1e-6, which is what is measured. Ten times more,
+# since g_alpha is one number, a sum over all tokens and streams that may nearly cancel.
 TOLERANCE = 1e-5
 
 

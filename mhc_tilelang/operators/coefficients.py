@@ -6,12 +6,12 @@ the backward starts from.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
 
 from .. import launch, launch_backward
-from ..spec import MHCSpec
 from .library import (
     absent,
     check_buffers,
@@ -22,7 +22,6 @@ from .library import (
     flat,
     flat_or_none,
     needed,
-    num_tokens,
     spec_of,
 )
 
@@ -31,22 +30,32 @@ INPUTS = "Tensor x, Tensor phi, Tensor alpha, Tensor bias"
 CONSTANTS = "int iters, float sinkhorn_eps, float pre_eps, float rms_eps, float post_scale"
 
 
-def allocate(x: torch.Tensor, phi: torch.Tensor, *_: object) -> Tensors:
-    """h_pre, h_post, h_res and projected, for any stream x and phi."""
+def allocate(x: torch.Tensor) -> Tensors:
+    """h_pre, h_post and h_res of a stream."""
     *leading, n, _C = x.shape
-    shapes = ((*leading, n), (*leading, n), (*leading, n, n), (phi.shape[0] + 1, num_tokens(x)))
-    return tuple(x.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return tuple(x.new_empty(*leading, *rest, dtype=torch.float32) for rest in ((n,), (n,), (n, n)))
+
+
+def allocate_projected(x: torch.Tensor, phi: torch.Tensor) -> torch.Tensor:
+    """What `projected` of a stream and any phi looks like: [rows + 1, T]."""
+    return x.new_empty(phi.shape[0] + 1, prod(x.shape[:-2]), dtype=torch.float32)
 
 
 def write(
-    x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor, spec: MHCSpec, outputs: Tensors
-) -> None:
-    """Flat x; write h_pre, h_post, h_res and projected."""
-    h_pre, h_post, h_res, projected = outputs
+    x: torch.Tensor,
+    phi: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    constants: tuple[float, ...],
+    outputs: Tensors,
+) -> torch.Tensor:
+    """Write h_pre, h_post and h_res; return projected. x is flat."""
+    spec = spec_of(x.shape[-1], x.shape[-2], *constants)
     plan = launch.projection_plan(x, spec.num_coefficients)
-    out = (flat(h_pre, 1), flat(h_post, 1), flat(h_res, 2), projected)
     partial = launch.project(x, phi.contiguous(), plan)
-    launch.coefficients(partial, alpha.contiguous(), bias.contiguous(), spec, plan, out=out)
+    h_pre, h_post, h_res = outputs
+    out = (flat(h_pre, 1), flat(h_post, 1), flat(h_res, 2))
+    return launch.coefficients(partial, alpha.contiguous(), bias.contiguous(), spec, plan, out=out)[3]
 
 
 def allocate_gradients(
@@ -64,21 +73,34 @@ def project_backward(
     phi: torch.Tensor,
     needs_x: bool,
     needs_phi: bool,
-    **aggregation: torch.Tensor | None,
+    h_pre: torch.Tensor | None = None,
+    g_layer_input: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """g_x in x's shape and g_phi, empty where not needed; launches nothing if neither is."""
+    """g_x in x's shape and g_phi, empty where not needed; launches nothing if neither is.
+
+    With flat h_pre and g_layer_input, g_x has the aggregation's share too, so that x is not read once more for it.
+    """
     g_x = g_phi = None
     if needs_x or needs_phi:
         g_x, g_phi = launch_backward.project_backward(
-            g_projected, flat(x, 2), phi.contiguous(), needs_x=needs_x, needs_phi=needs_phi, **aggregation
+            g_projected,
+            flat(x, 2),
+            phi.contiguous(),
+            h_pre=h_pre,
+            g_layer_input=g_layer_input,
+            needs_x=needs_x,
+            needs_phi=needs_phi,
         )
     return absent(x) if g_x is None else g_x.view(x.shape), absent(phi) if g_phi is None else g_phi
 
 
+def _allocate(x: torch.Tensor, phi: torch.Tensor, *_: object) -> Tensors:
+    return *allocate(x), allocate_projected(x, phi)
+
+
 def _run(x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor, *constants: float) -> Tensors:
-    outputs = allocate(x, phi)
-    write(flat(x, 2), phi, alpha, bias, spec_of(x.shape[-1], x.shape[-2], *constants), outputs)
-    return outputs
+    outputs = allocate(x)
+    return *outputs, write(flat(x, 2), phi, alpha, bias, constants, outputs)
 
 
 def _run_out(
@@ -93,9 +115,7 @@ def _run_out(
 ) -> None:
     buffers = {"out[0] (h_pre)": h_pre, "out[1] (h_post)": h_post, "out[2] (h_res)": h_res}
     check_buffers("coefficients", buffers, {"x": x, "phi": phi, "alpha": alpha, "bias": bias}, whole=tuple(buffers))
-    projected = phi.new_empty(phi.shape[0] + 1, num_tokens(x))
-    spec = spec_of(x.shape[-1], x.shape[-2], *constants)
-    write(flat(x, 2), phi, alpha, bias, spec, (h_pre, h_post, h_res, projected))
+    write(flat(x, 2), phi, alpha, bias, constants, (h_pre, h_post, h_res))
 
 
 def _allocate_backward(
@@ -140,7 +160,7 @@ def _run_backward(
 coefficients = define(
     f"coefficients({INPUTS}, {CONSTANTS}) -> (Tensor h_pre, Tensor h_post, Tensor h_res, Tensor projected)",
     _run,
-    allocate,
+    _allocate,
 )
 coefficients_out = define_out(
     f"coefficients_out({INPUTS}, {CONSTANTS}, *, Tensor(a!) h_pre, Tensor(b!) h_post, Tensor(c!) h_res) -> ()",

@@ -11,7 +11,7 @@ import torch
 
 from .. import launch, launch_backward
 from ..spec import MHCSpec
-from .coefficients import INPUTS, Tensors, allocate_gradients, project_backward
+from .coefficients import INPUTS, Tensors, allocate_gradients, allocate_projected, project_backward
 from .library import (
     check_buffers,
     define,
@@ -20,7 +20,6 @@ from .library import (
     differentiate,
     flat,
     needed,
-    num_tokens,
     spec_of,
 )
 
@@ -40,8 +39,7 @@ def _allocate(
     rms_eps: float,
 ) -> Tensors:
     output = x.new_empty(*x.shape[:-2], x.shape[-1])
-    h_pre = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    return output, h_pre, x.new_empty(phi.shape[0] + 1, num_tokens(x), dtype=torch.float32)
+    return output, x.new_empty(x.shape[:-1], dtype=torch.float32), allocate_projected(x, phi)
 
 
 def _write(
@@ -120,8 +118,7 @@ def _run_backward(
         bias.contiguous(),
         _spec(x, pre_eps, rms_eps),
     )
-    aggregation = {"h_pre": flat(h_pre, 1), "g_layer_input": g_output}
-    return (*project_backward(g_projected, x, phi, needs_x, needs_phi, **aggregation), g_alpha, g_bias)
+    return (*project_backward(g_projected, x, phi, needs_x, needs_phi, flat(h_pre, 1), g_output), g_alpha, g_bias)
 
 
 head = define(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from math import prod
 from typing import Any
 
 import torch
@@ -99,11 +98,6 @@ def needed(ctx: Any, gradients: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor 
     count = len(ctx.needs_input_grad)
     padded = (*gradients, *(None,) * (count - len(gradients)))
     return tuple(padded[k] if ctx.needs_input_grad[k] else None for k in range(count))
-
-
-def num_tokens(x: torch.Tensor) -> int:
-    """T of a stream [..., n, C]."""
-    return prod(x.shape[:-2])
 
 
 def absent(like: torch.Tensor) -> torch.Tensor:

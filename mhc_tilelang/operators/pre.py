@@ -10,8 +10,16 @@ from typing import Any
 import torch
 
 from .. import launch, launch_backward
-from .coefficients import CONSTANTS, INPUTS, Tensors, allocate_gradients, project_backward, write
-from .coefficients import allocate as allocate_coefficients
+from .coefficients import (
+    CONSTANTS,
+    INPUTS,
+    Tensors,
+    allocate,
+    allocate_gradients,
+    allocate_projected,
+    project_backward,
+    write,
+)
 from .library import (
     check_buffers,
     define,
@@ -21,14 +29,13 @@ from .library import (
     flat,
     flat_or_none,
     needed,
-    num_tokens,
     spec_of,
 )
 
 
 def _allocate(x: torch.Tensor, phi: torch.Tensor, *_: object) -> Tensors:
-    h_pre, h_post, h_res, projected = allocate_coefficients(x, phi)
-    return x.new_empty(*x.shape[:-2], x.shape[-1]), h_post, h_res, h_pre, projected
+    h_pre, h_post, h_res = allocate(x)
+    return x.new_empty(*x.shape[:-2], x.shape[-1]), h_post, h_res, h_pre, allocate_projected(x, phi)
 
 
 def _write(
@@ -38,18 +45,20 @@ def _write(
     bias: torch.Tensor,
     constants: tuple[float, ...],
     outputs: Tensors,
-) -> None:
-    layer_input, h_post, h_res, h_pre, projected = outputs
-    spec = spec_of(x.shape[-1], x.shape[-2], *constants)
+) -> torch.Tensor:
+    """Write layer_input, h_pre, h_post and h_res; return projected."""
+    layer_input, *mappings = outputs
     x = flat(x, 2)
-    write(x, phi, alpha, bias, spec, (h_pre, h_post, h_res, projected))
-    launch.aggregate(x, flat(h_pre, 1), out=flat(layer_input, 1))
+    projected = write(x, phi, alpha, bias, constants, tuple(mappings))
+    launch.aggregate(x, flat(mappings[0], 1), out=flat(layer_input, 1))
+    return projected
 
 
 def _run(x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor, *constants: float) -> Tensors:
-    outputs = _allocate(x, phi)
-    _write(x, phi, alpha, bias, constants, outputs)
-    return outputs
+    layer_input = x.new_empty(*x.shape[:-2], x.shape[-1])
+    h_pre, h_post, h_res = allocate(x)
+    projected = _write(x, phi, alpha, bias, constants, (layer_input, h_pre, h_post, h_res))
+    return layer_input, h_post, h_res, h_pre, projected
 
 
 def _run_out(
@@ -65,9 +74,8 @@ def _run_out(
     buffers = {"out[0] (layer_input)": layer_input, "out[1] (h_post)": h_post, "out[2] (h_res)": h_res}
     inputs = {"x": x, "phi": phi, "alpha": alpha, "bias": bias}
     check_buffers("pre", buffers, inputs, whole=tuple(buffers)[1:])
-    h_pre = phi.new_empty(*x.shape[:-1])
-    projected = phi.new_empty(phi.shape[0] + 1, num_tokens(x))
-    _write(x, phi, alpha, bias, constants, (layer_input, h_post, h_res, h_pre, projected))
+    h_pre = phi.new_empty(x.shape[:-1])
+    _write(x, phi, alpha, bias, constants, (layer_input, h_pre, h_post, h_res))
 
 
 def _allocate_backward(
@@ -99,11 +107,9 @@ def _run_backward(
     *constants_and_needs: float,
 ) -> Tensors:
     *constants, needs_x, needs_phi = constants_and_needs
-    g_h_pre, aggregation = None, {}
+    g_h_pre, g_layer_input = None, flat_or_none(g_layer_input, 1)
     if g_layer_input is not None:
-        g_layer_input = flat(g_layer_input, 1)
         g_h_pre = launch_backward.pre_backward(g_layer_input, flat(x, 2))
-        aggregation = {"h_pre": flat(h_pre, 1), "g_layer_input": g_layer_input}
     g_projected, g_alpha, g_bias = launch_backward.coefficients_backward(
         g_h_pre,
         flat_or_none(g_h_post, 1),
@@ -113,8 +119,8 @@ def _run_backward(
         bias.contiguous(),
         spec_of(x.shape[-1], x.shape[-2], *constants),
     )
-    g_x, g_phi = project_backward(g_projected, x, phi, bool(needs_x), bool(needs_phi), **aggregation)
-    return g_x, g_phi, g_alpha, g_bias
+    aggregation = (None, None) if g_layer_input is None else (flat(h_pre, 1), g_layer_input)
+    return (*project_backward(g_projected, x, phi, bool(needs_x), bool(needs_phi), *aggregation), g_alpha, g_bias)
 
 
 pre = define(
