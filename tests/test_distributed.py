@@ -6,6 +6,7 @@ them, a kernel that is loaded before it is written.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import subprocess
 import sys
@@ -68,7 +69,8 @@ def parameters_of(module: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def run_rank(rank: int, wrapper: str, rendezvous: str) -> None:
-    """One process of the test below; an error here fails the test."""
+    """One process of the test below; an error here fails the test, and so does waiting for the other rank for ever."""
+    faulthandler.dump_traceback_later(120, exit=True)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=RANKS)
     alone, together = model(), model()
@@ -87,7 +89,9 @@ def run_rank(rank: int, wrapper: str, rendezvous: str) -> None:
         moved = (expected - start).norm()
         assert moved > 0
         assert (got - expected).norm() <= 1.5e-4 * moved
-    dist.destroy_process_group()
+    dist.barrier()
+    # No teardown: PyTorch may free DDP's process group with the GIL held, and wait for a thread that wants it.
+    os._exit(0)
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
