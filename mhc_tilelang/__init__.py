@@ -24,6 +24,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .connections import HyperConnection, HyperHead, ResidualConnection, UnconstrainedHyperConnection, connection
     from .errors import CompilerError, GradientError, MHCError
     from .ops import coefficients, expand, head, post, pre, sinkhorn
     from .spec import MHCSpec
@@ -31,9 +32,14 @@ if TYPE_CHECKING:
 __all__ = [
     "CompilerError",
     "GradientError",
+    "HyperConnection",
+    "HyperHead",
     "MHCError",
     "MHCSpec",
+    "ResidualConnection",
+    "UnconstrainedHyperConnection",
     "coefficients",
+    "connection",
     "expand",
     "head",
     "post",
@@ -41,7 +47,17 @@ __all__ = [
     "sinkhorn",
 ]
 
-_HOMES = {"MHCSpec": "spec", "MHCError": "errors", "CompilerError": "errors", "GradientError": "errors"}
+_HOMES = {
+    "MHCSpec": "spec",
+    "MHCError": "errors",
+    "CompilerError": "errors",
+    "GradientError": "errors",
+    "HyperConnection": "connections",
+    "HyperHead": "connections",
+    "ResidualConnection": "connections",
+    "UnconstrainedHyperConnection": "connections",
+    "connection": "connections",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,269 @@
+"""Connections as modules: what stands between the residual stream and a layer, one class per kind.
+
+    HyperConnection               "mhc"       Eq. 7-9: constrained mappings, by the kernels
+    UnconstrainedHyperConnection  "hc"        Eq. 5, in plain torch
+    ResidualConnection            "residual"  Eq. 1: no parameters, no streams
+    HyperHead                     the streams' reduction after the last sublayer; not a connection
+
+A connection is called with the stream x and returns the layer's input, then whatever its `merge` needs to
+write the layer's output back (the `Connection` protocol):
+
+    layer_input, *mappings = connection(x)
+    x_next = connection.merge(x, layer(layer_input), *mappings)
+
+`residual_stream.ResidualStream` makes these calls for a model. Every parameter belongs to the call, none to
+`merge`: what wraps a module's call (DDP, FSDP, hooks) sees all of them.
+
+Parameters are float32 and stay so: `model.to(torch.bfloat16)`, `.half()` and `.double()` move them and leave
+their dtype, since coefficients are float32 from end to end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from . import ops
+from .arguments import check_spec
+from .spec import MHCSpec
+
+KINDS = ("mhc", "hc", "residual")
+INITIAL_ALPHA = 0.01  # the mHC paper's and the HC paper's
+
+Device = torch.device | str | None
+
+
+class Connection(Protocol):
+    """What `ResidualStream` asks of a connection: its kind, its sizes, a call, and the merge that goes with it."""
+
+    @property
+    def kind(self) -> str:
+        """One of `KINDS`."""
+
+    @property
+    def spec(self) -> MHCSpec | None:
+        """The streams it is made for; None where x is [..., C], a single one."""
+
+    @property
+    def merge(self) -> Callable[..., torch.Tensor]:
+        """merge(x, layer_output, *mappings) -> x_next, with the x and the mappings of one call."""
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """x -> layer_input [..., C] in x's dtype, then the mappings."""
+
+
+def connection(
+    kind: str, spec: MHCSpec, sublayer: int = 0, device: Device = None
+) -> HyperConnection | UnconstrainedHyperConnection | ResidualConnection:
+    """The connection of a kind, so that a model switches by one argument.
+
+    Args:
+        kind: "mhc", "hc" or "residual".
+        spec, sublayer, device: as for `HyperConnection`. A plain residual has no use for them.
+
+    Raises ValueError for another kind.
+    """
+    check_kind("connection", "kind", kind)
+    if kind == "residual":
+        return ResidualConnection()
+    make = HyperConnection if kind == "mhc" else UnconstrainedHyperConnection
+    return make(spec, sublayer, device)
+
+
+def check_kind(function: str, name: str, kind: str) -> None:
+    """Refuse anything but a kind of connection."""
+    if kind not in KINDS:
+        wanted = ", ".join(repr(known) for known in KINDS)
+        raise ValueError(f"{function}: {name}: expected one of {wanted}, got {kind!r}")
+
+
+class _StreamModule(nn.Module):
+    """A module for streams of one spec, whose parameters are float32 after every conversion."""
+
+    def __init__(self, spec: MHCSpec) -> None:
+        super().__init__()
+        check_spec(type(self).__name__, spec)
+        self.spec = spec
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        def keep_float32(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            # Not moved.float(), whose values the other dtype has rounded.
+            return moved if moved.dtype == torch.float32 else tensor.to(moved.device, torch.float32)
+
+        return super()._apply(keep_float32, recurse)
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.spec.hidden_size}, num_streams={self.spec.num_streams}"
+
+
+class _SublayerModule(_StreamModule):
+    """A connection with streams, whose mappings start as constants."""
+
+    alpha: nn.Parameter
+    bias: nn.Parameter
+
+    def __init__(self, spec: MHCSpec, sublayer: int) -> None:
+        super().__init__(spec)
+        if type(sublayer) is not int or sublayer < 0:
+            raise ValueError(f"{type(self).__name__}: sublayer: expected an int of at least 0, got {sublayer!r}")
+        self.sublayer = sublayer
+
+    def _reset_static(self, pre: torch.Tensor, post: float, res: torch.Tensor) -> None:
+        """alpha, and the bias from its groups pre [n], post and res [n, n]."""
+        nn.init.constant_(self.alpha, INITIAL_ALPHA)
+        with torch.no_grad():
+            self.bias.copy_(torch.cat([pre, torch.full_like(pre, post), res.flatten()]))
+
+    def _identity(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row `sublayer % n` of the identity, and the identity [n, n]; on the CPU, wherever parameters are."""
+        identity = torch.eye(self.spec.num_streams, device="cpu", dtype=torch.float32)
+        return identity[self.sublayer % self.spec.num_streams], identity
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, sublayer={self.sublayer}"
+
+
+def _parameter(*shape: int, device: Device) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, device=device, dtype=torch.float32))
+
+
+class HyperConnection(_SublayerModule):
+    """A manifold-constrained hyper-connection (mHC, Eq. 7-9): `pre` as a module, with `post` as its merge.
+
+    Args:
+        spec: sizes and constants.
+        sublayer: the sublayer's place in the model, from 0; attention and MLP count one each. It only picks
+            the stream that is read at first.
+        device: where the parameters are made, as in torch's modules.
+
+    Parameters (float32):
+        phi [M, K] starts at 0, so that mappings depend on their biases alone; the paper is silent here, and
+            this is our choice. alpha [3] starts at 0.01.
+        bias [M] starts at −3 for pre, but +3 at stream `sublayer % n`, at 0 for post and at 6·I − 3 for res:
+            h_pre is 0.95 for one stream and 0.05 for the others, h_post 1, and h_res close to the identity.
+    """
+
+    kind = "mhc"
+
+    def __init__(self, spec: MHCSpec, sublayer: int = 0, device: Device = None) -> None:
+        super().__init__(spec, sublayer)
+        self.phi = _parameter(spec.num_coefficients, spec.stream_size, device=device)
+        self.alpha = _parameter(3, device=device)
+        self.bias = _parameter(spec.num_coefficients, device=device)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The values above, in place."""
+        nn.init.zeros_(self.phi)
+        row, identity = self._identity()
+        self._reset_static(6 * row - 3, 0.0, 6 * identity - 3)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x [..., n, C] -> layer_input [..., C], h_post [..., n], h_res [..., n, n], as `pre`."""
+        return ops.pre(x, self.phi, self.alpha, self.bias, self.spec)
+
+    @staticmethod
+    def merge(x: torch.Tensor, layer_output: torch.Tensor, h_post: torch.Tensor, h_res: torch.Tensor) -> torch.Tensor:
+        """x_next [..., n, C], as `post`."""
+        return ops.post(x, layer_output, h_post, h_res)
+
+
+class UnconstrainedHyperConnection(_SublayerModule):
+    """A plain hyper-connection (HC, Eq. 5; arXiv 2409.19606): no mapping is constrained. Plain torch, for comparison.
+
+    With s[i] = rsqrt(mean over c of x[i, c]² + rms_eps), a norm per stream, and t = tanh(theta · (s·x)ᵀ) [n + 2, n]:
+
+        h_pre  = alpha[0] · t[0] + bias[:n]
+        h_post = alpha[1] · t[1] + bias[n:2n]
+        h_res  = alpha[2] · t[2:] + bias[2n:] as [n, n], [out, in]
+
+    Args: as for `HyperConnection`; of the spec's constants only rms_eps has a meaning here.
+
+    Parameters (float32), which start as in the HC paper:
+        theta [n + 2, C], rows pre, post, res n, at 0; alpha [3] at 0.01.
+        bias [M], at h_pre = 1 for stream `sublayer % n` and 0 for the others, h_post = 1, h_res = I: every
+            stream is a plain residual.
+    """
+
+    kind = "hc"
+
+    def __init__(self, spec: MHCSpec, sublayer: int = 0, device: Device = None) -> None:
+        super().__init__(spec, sublayer)
+        self.theta = _parameter(spec.num_streams + 2, spec.hidden_size, device=device)
+        self.alpha = _parameter(3, device=device)
+        self.bias = _parameter(spec.num_coefficients, device=device)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The values above, in place."""
+        nn.init.zeros_(self.theta)
+        row, identity = self._identity()
+        self._reset_static(row, 1.0, identity)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x [..., n, C] -> layer_input [..., C] in x's dtype, rounded once; h_post [..., n], h_res [..., n, n]."""
+        n = self.spec.num_streams
+        with torch.autocast(x.device.type, enabled=False):
+            streams = x.float()
+            scale = torch.rsqrt(streams.square().mean(-1, keepdim=True) + self.spec.rms_eps)
+            dynamic = torch.tanh(self.theta @ (scale * streams).mT)
+            h_pre = self.alpha[0] * dynamic[..., 0, :] + self.bias[:n]
+            h_post = self.alpha[1] * dynamic[..., 1, :] + self.bias[n : 2 * n]
+            h_res = self.alpha[2] * dynamic[..., 2:, :] + self.bias[2 * n :].view(n, n)
+            return (h_pre.unsqueeze(-2) @ streams).squeeze(-2).to(x.dtype), h_post, h_res
+
+    @staticmethod
+    def merge(x: torch.Tensor, layer_output: torch.Tensor, h_post: torch.Tensor, h_res: torch.Tensor) -> torch.Tensor:
+        """x_next [..., n, C], as `post`: float32 inside, rounded once to x's dtype."""
+        with torch.autocast(x.device.type, enabled=False):
+            written = h_post.unsqueeze(-1) * layer_output.float().unsqueeze(-2)
+            return (h_res @ x.float() + written).to(x.dtype)
+
+
+class ResidualConnection(nn.Module):
+    """The plain residual (Eq. 1): the layer reads x [..., C] itself, and its output is added. No parameters."""
+
+    kind = "residual"
+    spec = None
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        """x [..., C] -> (x,)."""
+        return (x,)
+
+    @staticmethod
+    def merge(x: torch.Tensor, layer_output: torch.Tensor) -> torch.Tensor:
+        """x + layer_output in x's dtype, rounded once."""
+        return (x + layer_output).to(x.dtype)
+
+
+class HyperHead(_StreamModule):
+    """`head` as a module: the streams aggregated by coefficients of their own, after the last sublayer.
+
+    Args:
+        spec, device: as for `HyperConnection`.
+
+    Parameters (float32): phi [n, K] starts at 0, alpha [1] at 0.01 and bias [n] at −log(n − 1), where the
+    sigmoid gives 1/n. So a head starts as the mean of the streams (to pre_eps); our choice.
+    """
+
+    def __init__(self, spec: MHCSpec, device: Device = None) -> None:
+        super().__init__(spec)
+        self.phi = _parameter(spec.num_streams, spec.stream_size, device=device)
+        self.alpha = _parameter(1, device=device)
+        self.bias = _parameter(spec.num_streams, device=device)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The values above, in place."""
+        nn.init.zeros_(self.phi)
+        nn.init.constant_(self.alpha, INITIAL_ALPHA)
+        nn.init.constant_(self.bias, -math.log(self.spec.num_streams - 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., n, C] -> [..., C] in x's dtype."""
+        return ops.head(x, self.phi, self.alpha, self.bias, self.spec)
