@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .connections import HyperConnection, HyperHead, ResidualConnection, UnconstrainedHyperConnection, connection
     from .errors import CompilerError, GradientError, MHCError
     from .ops import coefficients, expand, head, post, pre, sinkhorn
+    from .residual_stream import ResidualStream
     from .spec import MHCSpec
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "MHCError",
     "MHCSpec",
     "ResidualConnection",
+    "ResidualStream",
     "UnconstrainedHyperConnection",
     "coefficients",
     "connection",
@@ -57,6 +59,7 @@ _HOMES = {
     "ResidualConnection": "connections",
     "UnconstrainedHyperConnection": "connections",
     "connection": "connections",
+    "ResidualStream": "residual_stream",
 }
 
 

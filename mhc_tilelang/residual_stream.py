@@ -1,0 +1,175 @@
+"""ResidualStream: the residual stream of a model, which its layers read and write through connections.
+
+    stream = mhc.ResidualStream(h, num_streams=4)
+    for connection, layer in zip(connections, layers):
+        stream.write(layer(stream.read(connection)))
+    h = stream.reduce("sum")
+
+Reads and writes take turns. A write waits for the next read or reduction, which merges it first: there the
+merge of one sublayer and the read of the next stand side by side, and may become one kernel. Values are those
+of the functions called one after the other, to the bit.
+
+Activation checkpointing runs a region again in the backward pass, when a stream from outside the region has
+moved on. So checkpoint the layer alone, or a region that makes its own stream, or a function of x:
+
+    stream.write(checkpoint(layer, stream.read(connection), use_reentrant=False))
+
+    def sublayer(x):
+        layer_input, *mappings = connection(x)
+        return connection.merge(x, layer(layer_input), *mappings)
+
+A recomputation that reads or writes a stream of the forward pass is refused.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import ops
+from .arguments import STREAM_DTYPES, check_streams, sizes_of
+from .connections import Connection, HyperHead, check_kind
+
+
+class ResidualStream:
+    """The stream of one forward pass. Make one per call of the model, from the embedding.
+
+    Args:
+        h: [..., C], bfloat16, float16 or float32, which is the stream's dtype from here on.
+        num_streams: n. A plain residual has one stream whatever it says.
+        connection: the kind of connection that will read: "mhc", "hc" or "residual".
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong kind, dtype or size; the message names it.
+        RuntimeError: a read, write or reduction out of turn, or one by an activation checkpoint's recomputation.
+    """
+
+    def __init__(self, h: torch.Tensor, num_streams: int = 4, connection: str = "mhc") -> None:
+        (self._hidden_size,) = sizes_of("ResidualStream", "h", h, ("C",))
+        if h.dtype not in STREAM_DTYPES:
+            wanted = " or ".join(str(dtype) for dtype in STREAM_DTYPES)
+            raise TypeError(f"ResidualStream: h: expected dtype {wanted}, got {h.dtype}")
+        check_streams("ResidualStream", "num_streams", num_streams)
+        check_kind("ResidualStream", "connection", connection)
+        self._kind = connection
+        self._num_streams = 1 if connection == "residual" else num_streams
+        self._x = h if connection == "residual" else ops.expand(h, num_streams)
+        self._reader: tuple[Connection, tuple[torch.Tensor, ...]] | None = None  # and its mappings, until merged
+        self._layer_output: torch.Tensor | None = None
+        self._backward_pass = _backward_pass()
+
+    def read(self, connection: Connection) -> torch.Tensor:
+        """The next layer's input, [..., C] in the stream's dtype; merges a waiting write first."""
+        self._check_turn("read", writes=False)
+        self._check_connection(connection)
+        self._merge()
+        layer_input, *mappings = connection(self._x)
+        self._reader = connection, tuple(mappings)
+        return layer_input
+
+    def write(self, layer_output: torch.Tensor) -> None:
+        """Hand back what the layer made of the input that was read.
+
+        Args:
+            layer_output: [..., C] in the stream's dtype; in a float32 stream bfloat16 or float16 too, as
+                layers return under autocast.
+        """
+        self._check_turn("write", writes=True)
+        if not isinstance(layer_output, torch.Tensor):
+            got = type(layer_output).__name__
+            raise TypeError(f"ResidualStream.write: layer_output: expected a torch.Tensor, got {got}")
+        shape = self._x.shape if self._kind == "residual" else (*self._x.shape[:-2], self._hidden_size)
+        if layer_output.shape != torch.Size(shape):
+            raise ValueError(
+                f"ResidualStream.write: layer_output: expected shape {list(shape)}, got {list(layer_output.shape)}"
+            )
+        dtypes = STREAM_DTYPES if self._x.dtype == torch.float32 else (self._x.dtype,)
+        if layer_output.dtype not in dtypes:
+            wanted = " or ".join(str(dtype) for dtype in dtypes)
+            raise TypeError(f"ResidualStream.write: layer_output: expected dtype {wanted}, got {layer_output.dtype}")
+        self._layer_output = layer_output
+
+    def reduce(self, reduction: str | HyperHead = "sum") -> torch.Tensor:
+        """The streams as one, [..., C] in the stream's dtype; merges a waiting write first.
+
+        Args:
+            reduction: "sum"; "mean", which is the sum divided by n; or a `HyperHead`. The sum and the mean of a
+                plain residual are x itself.
+
+        The stream stays as it is: it can be read on, for outputs between layers.
+        """
+        self._check_turn("reduce", writes=False)
+        self._check_reduction(reduction)
+        x = self.x
+        if isinstance(reduction, HyperHead):
+            return reduction(x)
+        if self._kind == "residual":
+            return x
+        total = ops.collapse(x)
+        return total if reduction == "sum" else total / self._num_streams
+
+    @property
+    def x(self) -> torch.Tensor:
+        """The stream as the last write left it: [..., n, C], for a plain residual [..., C].
+
+        To look at; merges a waiting write, which changes no value. Between a read and its write it is what was read.
+        """
+        self._merge()
+        return self._x
+
+    def _merge(self) -> None:
+        """Merge the waiting write, if there is one."""
+        if self._reader is None or self._layer_output is None:
+            return
+        self._check_pass("x")
+        connection, mappings = self._reader
+        self._x = connection.merge(self._x, self._layer_output, *mappings)
+        self._reader = self._layer_output = None
+
+    def _check_turn(self, call: str, *, writes: bool) -> None:
+        self._check_pass(call)
+        reading = self._reader is not None and self._layer_output is None
+        if writes and not reading:
+            raise RuntimeError(f"ResidualStream.{call}: expected read(connection) before it, got a {call}")
+        if reading and not writes:
+            raise RuntimeError(
+                f"ResidualStream.{call}: expected write(layer_output) for the read before it, got a {call}"
+            )
+
+    def _check_pass(self, call: str) -> None:
+        current = _backward_pass()
+        if None not in (current, self._backward_pass) and current != self._backward_pass:
+            raise RuntimeError(
+                f"ResidualStream.{call}: expected a stream of this pass, got one of the forward pass in an activation "
+                "checkpoint's recomputation; checkpoint the layer alone, or a region that makes its own stream"
+            )
+
+    def _check_connection(self, connection: Connection) -> None:
+        kind = getattr(connection, "kind", type(connection).__name__)
+        if kind != self._kind:
+            raise TypeError(f"ResidualStream.read: connection: expected one of kind {self._kind!r}, got {kind!r}")
+        self._check_spec("read", "connection", connection)
+
+    def _check_reduction(self, reduction: str | HyperHead) -> None:
+        if isinstance(reduction, HyperHead):
+            if self._kind == "residual":
+                raise ValueError(
+                    "ResidualStream.reduce: reduction: expected 'sum' or 'mean' for a plain residual, got a HyperHead"
+                )
+            self._check_spec("reduce", "reduction", reduction)
+        elif reduction not in ("sum", "mean"):
+            raise ValueError(
+                f"ResidualStream.reduce: reduction: expected 'sum', 'mean' or a HyperHead, got {reduction!r}"
+            )
+
+    def _check_spec(self, call: str, name: str, module: Connection | HyperHead) -> None:
+        spec = module.spec
+        if spec is not None and (spec.num_streams, spec.hidden_size) != (self._num_streams, self._hidden_size):
+            raise ValueError(
+                f"ResidualStream.{call}: {name}: expected {self._num_streams} streams of {self._hidden_size} channels, "
+                f"got a spec of {spec.num_streams} streams of {spec.hidden_size}"
+            )
+
+
+def _backward_pass() -> int | None:
+    """The backward pass that runs in this thread, as autograd numbers them; -1 outside of any, None in traced code."""
+    return None if torch.compiler.is_compiling() else torch._C._current_graph_task_id()

@@ -1,0 +1,323 @@
+"""ResidualStream: the functions in the right order, to the bit, and an error for every other order."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from test_connections import normal, randomize
+from torch.utils.checkpoint import checkpoint
+
+import mhc_tilelang as mhc
+from mhc_tilelang import ops, reference
+from mhc_tilelang.checking.kernels import numpy64
+
+KINDS = ("mhc", "hc", "residual")
+C, DEPTH, TOKENS = 24, 4, (2, 5)
+SPEC = mhc.MHCSpec.deepseek_v4(C)
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+class Model(torch.nn.Module):
+    """Layers that mix channels, random connections, a random head; `run_sublayer` may be exchanged."""
+
+    def __init__(self, kind, reduction="sum", dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(C, C, dtype=dtype) for _ in range(DEPTH))
+        self.connections = torch.nn.ModuleList(randomize(mhc.connection(kind, SPEC, i), i) for i in range(DEPTH))
+        self.reduction = randomize(mhc.HyperHead(SPEC)) if reduction == "head" else reduction
+
+    def forward(self, h):
+        stream = mhc.ResidualStream(h, SPEC.num_streams, self.kind)
+        for connection, layer in zip(self.connections, self.layers, strict=True):
+            self.run_sublayer(stream, connection, layer)
+        return stream.reduce(self.reduction)
+
+    @staticmethod
+    def run_sublayer(stream, connection, layer):
+        stream.write(torch.tanh(layer(stream.read(connection))))
+
+
+def by_hand(model, h):
+    """The same model by the functions; sums in the order of the stream's own."""
+    x = h if model.kind == "residual" else ops.expand(h, SPEC.num_streams)
+    for connection, layer in zip(model.connections, model.layers, strict=True):
+        if model.kind == "residual":
+            x = x + torch.tanh(layer(x))
+        elif model.kind == "mhc":
+            layer_input, *mappings = ops.pre(x, connection.phi, connection.alpha, connection.bias, SPEC)
+            x = ops.post(x, torch.tanh(layer(layer_input)), *mappings)
+        else:
+            layer_input, *mappings = connection(x)
+            x = connection.merge(x, torch.tanh(layer(layer_input)), *mappings)
+    if isinstance(model.reduction, mhc.HyperHead):
+        head = model.reduction
+        return ops.head(x, head.phi, head.alpha, head.bias, SPEC)
+    if model.kind == "residual":
+        return x
+    return ops.collapse(x) / (SPEC.num_streams if model.reduction == "mean" else 1)
+
+
+def gradients(model, run, h):
+    """The output, and the gradients of h and of every parameter, under a random upstream gradient."""
+    h = h.detach().requires_grad_()
+    out = run(h)
+    model.zero_grad()
+    out.backward(normal(*out.shape, dtype=out.dtype, seed=7))
+    return {"out": out.detach(), "h": h.grad} | {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_equal(got, expected):
+    assert got.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(got[name], expected[name]), name
+
+
+# Values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "reduction"),
+    [("mhc", "sum"), ("mhc", "mean"), ("mhc", "head"), ("hc", "mean"), ("hc", "head"), ("residual", "sum")],
+)
+def test_equals_the_functions_to_the_bit(kind, reduction, dtype):
+    """Forward and backward. Catches a merge with the mappings or the x of another sublayer, or a lost last write."""
+    model = Model(kind, reduction, dtype)
+    h = normal(*TOKENS, C, dtype=dtype)
+    assert_equal(gradients(model, model, h), gradients(model, partial(by_hand, model), h))
+
+
+@every_kind
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_matches_the_float64_stream(kind, reduction):
+    """An implementation that shares nothing with this one; its error was 2e-7 at most. Catches a transposed h_res."""
+    model = Model(kind, reduction)
+
+    def sublayer(connection, layer):
+        weight, bias = numpy64(layer.weight.detach()), numpy64(layer.bias.detach())
+        parameters = {name: numpy64(p.detach()) for name, p in connection.named_parameters()}
+        parameters = {"phi" if name == "theta" else name: p for name, p in parameters.items()}
+        return reference.Sublayer(lambda u: np.tanh(u @ weight.T + bias), **parameters)
+
+    h = normal(*TOKENS, C)
+    sublayers = list(map(sublayer, model.connections, model.layers))
+    expected = reference.run_stream(numpy64(h), sublayers, SPEC, kind, reduction)
+    error = np.linalg.norm(numpy64(model(h).detach()) - expected) / np.linalg.norm(expected)
+    assert error < 3e-6
+
+
+def test_float32_stream_takes_what_autocast_returns():
+    """bfloat16 layer outputs, in a stream and with mappings that stay float32."""
+    for kind in KINDS:
+        model = Model(kind)
+        with torch.autocast("cpu", torch.bfloat16):
+            stream = mhc.ResidualStream(normal(*TOKENS, C), connection=kind)
+            layer_input = stream.read(model.connections[0])
+            layer_output = model.layers[0](layer_input)
+            stream.write(layer_output)
+            x_next = stream.x
+        assert (layer_input.dtype, layer_output.dtype, x_next.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+        expected = mhc.ResidualStream(normal(*TOKENS, C), connection=kind)
+        expected.read(model.connections[0])
+        expected.write(layer_output.float())
+        torch.testing.assert_close(x_next, expected.x, rtol=1e-6, atol=1e-6)
+
+
+def test_x_shows_the_stream_and_changes_nothing():
+    """Before a read, between a read and its write, after a write; catches a look that loses the write."""
+    model = Model("mhc")
+    h = normal(*TOKENS, C)
+    stream = mhc.ResidualStream(h)
+    assert torch.equal(stream.x, ops.expand(h, 4))
+    for connection, layer in zip(model.connections, model.layers, strict=True):
+        before = stream.x
+        layer_input = stream.read(connection)
+        assert torch.equal(stream.x, before)
+        layer_output = torch.tanh(layer(layer_input))
+        stream.write(layer_output)
+        assert torch.equal(stream.x, connection.merge(before, layer_output, *connection(before)[1:]))
+    assert torch.equal(stream.reduce(), model(h))
+    with pytest.raises(AttributeError):
+        stream.x = h
+
+
+def test_a_write_waits(monkeypatch):
+    """For the next read or reduction; catches an eager merge, which a fused boundary could not take up."""
+    merges = []
+    post = ops.post
+    monkeypatch.setattr(ops, "post", lambda *arguments: merges.append(1) or post(*arguments))
+    model = Model("mhc")
+    stream = mhc.ResidualStream(normal(*TOKENS, C))
+    stream.write(stream.read(model.connections[0]))
+    assert not merges
+    stream.write(stream.read(model.connections[1]))
+    assert len(merges) == 1
+    stream.reduce()
+    stream.reduce("mean")
+    assert len(merges) == 2
+
+
+def test_reads_go_through_the_modules_call():
+    """Hooks see them, which is how FSDP and DDP bring parameters; catches a direct call of forward."""
+    model, calls = Model("mhc", "head"), []
+    for module in (*model.connections, model.reduction):
+        module.register_forward_hook(lambda module, *_: calls.append(module))
+    model(normal(*TOKENS, C))
+    assert calls == [*model.connections, model.reduction]
+
+
+# Turns and arguments
+
+
+def stream_of(kind="mhc", dtype=torch.float32):
+    return mhc.ResidualStream(normal(*TOKENS, C, dtype=dtype), connection=kind)
+
+
+@every_kind
+def test_out_of_turn(kind):
+    """Every wrong order of two calls; afterwards the stream goes on as if nothing had been asked."""
+    model = Model(kind)
+    stream = stream_of(kind)
+    expected = stream.reduce()
+    with pytest.raises(RuntimeError, match=r"ResidualStream.write: expected read\(connection\) before it, got a write"):
+        stream.write(normal(*TOKENS, C))
+    layer_input = stream.read(model.connections[0])
+    for name, call in (("read", lambda: stream.read(model.connections[1])), ("reduce", stream.reduce)):
+        with pytest.raises(RuntimeError, match=rf"{name}: expected write\(layer_output\) for the read .* a {name}"):
+            call()
+    stream.write(torch.zeros_like(layer_input))
+    with pytest.raises(RuntimeError, match=r"ResidualStream.write: expected read"):
+        stream.write(layer_input)
+    assert stream.reduce().shape == expected.shape
+
+
+@every_kind
+def test_connections_of_another_kind_or_size(kind):
+    stream = stream_of(kind)
+    for other in KINDS:
+        if other != kind:
+            with pytest.raises(TypeError, match=f"read: connection: expected one of kind '{kind}', got '{other}'"):
+                stream.read(mhc.connection(other, SPEC))
+    with pytest.raises(TypeError, match=f"read: connection: expected one of kind '{kind}', got 'Linear'"):
+        stream.read(torch.nn.Linear(C, C))
+    if kind != "residual":
+        for spec in (mhc.MHCSpec(C + 1), mhc.MHCSpec(C, num_streams=2)):
+            sizes = f"{spec.num_streams} streams of {spec.hidden_size}"
+            with pytest.raises(ValueError, match=f"read: connection: expected 4 streams of 24 channels, .* {sizes}"):
+                stream.read(mhc.connection(kind, spec))
+            with pytest.raises(ValueError, match=f"reduce: reduction: expected 4 streams of 24 channels, .* {sizes}"):
+                stream.reduce(mhc.HyperHead(spec))
+
+
+def test_reductions_that_do_not_exist():
+    for reduction in ("max", None, torch.nn.Linear(C, C)):
+        with pytest.raises(ValueError, match="reduce: reduction: expected 'sum', 'mean' or a HyperHead, got "):
+            stream_of().reduce(reduction)
+    with pytest.raises(ValueError, match="expected 'sum' or 'mean' for a plain residual, got a HyperHead"):
+        stream_of("residual").reduce(mhc.HyperHead(SPEC))
+
+
+@every_kind
+def test_layer_outputs_that_do_not_fit(kind):
+    """Named by the write, not by the read that comes after the next layer; catches a broadcast."""
+    connection = mhc.connection(kind, SPEC)
+    stream = stream_of(kind)
+    stream.read(connection)
+    for shape in ((*TOKENS, 1), (C,), (*TOKENS, C + 1), (*TOKENS, 4, C)):
+        with pytest.raises(ValueError, match=r"write: layer_output: expected shape \[2, 5, 24\], got "):
+            stream.write(torch.zeros(shape))
+    with pytest.raises(TypeError, match=r"write: layer_output: expected dtype .* got torch.float64"):
+        stream.write(torch.zeros(*TOKENS, C, dtype=torch.float64))
+    with pytest.raises(TypeError, match=r"write: layer_output: expected a torch.Tensor, got tuple"):
+        stream.write((torch.zeros(*TOKENS, C),))
+    narrow = stream_of(kind, torch.bfloat16)
+    narrow.read(connection)
+    with pytest.raises(TypeError, match=r"write: layer_output: expected dtype torch.bfloat16, got torch.float32"):
+        narrow.write(torch.zeros(*TOKENS, C))
+
+
+@every_kind
+def test_embeddings_that_do_not_fit(kind):
+    with pytest.raises(TypeError, match=r"ResidualStream: h: expected dtype .* got torch.int64"):
+        mhc.ResidualStream(torch.zeros(*TOKENS, C, dtype=torch.int64), connection=kind)
+    with pytest.raises(TypeError, match=r"ResidualStream: h: expected a torch.Tensor, got list"):
+        mhc.ResidualStream([1.0], connection=kind)
+    with pytest.raises(ValueError, match=r"ResidualStream: num_streams: expected one of .* got 3"):
+        mhc.ResidualStream(normal(*TOKENS, C), 3, kind)
+    with pytest.raises(ValueError, match=r"ResidualStream: connection: expected one of .* got 'mHC'"):
+        mhc.ResidualStream(normal(*TOKENS, C), connection="mHC")
+
+
+# torch.compile and activation checkpointing
+
+
+@every_kind
+def test_compiles_as_one_graph(kind):
+    """fullgraph=True, forward and backward; the turns leave no trace. float32: a compiler may reorder sums."""
+    torch.compiler.reset()
+    model = Model(kind, "head" if kind == "mhc" else "sum")
+    h = normal(*TOKENS, C)
+    compiled = gradients(model, torch.compile(model, fullgraph=True, backend="aot_eager"), h)
+    for name, expected in gradients(model, model, h).items():
+        error = (compiled[name] - expected).norm() / expected.norm()
+        assert error < 1e-5, name
+
+
+def checkpointed_layer(stream, connection, layer):
+    layer_input = stream.read(connection)
+    stream.write(checkpoint(lambda u: torch.tanh(layer(u)), layer_input, use_reentrant=False))
+
+
+def checkpointed_read_and_write(stream, connection, layer):
+    checkpoint(Model.run_sublayer, stream, connection, layer, use_reentrant=False)
+
+
+def checkpointed_read(stream, connection, layer):
+    stream.write(checkpoint(lambda: torch.tanh(layer(stream.read(connection))), use_reentrant=False))
+
+
+@every_kind
+def test_checkpointed_layers(kind):
+    """The pattern of the docstring; gradients to the bit."""
+    model, h = Model(kind), normal(*TOKENS, C)
+    expected = gradients(model, model, h)
+    model.run_sublayer = checkpointed_layer
+    assert_equal(gradients(model, model, h), expected)
+
+
+@every_kind
+def test_checkpointed_function_of_x(kind):
+    """The other pattern of the docstring, and a region that makes its own stream."""
+    model, h = Model(kind), normal(*TOKENS, C)
+    expected = gradients(model, model, h)
+
+    def sublayer(connection, layer, x):
+        layer_input, *mappings = connection(x)
+        return connection.merge(x, torch.tanh(layer(layer_input)), *mappings)
+
+    def by_regions(h):
+        x = mhc.ResidualStream(h, connection=kind).x
+        for connection, layer in zip(model.connections, model.layers, strict=True):
+            x = checkpoint(sublayer, connection, layer, x, use_reentrant=False)
+        return x if kind == "residual" else ops.collapse(x)
+
+    assert_equal(gradients(model, by_regions, h), expected)
+    assert_equal(gradients(model, lambda h: checkpoint(model, h, use_reentrant=False), h), expected)
+
+
+@every_kind
+@pytest.mark.parametrize("region", [checkpointed_read, checkpointed_read_and_write])
+@pytest.mark.parametrize("sublayers", [1, DEPTH])
+def test_recomputation_may_not_move_the_stream(kind, region, sublayers):
+    """By then the stream has moved on. torch notices some such regions by the number of tensors that they save; of
+    the first sublayer alone, gradients would be wrong by more than half in silence."""
+    model = Model(kind)
+    regions = [region] * sublayers + [Model.run_sublayer] * (DEPTH - sublayers)
+    model.run_sublayer = lambda *arguments: regions.pop(0)(*arguments)
+    with pytest.raises(RuntimeError, match="got one of the forward pass in an activation checkpoint's recomputation"):
+        gradients(model, model, normal(*TOKENS, C))
