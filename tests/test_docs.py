@@ -21,9 +21,21 @@ def test_readme_example_runs() -> None:
     assert names["out"].shape == (2, 512, 1280)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
-def test_example_runs(path: Path) -> None:
-    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=False)
+# Three steps of a small model: without arguments the example trains for minutes.
+GPT = "gpt.py --steps 3 --batch 2 --context 32 --width 32 --depth 2 --heads 2"
+COMMANDS = [
+    *(path.name for path in sorted((ROOT / "examples").glob("*.py")) if path.name != "gpt.py"),
+    f"{GPT} --connection residual",
+    f"{GPT} --connection hc",
+    f"{GPT} --connection mhc --dtype bfloat16 --text README.md",
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_example_runs(command: str) -> None:
+    name, *arguments = command.split()
+    call = [sys.executable, str(ROOT / "examples" / name), *arguments]
+    done = subprocess.run(call, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout
 
