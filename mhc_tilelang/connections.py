@@ -14,8 +14,7 @@ write the layer's output back (the `Connection` protocol):
 `residual_stream.ResidualStream` makes these calls for a model. Every parameter belongs to the call, none to
 `merge`: what wraps a module's call (DDP, FSDP, hooks) sees all of them.
 
-Parameters are float32 and stay so: `model.to(torch.bfloat16)`, `.half()` and `.double()` move them and leave
-their dtype, since coefficients are float32 from end to end.
+What the modules share, such as parameters that stay float32, is in `stream_module`.
 """
 
 from __future__ import annotations
@@ -28,13 +27,10 @@ import torch
 from torch import nn
 
 from . import ops
-from .arguments import check_spec
 from .spec import MHCSpec
+from .stream_module import INITIAL_ALPHA, Device, StreamModule, SublayerModule, make_parameter
 
 KINDS = ("mhc", "hc", "residual")
-INITIAL_ALPHA = 0.01  # the mHC paper's and the HC paper's
-
-Device = torch.device | str | None
 
 
 class Connection(Protocol):
@@ -81,58 +77,7 @@ def check_kind(function: str, name: str, kind: str) -> None:
         raise ValueError(f"{function}: {name}: expected one of {wanted}, got {kind!r}")
 
 
-class _StreamModule(nn.Module):
-    """A module for streams of one spec, whose parameters are float32 after every conversion."""
-
-    def __init__(self, spec: MHCSpec) -> None:
-        super().__init__()
-        check_spec(type(self).__name__, spec)
-        self.spec = spec
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        def keep_float32(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            # Not moved.float(), whose values the other dtype has rounded.
-            return moved if moved.dtype == torch.float32 else tensor.to(moved.device, torch.float32)
-
-        return super()._apply(keep_float32, recurse)
-
-    def extra_repr(self) -> str:
-        return f"hidden_size={self.spec.hidden_size}, num_streams={self.spec.num_streams}"
-
-
-class _SublayerModule(_StreamModule):
-    """A connection with streams, whose mappings start as constants."""
-
-    alpha: nn.Parameter
-    bias: nn.Parameter
-
-    def __init__(self, spec: MHCSpec, sublayer: int) -> None:
-        super().__init__(spec)
-        if type(sublayer) is not int or sublayer < 0:
-            raise ValueError(f"{type(self).__name__}: sublayer: expected an int of at least 0, got {sublayer!r}")
-        self.sublayer = sublayer
-
-    def _reset_static(self, pre: torch.Tensor, post: float, res: torch.Tensor) -> None:
-        """alpha, and the bias from its groups pre [n], post and res [n, n]."""
-        nn.init.constant_(self.alpha, INITIAL_ALPHA)
-        with torch.no_grad():
-            self.bias.copy_(torch.cat([pre, torch.full_like(pre, post), res.flatten()]))
-
-    def _identity(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Row `sublayer % n` of the identity, and the identity [n, n]; on the CPU, wherever parameters are."""
-        identity = torch.eye(self.spec.num_streams, device="cpu", dtype=torch.float32)
-        return identity[self.sublayer % self.spec.num_streams], identity
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, sublayer={self.sublayer}"
-
-
-def _parameter(*shape: int, device: Device) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, device=device, dtype=torch.float32))
-
-
-class HyperConnection(_SublayerModule):
+class HyperConnection(SublayerModule):
     """A manifold-constrained hyper-connection (mHC, Eq. 7-9): `pre` as a module, with `post` as its merge.
 
     Args:
@@ -152,16 +97,16 @@ class HyperConnection(_SublayerModule):
 
     def __init__(self, spec: MHCSpec, sublayer: int = 0, device: Device = None) -> None:
         super().__init__(spec, sublayer)
-        self.phi = _parameter(spec.num_coefficients, spec.stream_size, device=device)
-        self.alpha = _parameter(3, device=device)
-        self.bias = _parameter(spec.num_coefficients, device=device)
+        self.phi = make_parameter(spec.num_coefficients, spec.stream_size, device=device)
+        self.alpha = make_parameter(3, device=device)
+        self.bias = make_parameter(spec.num_coefficients, device=device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """The values above, in place."""
         nn.init.zeros_(self.phi)
-        row, identity = self._identity()
-        self._reset_static(6 * row - 3, 0.0, 6 * identity - 3)
+        row, identity = self.identity()
+        self.reset_static(6 * row - 3, 0.0, 6 * identity - 3)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x [..., n, C] -> layer_input [..., C], h_post [..., n], h_res [..., n, n], as `pre`."""
@@ -173,7 +118,7 @@ class HyperConnection(_SublayerModule):
         return ops.post(x, layer_output, h_post, h_res)
 
 
-class UnconstrainedHyperConnection(_SublayerModule):
+class UnconstrainedHyperConnection(SublayerModule):
     """A plain hyper-connection (HC, Eq. 5; arXiv 2409.19606): no mapping is constrained. Plain torch, for comparison.
 
     With s[i] = rsqrt(mean over c of x[i, c]² + rms_eps), a norm per stream, and t = tanh(theta · (s·x)ᵀ) [n + 2, n]:
@@ -194,16 +139,16 @@ class UnconstrainedHyperConnection(_SublayerModule):
 
     def __init__(self, spec: MHCSpec, sublayer: int = 0, device: Device = None) -> None:
         super().__init__(spec, sublayer)
-        self.theta = _parameter(spec.num_streams + 2, spec.hidden_size, device=device)
-        self.alpha = _parameter(3, device=device)
-        self.bias = _parameter(spec.num_coefficients, device=device)
+        self.theta = make_parameter(spec.num_streams + 2, spec.hidden_size, device=device)
+        self.alpha = make_parameter(3, device=device)
+        self.bias = make_parameter(spec.num_coefficients, device=device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """The values above, in place."""
         nn.init.zeros_(self.theta)
-        row, identity = self._identity()
-        self._reset_static(row, 1.0, identity)
+        row, identity = self.identity()
+        self.reset_static(row, 1.0, identity)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x [..., n, C] -> layer_input [..., C] in x's dtype, rounded once; h_post [..., n], h_res [..., n, n]."""
@@ -215,7 +160,7 @@ class UnconstrainedHyperConnection(_SublayerModule):
             h_pre = self.alpha[0] * dynamic[..., 0, :] + self.bias[:n]
             h_post = self.alpha[1] * dynamic[..., 1, :] + self.bias[n : 2 * n]
             h_res = self.alpha[2] * dynamic[..., 2:, :] + self.bias[2 * n :].view(n, n)
-            return (h_pre.unsqueeze(-2) @ streams).squeeze(-2).to(x.dtype), h_post, h_res
+            return (h_pre.unsqueeze(-1) * streams).sum(-2).to(x.dtype), h_post, h_res
 
     @staticmethod
     def merge(x: torch.Tensor, layer_output: torch.Tensor, h_post: torch.Tensor, h_res: torch.Tensor) -> torch.Tensor:
@@ -241,7 +186,7 @@ class ResidualConnection(nn.Module):
         return (x + layer_output).to(x.dtype)
 
 
-class HyperHead(_StreamModule):
+class HyperHead(StreamModule):
     """`head` as a module: the streams aggregated by coefficients of their own, after the last sublayer.
 
     Args:
@@ -253,9 +198,9 @@ class HyperHead(_StreamModule):
 
     def __init__(self, spec: MHCSpec, device: Device = None) -> None:
         super().__init__(spec)
-        self.phi = _parameter(spec.num_streams, spec.stream_size, device=device)
-        self.alpha = _parameter(1, device=device)
-        self.bias = _parameter(spec.num_streams, device=device)
+        self.phi = make_parameter(spec.num_streams, spec.stream_size, device=device)
+        self.alpha = make_parameter(1, device=device)
+        self.bias = make_parameter(spec.num_streams, device=device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -8,6 +8,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
 
 import mhc_tilelang as mhc
 from mhc_tilelang import ops, reference
@@ -200,6 +201,16 @@ def test_conversions_leave_parameters_alone(make, convert):
 
 
 @every_module
+def test_conversions_bring_float32_back(make):
+    """After a state_dict in bfloat16 was assigned; catches parameters that keep whatever dtype they have."""
+    module = randomize(make())
+    narrow = {name: parameter.bfloat16() for name, parameter in module.state_dict().items()}
+    module.load_state_dict(narrow, assign=True)
+    assert all(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
+    assert_same(parameters_of(module.to("cpu")), {name: parameter.float() for name, parameter in narrow.items()})
+
+
+@every_module
 def test_meta_device(make):
     """Made on meta by argument, by context, or moved there; then given memory, reset, and as if made at once."""
     with torch.device("meta"):
@@ -209,6 +220,27 @@ def test_meta_device(make):
         module.reset_parameters()
         module.to_empty(device="cpu").reset_parameters()
         assert_same(parameters_of(module), parameters_of(make()))
+
+
+@pytest.fixture
+def process_group():
+    """One rank, in this process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@every_module
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("error")
+def test_reset_after_sharding(make):
+    """FSDP2's order for a large model: made on meta, sharded, given memory, reset. Catches a plain copy into a
+    sharded parameter, and outputs that are views, of which FSDP2 warns."""
+    module, expected = make(device="meta"), make()
+    fully_shard(module).to_empty(device="cpu")
+    module.reset_parameters()
+    x = normal(*TOKENS, 4, 24)
+    assert all(map(torch.equal, module(x), expected(x)))
 
 
 @every_module
