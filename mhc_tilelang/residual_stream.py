@@ -18,7 +18,7 @@ moved on. So checkpoint the layer alone, or a region that makes its own stream, 
         layer_input, *mappings = connection(x)
         return connection.merge(x, layer(layer_input), *mappings)
 
-A recomputation that reads or writes a stream of the forward pass is refused.
+A recomputation that uses a stream of the forward pass is refused.
 """
 
 from __future__ import annotations
@@ -113,6 +113,7 @@ class ResidualStream:
 
         To look at; merges a waiting write, which changes no value. Between a read and its write it is what was read.
         """
+        self._check_pass("x")
         self._merge()
         return self._x
 
@@ -120,7 +121,6 @@ class ResidualStream:
         """Merge the waiting write, if there is one."""
         if self._reader is None or self._layer_output is None:
             return
-        self._check_pass("x")
         connection, mappings = self._reader
         self._x = connection.merge(self._x, self._layer_output, *mappings)
         self._reader = self._layer_output = None

@@ -31,7 +31,7 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.replace(f"{GPT} ", "gpt.py "))
 def test_example_runs(command: str) -> None:
     name, *arguments = command.split()
     call = [sys.executable, str(ROOT / "examples" / name), *arguments]

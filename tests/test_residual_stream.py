@@ -281,6 +281,11 @@ def checkpointed_read(stream, connection, layer):
     stream.write(checkpoint(lambda: torch.tanh(layer(stream.read(connection))), use_reentrant=False))
 
 
+def checkpointed_look(stream, connection, layer):
+    layer_input = stream.read(connection)
+    stream.write(checkpoint(lambda: torch.tanh(layer(layer_input)) * stream.x.mean(), use_reentrant=False))
+
+
 @every_kind
 def test_checkpointed_layers(kind):
     """The pattern of the docstring; gradients to the bit."""
@@ -311,9 +316,9 @@ def test_checkpointed_function_of_x(kind):
 
 
 @every_kind
-@pytest.mark.parametrize("region", [checkpointed_read, checkpointed_read_and_write])
+@pytest.mark.parametrize("region", [checkpointed_read, checkpointed_read_and_write, checkpointed_look])
 @pytest.mark.parametrize("sublayers", [1, DEPTH])
-def test_recomputation_may_not_move_the_stream(kind, region, sublayers):
+def test_recomputation_may_not_use_the_stream(kind, region, sublayers):
     """By then the stream has moved on. torch notices some such regions by the number of tensors that they save; of
     the first sublayer alone, gradients would be wrong by more than half in silence."""
     model = Model(kind)
