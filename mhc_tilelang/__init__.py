@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .connections import HyperConnection, HyperHead, ResidualConnection, UnconstrainedHyperConnection, connection
     from .errors import CompilerError, GradientError, MHCError
-    from .ops import coefficients, expand, head, post, pre, sinkhorn
+    from .ops import coefficients, collapse, expand, head, post, pre, sinkhorn
     from .residual_stream import ResidualStream
     from .spec import MHCSpec
 
@@ -41,6 +41,7 @@ __all__ = [
     "ResidualStream",
     "UnconstrainedHyperConnection",
     "coefficients",
+    "collapse",
     "connection",
     "expand",
     "head",

@@ -1,4 +1,4 @@
-"""The public functions: expand, coefficients, sinkhorn, pre, post, head.
+"""The public functions: expand, collapse, coefficients, sinkhorn, pre, post, head.
 
 Each checks its arguments (`arguments`) and calls its operator (`operators`), which autograd differentiates and
 torch.compile keeps whole. n streams, C = hidden size, K = n·C, M = n² + 2n; "..." stands for any leading
@@ -43,6 +43,27 @@ def expand(h: torch.Tensor, num_streams: int, *, out: torch.Tensor | None = None
         return operators.expand.expand(h, num_streams)
     arguments.buffer("out", out, (num_streams, hidden_size), h.dtype)
     operators.expand.expand_out(h, num_streams, out=out)
+    return out
+
+
+def collapse(x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Add the streams up: the plainest way from the stream back to one hidden state, and the adjoint of `expand`.
+
+    Args:
+        x: [..., n, C], stream dtype.
+        out: the result's buffer.
+
+    Returns:
+        [..., C] in x's dtype: Σ_i x[i], added in float32 and rounded once.
+    """
+    num_streams, hidden_size = sizes_of("collapse", "x", x, ("n", "C"))
+    check_streams("collapse", "x", num_streams)
+    arguments = Arguments("collapse")
+    arguments.tensor("x", x, (num_streams, hidden_size), STREAM_DTYPES, batched=True)
+    if out is None:
+        return operators.expand.collapse(x)
+    arguments.buffer("out", out, (hidden_size,), x.dtype)
+    operators.expand.collapse_out(x, out=out)
     return out
 
 

@@ -27,7 +27,7 @@ from .coefficients import (
     gate_pre,
     split_groups,
 )
-from .expand import expand, expand_backward
+from .expand import collapse, collapse_backward, expand, expand_backward
 from .head import head, head_backward, head_coefficients, head_coefficients_backward
 from .hyper_connections import (
     hc_coefficients,
@@ -64,6 +64,8 @@ __all__ = [
     "alpha_per_row",
     "coefficients",
     "coefficients_backward",
+    "collapse",
+    "collapse_backward",
     "compute_logits",
     "compute_logits_backward",
     "expand",

@@ -1,6 +1,6 @@
-"""From an embedding to the wide stream: n equal streams. The way back is `head`, or a sum or a mean.
+"""From an embedding to the wide stream, n equal streams, and back by their sum. The other way back is `head`.
 
-Backward: h[c] is read n times, so its gradient is the sum of n.
+Backward: h[c] is read n times, so its gradient is the sum of n; each of the two is the other's backward.
 """
 
 import numpy as np
@@ -36,3 +36,29 @@ def expand_backward(g_x: ArrayLike | None, h: ArrayLike, num_streams: int) -> Ar
         g_h, [..., C].
     """
     return as_gradient("g_x", g_x, expand(h, num_streams).shape).sum(axis=-2)
+
+
+def collapse(x: ArrayLike) -> Array:
+    """h[c] = Σ_i x[i, c].
+
+    Args:
+        x: [..., n, C].
+
+    Returns:
+        h, [..., C].
+    """
+    return as_float64("x", x, (..., "n", "C")).sum(axis=-2)
+
+
+def collapse_backward(g_h: ArrayLike | None, x: ArrayLike) -> Array:
+    """g_x[i, c] = g_h[c].
+
+    Args:
+        g_h: [..., C], or None.
+        x: as for `collapse`.
+
+    Returns:
+        g_x, [..., n, C].
+    """
+    x = as_float64("x", x, (..., "n", "C"))
+    return expand(as_gradient("g_h", g_h, (*x.shape[:-2], x.shape[-1])), x.shape[-2])

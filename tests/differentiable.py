@@ -29,7 +29,8 @@ class Function:
     def tensors(self, case: Case, leading: tuple[int, ...] | None = None) -> dict[str, torch.Tensor]:
         """Fresh arguments; `leading` shapes the case's tokens."""
         inputs, n = Inputs.of(case, CPU), case.num_streams
-        drawn = {**vars(inputs), "norm_weight": 0.5 + torch.rand(case.spec.stream_size)}
+        norm_weight = 0.5 + torch.rand(case.spec.stream_size, generator=torch.Generator().manual_seed(case.seed))
+        drawn = {**vars(inputs), "norm_weight": norm_weight}
         if self.name == "head":
             drawn.update(phi=inputs.phi[:n].clone(), alpha=inputs.alpha[:1].clone(), bias=inputs.bias[:n].clone())
         if leading is not None:
@@ -57,6 +58,7 @@ FUNCTIONS = {
     function.name: function
     for function in (
         Function("expand", ("h",), lambda spec: {"num_streams": spec.num_streams}),
+        Function("collapse", ("x",), lambda _: {}),
         Function("sinkhorn", ("logits",), lambda spec: {"iters": spec.sinkhorn_iters, "eps": spec.sinkhorn_eps}),
         Function("coefficients", _PROJECTED, lambda spec: {"spec": spec}),
         Function("pre", _PROJECTED, lambda spec: {"spec": spec}),

@@ -24,6 +24,7 @@ def arguments_of(function):
     projected = {"x": x, "phi": phi, "alpha": alpha, "bias": bias, "spec": SPEC, "norm_weight": torch.ones(K)}
     return {
         "expand": {"h": torch.zeros(T, C), "num_streams": n},
+        "collapse": {"x": x},
         "sinkhorn": {"logits": torch.zeros(T, n, n), "iters": 20, "eps": 1e-6},
         "coefficients": projected,
         "pre": projected,
@@ -37,7 +38,7 @@ def arguments_of(function):
     }[function]
 
 
-FUNCTIONS = ("expand", "sinkhorn", "coefficients", "pre", "post", "head")
+FUNCTIONS = ("expand", "collapse", "sinkhorn", "coefficients", "pre", "post", "head")
 PROJECTING = ("coefficients", "pre", "head")
 TENSORS = [(f, name) for f in FUNCTIONS for name, v in arguments_of(f).items() if isinstance(v, torch.Tensor)]
 TOKEN_TENSORS = [("post", "layer_output"), ("post", "h_post"), ("post", "h_res")]
@@ -108,6 +109,10 @@ def test_wrong_shape(function, argument):
         short = tensor.narrow(axis, 0, tensor.shape[axis] - 1).contiguous()
         if argument == "h" or (argument in ("x", "logits") and axis == 0):
             continue  # any C will do for h, and the first tensor says how many tokens there are
+        if function == "collapse":
+            if axis == 1:  # any C will do here too
+                assert_refused(ValueError, function, "x", ["expected", "got 3"], x=short)
+            continue
         if (function, argument) == ("post", "x"):
             blamed = "x" if axis == 1 else "layer_output"  # n = 3 is none of ours; C = 63 is not layer_output's
             assert_refused(ValueError, function, blamed, ["expected", "got"], x=short)
@@ -198,6 +203,7 @@ def test_tangents(function, argument):
 
 BUFFERS = {
     "expand": {"out": (T, n, C)},
+    "collapse": {"out": (T, C)},
     "sinkhorn": {"out": (T, n, n)},
     "coefficients": {"out[0] (h_pre)": (T, n), "out[1] (h_post)": (T, n), "out[2] (h_res)": (T, n, n)},
     "pre": {"out[0] (layer_input)": (T, C), "out[1] (h_post)": (T, n), "out[2] (h_res)": (T, n, n)},

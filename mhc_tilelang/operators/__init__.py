@@ -4,6 +4,8 @@
     expand, sinkhorn, post, coefficients, pre, head
                   a family a file: X, X_out, X_backward, each with its fake, and X's autograd
 
+The file of expand has collapse too: each is the other's backward.
+
 X allocates its outputs, X_out writes into buffers and has no gradient, X_backward is an operator because
 torch.compile traces a backward too. They take tensors with any leading dimensions, so that no view stands
 between them and the caller's tensors, and with any strides: `ops` refuses those of a caller, but compilers and
