@@ -13,12 +13,15 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_readme_example_runs() -> None:
+@pytest.mark.parametrize(("place", "hidden_size"), [(0, 256), (1, 1280)], ids=["stream", "functions"])
+def test_readme_example_runs(place: int, hidden_size: int) -> None:
     """Word for word."""
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[place]
     names: dict = {}
     exec(compile(example, "README.md", "exec"), names)
-    assert names["out"].shape == (2, 512, 1280)
+    assert names["out"].shape == (2, 512, hidden_size)
+    if place == 0:
+        assert all(p.grad is not None for c in names["connections"] for p in c.parameters())
 
 
 # Three steps of a small model: without arguments the example trains for minutes.
