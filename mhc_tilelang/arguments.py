@@ -76,10 +76,9 @@ class Arguments:
     def _check_leading(self, name: str, leading: torch.Size) -> None:
         assert self.leading is not None
         same_rank = len(leading) == len(self.leading)
-        if same_rank and torch.compiler.is_compiling():
-            message = f"{self.function}: {name}: expected the leading dimensions of the first tensor, got others"
+        if same_rank and torch.compiler.is_compiling():  # torch 2.10 traces no message with a name in it
             for size, expected in zip(leading, self.leading, strict=True):
-                torch._check(size == expected, lambda: message)
+                torch._check(size == expected, lambda: "expected the same leading dimensions of all tensors of a call")
         elif not same_rank or leading != self.leading:
             raise ValueError(
                 f"{self.function}: {name}: expected leading dimensions {list(self.leading)}, got {list(leading)}"
