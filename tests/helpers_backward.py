@@ -1,0 +1,230 @@
+"""The backward functions as the tests call them: arguments and outputs by name, and what every one of them must hold.
+
+    BACKWARD   name -> Backward: the arguments of a case, the call, and the same in float64
+
+Tensors lie as the kernels take them: tokens first, but last in `projected` and `g_projected`, and nowhere in the
+parameters and the sums over tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from helpers import CPU, assert_same_bits
+
+from mhc_tilelang import launch_backward, reference
+from mhc_tilelang.checking.inputs import Gradients, Inputs
+from mhc_tilelang.checking.kernels import numpy64
+
+TOKENS_LAST = ("projected", "g_projected")
+PARAMETERS = ("phi", "alpha", "bias")
+SUMS = ("g_phi", "g_alpha", "g_bias")
+PADDING = 4096  # elements of NaN before and after: more than a tile of any kernel reaches beyond
+
+
+@dataclass(frozen=True)
+class Backward:
+    """One function of `launch_backward`."""
+
+    outputs: tuple[str, ...]
+    arguments_of: Callable
+    launch: Callable
+    reference: Callable
+
+    def arguments(self, case):
+        """By name; `spec` is one of them where the function takes it."""
+        return self.arguments_of(case, Inputs.of(case, CPU), Gradients.of(case, CPU))
+
+    def __call__(self, arguments, **options):
+        """The outputs by name, None included."""
+        got = self.launch(**arguments, **options)
+        return dict(zip(self.outputs, got if isinstance(got, tuple) else (got,), strict=True))
+
+    def float64(self, arguments):
+        """The outputs by name, from what the tensors hold exactly."""
+        exact = {name: numpy64(a) if isinstance(a, torch.Tensor) else a for name, a in arguments.items()}
+        with np.errstate(invalid="ignore", over="ignore"):
+            got = self.reference(**exact)
+        return dict(zip(self.outputs, got, strict=True))
+
+
+def project_backward64(g_projected, x, phi, h_pre=None, g_layer_input=None):
+    """g_x and g_phi in float64, with what the aggregation adds."""
+    g_x, g_phi = reference.project_backward(g_projected[:-1].T, g_projected[-1] / 2, x, phi)
+    if g_layer_input is not None:
+        g_x = g_x + reference.aggregate_backward(g_layer_input, x, h_pre)[0]
+    return g_x, g_phi
+
+
+def through_logits(g_z, projected, alpha_rows, spec):
+    """From g_z [M, T] to g_projected [M + 1, T], g_alpha of every row, and g_bias."""
+    m, s = projected[:-1], projected[-1]
+    through = g_z * alpha_rows[:, None]
+    rho = -(s**2) / spec.stream_size * (through * m).sum(0)
+    return np.vstack([through * s, rho]), (g_z * m).sum(1), g_z.sum(1)
+
+
+def slope(z):
+    """σ'(z) = σ(z)·σ(−z), without the 1 − σ(z) that is 0 from 37 on."""
+    with np.errstate(over="ignore"):
+        return 1 / (1 + np.exp(-z)) / (1 + np.exp(z))
+
+
+def coefficients_backward64(g_h_pre, g_h_post, g_h_res, projected, alpha, bias, spec):
+    """g_projected, g_alpha and g_bias in float64."""
+    n, tokens = spec.num_streams, projected.shape[1]
+    rows = reference.alpha_per_row(alpha, n)
+    z = rows[:, None] * projected[:-1] + bias[:, None]
+    logits = z[2 * n :].T.reshape(tokens, n, n)
+    g_res = reference.sinkhorn_backward(g_h_res, logits, spec.sinkhorn_iters, spec.sinkhorn_eps)
+    gates = np.concatenate([g_h_pre, spec.post_scale * g_h_post], axis=1).T * slope(z[: 2 * n])
+    g_z = np.concatenate([gates, g_res.reshape(tokens, n * n).T])
+    g_projected, g_alpha_rows, g_bias = through_logits(g_z, projected, rows, spec)
+    return g_projected, np.add.reduceat(g_alpha_rows, [0, n, 2 * n]), g_bias
+
+
+def head_coefficients_backward64(g_h_pre, projected, alpha, bias, spec):
+    """The same of the pre group alone."""
+    z = alpha * projected[:-1] + bias[:, None]
+    rows = np.repeat(alpha, spec.num_streams)
+    g_projected, g_alpha_rows, g_bias = through_logits(g_h_pre.T * slope(z), projected, rows, spec)
+    return g_projected, g_alpha_rows.sum(keepdims=True), g_bias
+
+
+def projected_of(case, rows):
+    """m and s as a forward leaves them: m of the case's standard deviation, s positive."""
+    generator = torch.Generator().manual_seed(case.seed + 17)
+    projected = torch.randn(rows + 1, case.num_tokens, generator=generator) * case.logit_std
+    projected[-1].exp_()
+    return projected
+
+
+def coefficients_arguments(case, inputs, gradients):
+    upstream = {name: getattr(gradients, name) for name in ("g_h_pre", "g_h_post", "g_h_res")}
+    projected = projected_of(case, case.spec.num_coefficients)
+    return {**upstream, "projected": projected, "alpha": inputs.alpha, "bias": inputs.bias, "spec": case.spec}
+
+
+def head_arguments(case, inputs, gradients):
+    n = case.num_streams
+    parameters = {"alpha": inputs.alpha[:1].clone(), "bias": inputs.bias[:n].clone(), "spec": case.spec}
+    return {"g_h_pre": gradients.g_h_pre, "projected": projected_of(case, n), **parameters}
+
+
+BACKWARD = {
+    "expand_backward": Backward(
+        ("g_h",),
+        lambda _, __, g: {"g_x": g.g_x},
+        launch_backward.expand_backward,
+        lambda g_x: (g_x.sum(1),),
+    ),
+    "sinkhorn_backward": Backward(
+        ("g_logits",),
+        lambda _, i, g: {"g_h_res": g.g_h_res, "logits": i.logits, "iters": 20, "eps": 1e-6},
+        launch_backward.sinkhorn_backward,
+        lambda *arguments, **named: (reference.sinkhorn_backward(*arguments, **named),),
+    ),
+    "pre_backward": Backward(
+        ("g_h_pre",),
+        lambda _, i, g: {"g_layer_input": g.g_h, "x": i.x},
+        launch_backward.pre_backward,
+        lambda g_layer_input, x: (np.einsum("tc,tic->ti", g_layer_input, x),),
+    ),
+    "post_backward": Backward(
+        ("g_x", "g_layer_output", "g_h_post", "g_h_res"),
+        lambda _, i, g: {
+            "g_x_next": g.g_x,
+            "x": i.x,
+            "layer_output": i.layer_output,
+            "h_post": i.h_post,
+            "h_res": i.h_res,
+        },
+        launch_backward.post_backward,
+        reference.post_backward,
+    ),
+    "project_backward": Backward(
+        ("g_x", "g_phi"),
+        lambda _, i, g: {
+            "g_projected": g.g_projected,
+            "x": i.x,
+            "phi": i.phi,
+            "h_pre": i.h_pre,
+            "g_layer_input": g.g_h,
+        },
+        launch_backward.project_backward,
+        project_backward64,
+    ),
+    "coefficients_backward": Backward(
+        ("g_projected", "g_alpha", "g_bias"),
+        coefficients_arguments,
+        launch_backward.coefficients_backward,
+        coefficients_backward64,
+    ),
+    "head_coefficients_backward": Backward(
+        ("g_projected", "g_alpha", "g_bias"),
+        head_arguments,
+        launch_backward.head_coefficients_backward,
+        head_coefficients_backward64,
+    ),
+}
+
+
+def token_axis(name):
+    """The axis that counts tokens; None for parameters, and for their gradients."""
+    return None if name in PARAMETERS + SUMS else 1 if name in TOKENS_LAST else 0
+
+
+def take_tokens(tensors, places):
+    """Every tensor that has tokens, at these places; the rest as it is."""
+    return {name: take(name, value, places) for name, value in tensors.items()}
+
+
+def take(name, value, places):
+    if not isinstance(value, torch.Tensor) or token_axis(name) is None:
+        return value
+    return value[places] if token_axis(name) == 0 else value[:, places].contiguous()
+
+
+def in_nan(tensor, offset):
+    """The same values, contiguous, with NaN in the memory before and after them."""
+    buffer = torch.full((2 * PADDING + offset + tensor.numel(),), torch.nan, dtype=tensor.dtype)
+    view = buffer[PADDING + offset : PADDING + offset + tensor.numel()].view(tensor.shape)
+    return view.copy_(tensor)
+
+
+def assert_reads_nothing_else(function, case):
+    """Every tensor inside a buffer of NaN, at an aligned place and at an odd one, gives the bits of tensors of their own.
+
+    Catches a row beyond the last token that is multiplied by zero, and an aligned vector load.
+    """
+    arguments = function.arguments(case)
+    expected = function(arguments)
+    for offset in (0, 1):
+        inside = {n: in_nan(a, offset) if isinstance(a, torch.Tensor) else a for n, a in arguments.items()}
+        assert_same_bits(function(inside).values(), expected.values())
+
+
+def assert_special_values_stay(function, case, field, value):
+    """One NaN or infinity in an argument: results are non-finite where the float64 function's are, and nowhere else.
+
+    Where it sits in one token, no bit of another token's results moves. Catches a masked lane or a row of padding
+    that is multiplied into a sum, and a maximum that swallows NaN.
+    """
+    arguments = function.arguments(case)
+    before = function(arguments)
+    spoilt = arguments[field].clone()
+    axis, token = token_axis(field), case.num_tokens // 2
+    place = spoilt if axis is None else spoilt.select(axis, token)
+    index = np.unravel_index(place.numel() // 2, place.shape)
+    place[tuple(map(int, index))] = value
+    arguments = {**arguments, field: spoilt}
+    expected = function.float64(arguments)
+    others = torch.arange(case.num_tokens) != token
+    for name, got in function(arguments).items():
+        np.testing.assert_array_equal(np.isfinite(numpy64(got)), np.isfinite(expected[name]), err_msg=name)
+        if axis is not None and token_axis(name) is not None:
+            assert_same_bits([take(name, got, others)], [take(name, before[name], others)])
+    assert not all(np.isfinite(values).all() for values in expected.values())

@@ -1,0 +1,43 @@
+"""expand, backward: the sum over the streams, ascending in float32, rounded once.
+
+Would catch: a stream left out or taken twice, a sum in the stream's dtype, another order.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import CPU, DTYPES, STREAMS, assert_matches_float64, assert_same_bits, crosses
+from helpers_backward import BACKWARD, assert_reads_nothing_else, assert_special_values_stay
+
+from mhc_tilelang import launch_backward
+from mhc_tilelang.checking.inputs import Case, Gradients
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+CASE = Case(4, 333, torch.bfloat16, 63)
+FUNCTION = BACKWARD["expand_backward"]
+
+
+@pytest.mark.parametrize("case", crosses())
+def test_matches_float64(case):
+    assert_matches_float64("expand_backward", case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", STREAMS)
+def test_bits(n, dtype):
+    """acc += g_x[i], i ascending from 0, then one rounding."""
+    g_x = Gradients.of(Case(n, 192, dtype, 127), CPU).g_x
+    acc = torch.zeros(127, 192)
+    for i in range(n):
+        acc += g_x[:, i].float()
+    assert_same_bits([launch_backward.expand_backward(g_x)], [acc.to(dtype)])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_special_values(value):
+    assert_special_values_stay(FUNCTION, CASE, "g_x", value)
+
+
+def test_reads_nothing_else():
+    assert_reads_nothing_else(FUNCTION, replace(CASE, num_tokens=3))
