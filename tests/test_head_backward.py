@@ -1,0 +1,74 @@
+"""head, backward: the coefficients' backward with the pre group alone, one alpha and n rows.
+
+Would catch: rows or partial sums counted as for a whole sublayer, an alpha that is read beyond its one element.
+"""
+
+import numpy as np
+import pytest
+import torch
+from helpers import STREAMS, assert_matches_float64, assert_same_bits
+from helpers_backward import BACKWARD, assert_reads_nothing_else, assert_special_values_stay
+
+from mhc_tilelang.checking.inputs import Case
+from mhc_tilelang.checking.kernels import numpy64
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+CASE = Case(4, 333, torch.bfloat16, 67)
+FUNCTION = BACKWARD["head_coefficients_backward"]
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 3, 63, 64, 65, 127, 4097])
+def test_matches_float64(num_tokens):
+    assert_matches_float64("head_coefficients_backward", Case(4, 64, torch.bfloat16, num_tokens))
+
+
+@pytest.mark.parametrize("hidden_size", [1, 7, 1280])
+def test_widths(hidden_size):
+    """Only ρ knows the width, by 1/K."""
+    assert_matches_float64("head_coefficients_backward", Case(4, hidden_size, torch.bfloat16, 63))
+
+
+@pytest.mark.parametrize("std", [2.0, 6.0])
+@pytest.mark.parametrize("n", STREAMS)
+def test_wide_logits(n, std):
+    assert_matches_float64("head_coefficients_backward", Case(n, 192, torch.float32, 511, logit_std=std))
+
+
+def test_saturated_gates_keep_their_slope():
+    """z from −80 to 80. Catches σ·(1 − σ), which is 0 from z = 17 on."""
+    arguments = FUNCTION.arguments(Case(4, 333, torch.bfloat16, 161))
+    arguments["projected"][:4] = torch.arange(-80.0, 81.0)
+    arguments |= {"alpha": torch.ones(1), "bias": torch.zeros(4)}
+    got = numpy64(FUNCTION(arguments)["g_projected"])[:4]
+    np.testing.assert_allclose(got, FUNCTION.float64(arguments)["g_projected"][:4], rtol=2e-6)
+
+
+@pytest.mark.parametrize("n", STREAMS)
+def test_is_the_pre_group_of_coefficients(n):
+    """The same rows, alpha and ρ, to the bit. Catches two copies of the gate that drift apart."""
+    case = Case(n, 333, torch.bfloat16, 67)
+    whole = BACKWARD["coefficients_backward"]
+    arguments = FUNCTION.arguments(case)
+    sublayer = whole.arguments(case)
+    sublayer["projected"][:n], sublayer["projected"][-1] = arguments["projected"][:n], arguments["projected"][-1]
+    expected = whole({**sublayer, "g_h_post": None, "g_h_res": None})
+    got = FUNCTION(arguments)
+    rows = [expected["g_projected"][:n], expected["g_alpha"][:1], expected["g_bias"][:n]]
+    assert_same_bits([got["g_projected"][:n], got["g_alpha"], got["g_bias"]], rows)
+    torch.testing.assert_close(got["g_projected"][n], expected["g_projected"][-1], rtol=0, atol=0)  # but for −0
+
+
+def test_no_token_gives_zero():
+    got = FUNCTION(FUNCTION.arguments(Case(4, 333, torch.bfloat16, 0)))
+    assert not got["g_alpha"].any()
+    assert not got["g_bias"].any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("field", ["g_h_pre", "projected"])
+def test_special_values(field, value):
+    assert_special_values_stay(FUNCTION, CASE, field, value)
+
+
+def test_reads_nothing_else():
+    assert_reads_nothing_else(FUNCTION, CASE)
