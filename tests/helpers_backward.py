@@ -196,7 +196,7 @@ def in_nan(tensor, offset):
 
 
 def assert_reads_nothing_else(function, case):
-    """Every tensor inside a buffer of NaN, at an aligned place and at an odd one, gives the bits of tensors of their own.
+    """Every tensor inside a buffer of NaN, at an aligned place and at an odd one, gives the bits of lone tensors.
 
     Catches a row beyond the last token that is multiplied by zero, and an aligned vector load.
     """

@@ -139,7 +139,7 @@ def test_coefficients_have_the_same_limit(iters):
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("n", STREAMS)
 def test_denominators_fit(n, kind):
-    """At every count: whole vectors or warps, never more tokens for more iterations, never more bytes than there are."""
+    """At every count: whole vectors or warps, never more tokens for more iterations, nor more bytes than there are."""
     blocks = [plans.sinkhorn_backward_tokens(n, k, kind) for k in range(1, 3000)]
     assert blocks == sorted(blocks, reverse=True)
     assert set(blocks) <= {0, 16, 32, 64}

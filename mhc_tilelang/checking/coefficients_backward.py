@@ -79,6 +79,9 @@ def comparisons(
     u, factor = tolerance.U32, s**2 / at.spec.stream_size
     through = np.abs(g_z * alpha * m)  # what ρ adds up
     starts = np.cumsum([0, *at.sizes[:-1]])
+    reach, gates = bound * np.abs(alpha * m), sum(at.sizes[:2])
+    # A bound of Sinkhorn's holds for a whole matrix's errors added up (see `tolerance.sinkhorn`).
+    through_bound = reach[:gates].sum(0) + reach[gates:].max(0, initial=0.0)
     by_row = [tolerance.sum_over_tokens(*terms) for terms in ((g_z, bound), (g_z * m, bound * np.abs(m)))]
     expected = (
         g_z * alpha * s,
@@ -88,7 +91,7 @@ def comparisons(
     )
     bounds = (
         (bound + 3 * u * np.abs(g_z)) * np.abs(alpha) * s,
-        factor * ((bound * np.abs(alpha * m)).sum(0) + (len(z) + 6) * u * through.sum(0)),
+        factor * (through_bound + (len(z) + 6) * u * through.sum(0)),
         np.add.reduceat(by_row[1], starts),
         by_row[0],
     )

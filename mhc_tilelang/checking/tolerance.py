@@ -94,6 +94,8 @@ def sigmoid_slope(values: Array, logit_bound: Array) -> Array:
 def sinkhorn_backward(gradient: Array, logit_bound: Array, values: Array, iters: int) -> Array:
     """g_logits [..., n, n], one bound per matrix: that of `sinkhorn`, times the largest upstream gradient.
 
+    As there, it bounds the sum of a matrix's absolute errors too: the derivative of the projection is symmetric.
+
     Going back through a normalisation is a projection, orthogonal where elements are weighted with P, so it does
     not amplify what came before it; each rounds by (n + 3)·u, as it does forward. And logits that are off by δ move
     the derivative of the entropy-regularised projection by as much as they move the projection itself.
