@@ -6,6 +6,7 @@ A `call` maps (Inputs, Case) to a tuple of outputs.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -133,6 +134,26 @@ def assert_special_values_stay_in_their_token(call, reference, case, field, valu
             np.testing.assert_array_equal(special(numpy64(got)), special(exact))
         others = torch.arange(case.num_tokens) != token
         assert_same_bits([got[others]], [before[others]])
+
+
+def run_lowered(func, folder, **arguments):
+    """Compile a traced function for the CPU in `folder`, every index checked, and call it; returns its C++ source."""
+    from mhc_tilelang.cpu import build
+    from mhc_tilelang.cpu.emit import emit
+    from mhc_tilelang.tracing import signature_of
+
+    source, library = folder / "kernel.cpp", folder / f"kernel{len(list(folder.iterdir()))}.so"
+    source.write_text(emit(func, checked=True))
+    build.run_compiler(source, library)
+    signature = signature_of(func)
+    description = {
+        "name": "kernel",
+        "symbol": func.attrs["global_symbol"],
+        "buffers": [vars(buffer) for buffer in signature.buffers],
+        "scalars": list(signature.scalars),
+    }
+    build.bind(library, json.loads(json.dumps(description)))(**arguments)
+    return source.read_text()
 
 
 def fma32(a, b, c):

@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tilelang.language as T
 import torch
+from helpers import run_lowered
 
 from mhc_tilelang import compile as compiler
 from mhc_tilelang.cpu import build
 from mhc_tilelang.cpu.emit import emit
 from mhc_tilelang.errors import LoweringError
-from mhc_tilelang.tracing import signature_of
 
 
 @pytest.fixture
 def run(tmp_path: Path):
     """Compile a traced function with every index checked, and call it with tensors and scalars by name."""
 
-    def call(func, **arguments) -> None:
-        source, library = tmp_path / "kernel.cpp", tmp_path / f"kernel{len(list(tmp_path.iterdir()))}.so"
-        source.write_text(emit(func, checked=True))
-        build.run_compiler(source, library)
-        signature = signature_of(func)
-        description = {
-            "name": "kernel",
-            "symbol": func.attrs["global_symbol"],
-            "buffers": [vars(buffer) for buffer in signature.buffers],
-            "scalars": list(signature.scalars),
-        }
-        build.bind(library, json.loads(json.dumps(description)))(**arguments)
-
-    return call
+    return partial(run_lowered, folder=tmp_path)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(8, 16), (7, 16), (8, 13), (1, 1), (17, 33)])
@@ -227,6 +214,28 @@ def test_no_kernel_leaves_its_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(num_streams=2, hidden_size=1037, dtype=torch.bfloat16, num_tokens=67)
     inputs = Inputs.of(case, torch.device("cpu"))
     assert all(check_case(kernel, case, inputs).passed for kernel in CHECKS)
+
+
+def test_no_variant_of_a_backward_leaves_its_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not wanted or not given is a tensor of one element: an access to it is out of bounds."""
+    from helpers_backward import BACKWARD
+
+    from mhc_tilelang.checking.inputs import Case
+
+    monkeypatch.setattr(compiler, "_kernels", {})
+    monkeypatch.setattr(compiler, "_load", lambda family, _, parameters: build.load(family, parameters, checked=True))
+    case = Case(num_streams=2, hidden_size=17, dtype=torch.bfloat16, num_tokens=67)
+    post, project, coefficients = (BACKWARD[f"{name}_backward"] for name in ("post", "project", "coefficients"))
+    wanted = ("needs_x", "needs_layer_output", "needs_mixing")
+    for only in wanted:
+        post(post.arguments(case), **{name: name == only for name in wanted})
+    arguments = project.arguments(case)
+    project(arguments, needs_x=False)
+    project({**arguments, "h_pre": None, "g_layer_input": None}, needs_phi=False)
+    arguments = coefficients.arguments(case)
+    for given in ("g_h_pre", "g_h_post", "g_h_res"):
+        absent = {name: None for name in ("g_h_pre", "g_h_post", "g_h_res") if name != given}
+        coefficients({**arguments, **absent})
 
 
 def test_no_stream_is_cast_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:

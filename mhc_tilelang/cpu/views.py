@@ -3,7 +3,7 @@
 On a GPU `T.copy(x[token, 0, first], x_frag)` brings a tile into registers. A CPU reads through its cache anyway,
 so the copy would only add a pass. A tile becomes a view where the copy moves the same dtype and lies inside its
 global buffer, everything that touches the tile stands beside the copy, in one sequence of statements (a block's or
-a serial loop's), and
+a serial loop's), no reduction and no product takes it (they know a tile's own rows only), and
 
     an input   when nothing else writes the tile, and nothing writes the buffer;
     an output  when the tile is copied out once, to a buffer that nothing else touches, and no other tile
@@ -40,7 +40,8 @@ class View:
 
 def views_of(block, analyzer: arith.Analyzer) -> dict[tirx.Buffer, View]:
     """The tiles among `block.alloc_buffers` that are read or written in place."""
-    return views_in(block.body, accesses_of(block.body), analyzer)
+    views, taken = views_in(block.body, accesses_of(block.body), analyzer), operands_in(block.body)
+    return {tile: view for tile, view in views.items() if tile not in taken}
 
 
 def views_in(body, everywhere: list[Access], analyzer: arith.Analyzer) -> dict[tirx.Buffer, View]:
@@ -75,6 +76,18 @@ def views_in(body, everywhere: list[Access], analyzer: arith.Analyzer) -> dict[t
             if len(copies) == count(view.buffer, everywhere) == 1 and is_here(tile) and not bound_late:
                 views[tile] = view
     return views
+
+
+def operands_in(body) -> set[tirx.Buffer]:
+    """What reductions and products take: they address a tile by its own shape, a view has its buffer's."""
+    operands = set()
+
+    def visit(node) -> None:
+        if op_name(node) in ("tl.tileop.reduce", "tl.tileop.gemm"):
+            operands.update(region.args[0].buffer for region in node.args if op_name(region) == "tl.region")
+
+    tirx.stmt_functor.post_order_visit(body, visit)
+    return operands
 
 
 def count(buffer: tirx.Buffer, accesses: list[Access]) -> int:

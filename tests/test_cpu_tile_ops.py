@@ -1,0 +1,283 @@
+"""The CPU's tile operations: products in every orientation, sums along rows, and what costs nothing.
+
+    views        a tile that is copied in a loop is read in place, unless that would show
+    products     A·B, Aᵀ·B and A·Bᵀ of any block sizes
+    sums         of a last axis, by whole registers and without
+
+Tiny kernels with a known answer, every index checked; `test_cpu_lowering` has the rest of the pass.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import tilelang.language as T
+import torch
+from helpers import run_lowered
+
+from mhc_tilelang.cpu.emit import emit
+
+
+@pytest.fixture
+def run(tmp_path: Path):
+    """Compile a traced function with every index checked, call it by names, and return the C++ that ran."""
+    return partial(run_lowered, folder=tmp_path)
+
+
+def integers(*shape: int) -> torch.Tensor:
+    """So small that every order of a sum is exact."""
+    return torch.randint(-9, 9, shape, generator=torch.Generator().manual_seed(sum(shape))).float()
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "dtype"),
+    [(1, 16, 16, "float32"), (7, 48, 16, "float32"), (48, 176, 80, "float32"), (13, 112, 48, "bfloat16")],
+)
+@pytest.mark.parametrize(("transpose_a", "transpose_b"), [(False, False), (True, False), (False, True)])
+def test_products(run, m: int, n: int, k: int, transpose_a: bool, transpose_b: bool, dtype: str) -> None:
+    """Added to what is there, twice. Catches rows and columns confused, a rest of a block left out, C overwritten."""
+    shape_a, shape_b = ((k, m) if transpose_a else (m, k)), ((n, k) if transpose_b else (k, n))
+
+    @T.prim_func
+    def product(a: T.Tensor[shape_a, dtype], b: T.Tensor[shape_b, dtype], c: T.Tensor[(m, n), T.float32]):
+        with T.Kernel(1, threads=32):
+            a_tile = T.alloc_shared(shape_a, dtype)
+            b_tile = T.alloc_shared(shape_b, dtype)
+            acc = T.alloc_fragment((m, n), T.float32)
+            T.copy(a, a_tile)
+            T.copy(b, b_tile)
+            for row, column in T.Parallel(m, n):
+                acc[row, column] = 1.0
+            T.gemm(a_tile, b_tile, acc, transpose_A=transpose_a, transpose_B=transpose_b)
+            T.gemm(a_tile, b_tile, acc, transpose_A=transpose_a, transpose_B=transpose_b)
+            T.copy(acc, c)
+
+    a, b = integers(*shape_a).to(getattr(torch, dtype)), integers(*shape_b).to(getattr(torch, dtype))
+    c = torch.full((m, n), torch.nan)
+    source = run(product, a=a, b=b, c=c)
+    expected = 1 + 2 * (a.float().T if transpose_a else a.float()) @ (b.float().T if transpose_b else b.float())
+    assert torch.equal(c, expected)
+    assert "a_tile[" in source  # though all of it lies inside its buffer, an operand is no view
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(3, 32, 1), (5, 16, 7), (24, 64, 3)])
+@pytest.mark.parametrize("transpose_a", [False, True])
+def test_products_of_any_depth(run, m: int, n: int, k: int, transpose_a: bool) -> None:
+    """Only the result's rows must be whole registers where B is not transposed: 48 tokens, 24 rows, but also 3."""
+    shape_a = (k, m) if transpose_a else (m, k)
+
+    @T.prim_func
+    def product(a: T.Tensor[shape_a, T.float32], b: T.Tensor[(k, n), T.float32], c: T.Tensor[(m, n), T.float32]):
+        with T.Kernel(1, threads=32):
+            a_tile = T.alloc_shared(shape_a, T.float32)
+            b_tile = T.alloc_shared((k, n), T.float32)
+            acc = T.alloc_fragment((m, n), T.float32)
+            T.copy(a, a_tile)
+            T.copy(b, b_tile)
+            T.clear(acc)
+            T.gemm(a_tile, b_tile, acc, transpose_A=transpose_a)
+            T.copy(acc, c)
+
+    a, b, c = integers(*shape_a), integers(k, n), torch.full((m, n), torch.nan)
+    run(product, a=a, b=b, c=c)
+    assert torch.equal(c, (a.T if transpose_a else a) @ b)
+
+
+@pytest.mark.parametrize("size", [1, 13, 16, 24, 48, 512])
+def test_sums_of_a_last_axis(run, size: int) -> None:
+    """Whole registers are added by lanes; other sizes one by one. Catches a rest left out, and a row of another."""
+
+    @T.prim_func
+    def sums(values: T.Tensor[(2, 3, size), T.float32], totals: T.Tensor[(2, 3), T.float32]):
+        with T.Kernel(1, threads=32):
+            tile = T.alloc_fragment((2, 3, size), T.float32)
+            total = T.alloc_fragment((2, 3), T.float32)
+            T.copy(values, tile)
+            for a, b, c in T.Parallel(2, 3, size):
+                tile[a, b, c] += 1.0
+            T.reduce_sum(tile, total, dim=2)
+            T.copy(total, totals)
+
+    values, totals = integers(2, 3, size), torch.full((2, 3), torch.nan)
+    source = run(sums, values=values, totals=totals)
+    assert torch.equal(totals, (values + 1).sum(2))
+    assert (f"sum_row<{size}>" in source) == (size % 16 == 0)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_tile_that_is_reduced_is_no_view(run, axis: int) -> None:
+    """A token's [n, block] of [T, n, C]: in place, axis 1 of the tile would be taken for axis 1 of the stream."""
+    kept = (32,) if axis == 0 else (4,)
+
+    @T.prim_func
+    def sums(values: T.Tensor[(3, 4, 32), T.float32], totals: T.Tensor[(3, *kept), T.float32]):
+        with T.Kernel(3, threads=32) as token:
+            tile = T.alloc_fragment((4, 32), T.float32)
+            total = T.alloc_fragment(kept, T.float32)
+            T.copy(values[token, 0, 0], tile)
+            T.reduce_sum(tile, total, dim=axis)
+            T.copy(total, totals[token, 0])
+
+    values, totals = integers(3, 4, 32), torch.full((3, *kept), torch.nan)
+    run(sums, values=values, totals=totals)
+    assert torch.equal(totals, values.sum(1 + axis))
+
+
+def test_a_tile_copied_in_a_loop_is_read_and_written_in_place(run) -> None:
+    """Neither copy costs anything on a CPU, and the result is the same."""
+
+    @T.prim_func
+    def doubled(values: T.Tensor[(5, 32), T.float32], result: T.Tensor[(5, 32), T.float32]):
+        with T.Kernel(1, threads=32):
+            tile = T.alloc_fragment((32,), T.float32)
+            twice = T.alloc_fragment((32,), T.float32)
+            for row in T.serial(5):
+                T.copy(values[row, 0], tile)
+                for c in T.Parallel(32):
+                    twice[c] = tile[c] * 2.0
+                T.copy(twice, result[row, 0])
+
+    values, result = integers(5, 32), torch.full((5, 32), torch.nan)
+    source = run(doubled, values=values, result=result)
+    assert torch.equal(result, values * 2)
+    assert "copy_row" not in source
+    assert "tile[" not in source
+    assert "twice[" not in source
+
+
+def test_a_tile_used_after_its_loop_is_no_view(run) -> None:
+    """It holds the last row then; seen in place, it would be at an index that no longer is."""
+
+    @T.prim_func
+    def last(values: T.Tensor[(5, 32), T.float32], sums: T.Tensor[(32,), T.float32], kept: T.Tensor[(32,), T.float32]):
+        with T.Kernel(1, threads=32):
+            tile = T.alloc_fragment((32,), T.float32)
+            acc = T.alloc_fragment((32,), T.float32)
+            T.clear(acc)
+            for row in T.serial(5):
+                T.copy(values[row, 0], tile)
+                for c in T.Parallel(32):
+                    acc[c] += tile[c]
+            for c in T.Parallel(32):
+                kept[c] = tile[c]
+            T.copy(acc, sums)
+
+    values, sums, kept = integers(5, 32), torch.full((32,), torch.nan), torch.full((32,), torch.nan)
+    source = run(last, values=values, sums=sums, kept=kept)
+    assert torch.equal(sums, values.sum(0))
+    assert torch.equal(kept, values[-1])
+    assert "tile[32]" in source
+
+
+def test_a_tile_used_before_its_copy_in_a_loop_is_no_view(run) -> None:
+    """It still holds what came before, from outside the loop or from the last round."""
+
+    @T.prim_func
+    def shifted(values: T.Tensor[(5, 32), T.float32], result: T.Tensor[(5, 32), T.float32]):
+        with T.Kernel(1, threads=32):
+            tile = T.alloc_fragment((32,), T.float32)
+            T.clear(tile)
+            for row in T.serial(5):
+                for c in T.Parallel(32):
+                    result[row, c] = tile[c]
+                T.copy(values[row, 0], tile)
+
+    values, result = integers(5, 32), torch.full((5, 32), torch.nan)
+    run(shifted, values=values, result=result)
+    assert torch.equal(result, torch.cat([torch.zeros(1, 32), values[:-1]]))
+
+
+def test_a_buffer_written_elsewhere_has_no_views(run) -> None:
+    """Row after row, each from the one before, which the loop has just changed."""
+
+    @T.prim_func
+    def running(values: T.Tensor[(5, 32), T.float32]):
+        with T.Kernel(1, threads=32):
+            tile = T.alloc_fragment((32,), T.float32)
+            for row in T.serial(4):
+                T.copy(values[row, 0], tile)
+                for c in T.Parallel(32):
+                    values[row + 1, c] = values[row + 1, c] + tile[31 - c]
+                for c in T.Parallel(32):
+                    values[row, c] = tile[c] + 100.0
+
+    values = integers(5, 32)
+    expected = values.clone()
+    for row in range(4):
+        before = expected[row].clone()
+        expected[row + 1] += before.flip(0)
+        expected[row] = before + 100
+    source = run(running, values=values)
+    assert torch.equal(values, expected)
+    assert "tile[32]" in source
+
+
+def test_a_tile_that_hangs_over_is_no_view(run) -> None:
+    """The last of three tiles of 16 over 40 channels: the rest is zero, and not the next row."""
+
+    @T.prim_func
+    def sums(values: T.Tensor[(2, 40), T.float32], result: T.Tensor[(2, 16), T.float32]):
+        with T.Kernel(2, threads=32) as row:
+            tile = T.alloc_fragment((16,), T.float32)
+            acc = T.alloc_fragment((16,), T.float32)
+            T.clear(acc)
+            for k in T.serial(3):
+                T.copy(values[row, k * 16], tile)
+                for c in T.Parallel(16):
+                    acc[c] += tile[c]
+            T.copy(acc, result[row, 0])
+
+    values, result = integers(2, 40), torch.full((2, 16), torch.nan)
+    source = run(sums, values=values, result=result)
+    assert torch.equal(result, torch.nn.functional.pad(values, (0, 8)).unflatten(1, (3, 16)).sum(1))
+    assert "tile[16]" in source
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_what_is_switched_off_leaves_nothing(run, wanted: bool) -> None:
+    """An empty loop body is a statement of nothing, and a tile that nobody touches is not declared.
+
+    The unused one is larger than the stack may be. Catches both refused, and a body of nothing that hides others.
+    """
+
+    @T.prim_func
+    def switched(values: T.Tensor[(16,), T.float32], result: T.Tensor[(16,), T.float32]):
+        with T.Kernel(1, threads=16):
+            unused = T.alloc_shared((1 << 20,), T.float32)
+            acc = T.alloc_fragment((16,), T.float32)
+            T.clear(acc)
+            for c in T.Parallel(16):
+                for _ in T.unroll(2):
+                    if wanted:
+                        acc[c] += values[c]
+            if wanted:
+                for c in T.Parallel(16):
+                    acc[c] += 1.0
+            T.copy(acc, result)
+            if not wanted and result.shape[0] == 0:
+                T.clear(unused)
+
+    values, result = integers(16), torch.full((16,), torch.nan)
+    source = run(switched, values=values, result=result)
+    assert torch.equal(result, 2 * values + 1 if wanted else torch.zeros(16))
+    assert "unused" not in source
+
+
+def test_every_orientation_but_one_is_known() -> None:
+    """Aᵀ·Bᵀ is in no kernel and is refused rather than taken for another."""
+    from mhc_tilelang.errors import LoweringError
+
+    @T.prim_func
+    def product(a: T.Tensor[(16, 16), T.float32], c: T.Tensor[(16, 16), T.float32]):
+        with T.Kernel(1, threads=32):
+            tile = T.alloc_shared((16, 16), T.float32)
+            acc = T.alloc_fragment((16, 16), T.float32)
+            T.copy(a, tile)
+            T.clear(acc)
+            T.gemm(tile, tile, acc, transpose_A=True, transpose_B=True)
+            T.copy(acc, c)
+
+    with pytest.raises(LoweringError, match=r"T.gemm with transpose_A, transpose_B = \(True, True\)"):
+        emit(product)
