@@ -7,8 +7,9 @@ rounds elsewhere than its parts.
 import pytest
 import torch
 from helpers import CPU, assert_same_bits, map_tokens
+from helpers_backward import BACKWARD, SUMS, in_nan, take, take_tokens, token_axis
 
-from mhc_tilelang import launch, ops
+from mhc_tilelang import launch, launch_backward, ops
 from mhc_tilelang.checking.inputs import Case, Inputs
 
 NUM_TOKENS = 70
@@ -41,6 +42,7 @@ def run(function, inputs, case):
 
 every_function = pytest.mark.parametrize("function", FUNCTIONS)
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every_backward = pytest.mark.parametrize("function", BACKWARD.values(), ids=BACKWARD)
 
 
 @pytest.fixture
@@ -97,6 +99,81 @@ def test_thread_count(function, threads):
         for count in (2, 3):
             threads(count)
             assert_same_bits(run(function, inputs, case), one)
+
+
+@every_backward
+@every_case
+def test_same_backward_twice(case, function):
+    """Sums over tokens included. Also catches an argument that is written, and outputs that share memory."""
+    arguments = function.arguments(case)
+    before = [a.clone() for a in arguments.values() if isinstance(a, torch.Tensor)]
+    first = function(arguments)
+    kept = [output.clone() for output in first.values()]
+    for _ in range(3):
+        assert_same_bits(function(arguments).values(), first.values())
+    assert_same_bits(first.values(), kept)
+    assert_same_bits([a for a in arguments.values() if isinstance(a, torch.Tensor)], before)
+
+
+@every_backward
+@every_case
+def test_backward_of_a_token_alone_and_in_batches(case, function):
+    """The gradients of a token, in batches of 1 to 70, then at random places in batches of 127 to 4097."""
+    arguments = function.arguments(case)
+
+    def of_tokens(places):
+        got = function(take_tokens(arguments, places))
+        return {name: output for name, output in got.items() if name not in SUMS}
+
+    singles = [of_tokens(torch.tensor([k])) for k in range(NUM_TOKENS)]
+    alone = {name: torch.cat([one[name] for one in singles], token_axis(name)) for name in singles[0]}
+    generator = torch.Generator().manual_seed(6)
+    batches = [torch.arange(size) for size in range(1, NUM_TOKENS + 1)]
+    batches += [torch.randint(NUM_TOKENS, (size,), generator=generator) for size in (127, 1000, 4097)]
+    for places in batches:
+        expected = [take(name, output, places) for name, output in alone.items()]
+        assert_same_bits(of_tokens(places).values(), expected)
+
+
+@every_backward
+def test_thread_count_of_a_backward(function, threads):
+    """1, 2 and 3 threads, 70 and 4097 tokens, sums over tokens included. Catches a partial sum per thread."""
+    small = function.arguments(CASES["n4-bfloat16"])
+    for arguments in (small, take_tokens(small, torch.arange(4097) % NUM_TOKENS)):
+        threads(1)
+        one = function(arguments)
+        for count in (2, 3):
+            threads(count)
+            assert_same_bits(function(arguments).values(), one.values())
+
+
+@pytest.mark.parametrize("name", [name for name in BACKWARD if name != "head_coefficients_backward"])
+def test_given_outputs_of_a_backward_are_written(name):
+    """`out=`: the same bits, in that memory; `head_coefficients_backward` takes none."""
+    function = BACKWARD[name]
+    for num_tokens in (NUM_TOKENS, 1100):  # one range of tokens for g_phi, and three
+        arguments = take_tokens(function.arguments(CASES["n4-float32"]), torch.arange(num_tokens) % NUM_TOKENS)
+        expected = function(arguments)
+        given = [in_nan(torch.full_like(tensor, torch.nan), 0) for tensor in expected.values()]
+        returned = function(arguments, out=tuple(given) if len(given) > 1 else given[0])
+        assert_same_bits(given, expected.values())
+        assert all(r is g for r, g in zip(returned.values(), given, strict=True))
+
+
+def test_given_total_of_partial_sums_is_written():
+    partial, total = torch.randn(17, 300), torch.full((300,), torch.nan)
+    assert launch_backward.sum_partials(partial, out=total) is total
+    assert_same_bits([total], [launch_backward.sum_partials(partial)])
+
+
+def test_sinkhorn_backward_is_the_one_in_coefficients():
+    """With alpha 0 of the res group the logits are the bias; g_bias of one token is its gradient."""
+    function = BACKWARD["coefficients_backward"]
+    arguments = take_tokens(function.arguments(CASES["n4-bfloat16"]), torch.arange(1))
+    arguments["projected"][8:24] = 0.0
+    logits = arguments["bias"][8:].view(1, 4, 4).clone()
+    expected = launch_backward.sinkhorn_backward(arguments["g_h_res"], logits, 20, 1e-6)
+    assert_same_bits([function(arguments)["g_bias"][8:]], [expected])
 
 
 @pytest.mark.parametrize("parallel_blocks", [1, 2, 3, 4, 264])
