@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from mhc_tilelang import launch
-from mhc_tilelang.checking import real_stream, run
-from mhc_tilelang.checking.inputs import Case, Inputs
+from mhc_tilelang import launch, launch_backward
+from mhc_tilelang.checking import backward, real_stream, run
+from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
 from mhc_tilelang.checking.kernels import Comparison, compare
 from mhc_tilelang.checking.run import CHECKS
 from mhc_tilelang.cli import main
@@ -81,6 +81,33 @@ def test_inputs_make_errors_visible():
         assert 1.6 < normed.std() < 2.4
         assert inputs.alpha.unique().numel() == 3
         assert (inputs.h_res - inputs.h_res.mT).abs().mean() > 0.1
+
+
+def test_upstream_gradients_make_errors_visible():
+    """Not constant, not symmetric, not those of another token, and not the inputs again."""
+    case = Case(4, 64, torch.float32, 500)
+    inputs, gradients = Inputs.of(case, CPU), Gradients.of(case, CPU)
+    for gradient in vars(gradients).values():
+        assert 0.9 < gradient.std() < 1.1
+        assert (gradient[0] != gradient[1]).all()
+    assert (gradients.g_h_res - gradients.g_h_res.mT).abs().mean() > 0.5
+    for gradient, given in ((gradients.g_x, inputs.x), (gradients.g_h, inputs.h)):
+        assert (gradient != given).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("kernel", backward.CHECKS)
+def test_broken_backward_kernel_fails(kernel, monkeypatch):
+    """Whatever it returns, a hundredth too large. Catches a check that is listed and compares nothing."""
+    launched = getattr(launch_backward, kernel)
+
+    def too_large(*arguments, **options):
+        got = launched(*arguments, **options)
+        return tuple(gradient * 1.01 for gradient in got) if isinstance(got, tuple) else got * 1.01
+
+    inputs = Inputs.of(TINY[1], CPU)
+    assert run.check_case(kernel, TINY[1], inputs).passed
+    monkeypatch.setattr(launch_backward, kernel, too_large)
+    assert not run.check_case(kernel, TINY[1], inputs).passed
 
 
 def test_json(tiny, capsys):

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import CPU
+from helpers_backward import BACKWARD
 
 from mhc_tilelang import compile as compiler
 from mhc_tilelang import ops
@@ -106,6 +107,16 @@ def test_one_compilation_for_all_token_counts(cold, monkeypatch):
         ops.head(i.x, i.phi[:2], i.alpha[:1], i.bias[:2], case.spec)
     expected = ["coefficients", "expand", "head_coefficients", "post", "pre", "project", "project", "sinkhorn"]
     assert sorted(built) == expected  # project once per row count: coefficients' and head's
+
+
+def test_one_compilation_for_all_token_counts_of_a_backward(cold, monkeypatch):
+    """As above; sums of up to 16 blocks of tokens have one lane and those of more 16, which are two kernels."""
+    built = []
+    monkeypatch.setattr(build, "build", lambda *args, build=build.build: (built.append(args[0]), build(*args)))
+    for num_tokens in (1, 0, 3, 64, 127, 1100):
+        for function in BACKWARD.values():
+            function(function.arguments(replace(CASE, num_tokens=num_tokens)))
+    assert sorted(built) == sorted([*BACKWARD, "sum_partials", "sum_partials"])
 
 
 def test_second_process_needs_neither_tilelang_nor_compiler(cold):

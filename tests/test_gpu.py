@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers_backward import BACKWARD, SUMS, take, take_tokens
 
 import mhc_tilelang as mhc
 from mhc_tilelang.checking.inputs import Case, Inputs
@@ -55,3 +56,46 @@ def test_a_token_does_not_depend_on_its_batch() -> None:
     for first, last in ((0, 1), (7, 8), (0, 63), (1000, 1129), (4096, 4097)):
         part = pre(inputs.x[first:last].clone())
         assert all(torch.equal(a[first:last], b) for a, b in zip(whole, part, strict=True))
+
+
+every_backward = pytest.mark.parametrize("function", BACKWARD.values(), ids=BACKWARD)
+
+
+def on_gpu(function, case: Case) -> dict:
+    """The arguments of a backward function."""
+    return {n: a.to(CUDA) if isinstance(a, torch.Tensor) else a for n, a in function.arguments(case).items()}
+
+
+@every_backward
+def test_a_backward_of_views_that_start_anywhere_gives_the_same_bits(function) -> None:
+    arguments = on_gpu(function, Case(4, 192, torch.bfloat16, 33))
+    moved = {n: shifted(a) if isinstance(a, torch.Tensor) else a for n, a in arguments.items()}
+    for got, expected in zip(function(moved).values(), function(arguments).values(), strict=True):
+        assert torch.equal(got, expected)
+
+
+@every_backward
+def test_the_same_backward_gives_the_same_bits(function) -> None:
+    """Sums over tokens included: catches an atomic addition. 4097 tokens are eight ranges and 129 blocks."""
+    arguments = on_gpu(function, Case(4, 1280, torch.bfloat16, 4097))
+    first = function(arguments)
+    for _ in range(10):
+        assert all(torch.equal(a, b) for a, b in zip(function(arguments).values(), first.values(), strict=True))
+
+
+@every_backward
+def test_a_backward_of_a_token_does_not_depend_on_its_batch(function) -> None:
+    arguments = on_gpu(function, Case(4, 1280, torch.bfloat16, 4097))
+    whole = function(arguments)
+    for first, last in ((0, 1), (7, 8), (0, 63), (1000, 1129), (4096, 4097)):
+        places = torch.arange(first, last, device=CUDA)
+        for name, got in function(take_tokens(arguments, places)).items():
+            assert name in SUMS or torch.equal(got, take(name, whole[name], places))
+
+
+@pytest.mark.parametrize("case", [Case(8, 1280, torch.float32, 300), Case(4, 7168, torch.float16, 300)], ids=str)
+def test_wider_streams_of_other_dtypes(case: Case) -> None:
+    """Backward plans that `cases` does not reach: n = 8 at full width, and float16's TF32 halves."""
+    inputs = Inputs.of(case, CUDA)
+    rows = [check_case(kernel, case, inputs) for kernel in BACKWARD]
+    assert all(row.passed for row in rows), [row for row in rows if not row.passed]
