@@ -16,17 +16,64 @@ from pathlib import Path
 import pytest
 
 from mhc_tilelang import MHCSpec
-from mhc_tilelang.kernels import plans
+from mhc_tilelang.kernels import FAMILIES, plans
 from mhc_tilelang.toolchain import find_nvcc
 
 pytestmark = pytest.mark.nvcc
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
-EVERY_FAMILY = ("split_phi", "project", "coefficients", "head_coefficients", "sinkhorn", "pre", "post", "expand")
+FORWARD = ("split_phi", "project", "coefficients", "head_coefficients", "sinkhorn", "pre", "post", "expand")
+BACKWARD = (
+    "project_backward",
+    "coefficients_backward",
+    "head_coefficients_backward",
+    "sum_partials",
+    "sinkhorn_backward",
+    "pre_backward",
+    "post_backward",
+    "expand_backward",
+)
+# Products, long sums and much shared memory: where architectures differ.
+HEAVY = ("project_backward", "coefficients_backward", "post_backward")
+# One gradient alone, and what else `launch_backward` may ask for: (family, n, dtype, what is changed).
+VARIANTS = [
+    ("project_backward", 4, "bfloat16", {"weights": False, "aggregated": False}),
+    ("project_backward", 4, "bfloat16", {"stream": False, "aggregated": False}),
+    ("project_backward", 4, "bfloat16", {"rows": 4}),  # of the head
+    ("post_backward", 4, "float32", {"layer_dtype": "bfloat16"}),
+    ("post_backward", 4, "bfloat16", {"stream": False, "layer": False}),
+    ("coefficients_backward", 4, "bfloat16", {"res_given": False}),
+    ("sum_partials", 4, "bfloat16", {"lanes": 1}),
+]
+
+
+def backward_parameters(family: str, n: int, dtype: str, hidden_size: int = 1280, rows: int = 0, **changes) -> dict:
+    """What `launch_backward` would compile a family with on a GPU, everything asked for but for `changes`."""
+    spec = MHCSpec(hidden_size, n)
+    sizes = {"num_streams": n, "hidden_size": hidden_size}
+    stream = {**sizes, "dtype": dtype}
+    tile = plans.reduction_tile(n, plans.BYTES[dtype], "cuda")
+    plan = plans.projection_backward_plan(rows or spec.num_coefficients, hidden_size, dtype, "cuda")
+    sinkhorn_block = plans.sinkhorn_backward_tokens(n, 20, "cuda")
+    given = {"pre_given": True, "post_given": True, "res_given": True}
+    constants = {"iters": 20, "sinkhorn_eps": 1e-6, "post_scale": 2.0, "block": sinkhorn_block}
+    chosen = {
+        "project_backward": {**stream, "plan": plan, "stream": True, "weights": True, "aggregated": True},
+        "coefficients_backward": {**sizes, **constants, **given},
+        "head_coefficients_backward": {**sizes, "block": plans.tokens_per_block("cuda")},
+        "sum_partials": {"lanes": 16, "block": 256},
+        "sinkhorn_backward": {"num_streams": n, "iters": 20, "eps": 1e-6, "block": sinkhorn_block},
+        "pre_backward": {**stream, "tile": tile},
+        "post_backward": {**stream, "layer_dtype": dtype, "tile": tile, "stream": True, "layer": True, "mixing": True},
+        "expand_backward": {**stream, "tile": plans.channel_tile(hidden_size, plans.BYTES[dtype], "cuda")},
+    }[family]
+    return {**chosen, **changes}
 
 
 def parameters(family: str, n: int, dtype: str, hidden_size: int = 1280) -> dict:
     """What `launch` would compile a family with on a GPU."""
+    if family in BACKWARD:
+        return backward_parameters(family, n, dtype, hidden_size)
     spec = MHCSpec(hidden_size, n)
     rows = n if family == "head_coefficients" else spec.num_coefficients
     plan = plans.projection_plan(rows, hidden_size, dtype, "cuda")
@@ -49,25 +96,43 @@ def parameters(family: str, n: int, dtype: str, hidden_size: int = 1280) -> dict
 
 def builds() -> list:
     """n = 4, bfloat16 on every architecture; the other n and dtypes on Hopper, the one the tiles are made for."""
-    cases = [(family, arch, 4, "bfloat16") for family in EVERY_FAMILY for arch in ARCHITECTURES]
-    cases += [(family, "sm_90a", n, "bfloat16") for family in EVERY_FAMILY for n in (2, 8)]
+    cases = [(family, arch, 4, "bfloat16") for family in FORWARD for arch in ARCHITECTURES]
+    cases += [(family, "sm_90a", n, "bfloat16") for family in FORWARD for n in (2, 8)]
     cases += [(family, "sm_90a", 4, dtype) for family in ("project", "pre", "post") for dtype in ("float16", "float32")]
     cases += [("project", "sm_90a", 8, "float32")]
+    cases += [(family, "sm_90a", 4, "bfloat16") for family in BACKWARD]
+    cases += [(family, arch, 4, "bfloat16") for family in HEAVY for arch in ARCHITECTURES if arch != "sm_90a"]
+    cases += [(family, "sm_90a", n, "bfloat16") for family in HEAVY for n in (2, 8)]
+    cases += [("sinkhorn_backward", "sm_90a", 8, "bfloat16"), ("project_backward", "sm_90a", 4, "float16")]
+    cases += [(family, "sm_90a", n, "float32") for family in ("project_backward", "post_backward") for n in (4, 8)]
     return cases
 
 
 @pytest.mark.parametrize(("family", "arch", "n", "dtype"), builds())
 def test_builds(family: str, arch: str, n: int, dtype: str, tmp_path: Path) -> None:
+    assert_builds(family, parameters(family, n, dtype), arch, tmp_path)
+
+
+@pytest.mark.parametrize(("family", "n", "dtype", "changes"), VARIANTS)
+def test_variants_build(family: str, n: int, dtype: str, changes: dict, tmp_path: Path) -> None:
+    assert_builds(family, backward_parameters(family, n, dtype, **changes), "sm_90a", tmp_path)
+
+
+def test_every_family_is_built() -> None:
+    """Catches a family that is added and not built for a GPU."""
+    assert {*FORWARD, *BACKWARD} == set(FAMILIES)
+
+
+def assert_builds(family: str, chosen: dict, arch: str, folder: Path) -> None:
+    """Fragments whole, shared memory within the architecture's, and no spill on the one the tiles are made for."""
     from mhc_tilelang import cuda, tracing
 
-    chosen = parameters(family, n, dtype)
     func = tracing.trace(family, chosen)
     source = cuda.build(func, arch, family, chosen).get_kernel_source()
     assert_fragments_are_whole(func, source)
-
     assert shared_bytes(func) <= cuda.SHARED_BYTES[arch]
-    if arch == "sm_90a":  # the tiles are made for it, and a second nvcc run a kernel is enough
-        assert spilled_bytes(source, arch, tmp_path) == 0
+    if arch == "sm_90a":  # a second nvcc run a kernel is enough
+        assert spilled_bytes(source, arch, folder) == 0
 
 
 def assert_fragments_are_whole(func, source: str) -> None:
@@ -87,14 +152,17 @@ def assert_fragments_are_whole(func, source: str) -> None:
 
 
 def tiles_of(func) -> tuple[int, list]:
-    """The threads of a block, and the shared and fragment buffers."""
+    """The threads of a block, and the shared and fragment buffers that something touches."""
     from tvm import tirx
 
+    from mhc_tilelang.cpu.views import accesses_of
+
+    touched = {access.buffer for access in accesses_of(func.body)}
     threads, buffers = [], []
 
     def visit(node) -> None:
         if isinstance(node, tirx.SBlock):
-            buffers.extend(node.alloc_buffers)
+            buffers.extend(buffer for buffer in node.alloc_buffers if buffer in touched)
             threads.extend(node.annotations.get("tl.launch_threads", [])[:1])
 
     tirx.stmt_functor.post_order_visit(func.body, visit)
