@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import pytest
 import torch
+from test_cuda_build import backward_parameters
 
 import mhc_tilelang as mhc
-from mhc_tilelang import tracing
+from mhc_tilelang import launch, launch_backward, tracing
 from mhc_tilelang.kernels import plans
 
 
@@ -31,6 +33,56 @@ def test_the_last_token_of_a_huge_stream() -> None:
 
     for huge, small in zip(sublayer(h), sublayer(h[-3:].clone()), strict=True):
         assert torch.equal(huge, small)
+
+
+@pytest.mark.full
+def test_the_backward_of_the_last_token_of_a_huge_stream() -> None:
+    """The same, of every backward kernel that reads or writes a stream; one that is as large as the other is both.
+
+    g_projected is zero but for the last three tokens, so that g_phi is theirs alone, to the bit.
+    """
+    n, hidden_size, num_tokens = 8, 1024, 2**18 + 1
+    h = torch.randn(1, hidden_size).to(torch.bfloat16).expand(num_tokens, -1).contiguous()
+    h[-3:] = torch.randn(3, hidden_size)
+    phi, g_projected = torch.randn(80, n * hidden_size), torch.zeros(81, num_tokens)
+    g_projected[:, -3:] = torch.randn(81, 3)
+    h_post, h_res = torch.rand(num_tokens, n), torch.rand(num_tokens, n, n)
+
+    def calls(last: slice) -> Iterator[torch.Tensor]:
+        few, x = h[last].clone(), launch.expand(h[last], n)
+        mixing = (h_post[last].clone(), h_res[last].clone())
+        yield launch_backward.expand_backward(x)
+        yield launch_backward.pre_backward(few, x)
+        for needs in ((True, False, False), (False, True, True)):
+            names = ("needs_x", "needs_layer_output", "needs_mixing")
+            wanted = dict(zip(names, needs, strict=True))
+            gradients = launch_backward.post_backward(x, x, few, *mixing, **wanted)
+            yield from (gradient for gradient in gradients if gradient is not None)
+        columns = g_projected[:, last].contiguous()
+        yield launch_backward.project_backward(columns, x, phi, h_pre=mixing[0], g_layer_input=few, needs_phi=False)[0]
+        yield launch_backward.project_backward(columns, x, phi, needs_x=False)[1]
+
+    small = list(calls(slice(-3, None)))
+    for huge, expected in zip(calls(slice(None)), small, strict=True):
+        assert torch.equal(huge[-len(expected) :], expected)
+
+
+@pytest.mark.nvcc
+@pytest.mark.parametrize("family", ["pre_backward", "post_backward", "expand_backward", "project_backward"])
+def test_cuda_indexes_streams_of_a_backward_in_64_bits(family: str) -> None:
+    """As below; `project_backward` counts tokens in ranges and tiles of 64."""
+    from mhc_tilelang import cuda
+
+    parameters = backward_parameters(family, 4, "bfloat16")
+    source = cuda.build(tracing.trace(family, parameters), "sm_90a", family, parameters).get_kernel_source()
+    token, tile = 4 * 1280, 64 * 4 * 1280
+    if family == "project_backward":
+        assert f"((int64_t)tokens_per_split)) * (int64_t){token})" in source
+        assert f"((int64_t)tile) * (int64_t){tile})" in source
+    else:
+        assert f"((int64_t)((int)blockIdx.x)) * (int64_t){token})" in source
+    streams = "".join(line for line in source.splitlines() if "(phi +" not in line)
+    assert not re.findall(rf"\* (?:{token}|{tile})\)", streams)
 
 
 @pytest.mark.nvcc
