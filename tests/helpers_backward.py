@@ -172,6 +172,12 @@ BACKWARD = {
 }
 
 
+def exact_arguments(name, case):
+    """The arguments of a function at a case, in float64."""
+    arguments = BACKWARD[name].arguments(case)
+    return {key: numpy64(a) if isinstance(a, torch.Tensor) else a for key, a in arguments.items()}
+
+
 def token_axis(name):
     """The axis that counts tokens; None for parameters, and for their gradients."""
     return None if name in PARAMETERS + SUMS else 1 if name in TOKENS_LAST else 0

@@ -121,7 +121,7 @@ def test_variants_build(family: str, n: int, dtype: str, changes: dict, tmp_path
 @pytest.mark.parametrize("dtype", plans.BYTES)
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_shared_memory_fits_every_architecture(n: int, dtype: str) -> None:
-    """Of the plans of `project_backward` that are not built above too. float32 at n = 4 takes 96.5 of the 99 KB that sm_120 has."""
+    """Of every plan of `project_backward`; float32 at n = 4 takes 96.5 of the 99 KB that sm_120 has."""
     from mhc_tilelang import cuda, tracing
 
     func = tracing.trace("project_backward", backward_parameters("project_backward", n, dtype))
