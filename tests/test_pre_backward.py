@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, DTYPES, STREAMS, assert_matches_float64, crosses
+from helpers import CPU, DTYPES, assert_matches_float64, crosses
 from helpers_backward import BACKWARD, assert_reads_nothing_else, assert_special_values_stay
 
 from mhc_tilelang import launch_backward
@@ -35,10 +35,9 @@ def test_gpu_tile_matches_float64(case, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", STREAMS)
-def test_each_channel_counts_once(n, dtype):
+def test_each_channel_counts_once(dtype):
     """Zeros and ones: counts of channels, exact in every dtype."""
-    inputs = Inputs.of(Case(n, 333, dtype, 7), CPU)
+    inputs = Inputs.of(Case(4, 333, dtype, 7), CPU)
     x, g = (inputs.x > 0).to(dtype), (inputs.layer_output > 0).to(dtype)
     counts = np.einsum("tc,tic->ti", numpy64(g), numpy64(x))
     np.testing.assert_array_equal(numpy64(launch_backward.pre_backward(g, x)), counts)

@@ -80,7 +80,7 @@ def views_in(body, everywhere: list[Access], analyzer: arith.Analyzer) -> dict[t
 
 def operands_in(body) -> set[tirx.Buffer]:
     """What reductions and products take: they address a tile by its own shape, a view has its buffer's."""
-    operands = set()
+    operands: set[tirx.Buffer] = set()
 
     def visit(node) -> None:
         if op_name(node) in ("tl.tileop.reduce", "tl.tileop.gemm"):
