@@ -9,7 +9,8 @@ gradients g_dots [T, M] and ρ [T] of `coefficients_backward`:
 Where the stream was also aggregated with weights that come from this projection, h_pre[t, i] · g_layer_input[t, c]
 belongs to g_x[t, i, c] too, and is added here, so that g_x is written once and rounded once.
 
-Traffic per token: n·C read and n·C written, (n + 1)·C read with the aggregation.
+Traffic per token: n·C read and n·C written, (n + 1)·C read with the aggregation: each of the n streams' blocks reads
+g_layer_input, and they are neighbours in the grid, so that all but one find it in the L2 cache.
 
 **One read, two products.** A block has some channels of one stream, where phi's rows stay in shared memory, and walks
 over a range of tokens. Of each tile of x it makes g_x and adds to its sum for g_phi, which stays in registers.
@@ -92,8 +93,8 @@ def project_backward_kernel(
         tokens_per_split: T.int32,
     ):
         with T.Kernel(
-            T.ceildiv(hidden_size, channels), n, T.ceildiv(num_tokens, tokens_per_split), threads=plan.threads
-        ) as (channel_block, i, split):
+            n, T.ceildiv(hidden_size, channels), T.ceildiv(num_tokens, tokens_per_split), threads=plan.threads
+        ) as (i, channel_block, split):
             x_tile = T.alloc_shared((tokens, channels), dtype)
             g_high = T.alloc_shared((tokens, plan.columns), operand)
             g_low = T.alloc_shared((tokens, plan.columns), operand)

@@ -42,7 +42,8 @@ def cold(monkeypatch, tmp_path):
 
 def post_kernel():
     tile = plans.channel_tile(64, 2, "cpu")
-    return compiler.kernel("post", "cpu", num_streams=2, hidden_size=64, dtype="bfloat16", tile=tile)
+    sizes = {"num_streams": 2, "hidden_size": 64, "dtype": "bfloat16", "layer_dtype": "bfloat16"}
+    return compiler.kernel("post", "cpu", **sizes, tile=tile)
 
 
 def post_buffers():

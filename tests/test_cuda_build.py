@@ -82,7 +82,8 @@ def parameters(family: str, n: int, dtype: str, hidden_size: int = 1280) -> dict
     constants = {"pre_eps": spec.pre_eps, "rms_eps": spec.rms_eps, "block": block}
     if family in ("pre", "post", "expand"):
         tile = plans.channel_tile(hidden_size, plans.BYTES[dtype], "cuda")
-        return {**sizes, "dtype": dtype, "tile": tile}
+        layer = {"layer_dtype": dtype} if family == "post" else {}
+        return {**sizes, "dtype": dtype, **layer, "tile": tile}
     if family == "sinkhorn":
         return {"num_streams": n, "iters": 20, "eps": 1e-6, "block": block}
     if family == "split_phi":

@@ -94,7 +94,8 @@ def test_cuda_indexes_streams_in_64_bits(family: str) -> None:
     sizes = {"num_streams": 4, "hidden_size": 1280, "dtype": "bfloat16"}
     plan = plans.projection_plan(24, 1280, "bfloat16", "cuda")
     tile = plans.channel_tile(1280, 2, "cuda")
-    parameters = {**sizes, **({"plan": plan} if family == "project" else {"tile": tile})}
+    layer = {"layer_dtype": "bfloat16"} if family == "post" else {}
+    parameters = {**sizes, **layer, **({"plan": plan} if family == "project" else {"tile": tile})}
     source = cuda.build(tracing.trace(family, parameters), "sm_90a", family, parameters).get_kernel_source()
     in_32_bits = [int(number) for number in re.findall(r"\(int\)blockIdx\.x\) \* (\d+)", source)]
     in_64_bits = [

@@ -23,6 +23,7 @@ CASES = {
     "absorb_norm_weight": {"phi": "MK", "norm_weight": "K"},
     "aggregate": {"x": "TnC", "h_pre": "Tn"},
     "coefficients": {"x": "TnC", **PARAMETERS},
+    "collapse": {"x": "TnC"},
     "compute_logits": {"dots": "TM", "scale": "T", "alpha": "M", "bias": "M"},
     "expand": {"h": "TC"},
     "hc_coefficients": {"x": "TnC", **HC_PARAMETERS},
