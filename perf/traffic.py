@@ -14,14 +14,19 @@ kernels, project, pre and post):
     post_backward     reads 2n + 1  writes n + 1
 
 Everything else is small and counted apart: phi (and its halves, where it is split for tensor cores) and its
-gradient, partial sums, coefficients, logits.
+gradient, partial sums, coefficients, logits. A workspace is written, then read.
+
+The formulas are here because they cost nothing; `audited` counts the same bytes from the kernels' code, and a test
+holds the two together.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..kernels import plans
 from ..kernels.plans import BYTES, ProjectionPlan
+from ..spec import MHCSpec
 from .cases import Case
 
 FLOAT32 = 4
@@ -71,12 +76,13 @@ def small_bytes(case: Case, plan: ProjectionPlan, num_slabs: int) -> int:
         halves = plan.columns * stream_size * BYTES[plan.operand_dtype] if plan.split else 0
         return rows * stream_size * FLOAT32 + 2 * halves + partial  # the halves are written, then read
     if case.kernel == "coefficients":
-        return partial + (3 + rows + rows * tokens) * FLOAT32
+        return partial + (3 + rows + (2 * rows + 1) * tokens) * FLOAT32  # the mappings, and what a backward needs
     if case.kernel == "coefficients_backward":  # g_h_*, and what is projected in and out; alpha, bias in and out
-        return ((3 * rows + 2) * tokens + 2 * (3 + rows)) * FLOAT32
+        token_sums = 2 * num_token_sums(case, plan) * (3 + rows)
+        return ((3 * rows + 2) * tokens + 2 * (3 + rows) + token_sums) * FLOAT32
     if case.kernel == "project_backward":  # phi in and out
         phi = rows * n * case.shape.hidden_size
-        return (2 * phi + (rows + 1) * tokens) * FLOAT32 + g_phi_slab_bytes()
+        return (2 * phi + (rows + 1) * tokens) * FLOAT32 + g_phi_slab_bytes(case, plan)
     per_token = {
         "sinkhorn": 2 * n * n,
         "pre": n,
@@ -88,9 +94,24 @@ def small_bytes(case: Case, plan: ProjectionPlan, num_slabs: int) -> int:
     return per_token * tokens * FLOAT32
 
 
-def g_phi_slab_bytes() -> int:
-    """Bytes of partial sums of g_phi that `project_backward` writes and reads again: none are counted."""
-    return 0
+def num_token_sums(case: Case, plan: ProjectionPlan) -> int:
+    """Rows of partial sums of g_alpha and g_bias that `coefficients_backward` leaves: one a block of tokens."""
+    n, iters = case.shape.num_streams, MHCSpec(case.shape.hidden_size, case.shape.num_streams).sinkhorn_iters
+    return -(-case.shape.num_tokens // plans.sinkhorn_backward_tokens(n, iters, target_of(plan)))
+
+
+def g_phi_slab_bytes(case: Case, plan: ProjectionPlan) -> int:
+    """Bytes of partial sums of g_phi that `project_backward` writes and reads again; none where one sum is all."""
+    shape = case.shape
+    backward = plans.projection_backward_plan(plan.rows, shape.hidden_size, shape.dtype, target_of(plan))
+    num_splits = -(-shape.num_tokens // plans.tokens_per_split(shape.num_tokens, backward))
+    phi = plan.rows * shape.num_streams * shape.hidden_size * FLOAT32
+    return 2 * num_splits * phi if num_splits > 1 else 0
+
+
+def target_of(plan: ProjectionPlan) -> str:
+    """The target that a plan is for: only on a CPU is phi multiplied whole."""
+    return "cuda" if plan.split else "cpu"
 
 
 def traffic(case: Case, plan: ProjectionPlan, num_slabs: int) -> Traffic:

@@ -15,7 +15,7 @@ import torch
 from mhc_tilelang.kernels import plans
 from mhc_tilelang.perf.cases import BACKWARD_KERNELS, KERNELS, Case, Shape, cpu_tokens, make_cases
 from mhc_tilelang.perf.machine import cpu_last_level_cache
-from mhc_tilelang.perf.traffic import g_phi_slab_bytes, small_bytes, stream_elements, traffic
+from mhc_tilelang.perf.traffic import small_bytes, stream_elements, traffic
 from mhc_tilelang.perf.workloads import Stream, workload
 
 STREAM_DTYPES = ("bfloat16", "float32")
@@ -51,17 +51,22 @@ def nbytes(values: Any) -> int:
 @pytest.mark.parametrize("dtype", STREAM_DTYPES)
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_bytes_are_those_of_the_tensors(kernel: str, dtype: str, n: int) -> None:
-    """What goes in and comes out, tensor by tensor; for the projection's partial sums, the tensor itself."""
+    """What goes in and comes out, tensor by tensor; for the projection's partial sums, the tensor itself.
+
+    What `out` does not have: the rows that `coefficients` keeps for its backward, and the backward's workspace of two
+    blocks of tokens, written and read.
+    """
     shape = Shape(num_tokens=70, num_streams=n, hidden_size=48, dtype=dtype)
     stream = Stream.of(shape, torch.device("cpu"))
     load = workload(Case(kernel, shape), stream)
     inputs, outputs = dict(load.arguments), load.outputs()
     if kernel == "coefficients":
         inputs = {"partial": stream.partial, "alpha": inputs["alpha"], "bias": inputs["bias"]}
+        outputs["projected"] = stream.projected()
     if kernel == "project":
         outputs = {"partial": stream.partial}
-    slabs = g_phi_slab_bytes() if kernel == "project_backward" else 0
-    assert load.traffic.total == nbytes(inputs.values()) + nbytes(outputs.values()) + slabs
+    workspace = 2 * 2 * (3 + n * n + 2 * n) * 4 if kernel == "coefficients_backward" else 0
+    assert load.traffic.total == nbytes(inputs.values()) + nbytes(outputs.values()) + workspace
     streams = [tensor for name, tensor in (inputs | outputs).items() if name.removeprefix("g_") in STREAMS]
     assert load.traffic.stream == nbytes(streams)
 
@@ -73,6 +78,16 @@ def test_split_phi_counts_its_halves() -> None:
     phi, halves, partial = 24 * 10240 * 4, 48 * 10240 * 2, (48 + 16) * 4096 * 4
     assert small_bytes(Case("project", shape), plan, num_slabs=1) == phi + 2 * halves + partial
     assert traffic(Case("project", shape), plan, num_slabs=1).stream == 4096 * 10240 * 2
+
+
+def test_partials_of_g_phi_are_written_and_read() -> None:
+    """Eight ranges of tokens at 4096; one range of few tokens is the sum itself, and costs nothing."""
+    plan = plans.projection_plan(24, 2560, "bfloat16", "cuda")
+    phi = 24 * 10240 * 4
+    for tokens, slabs in ((512, 0), (513, 2), (4096, 8), (16384, 8)):
+        shape = Shape(num_tokens=tokens, num_streams=4, hidden_size=2560, dtype="bfloat16")
+        small = small_bytes(Case("project_backward", shape), plan, num_slabs=1)
+        assert small == 2 * phi + 25 * tokens * 4 + 2 * slabs * phi
 
 
 def test_cases_are_not_repeated_for_what_a_kernel_does_not_see() -> None:
