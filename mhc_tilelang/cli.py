@@ -31,6 +31,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "check": Command("mhc_tilelang.checking.command", "compare the kernels with the float64 reference"),
     "bench": Command("mhc_tilelang.perf.command", "measure the kernels: time, bandwidth, ratio to plain torch"),
+    "traffic": Command("mhc_tilelang.perf.traffic_command", "count the bytes that the kernels move, from their code"),
     "doctor": Command("mhc_tilelang.doctor", "report what this machine has and what is missing"),
 }
 

@@ -1,4 +1,4 @@
-"""Measurements of the kernels: `mhc-tilelang bench`.
+"""Measurements of the kernels: `mhc-tilelang bench`, `mhc-tilelang traffic`.
 
     command    the options, and the order of things: check, measure, report
     cases      which kernels at which sizes
@@ -10,6 +10,13 @@
     machine    the last-level cache, the processor's and the GPU's
     bench      one case measured        report   the table, the JSON
 
-Imports the package and nothing imports it but the command line. `command`, `cases`, `traffic` and `report`
-load no torch.
+Bytes counted from the kernels' code:
+
+    traffic_command, traffic_report   the options; the tables, the sums, the JSON
+    launches   which kernels a call launches, how compiled, on which target
+    audited    the traffic of a call
+    audit      the traffic of a kernel, from its TIR
+
+Imports the package and nothing imports it but the command line. `command`, `cases`, `traffic`, `report`,
+`traffic_command`, `traffic_report` and `launches` load no torch.
 """

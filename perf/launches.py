@@ -1,0 +1,240 @@
+"""What a call launches: kernel families, what they are compiled with, and their run-time sizes.
+
+`launch` and `launch_backward` decide it from tensors on a device; this is the same decision from sizes and a target
+alone, for tensors that start on 16 bytes. A test holds the two together. Imports no torch until `launches` is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..kernels import plans
+from ..spec import MHCSpec
+from .cases import Case
+
+AGGREGATED = "project_backward_aggregated"
+UNTIMED = ("head_coefficients", "head_coefficients_backward", AGGREGATED)  # calls that `bench` has no case for
+
+STREAMS = {
+    "expand": ("h", "x"),
+    "project": ("x",),
+    "pre": ("x", "layer_input"),
+    "post": ("x", "layer_output", "x_next"),
+    "expand_backward": ("g_x", "g_h"),
+    "project_backward": ("x", "g_layer_input", "g_x"),
+    "pre_backward": ("g_layer_input", "x"),
+    "post_backward": ("g_x_next", "x", "layer_output", "g_x", "g_layer_output"),
+}
+"""The buffers of each family that are as wide as the stream or a layer; all others are small."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel: its family, what it is compiled with, the sizes it is called with."""
+
+    family: str
+    parameters: dict[str, Any]
+    sizes: dict[str, int]
+
+
+def launches(case: Case, target: str, parallel_blocks: int) -> tuple[Launch, ...]:
+    """The kernels of one call, in order.
+
+    Args:
+        case: a kernel of `cases`, or of UNTIMED: AGGREGATED is the projection's backward as pre's backward calls it,
+            where g_x also gets h_pre · g_layer_input.
+        target: "cuda" or "cpu".
+        parallel_blocks: how many blocks of a projection the device runs at a time.
+    """
+    return BUILDERS[case.kernel](Call(case, target, parallel_blocks))
+
+
+@dataclass(frozen=True)
+class Call:
+    """A case on a target, and what its kernels have in common."""
+
+    case: Case
+    target: str
+    parallel_blocks: int
+
+    @property
+    def spec(self) -> MHCSpec:
+        """The constants of the released code, which no byte depends on."""
+        return MHCSpec(self.case.shape.hidden_size, self.case.shape.num_streams)
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """The run-time size that every kernel has."""
+        return {"num_tokens": self.case.shape.num_tokens}
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The compiled sizes of a kernel that sees channels."""
+        return {"num_streams": self.spec.num_streams, "hidden_size": self.spec.hidden_size}
+
+    @property
+    def stream(self) -> dict[str, Any]:
+        """The same, and the stream's dtype."""
+        return {**self.sizes, "dtype": self.case.shape.dtype}
+
+    def channels(self, copies: bool = False) -> dict[str, Any]:
+        """The tile of a kernel that walks over channels."""
+        shape = self.case.shape
+        return {"tile": plans.channel_tile(shape.hidden_size, shape.itemsize, self.target, copies=copies)}
+
+    def reduction(self) -> dict[str, Any]:
+        """The tile of a kernel that sums over channels."""
+        return {"tile": plans.reduction_tile(self.spec.num_streams, self.case.shape.itemsize, self.target)}
+
+    def plan(self, rows: int) -> plans.ProjectionPlan:
+        """How the stream is projected on a phi of so many rows."""
+        return plans.projection_plan(rows, self.spec.hidden_size, self.case.shape.dtype, self.target)
+
+    def split(self, rows: int) -> tuple[int, int]:
+        """Chunks of a projection that a block takes, and slabs of partial sums that it leaves."""
+        plan = self.plan(rows)
+        num_chunks = plan.num_chunks(self.spec.hidden_size)
+        per_split = plans.chunks_per_split(self.case.shape.num_tokens, num_chunks, plan, self.parallel_blocks)
+        return per_split, 1 if per_split >= num_chunks else num_chunks
+
+
+def expand(call: Call) -> tuple[Launch, ...]:
+    """h -> x."""
+    return (Launch("expand", {**call.stream, **call.channels(copies=True)}, call.tokens),)
+
+
+def project(call: Call) -> tuple[Launch, ...]:
+    """Split phi where the plan says so, then project."""
+    rows = call.spec.num_coefficients
+    plan, (chunks_per_split, num_slabs) = call.plan(rows), call.split(rows)
+    sizes = {**call.tokens, "num_slabs": num_slabs, "chunks_per_split": chunks_per_split}
+    split = Launch("split_phi", {**call.sizes, "plan": plan}, {})
+    return (*([split] if plan.split else []), Launch("project", {**call.stream, "plan": plan}, sizes))
+
+
+def coefficients(call: Call) -> tuple[Launch, ...]:
+    """Partial sums -> the mappings."""
+    spec, rows = call.spec, call.spec.num_coefficients
+    constants = {"iters": spec.sinkhorn_iters, "sinkhorn_eps": spec.sinkhorn_eps, "post_scale": spec.post_scale}
+    return (_coefficients(call, "coefficients", rows, constants),)
+
+
+def head_coefficients(call: Call) -> tuple[Launch, ...]:
+    """Partial sums of a phi of n rows -> h_pre."""
+    return (_coefficients(call, "head_coefficients", call.spec.num_streams, {}),)
+
+
+def _coefficients(call: Call, family: str, rows: int, constants: dict[str, Any]) -> Launch:
+    block = plans.tokens_per_block(call.target)
+    constants |= {"pre_eps": call.spec.pre_eps, "rms_eps": call.spec.rms_eps, "block": block}
+    sizes = {**call.tokens, "num_slabs": call.split(rows)[1]}
+    return Launch(family, {**call.sizes, "plan": call.plan(rows), **constants}, sizes)
+
+
+def sinkhorn(call: Call) -> tuple[Launch, ...]:
+    """Logits -> h_res."""
+    return (_sinkhorn(call, "sinkhorn", plans.tokens_per_block(call.target)),)
+
+
+def sinkhorn_backward(call: Call) -> tuple[Launch, ...]:
+    """g_h_res, logits -> g_logits."""
+    return (_sinkhorn(call, "sinkhorn_backward", _sinkhorn_tokens(call)),)
+
+
+def _sinkhorn(call: Call, family: str, block: int) -> Launch:
+    spec = call.spec
+    parameters = {"num_streams": spec.num_streams, "iters": spec.sinkhorn_iters, "eps": spec.sinkhorn_eps}
+    return Launch(family, {**parameters, "block": block}, call.tokens)
+
+
+def _sinkhorn_tokens(call: Call) -> int:
+    return plans.sinkhorn_backward_tokens(call.spec.num_streams, call.spec.sinkhorn_iters, call.target)
+
+
+def pre(call: Call) -> tuple[Launch, ...]:
+    """x, h_pre -> layer_input."""
+    return (Launch("pre", {**call.stream, **call.channels()}, call.tokens),)
+
+
+def post(call: Call) -> tuple[Launch, ...]:
+    """x, layer_output, h_post, h_res -> x_next."""
+    parameters = {**call.stream, "layer_dtype": call.case.shape.dtype, **call.channels()}
+    return (Launch("post", parameters, call.tokens),)
+
+
+def expand_backward(call: Call) -> tuple[Launch, ...]:
+    """g_x -> g_h."""
+    return (Launch("expand_backward", {**call.stream, **call.channels()}, call.tokens),)
+
+
+def pre_backward(call: Call) -> tuple[Launch, ...]:
+    """g_layer_input, x -> g_h_pre."""
+    return (Launch("pre_backward", {**call.stream, **call.reduction()}, call.tokens),)
+
+
+def post_backward(call: Call) -> tuple[Launch, ...]:
+    """Every gradient of post."""
+    wanted = {"stream": True, "layer": True, "mixing": True}
+    parameters = {**call.stream, "layer_dtype": call.case.shape.dtype, **call.reduction(), **wanted}
+    return (Launch("post_backward", parameters, call.tokens),)
+
+
+def coefficients_backward(call: Call) -> tuple[Launch, ...]:
+    """The gradients of the projection, then of alpha and bias from a row of partial sums a block."""
+    spec, block = call.spec, _sinkhorn_tokens(call)
+    constants = {"iters": spec.sinkhorn_iters, "sinkhorn_eps": spec.sinkhorn_eps, "post_scale": spec.post_scale}
+    given = {"pre_given": True, "post_given": True, "res_given": True}
+    parameters = {**call.sizes, **constants, "block": block, **given}
+    return _token_backward(call, "coefficients_backward", parameters, 3 + spec.num_coefficients)
+
+
+def head_coefficients_backward(call: Call) -> tuple[Launch, ...]:
+    """The same for the head's n rows."""
+    parameters = {**call.sizes, "block": plans.tokens_per_block(call.target)}
+    return _token_backward(call, "head_coefficients_backward", parameters, 1 + call.spec.num_streams)
+
+
+def _token_backward(call: Call, family: str, parameters: dict[str, Any], elements: int) -> tuple[Launch, ...]:
+    num_partials = -(-call.case.shape.num_tokens // parameters["block"])
+    launch = Launch(family, parameters, {**call.tokens, "num_partials": num_partials})
+    return launch, _sum_partials(num_partials, elements)
+
+
+def project_backward(call: Call) -> tuple[Launch, ...]:
+    """g_x and g_phi; the partial sums of g_phi are added up where there are several."""
+    rows, num_tokens = call.spec.num_coefficients, call.case.shape.num_tokens
+    plan = plans.projection_backward_plan(rows, call.spec.hidden_size, call.case.shape.dtype, call.target)
+    tokens_per_split = plans.tokens_per_split(num_tokens, plan)
+    num_splits = -(-num_tokens // tokens_per_split)
+    wanted = {"stream": True, "weights": True, "aggregated": call.case.kernel == AGGREGATED}
+    sizes = {**call.tokens, "num_splits": num_splits, "tokens_per_split": tokens_per_split}
+    launch = Launch("project_backward", {**call.stream, "plan": plan, **wanted}, sizes)
+    return (launch,) if num_splits == 1 else (launch, _sum_partials(num_splits, rows * call.spec.stream_size))
+
+
+def _sum_partials(num_partials: int, num_elements: int) -> Launch:
+    from ..launch_backward import ELEMENTS
+
+    parameters = {"lanes": plans.partial_lanes(num_partials), "block": ELEMENTS}
+    return Launch("sum_partials", parameters, {"num_partials": num_partials, "num_elements": num_elements})
+
+
+BUILDERS: dict[str, Callable[[Call], tuple[Launch, ...]]] = {
+    "expand": expand,
+    "project": project,
+    "coefficients": coefficients,
+    "head_coefficients": head_coefficients,
+    "sinkhorn": sinkhorn,
+    "pre": pre,
+    "post": post,
+    "expand_backward": expand_backward,
+    "project_backward": project_backward,
+    AGGREGATED: project_backward,
+    "coefficients_backward": coefficients_backward,
+    "head_coefficients_backward": head_coefficients_backward,
+    "sinkhorn_backward": sinkhorn_backward,
+    "pre_backward": pre_backward,
+    "post_backward": post_backward,
+}

@@ -1,0 +1,240 @@
+"""The package's kernels: what is counted from their code against the formulas, against `launch`, and as it is printed.
+
+Would catch: a kernel that moves a stream tensor twice, a formula that forgets a workspace, a plan here that is not the
+one that `launch` compiles, a sum in the table that its rows do not give.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mhc_tilelang import cli, launch, launch_backward
+from mhc_tilelang import compile as compiler
+from mhc_tilelang.kernels import FAMILIES, plans
+from mhc_tilelang.perf.audited import Audited, audited
+from mhc_tilelang.perf.cases import BACKWARD_KERNELS, KERNELS, Case, Shape
+from mhc_tilelang.perf.launches import AGGREGATED, BUILDERS, STREAMS, UNTIMED, Call, Launch, launches
+from mhc_tilelang.perf.traffic import stream_elements, traffic
+from mhc_tilelang.perf.traffic_command import PARALLEL_BLOCKS
+from mhc_tilelang.perf.traffic_report import BACKWARD, FORWARD, formula
+from mhc_tilelang.perf.workloads import Stream, workload
+
+BLOCKS = {"cuda": PARALLEL_BLOCKS, "cpu": 2}
+CLI_SHAPE = Shape(1100, 4, 640, "bfloat16")  # several slabs of x·phi, several partials of g_phi
+SHAPES = [
+    pytest.param("cuda", CLI_SHAPE, id="slabs-and-partials"),
+    pytest.param("cuda", Shape(70, 2, 333, "float16"), id="odd-channels"),
+    pytest.param("cuda", Shape(5000, 8, 32, "float32"), id="one-slab-eight-partials"),
+    pytest.param("cpu", Shape(1100, 8, 161, "bfloat16"), id="cpu-partials"),
+    pytest.param("cpu", Shape(3, 4, 600, "float32"), id="cpu-slabs"),
+]
+full = pytest.mark.full
+SHAPES += [
+    pytest.param(target, Shape(tokens, n, C, dtype), id=f"{target}-n{n}-C{C}-{dtype}-T{tokens}", marks=full)
+    for target in BLOCKS
+    for n in (2, 4, 8)
+    for dtype in ("bfloat16", "float16", "float32")
+    for C, tokens in ((1, 1), (1280, 4097), (7168, 20_000))
+]
+
+
+@pytest.mark.parametrize("kernel", BUILDERS)
+@pytest.mark.parametrize(("target", "shape"), SHAPES)
+def test_every_stream_tensor_moves_once(kernel: str, target: str, shape: Shape) -> None:
+    """As the formulas say: but for g_layer_input, which the projection's backward reads for each stream."""
+    counted = audited(Case(kernel, shape), target, BLOCKS[target])
+    unit = shape.num_tokens * shape.hidden_size * shape.itemsize
+    again = (shape.num_streams - 1) * unit if kernel == AGGREGATED else 0
+    read, written = formula(kernel, shape.num_streams)
+    assert counted.repeated == again
+    assert (counted.stream_read, counted.stream_written) == (read * unit + again, written * unit)
+    assert counted.small <= counted.small_per_block
+
+
+@pytest.mark.parametrize("kernel", KERNELS + BACKWARD_KERNELS)
+@pytest.mark.parametrize(("target", "shape"), SHAPES)
+def test_formulas_are_what_the_code_does(kernel: str, target: str, shape: Shape) -> None:
+    """The benchmark's bytes, small tensors included."""
+    case, n = Case(kernel, shape), shape.num_streams
+    call = Call(case, target, BLOCKS[target])
+    plan = plans.projection_plan(n * n + 2 * n, shape.hidden_size, shape.dtype, target)
+    stated, counted = traffic(case, plan, call.split(plan.rows)[1]), audited(case, target, BLOCKS[target])
+    assert (stated.stream_read, stated.stream_written) == (counted.stream_read, counted.stream_written)
+    assert stated.small == counted.small
+
+
+def test_shapes_reach_both_forms_of_the_partial_sums() -> None:
+    """Otherwise the formulas of slabs and partials would be compared at none."""
+    for target in BLOCKS:
+        shapes = [one.values[1] for one in SHAPES if one.values[0] == target and not one.marks]
+        slabs = {
+            Call(Case("project", s), target, BLOCKS[target]).split(s.num_streams**2 + 2 * s.num_streams)[1] > 1
+            for s in shapes
+        }
+        partials = {len(launches(Case("project_backward", s), target, BLOCKS[target])) for s in shapes}
+        assert slabs == {True, False}
+        assert partials == {1, 2}
+
+
+def test_every_family_is_counted() -> None:
+    done = {launch.family for kernel in BUILDERS for launch in launches(Case(kernel, CLI_SHAPE), "cuda", 264)}
+    assert done == set(FAMILIES)
+    assert set(STREAMS) <= set(FAMILIES)
+    assert set(BUILDERS) == {*KERNELS, *BACKWARD_KERNELS, *UNTIMED}
+
+
+def test_a_sublayer_is_no_worse_than_the_papers_kernels() -> None:
+    """Forward 4n + 2; x is read once by each of the two kernels of pre's backward, and once by post's."""
+    shape, n = CLI_SHAPE, CLI_SHAPE.num_streams
+    unit = shape.num_tokens * shape.hidden_size * shape.itemsize
+
+    def total(kernels: tuple[str, ...]) -> Audited:
+        return sum((audited(Case(kernel, shape), "cuda", BLOCKS["cuda"]) for kernel in kernels), start=Audited())
+
+    forward, backward = total(FORWARD), total(BACKWARD)
+    assert forward.stream_read + forward.stream_written <= (4 * n + 2) * unit
+    assert backward.stream_once == (6 * n + 4) * unit
+
+
+class Recorder:
+    """Stands in for `compile.kernel`: says what would be compiled and called."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
+
+    def kernel(self, family: str, target: str, **parameters: Any) -> Callable[..., None]:
+        assert target == "cpu"
+        return lambda **arguments: self.calls.append((family, parameters, arguments))
+
+
+def untimed(kernel: str, stream: Stream) -> None:
+    """Run a call that the benchmark has no case for."""
+    inputs, spec, n = stream.inputs, stream.spec, stream.spec.num_streams
+    alpha, bias, projected = inputs.alpha[:1], inputs.bias[:n], stream.projected()[: n + 1].contiguous()
+    plan = launch.projection_plan(inputs.x, n)
+    if kernel == AGGREGATED:
+        arguments = {"h_pre": inputs.h_pre, "g_layer_input": inputs.h}
+        launch_backward.project_backward(stream.projected(), inputs.x, inputs.phi, **arguments)
+    elif kernel == "head_coefficients":
+        launch.head_coefficients(launch.project(inputs.x, inputs.phi[:n], plan), alpha, bias, spec, plan)
+    else:
+        launch_backward.head_coefficients_backward(inputs.h_pre, projected, alpha, bias, spec)
+
+
+@pytest.mark.parametrize("kernel", BUILDERS)
+@pytest.mark.parametrize("shape", [Shape(1100, 2, 80, "bfloat16"), Shape(3, 4, 600, "float32")])
+def test_launches_are_those_of_launch(kernel: str, shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same families with the same parameters, on tensors of the sizes that are counted."""
+    recorder = Recorder()
+    monkeypatch.setattr(compiler, "kernel", recorder.kernel)
+    stream, case = Stream.of(shape, torch.device("cpu")), Case(kernel, shape)
+    recorder.calls.clear()
+    if kernel in UNTIMED:
+        untimed(kernel, stream)
+        recorder.calls = [call for call in recorder.calls if call[0] not in ("split_phi", "project")]
+    else:
+        workload(case, stream).run()
+    expected = launches(case, "cpu", torch.get_num_threads())
+    assert [(family, parameters) for family, parameters, _ in recorder.calls] == [
+        (one.family, one.parameters) for one in expected
+    ]
+    for (_, _, arguments), one in zip(recorder.calls, expected, strict=True):
+        assert_sizes(arguments, one)
+
+
+def assert_sizes(arguments: dict[str, Any], one: Launch) -> None:
+    """The tensors have the shapes that the kernel's signature gives them at the counted sizes."""
+    from mhc_tilelang.tracing import signature_of, trace
+
+    signature = signature_of(trace(one.family, one.parameters))
+    for buffer in signature.buffers:
+        shape = [one.sizes.get(extent, extent) for extent in buffer.shape]
+        assert arguments[buffer.name].numel() == prod(shape), (buffer.name, shape)
+    assert all(arguments[name] == one.sizes[name] for name in signature.scalars)
+
+
+SIZES = ["--widths", "640", "--tokens", "1100"]
+
+
+def rows_of(tmp_path: Path, *options: str) -> list[dict[str, Any]]:
+    file = tmp_path / "traffic.json"
+    assert cli.main(["traffic", *SIZES, *options, "--json", str(file)]) == 0
+    loaded: list[dict[str, Any]] = json.loads(file.read_text())
+    return loaded
+
+
+def test_json(tmp_path: Path) -> None:
+    rows = {row["kernel"]: row for row in rows_of(tmp_path)}
+    assert set(rows) == {*KERNELS, *BACKWARD_KERNELS, AGGREGATED}
+    keys = "kernel num_streams hidden_size dtype reads_C writes_C small_C paper_reads_C paper_writes_C floor_C"
+    for row in rows.values():
+        assert list(row) == keys.split()
+        assert (row["num_streams"], row["hidden_size"], row["dtype"]) == (4, 640, "bfloat16")
+        assert (row["reads_C"], row["writes_C"]) == stream_elements(row["kernel"], 4) or row["kernel"] == AGGREGATED
+    papers = {name: (row["paper_reads_C"], row["paper_writes_C"], row["floor_C"]) for name, row in rows.items()}
+    assert papers["post"] == (5, 4, 9)
+    assert papers["project"] == (4, 0, 4)
+    assert papers["post_backward"] == (None, None, 14)
+    assert papers["sinkhorn"] == (None, None, None)
+    assert rows["sinkhorn"]["small_C"] == pytest.approx(2 * 16 * 4 / (640 * 2))
+
+
+def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The sums are those of the rows, and what is read again is marked."""
+    rows = {row["kernel"]: row for row in rows_of(tmp_path)}
+    out = capsys.readouterr().out
+    assert "cuda, n = 4, C = 640, bfloat16, 1100 tokens" in out
+    assert line(out, "post ") == ["5", "4", f"{rows['post']['small_C']:.3f}"]
+    assert line(out, AGGREGATED)[:2] == ["8*", "4"]
+    small = {way: sum(rows[kernel]["small_C"] for kernel in way) for way in (FORWARD, BACKWARD)}
+    forward, backward = out.split("a sublayer, forward")[1].split("a sublayer, backward")
+    assert line(forward, "ours ") == ["13", "5", "18"]
+    assert forward.split("ours ")[1].split()[3] == f"{small[FORWARD]:.3f}"
+    assert line(backward, "ours ") == ["22*", "9", "31*"]
+    assert backward.split("ours ")[1].split()[3] == f"{small[BACKWARD]:.3f}"
+    assert line(forward, "the paper's kernels, 4n + 2 ") == ["13", "5", "18"]
+    assert line(forward, "the paper's Table 2, unfused, 8n + 2 ") == ["21", "13", "34"]
+    assert line(backward, "the released kernels, both g_x added, 9n + 3 ") == ["26", "13", "39"]
+
+
+def line(text: str, start: str) -> list[str]:
+    """The three cells behind the first line that starts so."""
+    [found, *_] = [one for one in text.splitlines() if one.startswith(start)]
+    return found.removeprefix(start).split()[:3]
+
+
+def test_options_arrive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A CPU multiplies phi whole: no halves, so fewer small bytes than a GPU."""
+    options = ("--kernels", "project", "--target", "cpu", "--streams", "2", "--dtype", "float32", "float16")
+    rows = rows_of(tmp_path, *options)
+    assert [(row["kernel"], row["num_streams"], row["dtype"]) for row in rows] == [
+        ("project", 2, "float32"),
+        ("project", 2, "float16"),
+    ]
+    assert "cpu, n = 2, C = 640, float16, 1100 tokens" in capsys.readouterr().out
+    [gpu] = rows_of(tmp_path, "--kernels", "project", "--streams", "2", "--dtype", "float32")
+    assert rows[0]["small_C"] < gpu["small_C"]
+
+
+@pytest.mark.parametrize(
+    "options", [["--kernels", "head"], ["--tokens", "0"], ["--streams", "3"], ["--dtype", "int8"], ["--target", "gpu"]]
+)
+def test_bad_options_exit_2(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["traffic", *options])
+    assert f"argument {options[0]}: invalid" in capsys.readouterr().err
+
+
+def test_what_cannot_be_counted_is_one_line_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """Tokens beyond what the loops that depend on them can be laid out for."""
+    assert cli.main(["traffic", "--kernels", "sinkhorn", "--widths", "1", "--tokens", "100000000"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("mhc-tilelang traffic: audit: ")
+    assert error.count("\n") == 1
