@@ -99,3 +99,44 @@ def test_wider_streams_of_other_dtypes(case: Case) -> None:
     inputs = Inputs.of(case, CUDA)
     rows = [check_case(kernel, case, inputs) for kernel in BACKWARD]
     assert all(row.passed for row in rows), [row for row in rows if not row.passed]
+
+
+def test_a_stream_that_is_not_the_default_one() -> None:
+    """Kernels wait for what came before them on the current stream. Catches a launch on the default stream."""
+    case = Case(4, 2560, torch.bfloat16, 4096)
+    inputs = Inputs.of(case, CUDA)
+    expected = mhc.post(inputs.x, inputs.layer_output, inputs.h_post, inputs.h_res)
+    late = torch.empty_like(inputs.x)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        late.copy_(inputs.x)
+        got = mhc.post(late, inputs.layer_output, inputs.h_post, inputs.h_res)
+    stream.synchronize()
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_a_device_that_is_not_the_current_one() -> None:
+    """The kernel runs where its tensors are, and the current device stays what it was."""
+    inputs = Inputs.of(Case(4, 192, torch.bfloat16, 33), torch.device("cuda", 1))
+    got = mhc.post(inputs.x, inputs.layer_output, inputs.h_post, inputs.h_res)
+    assert got.device == inputs.x.device
+    assert torch.cuda.current_device() == 0
+
+
+def test_given_buffers_in_a_cuda_graph() -> None:
+    """`out=` in fixed buffers, captured once and replayed on other values."""
+    case = Case(4, 1280, torch.bfloat16, 64)
+    inputs = Inputs.of(case, CUDA)
+    arguments = (inputs.x.clone(), inputs.phi, inputs.alpha, inputs.bias, case.spec)
+    with torch.no_grad():
+        out = tuple(torch.empty_like(tensor) for tensor in mhc.pre(*arguments))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            mhc.pre(*arguments, out=out)
+        arguments[0].copy_(inputs.x.flip(0))
+        graph.replay()
+        expected = mhc.pre(*arguments)
+    assert all(torch.equal(got, wanted) for got, wanted in zip(out, expected, strict=True))
