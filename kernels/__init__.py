@@ -11,6 +11,8 @@ are run-time values, so one compilation serves every batch.
     post          Eq. 3       mix the streams, add the layer's output
     expand                    an embedding -> n equal streams
     head                      the coefficients of the last aggregation
+    X_backward                the gradients of each, derived where it begins
+    partial_sums              sums over blocks of tokens, added up: the gradients of parameters
     plans                     tiles, threads, stages: what is compiled in, chosen from sizes and target
 
 Imports tilelang and nothing of the package above it. `FAMILIES` names every kernel without importing it.
@@ -19,18 +21,18 @@ Imports tilelang and nothing of the package above it. `FAMILIES` names every ker
 FAMILIES = {
     "split_phi": ("projection", "split_phi_kernel"),
     "project": ("projection", "project_kernel"),
-    "project_backward": ("projection_backward", "project_backward_kernel"),
     "coefficients": ("coefficients", "coefficients_kernel"),
     "head_coefficients": ("head", "head_coefficients_kernel"),
+    "sinkhorn": ("sinkhorn", "sinkhorn_kernel"),
+    "pre": ("pre", "pre_kernel"),
+    "post": ("post", "post_kernel"),
+    "expand": ("expand", "expand_kernel"),
+    "project_backward": ("projection_backward", "project_backward_kernel"),
     "coefficients_backward": ("coefficients_backward", "coefficients_backward_kernel"),
     "head_coefficients_backward": ("head_backward", "head_coefficients_backward_kernel"),
-    "sum_partials": ("partial_sums", "sum_partials_kernel"),
-    "sinkhorn": ("sinkhorn", "sinkhorn_kernel"),
     "sinkhorn_backward": ("sinkhorn_backward", "sinkhorn_backward_kernel"),
-    "pre": ("pre", "pre_kernel"),
     "pre_backward": ("pre_backward", "pre_backward_kernel"),
-    "post": ("post", "post_kernel"),
     "post_backward": ("post_backward", "post_backward_kernel"),
-    "expand": ("expand", "expand_kernel"),
     "expand_backward": ("expand_backward", "expand_backward_kernel"),
+    "sum_partials": ("partial_sums", "sum_partials_kernel"),
 }

@@ -1,10 +1,11 @@
 """The mHC kernels for PyTorch.
 
     spec = mhc.MHCSpec.deepseek_v4(hidden_size=2560)
-    x = mhc.expand(h, spec.num_streams)
-    layer_input, h_post, h_res = mhc.pre(x, phi, alpha, bias, spec)
-    x = mhc.post(x, layer(layer_input), h_post, h_res)
+    stream = mhc.ResidualStream(h, spec.num_streams)
+    stream.write(layer(stream.read(connection)))          connection = mhc.HyperConnection(spec, sublayer=0)
+    h = stream.reduce("sum")
 
+    residual_stream, connections   what a model uses; `stream_module` has what the modules share
     spec       the sizes and constants
     ops        the functions; they check with `arguments` and call `operators`
     operators  what autograd and torch.compile see; they run kernels through `launch` and `launch_backward`
