@@ -25,8 +25,9 @@ READY := $(VENV)/.mhc-ready
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
 
-bench: $(READY) ## check the kernels, then measure them: time, bandwidth, ratio to plain torch
+bench: $(READY) ## check the kernels, measure them, then what they add to a layer; with ARGS, what these say
 	$(BIN)/mhc-tilelang bench $(ARGS)
+	$(if $(ARGS),,$(BIN)/mhc-tilelang bench overhead --model 3b)
 
 check: $(READY) ## compare the kernels with the float64 reference
 	$(BIN)/mhc-tilelang check $(ARGS)

@@ -1,14 +1,23 @@
-"""Measurements of the kernels: `mhc-tilelang bench`, `mhc-tilelang traffic`.
+"""Measurements: `mhc-tilelang bench`, of the kernels and of a layer with them, and `mhc-tilelang traffic`.
 
-    command    the options, and the order of things: check, measure, report
+    command    the options, and the order of things: check, measure, report; which other measurements there are
     cases      which kernels at which sizes
     traffic    bytes that each kernel has to move, from sizes alone
     workloads  a kernel ready to run: inputs, preallocated outputs, what to compare with
     baselines  the same in plain torch, every form verified before it is timed
     stream_forms, token_forms   those forms, for kernels that read the stream and kernels that do not
+    backward_*_forms, backward_autograd   the same for the backward kernels
     timing     interleaved rounds, clocks, quartiles
     machine    the last-level cache, the processor's and the GPU's
     bench      one case measured        report   the table, the JSON
+
+A whole layer:
+
+    overhead_command   the options of `bench overhead`
+    sizes      one layer, of the models that mHC was published with
+    model      what mHC adds to it on a device, predicted from FLOPs and traffic
+    layers     that layer in torch, under four connections
+    overhead   it is checked and measured        overhead_report   the tables, the JSON
 
 Bytes counted from the kernels' code:
 
@@ -17,6 +26,6 @@ Bytes counted from the kernels' code:
     audited    the traffic of a call
     audit      the traffic of a kernel, from its TIR
 
-Imports the package and nothing imports it but the command line. `command`, `cases`, `traffic`, `report`,
-`traffic_command`, `traffic_report` and `launches` load no torch.
+Imports the package and nothing imports it but the command line. Commands and reports, `options`, `cases`, `traffic`,
+`sizes`, `model` and `launches` load no torch.
 """

@@ -1,24 +1,29 @@
 """`mhc-tilelang bench`: check the kernels, then time them against a copy and against plain torch.
 
 No number is printed over a failed check, and no torch form is timed whose result differs.
+
+A first word asks for another measurement instead, `mhc-tilelang bench overhead`: see `MEASUREMENTS`.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..device import add_device_argument, describe, pick_device, versions
 from ..json_output import add_json_argument, write_json
 from ..spec import STREAM_COUNTS
-from . import cases, report
+from . import cases, overhead_command, report
+from .options import DTYPES, positive
 
 if TYPE_CHECKING:
     import torch
 
-DTYPES = ("bfloat16", "float16", "float32")
+# Modules with a line of HELP, add_arguments and run, which load no torch before run.
+MEASUREMENTS = {"overhead": overhead_command}
 REPEATS = {"cpu": 20, "cuda": 50}
 
 
@@ -27,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_argument(parser)
     add = parser.add_argument
     every = cases.KERNELS + cases.BACKWARD_KERNELS
-    text = f"any of {', '.join(every)} (default: the forward ones)"
-    add("--kernels", nargs="+", choices=every, default=cases.KERNELS, metavar="KERNEL", help=text)
+    text = f"any of {', '.join(every)} (default: all)"
+    add("--kernels", nargs="+", choices=every, default=every, metavar="KERNEL", help=text)
     text = f"hidden sizes (default: {', '.join(map(str, cases.WIDTHS))})"
     add("--widths", nargs="+", type=positive, default=cases.WIDTHS, metavar="C", help=text)
     text = "token counts (default: 4096 and 16384 on a GPU; on a CPU so many that the stream misses the cache)"
@@ -39,17 +44,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--baselines", choices=("eager", "all"), default="eager", help=text)
     add("--repeats", type=positive, metavar="R", help="rounds that count (default: 20 on a CPU, 50 on a GPU)")
     add_json_argument(parser)
+    parser.set_defaults(measure=measure_kernels)
+    others = parser.add_subparsers(action=FirstWord, metavar="MEASUREMENT", title="other measurements")
+    for name, module in MEASUREMENTS.items():
+        text = module.HELP.replace("%", "%%")  # argparse formats the one and not the other
+        subparser = others.add_parser(name, help=text, description=module.HELP)
+        module.add_arguments(subparser)
+        subparser.set_defaults(measure=module.run)
 
 
-def positive(text: str) -> int:
-    """An argument that is a positive integer."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+class FirstWord(argparse._SubParsersAction):
+    """Another measurement, whose options follow it: those in front would be the kernels' and get lost."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        """Refuse options in front of the word, then parse what follows it."""
+        early = [name for name, value in vars(namespace).items() if value != parser.get_default(name)]
+        if early and values:
+            parser.error(f"--{early[0]}: expected after {values[0]}, got it in front")
+        super().__call__(parser, namespace, values, option_string)
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the measurement that was asked for."""
+    status: int = args.measure(args)
+    return status
+
+
+def measure_kernels(args: argparse.Namespace) -> int:
     """Check, measure, print; 1 without a number when a kernel is off."""
     import torch
     from tqdm import tqdm

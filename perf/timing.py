@@ -40,7 +40,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of several samples, in seconds; `disturbed` of them were left out, unless that was more than half."""
+    """Of several samples, in seconds, or of their ratios; `disturbed` were left out, unless that was more than half."""
 
     median: float
     lower_quartile: float
@@ -58,25 +58,43 @@ Clock = Callable[[Run], Sample]
 
 
 def measure(candidates: Mapping[str, Run], clock: Clock, repeats: int) -> dict[str, Statistics]:
+    """The statistics of every candidate's samples."""
+    return {name: summarize(taken) for name, taken in sample(candidates, clock, repeats).items()}
+
+
+def sample(candidates: Mapping[str, Run], clock: Clock, repeats: int) -> dict[str, list[Sample]]:
     """Run every candidate once a round, for WARMUP_ROUNDS that are dropped and `repeats` that count."""
     samples: dict[str, list[Sample]] = {name: [] for name in candidates}
     for round_number in range(WARMUP_ROUNDS + repeats):
         for name in list(candidates)[:: -1 if round_number % 2 else 1]:
-            sample = clock(candidates[name])
+            taken = clock(candidates[name])
             if round_number >= WARMUP_ROUNDS:
-                samples[name].append(sample)
-    return {name: summarize(taken) for name, taken in samples.items()}
+                samples[name].append(taken)
+    return samples
 
 
 def summarize(samples: Sequence[Sample]) -> Statistics:
     """Median and quartiles of the undisturbed samples, or of all if those are fewer than half."""
-    undisturbed = [sample for sample in samples if not sample.disturbed]
-    kept = undisturbed if 2 * len(undisturbed) >= len(samples) else samples
-    seconds = [sample.seconds for sample in kept]
-    if len(seconds) == 1:
-        seconds *= 2  # a single sample is all of its quartiles
-    lower, median, upper = statistics.quantiles(seconds, n=4, method="inclusive")
-    return Statistics(median, lower, upper, len(samples), len(samples) - len(undisturbed))
+    return quartiles([(taken.seconds, taken.disturbed) for taken in samples])
+
+
+def ratios(samples: Sequence[Sample], baseline: Sequence[Sample]) -> Statistics:
+    """Median and quartiles of the ratios to the baseline, round by round: what slows down a whole round cancels.
+
+    A ratio counts as disturbed where either of its samples is.
+    """
+    pairs = zip(samples, baseline, strict=True)
+    return quartiles([(one.seconds / other.seconds, one.disturbed or other.disturbed) for one, other in pairs])
+
+
+def quartiles(values: Sequence[tuple[float, bool]]) -> Statistics:
+    """Of values that are disturbed or not."""
+    undisturbed = [value for value, disturbed in values if not disturbed]
+    kept = undisturbed if 2 * len(undisturbed) >= len(values) else [value for value, _ in values]
+    if len(kept) == 1:
+        kept = kept * 2  # a single value is all of its quartiles
+    lower, median, upper = statistics.quantiles(kept, n=4, method="inclusive")
+    return Statistics(median, lower, upper, len(values), len(values) - len(undisturbed))
 
 
 def clock_for(device: torch.device, cache_bytes: int) -> Clock:

@@ -17,7 +17,7 @@ import torch
 from mhc_tilelang import cli, launch
 from mhc_tilelang.checking import run as checks
 from mhc_tilelang.checking.run import Row
-from mhc_tilelang.perf import bench, cases, timing
+from mhc_tilelang.perf import bench, cases, command, timing
 from mhc_tilelang.perf.timing import Sample
 
 SMALL = ("--device", "cpu", "--widths", "48", "--tokens", "32", "--repeats", "2")
@@ -169,7 +169,7 @@ def test_options_reach_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         cli.main(["bench", "--device", "cpu"])
-    assert {case.kernel for case in asked["cases"]} == set(cases.KERNELS)
+    assert {case.kernel for case in asked["cases"]} == {*cases.KERNELS, *cases.BACKWARD_KERNELS}
     assert {case.shape.hidden_size for case in asked["cases"]} == {1280, 1920, 2560, 4096, 7168}
     assert {case.shape.dtype for case in asked["cases"]} == {"bfloat16"}
     assert asked["baselines"] == "eager"
@@ -194,6 +194,25 @@ def test_bad_options_exit_2(options: str, capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit, match="2"):
         cli.main(["bench", *options.split()])
     assert options.split()[0] in capsys.readouterr().err
+
+
+def test_options_in_front_of_another_measurement_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """They would be the kernels' and get lost."""
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench", "--repeats", "3", "overhead"])
+    assert "--repeats: expected after overhead, got it in front" in capsys.readouterr().err
+
+
+def test_other_measurements_are_listed_and_explain_themselves(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["bench", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--baselines" in shown
+    for name, module in command.MEASUREMENTS.items():
+        assert f"{name} {module.HELP}" in shown
+        with pytest.raises(SystemExit, match="0"):
+            cli.main(["bench", name, "--help"])
+        assert "--json FILE" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("checked")

@@ -1,7 +1,7 @@
 """The clock and the statistics, on samples made up for the purpose.
 
 Would catch: rounds in one order only, warm-up that counts, a mean in place of the median, waiting for a core
-that counts as the kernel's time, a flush inside the timed region.
+that counts as the kernel's time, a flush inside the timed region, a ratio of medians in place of a median of ratios.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mhc_tilelang.perf import timing
-from mhc_tilelang.perf.timing import WARMUP_ROUNDS, Sample, Statistics, measure, summarize
+from mhc_tilelang.perf.timing import WARMUP_ROUNDS, Sample, Statistics, measure, ratios, summarize
 
 QUIET = [Sample(seconds) for seconds in (5.0, 1.0, 2.0, 100.0, 3.0)]
 WAITED = Sample(seconds=50.0, waited=10.0)
@@ -41,6 +41,19 @@ def test_all_samples_count_where_most_are_disturbed() -> None:
 def test_a_moment_of_waiting_is_no_disturbance() -> None:
     assert not Sample(seconds=1.0, waited=0.04).disturbed
     assert Sample(seconds=1.0, waited=0.06).disturbed
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    """A machine that slows down from round to round moves no ratio; the ratio of the medians would be 2."""
+    baseline = [Sample(seconds) for seconds in (1.0, 2.0, 30.0)]
+    samples = [Sample(seconds) for seconds in (4.0, 2.0, 33.0)]
+    assert ratios(samples, baseline) == Statistics(1.1, 1.05, 2.55, samples=3, disturbed=0)
+
+
+def test_a_ratio_is_disturbed_where_either_sample_is() -> None:
+    quiet = [Sample(2.0)] * 4
+    got = ratios([*quiet, WAITED, *quiet], [WAITED, *quiet, *quiet])
+    assert got == Statistics(1.0, 1.0, 1.0, samples=9, disturbed=2)
 
 
 def test_rounds_alternate_in_order_and_warmup_is_dropped() -> None:

@@ -1,0 +1,21 @@
+"""What the options of all measurements have in common. Imports no torch."""
+
+from __future__ import annotations
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def positive(text: str) -> int:
+    """An argument that is a positive integer."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def positive_number(text: str) -> float:
+    """An argument that is a positive number."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value

@@ -1,0 +1,171 @@
+"""Measure one layer under each connection: check, then time in the same rounds, then ask for the memory.
+
+check_layers    mHC by the kernels against mHC in plain torch, outputs and gradients
+measure_layers  the times of every connection and mode, the ratios to the plain residual, the kernels alone
+memory          what a training step needs, or keeps for its backward
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from .. import launch_backward
+from ..checking.tolerance import UNIT_ROUNDOFF
+from ..errors import MHCError
+from ..kernel import dtype_name
+from .baselines import TOLERANCE, relative_error
+from .cases import Case, Shape
+from .layers import EAGER, KERNELS, KINDS, RESIDUAL, Layer
+from .model import SUBLAYERS, TRAINING
+from .timing import Clock, Run, Statistics, ratios, sample, summarize
+from .workloads import Stream, workload
+
+FORWARD_KERNELS = ("project", "coefficients", "pre", "post")
+BACKWARD_KERNELS = tuple(f"{kernel}_backward" for kernel in reversed(FORWARD_KERNELS))
+GRADIENT_SUM = "sum of g_x"  # autograd adds post's and pre's gradient of the stream: no kernel of ours
+
+PEAK, SAVED = "peak memory", "saved for backward"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A connection's time in one mode, and its ratio to the plain residual's, round by round."""
+
+    time: Statistics
+    ratio: Statistics
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured.
+
+    Attributes:
+        errors: of the check, by tensor.
+        modes: by mode, then by connection.
+        kernels: time of one call of each kernel alone; a step has two of each.
+        memory: bytes by connection, in the sense of `memory_kind`; empty without a training step.
+    """
+
+    errors: dict[str, float]
+    modes: dict[str, dict[str, Timing]]
+    kernels: dict[str, Statistics]
+    memory: dict[str, int]
+    memory_kind: str
+
+    def kernel_seconds(self, mode: str) -> float:
+        """All kernels that a step of this mode runs, and autograd's sum."""
+        chosen = self.kernels if mode == TRAINING else {name: self.kernels[name] for name in FORWARD_KERNELS}
+        return SUBLAYERS * sum(time.median for time in chosen.values())
+
+
+def tolerance(name: str, dtype: torch.dtype) -> float:
+    """How far two mHC layers may be apart that are both right, relative to the norm.
+
+    Both compute in float32 and round where the contract says so, but sums differ in their last bits, a few values
+    round the other way, and from there on every rounding of the layers inside falls differently: some 24 forward and
+    backward, each u/√3 of a value in each layer, together 4 u. Twice that is allowed. The gradients of alpha and bias
+    are sums over tokens whose terms cancel: eight times. In float32, the order of the sums decides. (Seen: 2.6 u; 7 u
+    of alpha; 5e-6 in float32. A transposed h_res: above 0.1.)
+    """
+    unit = UNIT_ROUNDOFF[dtype_name(dtype)]
+    rounded = (32 if name.endswith(("alpha", "bias")) else 8) * unit
+    return max(rounded, TOLERANCE[torch.float32])
+
+
+def check_layers(layers: Mapping[str, Layer]) -> dict[str, float]:
+    """The relative errors of x_next and of every gradient. Raises MHCError for the first that is too large."""
+    eager, kernels = layers[EAGER], layers[KERNELS]
+    names = ["x_next", *(f"g_{name}" for name in kernels.leaves())]
+    expected, got = ([layer.inference(), *layer.training()] for layer in (eager, kernels))
+    errors = {}
+    for name, one, other in zip(names, got, expected, strict=True):
+        errors[name], allowed = relative_error(one, other), tolerance(name, kernels.x.dtype)
+        if not errors[name] <= allowed:  # NaN is refused too
+            raise MHCError(
+                f"bench overhead: {name}: expected the kernels' layer within {allowed:.0e} of plain torch's, "
+                f"got {errors[name]:.1e}; nothing is measured"
+            )
+    return errors
+
+
+def measure_layers(layers: Mapping[str, Layer], modes: tuple[str, ...], clock: Clock, repeats: int) -> Measurement:
+    """Check, then measure. Raises MHCError where the check fails."""
+    errors = check_layers(layers)
+    x = layers[KERNELS].x
+    alone = kernels_alone(x, training=TRAINING in modes)
+    candidates: dict[str, Run] = dict(alone)
+    for mode in modes:
+        for kind, layer in layers.items():
+            candidates[f"{mode} {kind}"] = layer.training if mode == TRAINING else layer.inference
+    samples = sample(candidates, clock, repeats)
+    timings = {
+        mode: {
+            kind: Timing(
+                summarize(samples[f"{mode} {kind}"]),
+                ratios(samples[f"{mode} {kind}"], samples[f"{mode} {RESIDUAL}"]),
+            )
+            for kind in KINDS
+        }
+        for mode in modes
+    }
+    kind, needed = memory_of(x.device)
+    memory = {name: needed(layer) for name, layer in layers.items()} if TRAINING in modes else {}
+    return Measurement(errors, timings, {name: summarize(samples[name]) for name in alone}, memory, kind)
+
+
+def kernels_alone(x: torch.Tensor, training: bool) -> dict[str, Run]:
+    """Every kernel of a sublayer at the stream's size, each by itself; with those of the backward for training."""
+    *leading, num_streams, hidden_size = x.shape
+    shape = Shape(torch.Size(leading).numel(), num_streams, hidden_size, dtype_name(x.dtype))
+    stream = Stream.of(shape, x.device)
+    names = FORWARD_KERNELS + (BACKWARD_KERNELS if training else ())
+    runs = {name: workload(Case(name, shape), stream).run for name in names}
+    if training:
+        runs["project_backward"] = project_backward(stream, shape)
+        one, other = torch.ones_like(stream.inputs.x), torch.ones_like(stream.inputs.x)
+        runs[GRADIENT_SUM] = lambda: one.add_(other)
+    return runs
+
+
+def project_backward(stream: Stream, shape: Shape) -> Run:
+    """The kernel as the layer runs it: with the aggregation's share of g_x, unlike the one `bench` times."""
+    arguments = workload(Case("project_backward", shape), stream).arguments
+    arguments |= {"h_pre": stream.inputs.h_pre, "g_layer_input": stream.inputs.layer_output}
+    out = (torch.empty_like(stream.inputs.x), torch.empty_like(stream.inputs.phi))
+    return lambda: launch_backward.project_backward(**arguments, out=out)
+
+
+def memory_of(device: torch.device) -> tuple[str, Callable[[Layer], int]]:
+    """What can be asked about memory on this device, and how."""
+    return (PEAK, peak_memory) if device.type == "cuda" else (SAVED, saved_for_backward)
+
+
+def peak_memory(layer: Layer) -> int:
+    """The most bytes that a training step allocates on its GPU, above what was allocated before it."""
+    device = layer.x.device
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    layer.training()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def saved_for_backward(layer: Layer) -> int:
+    """Bytes that a forward pass keeps for its backward, each buffer once, weights left out."""
+    weights = {leaf.untyped_storage().data_ptr() for name, leaf in layer.leaves().items() if name != "x"}
+    buffers: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            buffers[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # an output that its own node saved would keep itself alive
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        x_next = layer.forward()
+    del x_next  # kept until here, so that no buffer was freed and its address used again
+    return sum(buffers.values())
