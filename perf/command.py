@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Modules with a line of HELP, add_arguments and run, which load no torch before run.
 MEASUREMENTS = {"overhead": overhead_command}
-REPEATS = {"cpu": 20, "cuda": 50}
+REPEATS = {"cpu": 15, "cuda": 50}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="of the stream (default: bfloat16)")
     text = "forms of plain torch to compare with: eager ones, or those of torch.compile too, which take minutes more"
     add("--baselines", choices=("eager", "all"), default="eager", help=text)
-    add("--repeats", type=positive, metavar="R", help="rounds that count (default: 20 on a CPU, 50 on a GPU)")
+    add("--repeats", type=positive, metavar="R", help="rounds that count (default: 15 on a CPU, 50 on a GPU)")
     add_json_argument(parser)
     parser.set_defaults(measure=measure_kernels)
     others = parser.add_subparsers(action=FirstWord, metavar="MEASUREMENT", title="other measurements")

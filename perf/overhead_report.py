@@ -15,6 +15,7 @@ from .sizes import LayerSizes
 
 if TYPE_CHECKING:
     from .overhead import Measurement, Timing
+    from .timing import Statistics
 
 PAPER = 0.067
 WHAT_THE_PAPER_SAYS = """\
@@ -113,8 +114,12 @@ def cells(kind: str, timing: Timing) -> list[str]:
     line = [milliseconds(time.median) + mark, spread]
     if kind == "residual":
         return [*line, "", ""]
-    low, high = ratio.lower_quartile - 1, ratio.upper_quartile - 1
-    return [*line, percent(ratio.median - 1), f"{percent(low)} to {percent(high)}"]
+    return [*line, percent(ratio.median - 1), quartiles(ratio)]
+
+
+def quartiles(ratio: Statistics) -> str:
+    """Those of an overhead, from those of a ratio."""
+    return f"{percent(ratio.lower_quartile - 1)} to {percent(ratio.upper_quartile - 1)}"
 
 
 def kernel_table(measured: Measurement) -> str:
@@ -149,8 +154,14 @@ def notes(measured: Measurement, device_type: str, predicted: bool) -> str:
         lines.append(f"{measured.memory_kind}: {meaning[measured.memory_kind]}")
     if any(t.time.doubtful or t.ratio.doubtful for timings in measured.modes.values() for t in timings.values()):
         lines.append("! the machine was busy: in most rounds a thread waited for a core.")
-    if device_type == "cpu" and not predicted:
-        lines.append("no prediction for this machine: --bandwidth and --flops would give one.")
+    if device_type == "cuda":
+        lines.append(
+            "time: where Python launches more slowly than the GPU runs, as of plain torch, launches are in it."
+        )
+    if not predicted:
+        lines.append(
+            "no prediction for this machine, whose figures are not known: --bandwidth and --flops would give one."
+        )
     worst = max(measured.errors, key=lambda name: measured.errors[name])
     apart = f"at most {measured.errors[worst]:.0e} apart ({worst})"
     lines.append(f"checked before: {len(measured.errors)} tensors against mHC in plain torch, {apart}.")
@@ -160,8 +171,9 @@ def notes(measured: Measurement, device_type: str, predicted: bool) -> str:
 def conclusion(measured: Measurement, device_type: str) -> str:
     """Our kernels' overhead in one line, with the paper's beside it."""
     mode = list(measured.modes)[-1]
-    overhead = percent(measured.modes[mode][OURS_MEASURED].ratio.median - 1)
-    line = f"measured: mHC with our kernels adds {overhead} to {IN_MODE[mode]} of this layer; the paper: 6.7 %."
+    ratio = measured.modes[mode][OURS_MEASURED].ratio
+    adds = f"adds {percent(ratio.median - 1)} (quartiles {quartiles(ratio)})"
+    line = f"measured: mHC with our kernels {adds} to {IN_MODE[mode]} of this layer; the paper: 6.7 %."
     return f"{line}\nThis is {NOT_COMPARABLE}" if device_type == "cpu" else line
 
 

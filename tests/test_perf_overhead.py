@@ -238,7 +238,8 @@ def test_a_failed_check_ends_it_without_a_number(
 def test_on_a_gpu_the_figure_is_not_called_incomparable() -> None:
     measured = measure(("training",), num_kernels=9)
     assert overhead_report.conclusion(measured, "cuda") == (
-        "measured: mHC with our kernels adds 25.0 % to forward + backward of this layer; the paper: 6.7 %."
+        "measured: mHC with our kernels adds 25.0 % (quartiles 25.0 % to 25.0 %) to forward + backward of this layer; "
+        "the paper: 6.7 %."
     )
     assert "not comparable" in overhead_report.conclusion(measured, "cpu")
 
