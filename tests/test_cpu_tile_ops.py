@@ -151,3 +151,19 @@ def test_every_orientation_but_one_is_known() -> None:
 
     with pytest.raises(LoweringError, match=r"T.gemm with transpose_A, transpose_B = \(True, True\)"):
         emit(product)
+
+
+def test_waiting_for_the_kernel_before_is_nothing(run) -> None:
+    """T.pdl_sync, which kernels for recent GPUs have: on a CPU the kernel before has returned. Catches a refusal."""
+
+    @T.prim_func
+    def waiting(values: T.Tensor[(16,), T.float32], result: T.Tensor[(16,), T.float32]):
+        with T.Kernel(1, threads=16):
+            acc = T.alloc_fragment((16,), T.float32)
+            T.pdl_sync()
+            T.copy(values, acc)
+            T.copy(acc, result)
+
+    values, result = integers(16), torch.full((16,), torch.nan)
+    run(waiting, values=values, result=result)
+    assert torch.equal(result, values)

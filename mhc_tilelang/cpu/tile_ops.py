@@ -166,7 +166,12 @@ def loops(emitter, region: Region, statement: str) -> None:
         emitter.close()
 
 
+def nothing(_emitter, _call) -> None:
+    """T.pdl_sync waits for the kernel before this one, which on a CPU has returned."""
+
+
 LOWERINGS = {
+    "tl.pdl_sync": nothing,
     "tl.tileop.copy": copy,
     "tl.tileop.fill": fill,
     "tl.tileop.reduce": reduce,
