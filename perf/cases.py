@@ -12,6 +12,8 @@ from ..kernels.plans import BYTES
 
 KERNELS = ("expand", "project", "coefficients", "sinkhorn", "pre", "post")
 BACKWARD_KERNELS = tuple(f"{kernel}_backward" for kernel in KERNELS)
+# All that precedes a layer, as one measurement: implementations that do not split it up are compared with the sum.
+SUBLAYER_INPUT = "project+coefficients+pre"
 TOKEN_KERNELS = ("coefficients", "sinkhorn", "coefficients_backward", "sinkhorn_backward")  # never see the stream
 WIDTHS = (1280, 1920, 2560, 4096, 7168)  # the paper's 3B, 9B and 27B models, then DeepSeek-V4's two
 GPU_TOKENS = (4096, 16384)  # the batch of one sequence, and of four

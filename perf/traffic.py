@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from ..kernels import plans
 from ..kernels.plans import BYTES, ProjectionPlan
 from ..spec import MHCSpec
-from .cases import Case
+from .cases import SUBLAYER_INPUT, Case
 
 FLOAT32 = 4
 
@@ -49,6 +49,14 @@ class Traffic:
     def total(self) -> int:
         """All bytes, read and written."""
         return self.stream + self.small
+
+    def __add__(self, other: Traffic) -> Traffic:
+        """Both calls."""
+        return Traffic(
+            self.stream_read + other.stream_read,
+            self.stream_written + other.stream_written,
+            self.small + other.small,
+        )
 
 
 def stream_elements(kernel: str, num_streams: int) -> tuple[int, int]:
@@ -115,7 +123,10 @@ def target_of(plan: ProjectionPlan) -> str:
 
 
 def traffic(case: Case, plan: ProjectionPlan, num_slabs: int) -> Traffic:
-    """The bytes of one call of the case's kernel."""
+    """The bytes of one call of the case's kernel, or of the kernels that its name joins."""
+    if case.kernel == SUBLAYER_INPUT:
+        kernels = SUBLAYER_INPUT.split("+")
+        return sum((traffic(Case(kernel, case.shape), plan, num_slabs) for kernel in kernels), start=Traffic())
     unit = case.shape.num_tokens * case.shape.hidden_size * case.shape.itemsize
     read, written = stream_elements(case.kernel, case.shape.num_streams)
     return Traffic(read * unit, written * unit, small_bytes(case, plan, num_slabs))

@@ -18,7 +18,7 @@ from ..checking import inputs as checking
 from ..checking.inputs import Inputs
 from ..kernels.plans import ProjectionPlan
 from ..spec import MHCSpec
-from .cases import Case, Shape
+from .cases import SUBLAYER_INPUT, Case, Shape
 from .traffic import Traffic, traffic
 
 SEED = 1  # of upstream gradients; the inputs' is 0
@@ -127,6 +127,25 @@ def pre(stream: Stream) -> Parts:
     return lambda: launch.aggregate(x, h_pre, out=layer_input), lambda: {"layer_input": layer_input}, arguments
 
 
+def sublayer_input(stream: Stream) -> Parts:
+    """x, phi, alpha, bias -> layer_input, h_post, h_res: three launches."""
+    inputs, (project_run, _, arguments) = stream.inputs, project(stream)
+    coefficients_run, coefficients_outputs, _ = coefficients(stream)
+    h_pre, layer_input = coefficients_outputs().pop("h_pre"), torch.empty_like(inputs.h)
+
+    def run() -> None:
+        project_run()
+        coefficients_run()
+        launch.aggregate(inputs.x, h_pre, out=layer_input)
+
+    def outputs() -> Tensors:
+        found = coefficients_outputs()
+        return {"layer_input": layer_input, "h_post": found["h_post"], "h_res": found["h_res"]}
+
+    parameters = {"alpha": inputs.alpha, "bias": inputs.bias, "spec": stream.spec}
+    return run, outputs, {**arguments, **parameters}
+
+
 def post(stream: Stream) -> Parts:
     """x, layer_output, h_post, h_res -> x_next."""
     names = ("x", "layer_output", "h_post", "h_res")
@@ -218,6 +237,7 @@ BUILDERS: dict[str, Callable[[Stream], Parts]] = {
     "coefficients": coefficients,
     "sinkhorn": sinkhorn,
     "pre": pre,
+    SUBLAYER_INPUT: sublayer_input,
     "post": post,
     "expand_backward": expand_backward,
     "project_backward": project_backward,
