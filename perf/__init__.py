@@ -7,6 +7,7 @@
     baselines  the same in plain torch, every form verified before it is timed
     stream_forms, token_forms   those forms, for kernels that read the stream and kernels that do not
     backward_*_forms, backward_autograd   the same for the backward kernels
+    peers      other implementations, verified and timed beside the kernels
     timing     interleaved rounds, clocks, quartiles
     machine    the last-level cache, the processor's and the GPU's
     bench      one case measured        report   the table, the JSON

@@ -102,19 +102,25 @@ def verify(
     expected: Mapping[str, torch.Tensor],
 ) -> float:
     """Run a form into outputs full of NaN and compare; its largest error, or an MHCError if that is too large."""
-    for output in outputs.values():
-        output.fill_(float("nan"))
-    run()
-    worst = 0.0
-    for key, wanted in expected.items():
-        error, tolerance = relative_error(outputs[key], wanted), TOLERANCE[wanted.dtype]
+    errors = relative_errors(run, outputs, expected)
+    for key, error in errors.items():
+        tolerance = TOLERANCE[expected[key].dtype]
         if not error <= tolerance:  # NaN is refused too
             raise MHCError(
                 f"baseline {name}: expected {key} within {tolerance:.0e} of the kernel's, got {error:.1e}; "
                 "it is not timed, nor is anything else"
             )
-        worst = max(worst, error)
-    return worst
+    return max(errors.values())
+
+
+def relative_errors(
+    run: Callable[[], object], outputs: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> dict[str, float]:
+    """Run a form into outputs full of NaN; how far each is from the kernel's."""
+    for output in outputs.values():
+        output.fill_(float("nan"))
+    run()
+    return {name: relative_error(outputs[name], wanted) for name, wanted in expected.items()}
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:

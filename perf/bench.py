@@ -1,4 +1,4 @@
-"""Measure one case: the kernel, a copy of as many bytes and every form of plain torch, in the same rounds."""
+"""Measure one case: the kernel, a copy of as many bytes, every form of plain torch, the peers: in the same rounds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 
 from . import backward_post_forms, backward_stream_forms, backward_token_forms, stream_forms, token_forms
 from .baselines import MODES, Baseline, applicable, prepare
-from .cases import Case
+from .cases import SUBLAYER_INPUT, Case
 from .machine import last_level_cache
+from .peers.prepare import Loaded, PeerResult, compare
 from .timing import Statistics, clock_for, measure
 from .traffic import Traffic
 from .workloads import Stream, workload
@@ -23,6 +24,7 @@ FORMS = {
     **backward_post_forms.FORMS,
     **backward_token_forms.FORMS,
 }
+COMPOSED_FORMS = {SUBLAYER_INPUT: stream_forms.SUBLAYER_INPUT_FORMS}
 KERNEL, COPY = "kernel", "copy"
 
 
@@ -47,6 +49,7 @@ class Result:
     copy: Statistics
     copy_bytes: int
     torch: tuple[FormResult, ...]
+    peers: tuple[PeerResult, ...] = ()
 
     @property
     def bandwidth(self) -> float:
@@ -72,7 +75,9 @@ class Result:
         return form.time.median / self.kernel.median
 
 
-def run_cases(cases: Iterable[Case], device: torch.device, baselines: str, repeats: int) -> Iterator[Result]:
+def run_cases(
+    cases: Iterable[Case], device: torch.device, baselines: str, repeats: int, *peers: Loaded
+) -> Iterator[Result]:
     """Measure the cases one by one; those of one shape, which are neighbours, share their inputs."""
     cache_bytes = last_level_cache(device)
     clock = clock_for(device, cache_bytes)
@@ -81,14 +86,18 @@ def run_cases(cases: Iterable[Case], device: torch.device, baselines: str, repea
         for case in group:
             load = workload(case, stream)
             load.run()
-            forms = applicable(FORMS[case.kernel], device, shape.dtype)
+            forms = applicable((FORMS | COMPOSED_FORMS)[case.kernel], device, shape.dtype)
             verified = prepare(case.kernel, forms, MODES[baselines], load.arguments, load.outputs())
             copy, copy_bytes = make_copy(load.traffic.total, device)
+            calls = [compare(peer, case.kernel, load.arguments, load.outputs()) for peer in peers]
             candidates = {KERNEL: load.run, COPY: copy, **{form.name: form.run for form in verified}}
+            candidates |= {call.name: call.run for call in calls if call.run is not None}
             times = measure(candidates, clock, repeats)
             in_cache = load.traffic.total <= cache_bytes
             torch_results = tuple(form_result(form, times) for form in verified)
-            yield Result(case, load.traffic, in_cache, times[KERNEL], times[COPY], copy_bytes, torch_results)
+            peer_results = tuple(PeerResult(call, times.get(call.name)) for call in calls)
+            kernel_and_copy = (times[KERNEL], times[COPY], copy_bytes)
+            yield Result(case, load.traffic, in_cache, *kernel_and_copy, torch_results, peer_results)
 
 
 def form_result(baseline: Baseline, times: dict[str, Statistics]) -> FormResult:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from ..device import add_device_argument, describe, pick_device, versions
 from ..json_output import add_json_argument, write_json
 from ..spec import STREAM_COUNTS
-from . import cases, overhead_command, report
+from . import cases, overhead_command, peers, report
 from .options import DTYPES, positive
+from .peers.report import facts as peer_facts
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_argument(parser)
     add = parser.add_argument
     every = cases.KERNELS + cases.BACKWARD_KERNELS
-    text = f"any of {', '.join(every)} (default: all)"
-    add("--kernels", nargs="+", choices=every, default=every, metavar="KERNEL", help=text)
+    text = f"any of {', '.join(every)} (default: all), or {cases.SUBLAYER_INPUT} (default with peers)"
+    add("--kernels", nargs="+", choices=(*every, cases.SUBLAYER_INPUT), metavar="KERNEL", help=text)
     text = f"hidden sizes (default: {', '.join(map(str, cases.WIDTHS))})"
     add("--widths", nargs="+", type=positive, default=cases.WIDTHS, metavar="C", help=text)
     text = "token counts (default: 4096 and 16384 on a GPU; on a CPU so many that the stream misses the cache)"
@@ -42,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="of the stream (default: bfloat16)")
     text = "forms of plain torch to compare with: eager ones, or those of torch.compile too, which take minutes more"
     add("--baselines", choices=("eager", "all"), default="eager", help=text)
+    text = f"other implementations to compare with, where installed: {', '.join(peers.CHOICES)} (default: none)"
+    add("--peers", nargs="+", choices=peers.CHOICES, default=["none"], metavar="NAME", help=text)
     add("--repeats", type=positive, metavar="R", help="rounds that count (default: 15 on a CPU, 50 on a GPU)")
     add_json_argument(parser)
     parser.set_defaults(measure=measure_kernels)
@@ -82,23 +85,27 @@ def measure_kernels(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from .bench import run_cases
+    from .peers.prepare import load
     from .timing import WARMUP_ROUNDS
 
     device = pick_device(args.device)
     if not check(device):
         return 1
     repeats = args.repeats or REPEATS[device.type]
+    wanted = load(peers.selected(args.peers), device)
+    running = [peer for peer in wanted if peer.peer]
     facts = {
         "device": describe(device),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": versions(),
         "threads": torch.get_num_threads(),
-        "method": report.method(device.type, repeats, WARMUP_ROUNDS, args.baselines),
+        "method": report.method(device.type, repeats, WARMUP_ROUNDS, args.baselines, peer_facts(wanted)),
     }
     print(report.header(facts) + "\n")
-    chosen = cases.make_cases(args.kernels, shapes(args, device))
+    kernels = args.kernels or (*cases.KERNELS, *cases.BACKWARD_KERNELS, *([cases.SUBLAYER_INPUT] if running else []))
+    chosen = cases.make_cases(kernels, shapes(args, device))
     with torch.no_grad():
-        measured = run_cases(chosen, device, args.baselines, repeats)
+        measured = run_cases(chosen, device, args.baselines, repeats, *running)
         results = list(tqdm(measured, total=len(chosen), desc="bench", unit="case", leave=False))
     print(report.table(results))
     write_json(args.json, report.as_json(facts, results))

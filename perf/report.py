@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from .peers import report as peer_report
+
 if TYPE_CHECKING:
     from .bench import FormResult, Result
     from .timing import Statistics
@@ -18,14 +20,18 @@ METHOD = {
 }
 
 
-def method(device_type: str, repeats: int, warmup: int, baselines: str) -> dict[str, Any]:
+def method(
+    device_type: str, repeats: int, warmup: int, baselines: str, peers: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
     """How the numbers came about, for the header and the JSON."""
+    interleaved = "kernel, copy, torch forms and peers" if peers else "kernel, copy and torch forms"
     return {
         "clock": METHOD[device_type],
-        "order": "kernel, copy and torch forms interleaved, every other round reversed",
+        "order": f"{interleaved} interleaved, every other round reversed",
         "warmup_rounds": warmup,
         "rounds": repeats,
         "baselines": baselines,
+        "peers": list(peers),
     }
 
 
@@ -41,6 +47,7 @@ def header(facts: dict[str, Any]) -> str:
             f"{how['clock']}; medians and quartiles of {how['rounds']} rounds,",
             f"{how['order']}",
             f"torch forms: {compiled}",
+            *peer_report.header(how["peers"]),
         )
     )
 
@@ -55,7 +62,8 @@ def table(results: Sequence[Result]) -> str:
     align = ["left", "right", "right", "left", "right", "left", *["right"] * 5, "left", *["right", "left"] * compiled]
     lines = [row(result, compiled) for result in results]
     text = tabulate(lines, headers=headers, disable_numparse=True, colalign=align)
-    return "\n".join((text, "", *footnotes(results)))
+    peers = peer_report.table(results)
+    return "\n".join((text, "", *footnotes(results), *(["", *peers] if peers else [])))
 
 
 def row(result: Result, compiled: bool) -> list[str]:
@@ -135,6 +143,7 @@ def result_json(result: Result) -> dict[str, Any]:
         "fits_last_level_cache": result.in_cache,
         "copy": copy_json(result),
         "torch": [form_json(result, form) for form in result.torch],
+        "peers": [peer_report.as_json(result, peer) for peer in result.peers],
     }
 
 

@@ -1,0 +1,56 @@
+"""TileLang kernels of someone else, ready to be called: on a GPU compiled by tilelang, on a CPU by our CPU target.
+
+A factory is what `@tilelang.jit` makes of a function that returns a TIR function. Kernels for the CPU are kept on
+disk beside our own, named by a hash of their C++.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from ...cpu import build
+from ...kernel import Kernel
+from ...tracing import signature_of
+
+Factory = Any  # tilelang.jit's; importing the type takes seconds
+
+
+def compiled(factory: Factory, device: torch.device, *parameters: Any) -> Callable[..., Any]:
+    """The factory's kernel for these parameters, called with its tensors in order.
+
+    Raises LoweringError where the CPU target does not know something that the kernel uses.
+    """
+    if device.type == "cuda":
+        kernel: Callable[..., Any] = factory(*parameters)
+        return kernel
+    return in_order(cpu_kernel(factory.get_tir(*parameters)))
+
+
+def cpu_kernel(func: Any) -> Kernel:
+    """A TIR function on the CPU."""
+    from ...cpu.emit import emit
+
+    source, symbol = emit(func), str(func.attrs["global_symbol"])
+    runtime = (build.HERE / "runtime.h").read_text(encoding="utf-8")
+    key = build.digest("\0".join((source, runtime, *build.flags())))
+    library = build.cache_directory() / f"cpu-{build.processor_hash()}" / f"peer-{symbol}-{key}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=library.parent) as scratch:
+            cpp, made = Path(scratch) / "peer.cpp", Path(scratch) / library.name
+            cpp.write_text(source, encoding="utf-8")
+            build.run_compiler(cpp, made)
+            made.replace(library)
+    return build.bind(library, {"name": symbol, "symbol": symbol, **asdict(signature_of(func))})
+
+
+def in_order(kernel: Kernel) -> Callable[..., None]:
+    """A kernel that is called with its tensors in order."""
+    names = kernel.signature.names
+    return lambda *tensors: kernel(**dict(zip(names, tensors, strict=True)))
