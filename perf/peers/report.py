@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from ..bench import Result
     from .prepare import Loaded, PeerResult
 
+TIME = "time: of the peer's own call in its own layout; one that returns new tensors allocates them within it."
+
 
 def facts(loaded: Sequence[Loaded]) -> list[dict[str, Any]]:
     """The peers that were asked for, for the header and the JSON; `skipped` is None of those that run."""
@@ -40,7 +42,7 @@ def table(results: Sequence[Result]) -> list[str]:
     rows = [row(result, peer) for result, peer in pairs if not peer.call.skipped]
     headers = ["peer", "its function", "kernel", "C", "tokens", "time, ms", "vs kernel", "differs by", "allowed"]
     align = ["left", "left", "left", *["right"] * 6]
-    lines = [tabulate(rows, headers=headers, disable_numparse=True, colalign=align), ""] if rows else []
+    lines = [tabulate(rows, headers=headers, disable_numparse=True, colalign=align), "", TIME] if rows else []
     lines += skipped(pairs)
     reasons = {peer.call.because: None for _, peer in pairs if peer.call.because}
     for reason in reasons:
