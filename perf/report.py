@@ -24,7 +24,8 @@ def method(
     device_type: str, repeats: int, warmup: int, baselines: str, peers: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
     """How the numbers came about, for the header and the JSON."""
-    interleaved = "kernel, copy, torch forms and peers" if peers else "kernel, copy and torch forms"
+    some = any(not peer["skipped"] for peer in peers)
+    interleaved = "kernel, copy, torch forms and peers" if some else "kernel, copy and torch forms"
     return {
         "clock": METHOD[device_type],
         "order": f"{interleaved} interleaved, every other round reversed",
