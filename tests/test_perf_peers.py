@@ -483,7 +483,7 @@ def test_table_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 @pytest.mark.usefixtures("ticking")
 def test_with_peers_the_sum_of_kernels_is_measured_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     got = run_bench(monkeypatch, tmp_path, TileKernels(), "--peers", "transformers")
-    assert [result["kernel"] for result in got["results"]] == [*KERNELS, SUBLAYER_INPUT]
+    assert [result["kernel"] for result in got["results"]] == [*KERNELS, *BACKWARD_KERNELS, SUBLAYER_INPUT]
     [peer] = got["results"][-1]["peers"]
     assert (peer["function"], peer["agrees"]) == ("DeepseekV4HyperConnection", True)
 
@@ -494,7 +494,7 @@ def test_no_peers_unless_asked_for(
 ) -> None:
     got = run_bench(monkeypatch, tmp_path, TileKernels())
     assert got["method"]["peers"] == []
-    assert [result["kernel"] for result in got["results"]] == [*KERNELS]
+    assert [result["kernel"] for result in got["results"]] == [*KERNELS, *BACKWARD_KERNELS]
     assert all(result["peers"] == [] for result in got["results"])
     assert "peer" not in capsys.readouterr().out
 
