@@ -20,6 +20,12 @@ A whole layer:
     layers     that layer in torch, under four connections
     overhead   it is checked and measured        overhead_report   the tables, the JSON
 
+Stored results:
+
+    stored, stored_json   as data, and from the JSON
+    compare    ratios of two runs
+    report_command, figures, figures_kernels, figures_sublayer, flops   Markdown and pictures
+
 Bytes counted from the kernels' code:
 
     traffic_command, traffic_report   the options; the tables, the sums, the JSON

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..device import add_device_argument, describe, pick_device, versions
 from ..json_output import add_json_argument, write_json
 from ..spec import STREAM_COUNTS
-from . import cases, overhead_command, peers, report
+from . import cases, compare, overhead_command, peers, report, report_command
 from .options import DTYPES, positive
 from .peers.report import facts as peer_facts
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 # Modules with a line of HELP, add_arguments and run, which load no torch before run.
-MEASUREMENTS = {"overhead": overhead_command}
+MEASUREMENTS = {"overhead": overhead_command, "report": report_command, "compare": compare}
 REPEATS = {"cpu": 15, "cuda": 50}
 
 
@@ -48,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=positive, metavar="R", help="rounds that count (default: 15 on a CPU, 50 on a GPU)")
     add_json_argument(parser)
     parser.set_defaults(measure=measure_kernels)
-    others = parser.add_subparsers(action=FirstWord, metavar="MEASUREMENT", title="other measurements")
+    others = parser.add_subparsers(
+        action=FirstWord, metavar="MEASUREMENT", title="other measurements, and what earlier ones stored"
+    )
     for name, module in MEASUREMENTS.items():
         text = module.HELP.replace("%", "%%")  # argparse formats the one and not the other
         subparser = others.add_parser(name, help=text, description=module.HELP)

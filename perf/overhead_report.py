@@ -200,6 +200,7 @@ def as_json(
     """
     doubt = one_line(NOT_COMPARABLE) if facts["device_type"] == "cpu" else None
     return {
+        "kind": "overhead",
         **facts,
         "paper": {"overhead": PAPER, "what": one_line(WHAT_THE_PAPER_SAYS), "not_comparable": doubt},
         "check": measured.errors,

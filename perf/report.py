@@ -120,7 +120,8 @@ def megabytes(count: int) -> str:
 def as_json(facts: dict[str, Any], results: Sequence[Result]) -> dict[str, Any]:
     """The content of `--json FILE`. Times are in seconds, sizes in bytes, bandwidths in bytes per second."""
     largest = max(results, key=lambda result: result.copy_bytes)
-    return {**facts, "copy": copy_json(largest), "results": [result_json(result) for result in results]}
+    measured = [result_json(result) for result in results]
+    return {"kind": "kernels", **facts, "copy": copy_json(largest), "results": measured}
 
 
 def copy_json(result: Result) -> dict[str, Any]:
