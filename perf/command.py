@@ -87,6 +87,7 @@ def measure_kernels(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from .bench import run_cases
+    from .machine import clock_mhz
     from .peers.prepare import load
     from .timing import WARMUP_ROUNDS
 
@@ -109,6 +110,7 @@ def measure_kernels(args: argparse.Namespace) -> int:
     with torch.no_grad():
         measured = run_cases(chosen, device, args.baselines, repeats, *running)
         results = list(tqdm(measured, total=len(chosen), desc="bench", unit="case", leave=False))
+    facts["clock_mhz"] = clock_mhz(device)
     print(report.table(results))
     write_json(args.json, report.as_json(facts, results))
     return 0

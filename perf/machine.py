@@ -1,4 +1,4 @@
-"""What a measurement has to know about the machine: the size of the cache that memory traffic must miss."""
+"""What a measurement has to know about the machine: the cache that memory traffic must miss, the clock it ran at."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+CPU_FACTS = Path("/proc/cpuinfo")
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -36,3 +37,23 @@ def parse_size(text: str) -> int:
     """Bytes of a size as Linux writes it: "32768K"."""
     text = text.strip()
     return int(text[:-1]) * UNITS[text[-1]] if text[-1:] in UNITS else int(text)
+
+
+def clock_mhz(device: torch.device) -> int | None:
+    """The clock that the device runs at now, in MHz; None where the system does not tell. Read it after measuring."""
+    if device.type == "cuda":
+        import torch
+
+        with suppress(Exception):  # NVML's bindings are an extra of torch, and containers may hide the driver's library
+            return int(torch.cuda.clock_rate(device))
+        return None
+    return cpu_clock_mhz()
+
+
+def cpu_clock_mhz(cpuinfo: Path = CPU_FACTS) -> int | None:
+    """The fastest core's clock, as Linux tells it."""
+    with suppress(OSError):
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+        clocks = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+        return round(max(clocks)) if clocks else None
+    return None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from tqdm import tqdm
 
 from .. import launch_backward
 from ..checking.tolerance import UNIT_ROUNDOFF
@@ -21,7 +22,7 @@ from .baselines import TOLERANCE, relative_error
 from .cases import Case, Shape
 from .layers import EAGER, KERNELS, KINDS, RESIDUAL, Layer
 from .model import SUBLAYERS, TRAINING
-from .timing import Clock, Run, Statistics, ratios, sample, summarize
+from .timing import WARMUP_ROUNDS, Clock, Run, Sample, Statistics, ratios, sample, summarize
 from .workloads import Stream, workload
 
 FORWARD_KERNELS = ("project", "coefficients", "pre", "post")
@@ -101,7 +102,15 @@ def measure_layers(layers: Mapping[str, Layer], modes: tuple[str, ...], clock: C
     for mode in modes:
         for kind, layer in layers.items():
             candidates[f"{mode} {kind}"] = layer.training if mode == TRAINING else layer.inference
-    samples = sample(candidates, clock, repeats)
+    total = len(candidates) * (WARMUP_ROUNDS + repeats)
+    with tqdm(total=total, desc="bench overhead", unit="call", leave=False) as bar:
+
+        def counted(run: Run) -> Sample:
+            taken = clock(run)
+            bar.update()
+            return taken
+
+        samples = sample(candidates, counted, repeats)
     timings = {
         mode: {
             kind: Timing(

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from .layers import make_layers
-    from .machine import last_level_cache
+    from .machine import clock_mhz, last_level_cache
     from .overhead import measure_layers
     from .timing import WARMUP_ROUNDS, clock_for
 
@@ -98,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
     layers = make_layers(sizes, num_tokens, sequence, args.streams, getattr(torch, args.dtype), device)
     clock = clock_for(device, last_level_cache(device))
     measured = measure_layers(layers, modes, clock, repeats)
+    facts["clock_mhz"] = clock_mhz(device)
 
     explained = [*devices, given] if given else devices
     predictions = [overhead_report.model_table(table + (predicted if given else []), explained, assumptions)]

@@ -92,7 +92,7 @@ def test_a_kernel_that_torch_contradicts_ends_it_too(
 @pytest.mark.usefixtures("checked", "clock")
 def test_json(tmp_path: Path) -> None:
     got = run_json(tmp_path, "--kernels", "post", "sinkhorn", "--streams", "2")
-    assert set(got) == {"kind", "device", "date", "versions", "threads", "method", "copy", "results"}
+    assert set(got) == {"kind", "device", "date", "versions", "threads", "clock_mhz", "method", "copy", "results"}
     assert got["kind"] == "kernels"
     assert got["threads"] == torch.get_num_threads()
     assert got["method"]["rounds"] == 2

@@ -14,7 +14,7 @@ import torch
 
 from mhc_tilelang.kernels import plans
 from mhc_tilelang.perf.cases import BACKWARD_KERNELS, KERNELS, Case, Shape, cpu_tokens, make_cases
-from mhc_tilelang.perf.machine import cpu_last_level_cache
+from mhc_tilelang.perf.machine import cpu_clock_mhz, cpu_last_level_cache
 from mhc_tilelang.perf.traffic import small_bytes, stream_elements, traffic
 from mhc_tilelang.perf.workloads import Stream, workload
 
@@ -118,3 +118,12 @@ def test_last_level_cache_is_the_highest_data_cache(tmp_path: Path) -> None:
             (folder / name).write_text(f"{value}\n")
     assert cpu_last_level_cache(tmp_path) == 32 << 20
     assert cpu_last_level_cache(tmp_path / "absent") == 0
+
+
+def test_clock_is_the_fastest_cores(tmp_path) -> None:
+    facts = tmp_path / "cpuinfo"
+    facts.write_text("processor : 0\ncpu MHz\t\t: 2399.998\n\nprocessor : 1\ncpu MHz : 3100.4\n", encoding="utf-8")
+    assert cpu_clock_mhz(facts) == 3100
+    facts.write_text("Processor : an Arm\n", encoding="utf-8")
+    assert cpu_clock_mhz(facts) is None
+    assert cpu_clock_mhz(tmp_path / "absent") is None
