@@ -37,48 +37,71 @@ def row_groups(num_streams: int) -> tuple[RowGroup, RowGroup, RowGroup]:
     return RowGroup(0, 0, 1, n), RowGroup(1, n, 1, n), RowGroup(2, 2 * n, n, n)
 
 
+def slabs_per_group(partial, plan: ProjectionPlan, hidden_size: int):
+    """How many slabs are a group of chunks: one is, or those of its chunks. None where chunks are not grouped."""
+    if not plan.is_grouped(hidden_size):
+        return None
+    return T.if_then_else(partial.shape[0] == plan.num_chunks(hidden_size), plan.chunks_per_group, 1)
+
+
 @T.macro
-def sum_slabs(total, partial, first_row, first_token, num_tokens, num_slabs):
-    """total[a, b, t] = Σ_slab partial[slab, first_row + a · inner + b, first_token + t], slabs ascending."""
+def sum_slabs(total, partial, first_row, first_token, group_slabs):
+    """total[a, b, t] = Σ_slab partial[slab, first_row + a · inner + b, first_token + t], slabs ascending.
+
+    `group_slabs` at a time from zero, which is how the projection adds the chunks of a group up.
+    """
     outer, inner, block = total.shape
+    num_slabs, _, num_tokens = partial.shape
     T.clear(total)
-    for slab in T.serial(num_slabs):
-        for a, b, t in T.Parallel(outer, inner, block):
-            if first_token + t < num_tokens:
-                total[a, b, t] += partial[slab, first_row + a * inner + b, first_token + t]
+    if group_slabs is None:
+        for slab in T.serial(num_slabs):
+            for a, b, t in T.Parallel(outer, inner, block):
+                if first_token + t < num_tokens:
+                    total[a, b, t] += partial[slab, first_row + a * inner + b, first_token + t]
+    else:
+        group = T.alloc_fragment((outer, inner, block), T.float32)
+        for first_slab in T.serial(T.ceildiv(num_slabs, group_slabs)):
+            T.clear(group)
+            for k in T.serial(T.min(group_slabs, num_slabs - first_slab * group_slabs)):
+                slab = first_slab * group_slabs + k
+                for a, b, t in T.Parallel(outer, inner, block):
+                    if first_token + t < num_tokens:
+                        group[a, b, t] += partial[slab, first_row + a * inner + b, first_token + t]
+            for a, b, t in T.Parallel(outer, inner, block):
+                total[a, b, t] += group[a, b, t]
 
 
 @T.macro
-def inverse_rms(scale, projected, partial, first_token, num_tokens, num_slabs, num_elements, rms_eps, plan, block):
+def inverse_rms(scale, projected, partial, first_token, group_slabs, num_elements, rms_eps, plan, block):
     """scale[0, t] = s of Eq. (15): the slabs of each lane added, then the lanes, ascending. Keeps it."""
     lanes = T.alloc_fragment((LANES, 1, block), T.float32)
-    sum_slabs(lanes, partial, plan.halves * plan.rows, first_token, num_tokens, num_slabs)
+    sum_slabs(lanes, partial, plan.halves * plan.rows, first_token, group_slabs)
     T.reduce_sum(lanes, scale, dim=0)
     for k, t in T.Parallel(1, block):
         scale[k, t] = T.rsqrt(scale[k, t] * (1.0 / num_elements) + rms_eps)
     for k, t in T.Parallel(1, block):
-        if first_token + t < num_tokens:
+        if first_token + t < partial.shape[2]:
             projected[plan.rows + k, first_token + t] = scale[k, t]
 
 
 @T.macro
-def logits(z, projected, partial, scale, alpha, bias, group: RowGroup, first_token, num_tokens, num_slabs, plan, block):
+def logits(z, projected, partial, scale, alpha, bias, group: RowGroup, first_token, group_slabs, plan, block):
     """Eq. (16) for a group of rows, z [outer, inner, block]; keeps x·phi · s.
 
     Every group of rows has a fragment of its own, and every loop runs over a whole fragment: TileLang 0.1.15
     lays a fragment out by its first loop and silently truncates it where that loop covers only a part.
     """
     outer, inner = group.outer, group.inner
-    sum_slabs(z, partial, group.first, first_token, num_tokens, num_slabs)
+    sum_slabs(z, partial, group.first, first_token, group_slabs)
     if plan.split:
         low = T.alloc_fragment((outer, inner, block), T.float32)
-        sum_slabs(low, partial, plan.rows + group.first, first_token, num_tokens, num_slabs)
+        sum_slabs(low, partial, plan.rows + group.first, first_token, group_slabs)
         for a, b, t in T.Parallel(outer, inner, block):
             z[a, b, t] += low[a, b, t]
     for a, b, t in T.Parallel(outer, inner, block):
         z[a, b, t] *= scale[0, t]
     for a, b, t in T.Parallel(outer, inner, block):
-        if first_token + t < num_tokens:
+        if first_token + t < partial.shape[2]:
             projected[group.first + a * inner + b, first_token + t] = z[a, b, t]
     for a, b, t in T.Parallel(outer, inner, block):
         z[a, b, t] = alpha[group.index] * z[a, b, t] + bias[group.first + a * inner + b]
@@ -125,16 +148,17 @@ def coefficients_kernel(
             z_post = T.alloc_fragment((1, n, block), T.float32)
             P = T.alloc_fragment((n, n, block), T.float32)
             first = tile * block
-            inverse_rms(scale, projected, partial, first, num_tokens, num_slabs, n * hidden_size, rms_eps, plan, block)
-            logits(z_pre, projected, partial, scale, alpha, bias, pre, first, num_tokens, num_slabs, plan, block)
+            group_slabs = slabs_per_group(partial, plan, hidden_size)
+            inverse_rms(scale, projected, partial, first, group_slabs, n * hidden_size, rms_eps, plan, block)
+            logits(z_pre, projected, partial, scale, alpha, bias, pre, first, group_slabs, plan, block)
             for k, j, t in T.Parallel(1, n, block):
                 if first + t < num_tokens:
                     h_pre[first + t, j] = sigmoid(z_pre[k, j, t]) + pre_eps
-            logits(z_post, projected, partial, scale, alpha, bias, post, first, num_tokens, num_slabs, plan, block)
+            logits(z_post, projected, partial, scale, alpha, bias, post, first, group_slabs, plan, block)
             for k, j, t in T.Parallel(1, n, block):
                 if first + t < num_tokens:
                     h_post[first + t, j] = post_scale * sigmoid(z_post[k, j, t])
-            logits(P, projected, partial, scale, alpha, bias, res, first, num_tokens, num_slabs, plan, block)
+            logits(P, projected, partial, scale, alpha, bias, res, first, group_slabs, plan, block)
             sinkhorn_inplace(P, n, block, iters, sinkhorn_eps)
             for j, i, t in T.Parallel(n, n, block):
                 if first + t < num_tokens:

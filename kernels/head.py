@@ -7,7 +7,7 @@ phi has n rows only. The aggregation itself is the `pre` kernel.
 
 import tilelang.language as T
 
-from .coefficients import RowGroup, inverse_rms, logits, sigmoid
+from .coefficients import RowGroup, inverse_rms, logits, sigmoid, slabs_per_group
 from .plans import ProjectionPlan
 
 
@@ -32,8 +32,9 @@ def head_coefficients_kernel(
             scale = T.alloc_fragment((1, block), T.float32)
             z = T.alloc_fragment((1, n, block), T.float32)
             first = tile * block
-            inverse_rms(scale, projected, partial, first, num_tokens, num_slabs, n * hidden_size, rms_eps, plan, block)
-            logits(z, projected, partial, scale, alpha, bias, rows, first, num_tokens, num_slabs, plan, block)
+            group_slabs = slabs_per_group(partial, plan, hidden_size)
+            inverse_rms(scale, projected, partial, first, group_slabs, n * hidden_size, rms_eps, plan, block)
+            logits(z, projected, partial, scale, alpha, bias, rows, first, group_slabs, plan, block)
             for k, j, t in T.Parallel(1, n, block):
                 if first + t < num_tokens:
                     h_pre[first + t, j] = sigmoid(z[k, j, t]) + pre_eps

@@ -14,6 +14,7 @@ MAX_ACCESS_BYTES = 16
 LANES = 16  # partial sums of Σx² per token
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 STAGE_BYTES = 32 * 1024  # shared memory of one pipeline stage: three of them fit the 99 KB of sm_120
+GROUP_CHANNELS = 512  # channels whose chunks are added up before they are written, except for small batches
 CPU_CHANNELS = 1024  # four streams of it in float32 stay in a 32 KB first-level cache, with room to spare
 
 
@@ -96,6 +97,7 @@ class ProjectionPlan:
     channels: int
     threads: int
     stages: int
+    chunks_per_group: int = 1
 
     @property
     def halves(self) -> int:
@@ -116,6 +118,10 @@ class ProjectionPlan:
         """Chunks that the channels are summed in."""
         return -(-hidden_size // self.channels)
 
+    def is_grouped(self, hidden_size: int) -> bool:
+        """Whether chunks are added up in groups: not where one is all there is."""
+        return self.chunks_per_group > 1 and self.num_chunks(hidden_size) > 1
+
 
 @cache
 def projection_plan(rows: int, hidden_size: int, dtype: str, target: str) -> ProjectionPlan:
@@ -132,17 +138,29 @@ def projection_plan(rows: int, hidden_size: int, dtype: str, target: str) -> Pro
     bytes_per_channel = plan.tokens * BYTES[dtype] + plan.columns * BYTES[operand_dtype]
     while plan.channels * bytes_per_channel > STAGE_BYTES:
         plan = replace(plan, channels=plan.channels // 2)
-    return plan
+    return replace(plan, chunks_per_group=GROUP_CHANNELS // plan.channels)
 
 
 def chunks_per_split(num_tokens: int, num_chunks: int, plan: ProjectionPlan, parallel_blocks: int) -> int:
     """How many chunks a block of the projection takes, so that small batches still fill the device.
 
-    `parallel_blocks` is how many blocks the device runs at a time. The answer moves no bit of any result.
+    `parallel_blocks` is how many blocks the device runs at a time. Whole groups where these are enough to keep half of
+    it busy or more: to write slabs of chunks costs 1C, and as much to read them (n = 4, bfloat16), slabs of groups a
+    quarter. The answer moves no bit of any result.
     """
     token_blocks = max(1, -(-num_tokens // plan.tokens))
-    splits = max(1, min(num_chunks, parallel_blocks // token_blocks))
-    return -(-num_chunks // splits)
+    wanted = max(1, parallel_blocks // token_blocks)
+    num_groups = -(-num_chunks // plan.chunks_per_group)
+    if wanted < 2 * num_groups:
+        return -(-num_groups // min(num_groups, wanted)) * plan.chunks_per_group
+    return -(-num_chunks // min(num_chunks, wanted))
+
+
+def num_slabs(chunks_per_split: int, num_chunks: int, plan: ProjectionPlan) -> int:
+    """Slabs of partial sums that the projection writes: one of totals, one per group of chunks, or one per chunk."""
+    if chunks_per_split >= num_chunks:
+        return 1
+    return num_chunks if chunks_per_split % plan.chunks_per_group else -(-num_chunks // plan.chunks_per_group)
 
 
 @dataclass(frozen=True)

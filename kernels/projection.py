@@ -7,10 +7,11 @@ Equations (14) and (15), for token t, row m of phi, and K = n·C:
 Traffic per token: n·C read; dots and squares are small.
 
 **Fixed chunks.** K is summed in chunks of `channels` channels across all n streams, streams in order. Every
-chunk starts from zero, and chunks are added in order. With one split a block adds them in registers and
-writes the total, one slab; with more, blocks share the chunks out and write a slab per chunk, which the
-reader adds in the same order. So the split count, a run-time value, moves no bit of any token, and neither
-does the token's place in the batch.
+chunk starts from zero, a group of chunks is added in order, from zero, and groups are added in order. With one
+split a block adds them all in registers and writes the total, one slab. With more, blocks share them out and
+write a slab per group, or, where a small batch needs more blocks than there are groups, a slab per chunk; the
+reader adds what is left in the same order. So the split count, a run-time value, moves no bit of any token,
+and neither does the token's place in the batch.
 
 **Squares** are kept as LANES partial sums per token (channel c belongs to lane c mod LANES), which the
 reader adds: their order follows from C alone, not from a thread layout.
@@ -83,6 +84,15 @@ def accumulate_dots(dots, x_tile, phi_tile, plan: ProjectionPlan, dtype: str):
 
 
 @T.macro
+def add_sums(to_dots, to_squares, dots, squares, plan: ProjectionPlan):
+    """to_… += …"""
+    for t, m in T.Parallel(plan.tokens, plan.columns):
+        to_dots[t, m] += dots[t, m]
+    for t, lane in T.Parallel(plan.tokens, LANES):
+        to_squares[t, lane] += squares[t, lane]
+
+
+@T.macro
 def store_slab(partial, slab, first_token, num_tokens, dots, squares, plan: ProjectionPlan):
     """partial[slab] = dots of the halves, then the lanes of the squares; tokens last, so writes coalesce."""
     num_dots = plan.halves * plan.rows
@@ -97,11 +107,11 @@ def store_slab(partial, slab, first_token, num_tokens, dots, squares, plan: Proj
 def project_kernel(num_streams: int, hidden_size: int, dtype: str, plan: ProjectionPlan):
     """x [T, n, C], phi [columns, n, C] -> partial [slabs, slab_rows, T].
 
-    `chunks_per_split` chunks go to each block of a token tile: all of them for one slab of totals, fewer for
-    a slab per chunk.
+    `chunks_per_split` chunks go to each block of a token tile; `partial` has the slabs of `plans.num_slabs`.
     """
     n, tokens, channels = num_streams, plan.tokens, plan.channels
     num_chunks = plan.num_chunks(hidden_size)
+    grouped = plan.is_grouped(hidden_size)
     num_tokens = T.dynamic("num_tokens")
     num_slabs = T.dynamic("num_slabs")
 
@@ -120,6 +130,8 @@ def project_kernel(num_streams: int, hidden_size: int, dtype: str, plan: Project
             phi_tile = T.alloc_shared((plan.columns, channels), plan.operand_dtype)
             dots = T.alloc_fragment((tokens, plan.columns), T.float32)
             squares = T.alloc_fragment((tokens, LANES), T.float32)
+            group_dots = T.alloc_fragment((tokens, plan.columns), T.float32)
+            group_squares = T.alloc_fragment((tokens, LANES), T.float32)
             total_dots = T.alloc_fragment((tokens, plan.columns), T.float32)
             total_squares = T.alloc_fragment((tokens, LANES), T.float32)
 
@@ -127,6 +139,9 @@ def project_kernel(num_streams: int, hidden_size: int, dtype: str, plan: Project
             first_chunk = split * chunks_per_split
             T.clear(total_dots)
             T.clear(total_squares)
+            if grouped:
+                T.clear(group_dots)
+                T.clear(group_squares)
             for chunk in T.serial(first_chunk, T.min(first_chunk + chunks_per_split, num_chunks)):
                 T.clear(dots)
                 T.clear(squares)
@@ -138,14 +153,24 @@ def project_kernel(num_streams: int, hidden_size: int, dtype: str, plan: Project
                     T.copy(phi[0 : plan.columns, i, chunk * channels : (chunk + 1) * channels], phi_tile)
                     accumulate_squares(squares, x_tile, tokens, channels)
                     accumulate_dots(dots, x_tile, phi_tile, plan, dtype)
-                if chunks_per_split < num_chunks:
+                if grouped:
+                    if num_slabs == num_chunks:
+                        store_slab(partial, chunk, first_token, num_tokens, dots, squares, plan)
+                    else:
+                        add_sums(group_dots, group_squares, dots, squares, plan)
+                        if (chunk + 1) % plan.chunks_per_group == 0 or chunk + 1 == num_chunks:
+                            if num_slabs > 1:
+                                group = chunk // plan.chunks_per_group
+                                store_slab(partial, group, first_token, num_tokens, group_dots, group_squares, plan)
+                            else:
+                                add_sums(total_dots, total_squares, group_dots, group_squares, plan)
+                            T.clear(group_dots)
+                            T.clear(group_squares)
+                elif num_slabs > 1:
                     store_slab(partial, chunk, first_token, num_tokens, dots, squares, plan)
                 else:
-                    for t, m in T.Parallel(tokens, plan.columns):
-                        total_dots[t, m] += dots[t, m]
-                    for t, lane in T.Parallel(tokens, LANES):
-                        total_squares[t, lane] += squares[t, lane]
-            if chunks_per_split >= num_chunks:
+                    add_sums(total_dots, total_squares, dots, squares, plan)
+            if num_slabs == 1:
                 store_slab(partial, 0, first_token, num_tokens, total_dots, total_squares, plan)
 
     return project

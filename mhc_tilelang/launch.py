@@ -93,8 +93,7 @@ def project(
         chunks_per_split = plans.chunks_per_split(num_tokens, num_chunks, plan, parallel_blocks(x.device))
     if chunks_per_split < 1:
         raise ValueError(f"project: chunks_per_split: expected at least 1, got {chunks_per_split}")
-    num_slabs = 1 if chunks_per_split >= num_chunks else num_chunks
-    shape = (num_slabs, plan.slab_rows, num_tokens)
+    shape = (plans.num_slabs(chunks_per_split, num_chunks, plan), plan.slab_rows, num_tokens)
     partial = x.new_empty(shape, dtype=torch.float32) if out is None else out
     if partial.shape != shape:  # the kernel takes the slab count from the tensor and writes what the split says
         raise ValueError(f"project: out: expected shape {list(shape)}, got {list(partial.shape)}")

@@ -97,7 +97,7 @@ class Call:
         plan = self.plan(rows)
         num_chunks = plan.num_chunks(self.spec.hidden_size)
         per_split = plans.chunks_per_split(self.case.shape.num_tokens, num_chunks, plan, self.parallel_blocks)
-        return per_split, 1 if per_split >= num_chunks else num_chunks
+        return per_split, plans.num_slabs(per_split, num_chunks, plan)
 
 
 def expand(call: Call) -> tuple[Launch, ...]:

@@ -116,21 +116,43 @@ def test_halves_of_phi(case, head):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("case", [Case(4, 1000, torch.bfloat16, 65), Case(4, 333, torch.float32, 3)], ids=label)
 def test_split_count_moves_no_bit(case, target):
-    """One chunk a block up to all in one. Catches totals written instead of chunk sums, chunks out of order."""
+    """One chunk a block up to all in one. Catches totals written instead of chunk sums, chunks out of order.
+
+    On a GPU's plan also whole groups a block, which write a slab a group. Catches groups that the reader adds up
+    differently.
+    """
     plan, inputs = plan_of(case, target), Inputs.of(case, CPU)
     num_chunks = plan.num_chunks(case.hidden_size)
     assert num_chunks >= 2
 
     def results(chunks_per_split):
         partial = launch.project(inputs.x, inputs.phi, plan, chunks_per_split)
-        slabs = 1 if chunks_per_split is None or chunks_per_split >= num_chunks else num_chunks
         if chunks_per_split is not None:
+            per_slab = plan.chunks_per_group if chunks_per_split % plan.chunks_per_group == 0 else 1
+            slabs = 1 if chunks_per_split >= num_chunks else -(-num_chunks // per_slab)
             assert partial.shape == (slabs, plan.slab_rows, case.num_tokens)
         return launch.coefficients(partial, inputs.alpha, inputs.bias, case.spec, plan)
 
     picked = results(None)
     for chunks_per_split in range(1, num_chunks + 2):
         assert_same_bits(results(chunks_per_split), picked)
+
+
+@pytest.mark.parametrize("parallel_blocks", [1, 8, 132, 264])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_slabs_that_a_gpu_writes(dtype, parallel_blocks):
+    """One where the tokens fill the device, a quarter of a chunk's 1C where they half fill it, chunks below that."""
+    plan = plans.projection_plan(24, 2560, dtype, "cuda")
+    num_chunks = plan.num_chunks(2560)
+    for num_tokens in (1, 63, 512, 1024, 2048, 4096, 16384, 65536):
+        per_split = plans.chunks_per_split(num_tokens, num_chunks, plan, parallel_blocks)
+        slabs = plans.num_slabs(per_split, num_chunks, plan)
+        blocks = -(-num_tokens // plan.tokens)
+        splits = -(-num_chunks // per_split)
+        assert slabs in (1, 5, num_chunks)
+        assert (slabs == 1) == (2 * blocks > parallel_blocks or splits == 1)
+        assert slabs < num_chunks or blocks * 10 <= parallel_blocks
+        assert blocks * splits <= max(parallel_blocks, blocks)
 
 
 @pytest.mark.parametrize("target", TARGETS)
