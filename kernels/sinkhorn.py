@@ -18,6 +18,14 @@ division is a multiplication by the reciprocal: n divisions a step instead of nÂ
 import tilelang.language as T
 
 
+def iterations(count: int):
+    """A loop that nvcc leaves one: no iteration can start before the last has ended, so unrolled code is only longer.
+
+    At n = 8 the backward takes 167 registers this way, and took 199 unrolled.
+    """
+    return T.unroll(count, unroll_factor=1)
+
+
 @T.macro
 def normalize(P, scale, num_streams, block, eps, axis):
     """P /= Î£ P + eps, the sum over j (axis 0: columns) or over i (axis 1: rows)."""
@@ -55,7 +63,7 @@ def sinkhorn_inplace(P, num_streams, block, iters, eps):
     scale = T.alloc_fragment((num_streams, block), T.float32)
     softmax_columns(P, scale, num_streams, block, eps)
     normalize(P, scale, num_streams, block, eps, axis=1)
-    for _ in T.serial(iters - 1):
+    for _ in iterations(iters - 1):
         normalize(P, scale, num_streams, block, eps, axis=0)
         normalize(P, scale, num_streams, block, eps, axis=1)
 

@@ -22,7 +22,7 @@ One token is one thread, as in the forward; H and P are 2·n² registers.
 
 import tilelang.language as T
 
-from .sinkhorn import softmax, softmax_columns
+from .sinkhorn import iterations, softmax, softmax_columns
 
 
 @T.macro
@@ -71,12 +71,12 @@ def sinkhorn_backward_inplace(g, logits, num_streams, block, iters, eps):
         P[j, i, t] = logits[j, i, t]
     softmax_columns(P, sums, n, block, eps)
     normalize_keeping(P, sums, denominators, 0, n, block, eps, axis=1)
-    for k in T.serial(iters - 1):
+    for k in iterations(iters - 1):
         normalize_keeping(P, sums, denominators, 2 * k + 1, n, block, eps, axis=0)
         normalize_keeping(P, sums, denominators, 2 * k + 2, n, block, eps, axis=1)
     for j, i, t in T.Parallel(n, n, block):
         g[j, i, t] *= P[j, i, t]
-    for k in T.serial(iters - 1):
+    for k in iterations(iters - 1):
         undo_normalize(g, P, sums, denominators, 2 * (iters - 1 - k), n, block, axis=1)
         undo_normalize(g, P, sums, denominators, 2 * (iters - 1 - k) - 1, n, block, axis=0)
     undo_normalize(g, P, sums, denominators, 0, n, block, axis=1)

@@ -146,7 +146,7 @@ class Emitter:
             self.close()
 
     def _For(self, stmt) -> None:
-        if stmt.kind == tirx.ForKind.UNROLLED:
+        if is_unrolled(stmt):
             self._unrolled(stmt)
             return
         self.bound(stmt)
@@ -327,8 +327,13 @@ def is_straight(body) -> bool:
     if isinstance(body, tirx.SeqStmt):
         return all(map(is_straight, body.seq))
     if isinstance(body, tirx.For):
-        return body.kind == tirx.ForKind.UNROLLED and is_straight(body.body)
+        return is_unrolled(body) and is_straight(body.body)
     return isinstance(body, tirx.BufferStore | tirx.Bind) or is_nothing(body)
+
+
+def is_unrolled(loop: tirx.For) -> bool:
+    """Whether a T.unroll is meant to be written out: one with a factor asks nvcc for something else."""
+    return loop.kind == tirx.ForKind.UNROLLED and "pragma_unroll_factor" not in loop.annotations
 
 
 def is_nothing(stmt) -> bool:
