@@ -91,6 +91,9 @@ class HyperConnection(SublayerModule):
             this is our choice. alpha [3] starts at 0.01.
         bias [M] starts at −3 for pre, but +3 at stream `sublayer % n`, at 0 for post and at 6·I − 3 for res:
             h_pre is 0.95 for one stream and 0.05 for the others, h_post 1, and h_res close to the identity.
+
+    They stay float32 in FSDP2 too: where a model is sharded with a mixed-precision policy, call `fully_shard` on
+    its connections first, without one.
     """
 
     kind = "mhc"
@@ -152,7 +155,10 @@ class UnconstrainedHyperConnection(SublayerModule):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x [..., n, C] -> layer_input [..., C] in x's dtype, rounded once; h_post [..., n], h_res [..., n, n]."""
-        n = self.spec.num_streams
+        n, sizes = self.spec.num_streams, (self.spec.num_streams, self.spec.hidden_size)
+        if tuple(x.shape[-2:]) != sizes:
+            wanted = ", ".join(map(str, sizes))
+            raise ValueError(f"UnconstrainedHyperConnection: x: expected shape [..., {wanted}], got {list(x.shape)}")
         with torch.autocast(x.device.type, enabled=False):
             streams = x.float()
             scale = torch.rsqrt(streams.square().mean(-1, keepdim=True) + self.spec.rms_eps)

@@ -6,8 +6,12 @@
     h = stream.reduce("sum")
 
 Reads and writes take turns. A write waits for the next read or reduction, which merges it first: there the
-merge of one sublayer and the read of the next stand side by side, and may become one kernel. Values are those
-of the functions called one after the other, to the bit.
+merge of one sublayer and the read of the next stand side by side, and may become one kernel. Values and
+gradients are those of the functions called one after the other, to the bit: a write is merged in the grad mode
+that it was made in, and a layer's output that was changed while it waited is refused.
+
+A plain residual has no streams of its own: it keeps the tensor that it was given, reads hand it out, and a sum
+returns it. So layers that work in place on their input change it there, and nowhere else.
 
 Activation checkpointing runs a region again in the backward pass, when a stream from outside the region has
 moved on. So checkpoint the layer alone, or a region that makes its own stream, or a function of x:
@@ -55,6 +59,7 @@ class ResidualStream:
         self._x = h if connection == "residual" else ops.expand(h, num_streams)
         self._reader: tuple[Connection, tuple[torch.Tensor, ...]] | None = None  # and its mappings, until merged
         self._layer_output: torch.Tensor | None = None
+        self._written = (0, True, False)  # version of the layer's output, grad mode, inference mode
         self._backward_pass = _backward_pass()
 
     def read(self, connection: Connection) -> torch.Tensor:
@@ -86,7 +91,17 @@ class ResidualStream:
         if layer_output.dtype not in dtypes:
             wanted = " or ".join(str(dtype) for dtype in dtypes)
             raise TypeError(f"ResidualStream.write: layer_output: expected dtype {wanted}, got {layer_output.dtype}")
+        if not torch.compiler.is_compiling() and not layer_output.is_contiguous():
+            raise ValueError(
+                "ResidualStream.write: layer_output: expected a contiguous tensor, got strides "
+                f"{tuple(layer_output.stride())} for shape {list(layer_output.shape)}; call .contiguous() first"
+            )
+        if layer_output.device != self._x.device:
+            raise ValueError(
+                f"ResidualStream.write: layer_output: expected device {self._x.device}, got {layer_output.device}"
+            )
         self._layer_output = layer_output
+        self._written = (_version(layer_output), *_modes())
 
     def reduce(self, reduction: str | HyperHead = "sum") -> torch.Tensor:
         """The streams as one, [..., C] in the stream's dtype; merges a waiting write first.
@@ -122,7 +137,17 @@ class ResidualStream:
         if self._reader is None or self._layer_output is None:
             return
         connection, mappings = self._reader
-        self._x = connection.merge(self._x, self._layer_output, *mappings)
+        version, with_grad, in_inference = self._written
+        if _version(self._layer_output) != version:
+            raise RuntimeError(
+                "ResidualStream: layer_output: expected it as it was written, got one that was changed in place since; "
+                "write a clone, or change it after the next read or reduce"
+            )
+        if (with_grad, in_inference) == _modes():
+            self._x = connection.merge(self._x, self._layer_output, *mappings)
+        else:
+            with torch.inference_mode(in_inference), torch.set_grad_enabled(with_grad):
+                self._x = connection.merge(self._x, self._layer_output, *mappings)
         self._reader = self._layer_output = None
 
     def _check_turn(self, call: str, *, writes: bool) -> None:
@@ -168,6 +193,16 @@ class ResidualStream:
                 f"ResidualStream.{call}: {name}: expected {self._num_streams} streams of {self._hidden_size} channels, "
                 f"got a spec of {spec.num_streams} streams of {spec.hidden_size}"
             )
+
+
+def _modes() -> tuple[bool, bool]:
+    """Grad mode and inference mode, the latter not asked in traced code."""
+    return torch.is_grad_enabled(), not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place; traced code and inference tensors do not count."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def _backward_pass() -> int | None:

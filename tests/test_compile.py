@@ -5,6 +5,7 @@ spares, two processes that read each other's half-written files.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -249,3 +250,17 @@ def test_cxx_may_have_arguments(cold, monkeypatch):
     """CXX="ccache g++" is how many set it."""
     monkeypatch.setenv("CXX", "env g++")
     post_kernel()
+
+
+@pytest.mark.parametrize("suffix", [".json", ".so"])
+def test_a_damaged_cache_is_made_anew(cold, monkeypatch, tmp_path_factory, suffix):
+    """Files of no bytes, as a machine that went down may leave them. In a copy: what is loaded is not read again."""
+    post_kernel()
+    copy = tmp_path_factory.mktemp("copy")
+    shutil.copytree(cold, copy, dirs_exist_ok=True)
+    [damaged] = copy.rglob(f"post-*{suffix}")
+    damaged.write_bytes(b"")
+    monkeypatch.setenv(build.CACHE_VARIABLE, str(copy))
+    monkeypatch.setattr(compiler, "_kernels", {})
+    post_kernel()(**post_buffers())
+    assert damaged.stat().st_size > 0

@@ -55,7 +55,12 @@ def load(family: str, parameters: dict[str, Any], checked: bool = False) -> Kern
         if not (library.exists() and description.exists()):
             with progress(family, "cpu", parameters):
                 build(family, parameters, checked, library, description)
-        return bind(library, json.loads(description.read_text(encoding="utf-8")))
+        try:
+            return bind(library, json.loads(description.read_text(encoding="utf-8")))
+        except (ValueError, KeyError, AttributeError, OSError):  # cut off when the machine went down: made anew, once
+            with progress(family, "cpu", parameters):
+                build(family, parameters, checked, library, description)
+            return bind(library, json.loads(description.read_text(encoding="utf-8")))
     except OSError as error:
         raise CompilerError(
             f"cannot keep kernels in {directory}: {error}. Name a folder that can be written and run from in "
