@@ -80,8 +80,8 @@ def tolerance(name: str, dtype: torch.dtype) -> float:
 def check_layers(layers: Mapping[str, Layer]) -> dict[str, float]:
     """The relative errors of x_next and of every gradient. Raises MHCError for the first that is too large.
 
-    An alpha's is relative to the gradient of its connection's bias where that is larger: it is three numbers, each a sum
-    over all tokens and streams, of which little may be left.
+    An alpha's is relative to the gradient of its connection's bias where that is larger: it is three numbers, each a
+    sum over all tokens and streams, of which little may be left.
     """
     eager, kernels = layers[EAGER], layers[KERNELS]
     names = ["x_next", *(f"g_{name}" for name in kernels.leaves())]
