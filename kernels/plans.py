@@ -72,18 +72,28 @@ def cpu_channels(hidden_size: int) -> int:
     return max(divisors, default=min(hidden_size, CPU_CHANNELS))
 
 
-def reduction_tile(num_streams: int, itemsize: int, target: str) -> ChannelTile:
-    """The tile of the kernels that sum over a token's channels, which a block walks through tile by tile.
+@dataclass(frozen=True)
+class ReductionTile:
+    """A step of a block's walk over a token's channels: `lanes` sums, each of `width` consecutive channels."""
 
-    The tile fixes the order of the sums, so it must not depend on the data's alignment. `post_backward` keeps n² + n
-    partial sums a channel. On a GPU a thread owns 16/n channels, so that they fit its registers (n = 4: 157, n = 8:
-    254); threads are a power of two, as tilelang's reductions want. On a CPU they are vector registers: one
-    store of a row of 16-bit results takes 32 channels, and 2048 tokens of n = 4, C = 1024 took 1.4 ms with 32
-    where 64 took 2.9; float32 took 2.4 with 16 where 32 took 3.3.
+    lanes: int
+    width: int
+
+
+def reduction_tile(hidden_size: int, itemsize: int, target: str) -> ReductionTile:
+    """The tile of the kernels that sum over a token's channels; C is a multiple of its width.
+
+    It fixes the order of the sums, so it must not depend on the data's alignment. On a GPU a lane is a thread, which
+    reads 16 bytes at a time; lanes are a power of two, as tilelang's reductions want. On a CPU they are vector
+    registers: one store of a row of 16-bit results takes 32 channels, and 2048 tokens of n = 4, C = 1024 took 1.4 ms
+    with 32 where 64 took 2.9; float32 took 2.4 with 16 where 32 took 3.3.
     """
     if target == "cpu":
-        return ChannelTile(64 // itemsize, threads=1)
-    return ChannelTile(128 * 16 // num_streams, threads=128)
+        return ReductionTile(64 // itemsize, width=1)
+    width = MAX_ACCESS_BYTES // itemsize
+    while hidden_size % width:
+        width //= 2
+    return ReductionTile(lanes=128, width=width)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ From x_next[j, c] = Σ_i h_res[j, i] · x[i, c] + h_post[j] · layer_output[c] (
     g_h_post[j]       = Σ_c g[j, c] · layer_output[c]
 
 The first two are sums over streams, done in one thread's registers like the forward. The last two are n² + n sums over
-channels: a block has a whole token, keeps a partial sum per channel of its tile, adds tile after tile into them,
-and adds them up at the end, once. So their order follows from C and the tile alone.
+channels: a block has a whole token and walks over its channels, every lane adds up its own, and the lanes' sums are
+added at the end, once and together, so that their barriers are shared. So the order follows from C and the tile alone.
 
 Traffic per token: (2n + 1)·C read, (n + 1)·C written. What is not wanted is not computed: without `mixing` neither x
 nor layer_output is read.
@@ -17,7 +17,7 @@ nor layer_output is read.
 
 import tilelang.language as T
 
-from .plans import ChannelTile
+from .plans import ReductionTile
 
 
 def post_backward_kernel(
@@ -25,77 +25,79 @@ def post_backward_kernel(
     hidden_size: int,
     dtype: str,
     layer_dtype: str,
-    tile: ChannelTile,
+    tile: ReductionTile,
     stream: bool,
     layer: bool,
     mixing: bool,
 ):
     """g_x_next, x [T, n, C], layer_output [T, C], h_post [T, n], h_res [T, n, n] -> the four gradients, same shapes.
 
-    `stream` asks for g_x, `layer` for g_layer_output, `mixing` for g_h_post and g_h_res; what is not asked for is
-    a tensor of one element that nobody touches.
+    C is written as [C / width, width]. `stream` asks for g_x, `layer` for g_layer_output, `mixing` for g_h_post and
+    g_h_res; what is not asked for is a tensor of one element that nobody touches.
     """
-    n, block = num_streams, tile.channels
+    n, lanes, width = num_streams, tile.lanes, tile.width
+    row = (hidden_size // width, width)
     num_tokens = T.dynamic("num_tokens")
     unused = (1,)
 
     @T.prim_func
     def post_backward(
-        g_x_next: T.Tensor[(num_tokens, n, hidden_size), dtype],
-        x: T.Tensor[(num_tokens, n, hidden_size), dtype],
-        layer_output: T.Tensor[(num_tokens, hidden_size), layer_dtype],
+        g_x_next: T.Tensor[(num_tokens, n, *row), dtype],
+        x: T.Tensor[(num_tokens, n, *row), dtype],
+        layer_output: T.Tensor[(num_tokens, *row), layer_dtype],
         h_post: T.Tensor[(num_tokens, n), T.float32],
         h_res: T.Tensor[(num_tokens, n, n), T.float32],
-        g_x: T.Tensor[(num_tokens, n, hidden_size) if stream else unused, dtype],
-        g_layer_output: T.Tensor[(num_tokens, hidden_size) if layer else unused, layer_dtype],
+        g_x: T.Tensor[(num_tokens, n, *row) if stream else unused, dtype],
+        g_layer_output: T.Tensor[(num_tokens, *row) if layer else unused, layer_dtype],
         g_h_post: T.Tensor[(num_tokens, n) if mixing else unused, T.float32],
         g_h_res: T.Tensor[(num_tokens, n, n) if mixing else unused, T.float32],
     ):
-        with T.Kernel(num_tokens, threads=tile.threads) as token:
-            g_frag = T.alloc_fragment((n, block), dtype)
-            x_frag = T.alloc_fragment((n, block), dtype)
-            layer_output_frag = T.alloc_fragment((block,), layer_dtype)
-            g_x_acc = T.alloc_fragment((n, block), T.float32)
-            g_layer_acc = T.alloc_fragment((block,), T.float32)
-            post_products = T.alloc_fragment((n, block), T.float32)
-            res_products = T.alloc_fragment((n, n, block), T.float32)
+        with T.Kernel(num_tokens, threads=lanes) as token:
+            g_frag = T.alloc_fragment((n, lanes, width), dtype)
+            x_frag = T.alloc_fragment((n, lanes, width), dtype)
+            layer_output_frag = T.alloc_fragment((lanes, width), layer_dtype)
+            g_x_acc = T.alloc_fragment((n, lanes, width), T.float32)
+            g_layer_acc = T.alloc_fragment((lanes, width), T.float32)
+            post_lanes = T.alloc_fragment((n, lanes), T.float32)
+            res_lanes = T.alloc_fragment((n, n, lanes), T.float32)
             post_sums = T.alloc_fragment((n,), T.float32)
             res_sums = T.alloc_fragment((n, n), T.float32)
             if mixing:
-                T.clear(post_products)
-                T.clear(res_products)
-            for channel_block in T.serial(T.ceildiv(hidden_size, block)):
-                T.copy(g_x_next[token, 0, channel_block * block], g_frag)
+                T.clear(post_lanes)
+                T.clear(res_lanes)
+            for step in T.serial(T.ceildiv(row[0], lanes)):
+                T.copy(g_x_next[token, 0, step * lanes, 0], g_frag)
                 if mixing:
-                    T.copy(x[token, 0, channel_block * block], x_frag)
-                    T.copy(layer_output[token, channel_block * block], layer_output_frag)
+                    T.copy(x[token, 0, step * lanes, 0], x_frag)
+                    T.copy(layer_output[token, step * lanes, 0], layer_output_frag)
                 if stream:
                     T.clear(g_x_acc)
                 if layer:
                     T.clear(g_layer_acc)
-                for c in T.Parallel(block):
-                    for j in T.unroll(n):
-                        g = T.cast(g_frag[j, c], T.float32)
-                        if layer:
-                            g_layer_acc[c] = T.ieee_fmaf(h_post[token, j], g, g_layer_acc[c])
-                        if mixing:
-                            post_products[j, c] = T.ieee_fmaf(
-                                g, T.cast(layer_output_frag[c], T.float32), post_products[j, c]
-                            )
-                        for i in T.unroll(n):
-                            if stream:
-                                g_x_acc[i, c] = T.ieee_fmaf(h_res[token, j, i], g, g_x_acc[i, c])
+                for lane in T.Parallel(lanes):
+                    for c in T.unroll(width):
+                        for j in T.unroll(n):
+                            g = T.cast(g_frag[j, lane, c], T.float32)
+                            if layer:
+                                g_layer_acc[lane, c] = T.ieee_fmaf(h_post[token, j], g, g_layer_acc[lane, c])
                             if mixing:
-                                res_products[j, i, c] = T.ieee_fmaf(
-                                    g, T.cast(x_frag[i, c], T.float32), res_products[j, i, c]
+                                post_lanes[j, lane] = T.ieee_fmaf(
+                                    g, T.cast(layer_output_frag[lane, c], T.float32), post_lanes[j, lane]
                                 )
+                            for i in T.unroll(n):
+                                if stream:
+                                    g_x_acc[i, lane, c] = T.ieee_fmaf(h_res[token, j, i], g, g_x_acc[i, lane, c])
+                                if mixing:
+                                    res_lanes[j, i, lane] = T.ieee_fmaf(
+                                        g, T.cast(x_frag[i, lane, c], T.float32), res_lanes[j, i, lane]
+                                    )
                 if stream:
-                    T.copy(g_x_acc, g_x[token, 0, channel_block * block])
+                    T.copy(g_x_acc, g_x[token, 0, step * lanes, 0])
                 if layer:
-                    T.copy(g_layer_acc, g_layer_output[token, channel_block * block])
+                    T.copy(g_layer_acc, g_layer_output[token, step * lanes, 0])
             if mixing:
-                T.reduce_sum(post_products, post_sums, dim=1)
-                T.reduce_sum(res_products, res_sums, dim=2)
+                T.reduce_sum(post_lanes, post_sums, dim=1, batch=n)
+                T.reduce_sum(res_lanes, res_sums, dim=2, batch=n * n)
                 T.copy(post_sums, g_h_post[token, 0])
                 T.copy(res_sums, g_h_res[token, 0, 0])
 

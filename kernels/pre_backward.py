@@ -14,35 +14,39 @@ Traffic per token: (n + 1)·C read, nothing wide written.
 
 import tilelang.language as T
 
-from .plans import ChannelTile
+from .plans import ReductionTile
 
 
-def pre_backward_kernel(num_streams: int, hidden_size: int, dtype: str, tile: ChannelTile):
-    """g_layer_input [T, C], x [T, n, C] -> g_h_pre [T, n]."""
-    n, block = num_streams, tile.channels
+def pre_backward_kernel(num_streams: int, hidden_size: int, dtype: str, tile: ReductionTile):
+    """g_layer_input [T, C / width, width], x [T, n, C / width, width] -> g_h_pre [T, n]."""
+    n, lanes, width = num_streams, tile.lanes, tile.width
+    row = (hidden_size // width, width)
     num_tokens = T.dynamic("num_tokens")
 
     @T.prim_func
     def pre_backward(
-        g_layer_input: T.Tensor[(num_tokens, hidden_size), dtype],
-        x: T.Tensor[(num_tokens, n, hidden_size), dtype],
+        g_layer_input: T.Tensor[(num_tokens, *row), dtype],
+        x: T.Tensor[(num_tokens, n, *row), dtype],
         g_h_pre: T.Tensor[(num_tokens, n), T.float32],
     ):
-        with T.Kernel(num_tokens, threads=tile.threads) as token:
-            g_frag = T.alloc_fragment((block,), dtype)
-            x_frag = T.alloc_fragment((n, block), dtype)
-            products = T.alloc_fragment((n, block), T.float32)
+        with T.Kernel(num_tokens, threads=lanes) as token:
+            g_frag = T.alloc_fragment((lanes, width), dtype)
+            x_frag = T.alloc_fragment((n, lanes, width), dtype)
+            lane_sums = T.alloc_fragment((n, lanes), T.float32)
             sums = T.alloc_fragment((n,), T.float32)
-            T.clear(products)
-            for channel_block in T.serial(T.ceildiv(hidden_size, block)):
-                T.copy(g_layer_input[token, channel_block * block], g_frag)
-                T.copy(x[token, 0, channel_block * block], x_frag)
-                for c in T.Parallel(block):
-                    for i in T.unroll(n):
-                        products[i, c] = T.ieee_fmaf(
-                            T.cast(g_frag[c], T.float32), T.cast(x_frag[i, c], T.float32), products[i, c]
-                        )
-            T.reduce_sum(products, sums, dim=1)
+            T.clear(lane_sums)
+            for step in T.serial(T.ceildiv(row[0], lanes)):
+                T.copy(g_layer_input[token, step * lanes, 0], g_frag)
+                T.copy(x[token, 0, step * lanes, 0], x_frag)
+                for lane in T.Parallel(lanes):
+                    for c in T.unroll(width):
+                        for i in T.unroll(n):
+                            lane_sums[i, lane] = T.ieee_fmaf(
+                                T.cast(g_frag[lane, c], T.float32),
+                                T.cast(x_frag[i, lane, c], T.float32),
+                                lane_sums[i, lane],
+                            )
+            T.reduce_sum(lane_sums, sums, dim=1, batch=n)
             T.copy(sums, g_h_pre[token, 0])
 
     return pre_backward

@@ -12,6 +12,9 @@ belongs to g_x[t, i, c] too, and is added here, so that g_x is written once and 
 Traffic per token: n·C read and n·C written, (n + 1)·C read with the aggregation: each of the n streams' blocks reads
 g_layer_input, and they are neighbours in the grid, so that all but one find it in the L2 cache.
 
+**Wide stores.** The tensor core leaves a thread two neighbouring elements of g_x. They go through shared memory, in the
+tile of g_layer_input, which is no longer needed then, so that a thread stores 16 bytes.
+
 **One read, two products.** A block has some channels of one stream, where phi's rows stay in shared memory, and walks
 over a range of tokens. Of each tile of x it makes g_x and adds to its sum for g_phi, which stays in registers.
 
@@ -25,6 +28,7 @@ what lies in memory there could be NaN, and 0 · NaN is NaN.
 """
 
 import tilelang.language as T
+from tilelang.layout import make_swizzled_layout
 
 from .plans import ProjectionBackwardPlan
 from .projection import high_half
@@ -108,6 +112,10 @@ def project_backward_kernel(
             g_x_acc = T.alloc_fragment((tokens, channels), T.float32)
             g_phi_acc = T.alloc_fragment((plan.columns, channels), T.float32)
 
+            if plan.threads > 1:
+                T.annotate_layout({g_layer_tile: make_swizzled_layout(g_layer_tile)})
+                if not (weights and x_is_operand):  # the product lays out its operand itself
+                    T.annotate_layout({x_tile: make_swizzled_layout(x_tile)})
             first_channel = channel_block * channels
             if stream:
                 load_phi(phi_high, phi_low, phi, i, first_channel, hidden_size, plan)
@@ -141,7 +149,14 @@ def project_backward_kernel(
                         if plan.split:
                             T.gemm(g_low, phi_high, g_x_acc)
                             T.gemm(g_high, phi_low, g_x_acc)
-                        T.copy(g_x_acc, g_x[first : first + tokens, i, first_channel : first_channel + channels])
+                        if plan.threads == 1:
+                            T.copy(g_x_acc, g_x[first : first + tokens, i, first_channel : first_channel + channels])
+                        else:
+                            for t, c in T.Parallel(tokens, channels):
+                                g_layer_tile[t, c] = T.cast(g_x_acc[t, c], dtype)
+                            T.copy(
+                                g_layer_tile, g_x[first : first + tokens, i, first_channel : first_channel + channels]
+                            )
                     if weights:
                         if x_is_operand:
                             T.gemm(g_high, x_tile, g_phi_acc, transpose_A=True)

@@ -6,11 +6,16 @@
 A target is "cpu" (see `cpu`) or a CUDA architecture such as "sm_90a" (see `cuda`). What was compiled is kept
 in this process, and by the target on disk. Importing this module loads neither torch nor tilelang: both take
 seconds, and a CPU kernel found on disk needs no tilelang at all.
+
+Within `emulating`, tensors on the CPU are taken by a GPU's kernels instead, which an emulator executes.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .kernel import Kernel
@@ -20,6 +25,40 @@ if TYPE_CHECKING:
 
 _kernels: dict[tuple, Kernel] = {}
 _lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Emulator:
+    """Executes the kernels of a GPU on tensors that lie on the CPU.
+
+    Attributes:
+        target: its name as a target, which no other target has.
+        load: the kernel of a family for these parameters.
+        parallel_blocks: how many blocks of a projection the GPU runs at a time.
+    """
+
+    target: str
+    load: Callable[[str, dict[str, Any]], Kernel]
+    parallel_blocks: int
+
+
+_emulator: Emulator | None = None
+
+
+@contextmanager
+def emulating(emulator: Emulator) -> Iterator[None]:
+    """Within this block, every kernel for CPU tensors is the emulator's, in all threads."""
+    global _emulator
+    before, _emulator = _emulator, emulator
+    try:
+        yield
+    finally:
+        _emulator = before
+
+
+def emulator_of(device: torch.device) -> Emulator | None:
+    """The emulator that takes a device's tensors, if one does."""
+    return _emulator if device.type == "cpu" else None
 
 
 def kernel(family: str, target: str, **parameters: Any) -> Kernel:
@@ -38,6 +77,8 @@ def kernel(family: str, target: str, **parameters: Any) -> Kernel:
 
 
 def _load(family: str, target: str, parameters: dict[str, Any]) -> Kernel:
+    if _emulator is not None and target == _emulator.target:
+        return _emulator.load(family, parameters)
     if target == "cpu":
         from .cpu import build
 
@@ -47,11 +88,18 @@ def _load(family: str, target: str, parameters: dict[str, Any]) -> Kernel:
     return cuda.load(family, parameters, target)
 
 
+def platform_of(device: torch.device) -> str:
+    """Whose plans the kernels of a tensor's device follow: "cpu" or "cuda"."""
+    return "cuda" if emulator_of(device) else device.type
+
+
 def target_of(device: torch.device) -> str:
     """The target that a tensor's device runs: "cpu", or the CUDA architecture, "sm_90a" of an H200.
 
     Raises ValueError for a device that there are no kernels for.
     """
+    if emulator := emulator_of(device):
+        return emulator.target
     if device.type == "cpu":
         return "cpu"
     if device.type != "cuda":

@@ -178,11 +178,13 @@ def head_coefficients(
 
 def projection_plan(x: torch.Tensor, rows: int) -> plans.ProjectionPlan:
     """The plan by which a stream on this device is projected on a phi of `rows` rows."""
-    return plans.projection_plan(rows, x.shape[-1], dtype_name(x.dtype), x.device.type)
+    return plans.projection_plan(rows, x.shape[-1], dtype_name(x.dtype), compiler.platform_of(x.device))
 
 
 def parallel_blocks(device: torch.device) -> int:
     """How many blocks of a projection the device runs at a time: two on every multiprocessor, or its threads."""
+    if emulator := compiler.emulator_of(device):
+        return emulator.parallel_blocks
     if device.type == "cpu":
         return torch.get_num_threads()
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
@@ -192,7 +194,8 @@ def _apply_kernel(family: str, stream: torch.Tensor, *accessed: torch.Tensor, **
     """The kernel of a family that walks over channels, for vectors that all `accessed` pointers allow."""
     _, num_streams, hidden_size = stream.shape
     copies = family == "expand"
-    tile = plans.channel_tile(hidden_size, stream.element_size(), stream.device.type, alignment(*accessed), copies)
+    platform = compiler.platform_of(stream.device)
+    tile = plans.channel_tile(hidden_size, stream.element_size(), platform, alignment(*accessed), copies)
     return compiler.kernel(
         family,
         compiler.target_of(stream.device),
@@ -217,5 +220,5 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
 
     Not for the streams of `pre`, `post` and `expand`: those kernels are built for narrower accesses instead.
     """
-    starts_anywhere = tensor.device.type == "cpu" or alignment(tensor) == plans.MAX_ACCESS_BYTES
+    starts_anywhere = compiler.platform_of(tensor.device) == "cpu" or alignment(tensor) == plans.MAX_ACCESS_BYTES
     return tensor if starts_anywhere else tensor.clone()

@@ -24,7 +24,7 @@ def expand_backward(g_x: torch.Tensor, *, out: torch.Tensor | None = None) -> to
     """g_x [T, n, C] -> g_h [T, C]."""
     num_tokens, num_streams, hidden_size = g_x.shape
     g_h = g_x.new_empty(num_tokens, hidden_size) if out is None else out
-    tile = plans.channel_tile(hidden_size, g_x.element_size(), g_x.device.type, alignment(g_x, g_h))
+    tile = plans.channel_tile(hidden_size, g_x.element_size(), compiler.platform_of(g_x.device), alignment(g_x, g_h))
     kernel = compiler.kernel(
         "expand_backward",
         compiler.target_of(g_x.device),
@@ -67,15 +67,16 @@ def pre_backward(g_layer_input: torch.Tensor, x: torch.Tensor, *, out: torch.Ten
     """g_layer_input [T, C], x [T, n, C] -> g_h_pre [T, n]."""
     num_tokens, num_streams, hidden_size = x.shape
     g_h_pre = x.new_empty(num_tokens, num_streams, dtype=torch.float32) if out is None else out
+    tile = plans.reduction_tile(hidden_size, x.element_size(), compiler.platform_of(x.device))
     kernel = compiler.kernel(
         "pre_backward",
         compiler.target_of(x.device),
         num_streams=num_streams,
         hidden_size=hidden_size,
         dtype=dtype_name(x.dtype),
-        tile=plans.reduction_tile(num_streams, x.element_size(), x.device.type),
+        tile=tile,
     )
-    kernel(g_layer_input=aligned(g_layer_input), x=aligned(x), g_h_pre=g_h_pre)
+    kernel(g_layer_input=_by_width(g_layer_input, tile), x=_by_width(x, tile), g_h_pre=g_h_pre)
     return g_h_pre
 
 
@@ -99,6 +100,7 @@ def post_backward(
     arguments = (x, layer_output, h_post, h_res)
     gradients = out or tuple(torch.empty_like(t) if w else None for t, w in zip(arguments, wanted, strict=True))
     g_x, g_layer_output, g_h_post, g_h_res = map(_or_unused, gradients, arguments)
+    tile = plans.reduction_tile(x.shape[2], x.element_size(), compiler.platform_of(x.device))
     kernel = compiler.kernel(
         "post_backward",
         compiler.target_of(x.device),
@@ -106,19 +108,19 @@ def post_backward(
         hidden_size=x.shape[2],
         dtype=dtype_name(x.dtype),
         layer_dtype=dtype_name(layer_output.dtype),
-        tile=plans.reduction_tile(x.shape[1], x.element_size(), x.device.type),
+        tile=tile,
         stream=needs_x,
         layer=needs_layer_output,
         mixing=needs_mixing,
     )
     kernel(
-        g_x_next=aligned(g_x_next),
-        x=aligned(x),
-        layer_output=aligned(layer_output),
+        g_x_next=_by_width(g_x_next, tile),
+        x=_by_width(x, tile),
+        layer_output=_by_width(layer_output, tile),
         h_post=aligned(h_post),
         h_res=aligned(h_res),
-        g_x=g_x,
-        g_layer_output=g_layer_output,
+        g_x=_by_width(g_x, tile) if needs_x else g_x,
+        g_layer_output=_by_width(g_layer_output, tile) if needs_layer_output else g_layer_output,
         g_h_post=g_h_post,
         g_h_res=g_h_res,
     )
@@ -235,7 +237,7 @@ def project_backward(
     """
     num_tokens, num_streams, hidden_size = x.shape
     rows = phi.shape[0]
-    plan = plans.projection_backward_plan(rows, hidden_size, dtype_name(x.dtype), x.device.type)
+    plan = plans.projection_backward_plan(rows, hidden_size, dtype_name(x.dtype), compiler.platform_of(x.device))
     tokens_per_split = plans.tokens_per_split(num_tokens, plan)
     num_splits = -(-num_tokens // tokens_per_split)
     g_x, g_phi = out or (torch.empty_like(x) if needs_x else None, torch.empty_like(phi) if needs_phi else None)
@@ -270,6 +272,11 @@ def project_backward(
     if g_phi is not None and partial is not None and num_splits > 1:
         sum_partials(partial, out=g_phi.view(-1))
     return g_x, g_phi
+
+
+def _by_width(tensor: torch.Tensor, tile: plans.ReductionTile) -> torch.Tensor:
+    """[…, C] as […, C / width, width], where a kernel can read it."""
+    return aligned(tensor).view(*tensor.shape[:-1], tensor.shape[-1] // tile.width, tile.width)
 
 
 def _or_unused(tensor: Gradient, like: torch.Tensor) -> torch.Tensor:

@@ -86,7 +86,7 @@ class Call:
 
     def reduction(self) -> dict[str, Any]:
         """The tile of a kernel that sums over channels."""
-        return {"tile": plans.reduction_tile(self.spec.num_streams, self.case.shape.itemsize, self.target)}
+        return {"tile": plans.reduction_tile(self.spec.hidden_size, self.case.shape.itemsize, self.target)}
 
     def plan(self, rows: int) -> plans.ProjectionPlan:
         """How the stream is projected on a phi of so many rows."""

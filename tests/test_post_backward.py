@@ -34,7 +34,7 @@ def test_matches_float64(case):
 @pytest.mark.parametrize("case", [CASE, Case(8, 1031, torch.float32, 5)])
 def test_gpu_tile_matches_float64(case, monkeypatch):
     """Tiles of 256 and 512 channels, the last of which hangs over."""
-    tile = plans.reduction_tile(case.num_streams, case.dtype.itemsize, "cuda")
+    tile = plans.reduction_tile(case.hidden_size, case.dtype.itemsize, "cuda")
     monkeypatch.setattr(plans, "reduction_tile", lambda *_: tile)
     assert_matches_float64("post_backward", case)
 

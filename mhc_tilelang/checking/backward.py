@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .. import launch_backward, reference
+from ..compile import platform_of
 from ..kernel import dtype_name
 from ..kernels import plans
 from . import plain_torch, tolerance
@@ -95,7 +96,7 @@ def check_project_backward(case: Case, inputs: Inputs) -> list[Comparison]:
     expected = formula(*exact)
     magnitude, _ = formula(*map(np.abs, exact))
     scales = [np.sqrt(square) for square in formula(*map(np.square, exact))]
-    plan = plans.projection_backward_plan(phi.shape[0], case.hidden_size, dtype_name(case.dtype), x.device.type)
+    plan = plans.projection_backward_plan(phi.shape[0], case.hidden_size, dtype_name(case.dtype), platform_of(x.device))
     split = tolerance.split_error(plan)
     bounds = [
         tolerance.combination(magnitude, phi.shape[0] + 3, dtype_name(case.dtype)) + split * scales[0],
