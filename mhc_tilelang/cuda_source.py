@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from tilelang.engine.lower import lower
-from tvm import tirx, transform
-from tvm.arith import Analyzer
+from tvm import transform
 from tvm.target import Target
 
 from .cuda import PASS_CONFIGS
 from .tracing import trace
-
-AXES = ("x", "y", "z")
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class CudaSource:
         entry: the name of the `__global__` function.
         code: the whole translation unit.
         arguments: names of the entry's parameters, in order: buffers, then run-time sizes and scalars.
-        grid: blocks along x, y and z, as TIR expressions of the run-time sizes and scalars.
+        grid: blocks along x, y and z, as Python expressions of the run-time sizes and scalars.
         threads: threads of a block along x, y and z.
         shared_bytes: shared memory that the launch asks for; static shared memory is declared in the code.
     """
@@ -36,13 +34,14 @@ class CudaSource:
     entry: str
     code: str
     arguments: tuple[str, ...]
-    grid: tuple[Any, Any, Any]
+    grid: tuple[str, str, str]
     threads: tuple[int, int, int]
     shared_bytes: int
 
     def grid_at(self, sizes: Mapping[str, int]) -> tuple[int, int, int]:
-        """The grid for run-time sizes and scalars, by name. Raises KeyError for one that is missing."""
-        x, y, z = (evaluate(extent, sizes) for extent in self.grid)
+        """The grid for run-time sizes and scalars, by name. Raises NameError for one that is missing."""
+        functions = {"__builtins__": {}, "T": SimpleNamespace(min=min, max=max)}
+        x, y, z = (int(eval(extent, functions, dict(sizes))) for extent in self.grid)
         return x, y, z
 
 
@@ -58,20 +57,18 @@ def generate_from(func: Any, arch: str) -> CudaSource:
         artifact = lower(func, target=target)
     (device,) = artifact.device_mod.functions.values()
     extents = device.attrs["thread_extent"]
-    arguments = tuple(param.name for param in device.params)
+    grid_x, grid_y, grid_z = (text_of(extents.get(f"blockIdx.{axis}", 1)) for axis in "xyz")
+    threads_x, threads_y, threads_z = (int(extents.get(f"threadIdx.{axis}", 1)) for axis in "xyz")
     return CudaSource(
         entry=str(device.attrs["global_symbol"]),
-        code=artifact.kernel_source,
-        arguments=arguments,
-        grid=tuple(extents.get(f"blockIdx.{axis}", 1) for axis in AXES),
-        threads=tuple(int(extents.get(f"threadIdx.{axis}", 1)) for axis in AXES),
+        code=str(artifact.kernel_source),
+        arguments=tuple(str(param.name) for param in device.params),
+        grid=(grid_x, grid_y, grid_z),
+        threads=(threads_x, threads_y, threads_z),
         shared_bytes=int(device.attrs.get("dyn_shared_memory_buf", 0)),
     )
 
 
-def evaluate(extent: Any, sizes: Mapping[str, int]) -> int:
-    """The value of an integer expression of run-time sizes."""
-    if isinstance(extent, int):
-        return extent
-    values = {var: tirx.IntImm(var.dtype, sizes[var.name]) for var in tirx.analysis.undefined_vars(extent)}
-    return int(Analyzer().simplify(tirx.stmt_functor.substitute(extent, values)))
+def text_of(expression: Any) -> str:
+    """An expression as Python text. Its `str` is TVM's own string, which `copy.deepcopy` frees twice."""
+    return "".join(str(expression))

@@ -1,0 +1,150 @@
+// The executor's state: threads, regions of memory, and what the files beside it do with them.
+//
+//     executor.cpp   runs blocks and threads, places tensors, answers the kernel's calls
+//     accesses.cpp   watches loads and stores
+//     together.cpp   barriers, operations of a warp, asynchronous copies
+
+#pragma once
+
+#include <setjmp.h>
+
+#include <cstdio>
+#include <deque>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "counts.h"
+#include "findings.h"
+#include "interface.h"
+#include "shadow.h"
+
+namespace simt {
+
+constexpr size_t STACK_BYTES = 256 * 1024;
+constexpr size_t GAP = size_t(1) << 30;  // between tensors: nothing is mapped there, so no index lands in another one
+
+struct Copy {
+    char *to, *from;
+    int bytes;
+    bool zero;
+    const void* site;
+};
+
+enum class State { READY, AT_BARRIER, IN_WARP, ENDED };
+
+struct Thread {
+    jmp_buf context;
+    std::unique_ptr<char[]> stack;
+    State state;
+    bool started;
+    int barrier, expected;  // it waits for
+    SimtOperation operation;
+    SimtLane* lane;
+    const void* site;
+    Clock clock;
+    std::deque<std::vector<Copy>> groups;  // of copies under way; the last one is open
+};
+
+// A region of memory that threads share, and what is known of each unit of it.
+struct Region {
+    char* base = nullptr;
+    int64_t bytes = 0;
+    Shadow shadow;
+    std::vector<uint16_t> copying;  // shared memory: thread + 1 whose copy is under way
+    // Tensors: the block that wrote last, the one that read last, whether an earlier one read. 0: none.
+    std::vector<uint32_t> writer_block, reader_block;
+    std::vector<bool> read_before;
+    std::vector<WarpAccesses> reads, writes;  // of each warp
+
+    bool holds(const char* at) const { return at >= base && at < base + bytes; }
+};
+
+struct Executor {
+    SimtLaunch& launch;
+    Findings findings;
+    std::vector<Thread> threads;
+    Thread* current = nullptr;
+    jmp_buf scheduler;
+    SimtIndex block = {0, 0, 0};
+    uint32_t block_number = 0;
+    bool aborted = false;
+    std::vector<Region> tensors;
+    Region shared[2];  // dynamic, static
+    std::unordered_map<const void*, Passes> passes;  // over shared memory, by instruction
+    char* arena = nullptr;
+    size_t arena_bytes = 0;
+    void** arguments = nullptr;
+
+    explicit Executor(SimtLaunch& l) : launch(l), findings(l) {}
+
+    uint16_t index() const { return uint16_t(current - threads.data()); }
+    int num_threads() const { return int(threads.size()); }
+    SimtIndex thread_index(int t) const {
+        const unsigned x = launch.block.x, y = launch.block.y;
+        return {t % x, t / x % y, t / (x * y)};
+    }
+
+    // ---- running ------------------------------------------------------------------------------------------------
+
+    void yield() {
+        if (_setjmp(current->context) == 0) _longjmp(scheduler, 1);
+    }
+    [[noreturn]] void abort_launch() {
+        aborted = true;
+        _longjmp(scheduler, 1);
+    }
+    void run(Thread& thread);
+    void run_block();
+    void report_hang();
+
+    void place_tensors();
+    void run_grid();
+    void count_block();
+    void count_conflicts();
+
+    // ---- accesses -----------------------------------------------------------------------------------------------
+
+    void access(char* at, int bytes, bool write, const void* site);
+    void access_own(const char* at, int bytes, const void* site) {
+        if (on_stack(at)) return;
+        findings.add("unsupported access", site, "%d bytes at once are no GPU's access", bytes);
+        abort_launch();
+    }
+    void touch_shared(Region& region, char* at, int bytes, bool write, const void* site, bool copied = false);
+    void touch_tensor(int tensor, char* at, int bytes, bool write, const void* site);
+    void race(const char* where, int64_t offset, uint16_t rival, bool write, const void* site);
+    Region* shared_at(const char* at) {
+        for (Region& region : shared)
+            if (region.holds(at)) return &region;
+        return nullptr;
+    }
+    int tensor_at(const char* at) const {
+        for (size_t k = 0; k < tensors.size(); ++k)
+            if (tensors[k].holds(at)) return int(k);
+        return -1;
+    }
+    bool on_stack(const char* at) const {
+        return at >= current->stack.get() && at < current->stack.get() + STACK_BYTES;
+    }
+    [[noreturn]] void out_of_bounds(const char* at, int bytes, bool write, const void* site);
+    std::string who(uint16_t thread) const {
+        const SimtIndex i = thread_index(thread);
+        char text[96];
+        std::snprintf(text, sizeof text, "thread (%u, %u, %u) of block (%u, %u, %u)", i.x, i.y, i.z, block.x, block.y, block.z);
+        return text;
+    }
+
+    // ---- together -----------------------------------------------------------------------------------------------
+
+    void meet(const std::vector<uint16_t>& those);
+    void barrier(int id, int count, const void* site);
+    void warp(SimtOperation operation, SimtLane* lane, const void* site);
+    void copy_async(Copy copy);
+    void copy_wait(size_t pending);
+};
+
+extern Executor* executor;  // of the launch that runs
+
+}  // namespace simt

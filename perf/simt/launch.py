@@ -1,0 +1,168 @@
+"""Launch a generated kernel on the SIMT executor: the limits of a GPU, the call, and what came of it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...cuda import SHARED_BYTES
+from ...cuda_source import CudaSource
+from ...errors import MHCError
+from . import build, interface
+from .source_lines import line_at
+
+if TYPE_CHECKING:
+    import torch
+
+# CUDA programming guide, technical specifications per compute capability; the same on all four architectures.
+MAX_GRID = (2**31 - 1, 65_535, 65_535)
+MAX_BLOCK = (1024, 1024, 64)
+MAX_THREADS = 1024
+
+
+class LaunchError(MHCError):
+    """A launch that a GPU would refuse."""
+
+
+class SimtError(MHCError):
+    """What the executor found in a launch; `findings` has it in parts."""
+
+    def __init__(self, entry: str, findings: tuple[Finding, ...]) -> None:
+        super().__init__("\n".join([f"{entry}:", *(f"  {finding}" for finding in findings)]))
+        self.findings = findings
+
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds of what was found."""
+        return {finding.kind for finding in self.findings}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One defect at one instruction: its kind, a sentence, how often, the line of the generated source."""
+
+    kind: str
+    text: str
+    times: int
+    line: str
+
+    def __str__(self) -> str:
+        """Kind, sentence, times, line."""
+        often = f" ({self.times} times)" if self.times > 1 else ""
+        return f"{self.kind}: {self.text}{often}\n    {self.line}"
+
+
+@dataclass(frozen=True)
+class TensorCounts:
+    """Traffic of one tensor in one launch, in bytes and 32-byte sectors.
+
+    Attributes:
+        read_bytes, written_bytes: what threads asked for.
+        read_sectors, written_sectors: sectors that each warp's instructions touched, added up.
+        read_distinct, written_distinct: bytes that were touched at all.
+    """
+
+    read_bytes: int
+    written_bytes: int
+    read_sectors: int
+    written_sectors: int
+    read_distinct: int
+    written_distinct: int
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """An instruction whose lanes met in a bank of shared memory: its line, its passes, those that this added."""
+
+    line: str
+    wavefronts: int
+    conflicts: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one launch did.
+
+    Attributes:
+        tensors: traffic by the tensor's name.
+        shared_wavefronts: passes that accesses to shared memory took, ldmatrix included.
+        shared_conflicts: those of them that bank conflicts added.
+        barriers: times that a block's threads met at a barrier.
+        mma: tensor-core instructions, one a warp.
+        worst: the instructions with the most conflicts.
+    """
+
+    tensors: Mapping[str, TensorCounts]
+    shared_wavefronts: int
+    shared_conflicts: int
+    barriers: int
+    mma: int
+    worst: tuple[Conflict, ...]
+
+
+def launch(source: CudaSource, arch: str, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, int]) -> Counts:
+    """Run a kernel on CPU tensors, which it changes in place.
+
+    Args:
+        source: the generated kernel.
+        arch: whose limit of shared memory holds.
+        tensors: the buffers by name, contiguous.
+        numbers: run-time sizes and scalars by name.
+
+    Raises:
+        LaunchError: the launch's sizes are not a GPU's.
+        SimtError: a defect was found; if one stopped the launch, the tensors are as they were.
+    """
+    grid = source.grid_at(numbers)
+    check_limits(source, grid, arch)
+    path = build.library(source)
+    described = (interface.Tensor * len(tensors))()
+    for slot, name in zip(described, (name for name in source.arguments if name in tensors), strict=True):
+        tensor = tensors[name]
+        slot.name, slot.data = name.encode(), tensor.data_ptr()
+        slot.bytes, slot.element_bytes = tensor.numel() * tensor.element_size(), tensor.element_size()
+    scalars = [ctypes.c_int64(numbers[name]) for name in source.arguments if name not in tensors]
+    addresses = (ctypes.c_void_p * len(scalars))(*(ctypes.addressof(scalar) for scalar in scalars))
+    call = interface.Launch(
+        grid=interface.Index(*grid),
+        block=interface.Index(*source.threads),
+        shared_bytes=source.shared_bytes,
+        num_tensors=len(tensors),
+        num_scalars=len(scalars),
+        tensors=ctypes.cast(described, ctypes.POINTER(interface.Tensor)),
+        scalars=ctypes.cast(addresses, ctypes.POINTER(ctypes.c_void_p)),
+    )
+    loaded = ctypes.PyDLL(str(path))  # keeps the interpreter's lock: a library executes one launch at a time
+    if loaded.simt_launch(ctypes.byref(call)):
+        found = tuple(finding(call.findings[k], loaded, path) for k in range(call.num_findings))
+        raise SimtError(source.entry, found)
+    names = [field.name for field in fields(TensorCounts)]
+    counts = {slot.name.decode(): TensorCounts(**{name: getattr(slot, name) for name in names}) for slot in described}
+    met = [call.conflicts[k] for k in range(call.num_conflicts)]
+    worst = tuple(Conflict(line_at(c.site, loaded, path), c.wavefronts, c.conflicts) for c in met)
+    return Counts(counts, call.shared_wavefronts, call.shared_conflicts, call.barriers, call.mma, worst)
+
+
+def check_limits(source: CudaSource, grid: tuple[int, int, int], arch: str) -> None:
+    """Raise LaunchError for a launch that the CUDA driver refuses."""
+    for axis, blocks, most in zip("xyz", grid, MAX_GRID, strict=True):
+        if not 1 <= blocks <= most:
+            raise LaunchError(f"{source.entry}: grid.{axis}: expected 1 to {most} blocks, got {blocks}")
+    for axis, threads, most in zip("xyz", source.threads, MAX_BLOCK, strict=True):
+        if not 1 <= threads <= most:
+            raise LaunchError(f"{source.entry}: block.{axis}: expected 1 to {most} threads, got {threads}")
+    x, y, z = source.threads
+    if x * y * z > MAX_THREADS:
+        raise LaunchError(f"{source.entry}: expected at most {MAX_THREADS} threads a block, got {x * y * z}")
+    if source.shared_bytes > (most := SHARED_BYTES[arch]):
+        raise LaunchError(
+            f"{source.entry}: shared memory: expected at most {most} bytes on {arch}, got {source.shared_bytes}"
+        )
+
+
+def finding(raw: interface.FoundAt, loaded: ctypes.CDLL, path: Path) -> Finding:
+    """A finding with its line of the generated source."""
+    return Finding(raw.kind.decode(), raw.text.decode(), raw.times, line_at(raw.site, loaded, path))

@@ -1,0 +1,93 @@
+"""The executor as a target: within `executing`, CPU tensors are computed by generated CUDA code.
+
+    with simt.executing() as launches:
+        h_res = mhc.sinkhorn(logits)
+    launches[-1].counts.tensors["logits"].read_sectors
+
+Every check, operator and module then runs the kernels that a GPU would run, with a GPU's plans.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ... import compile as compiler
+from ...cpu.build import cache_directory, kernel_hash
+from ...kernel import Buffer, Kernel, Signature
+from ...tracing import progress
+from .launch import Counts, CudaSource, launch
+
+if TYPE_CHECKING:
+    import torch
+
+ARCH = "sm_80"
+PARALLEL_BLOCKS = 8  # few, so that small shapes are split as large ones are
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One kernel that was executed: its family, its run-time sizes and scalars, what it did."""
+
+    family: str
+    numbers: dict[str, int]
+    counts: Counts
+
+
+_open: list[list[Launched]] = []  # what each `executing` that is entered has seen
+
+
+@contextmanager
+def executing(arch: str = ARCH, parallel_blocks: int = PARALLEL_BLOCKS) -> Iterator[list[Launched]]:
+    """Execute every kernel for CPU tensors as the CUDA of `arch`; yields the launches, as they come.
+
+    Raises SimtError where a kernel is defective, LaunchError where a GPU would refuse the launch.
+    """
+    launches: list[Launched] = []
+    with compiler.emulating(compiler.Emulator(f"simt-{arch}", partial(load, arch), parallel_blocks)):
+        _open.append(launches)
+        try:
+            yield launches
+        finally:
+            _open.remove(launches)
+
+
+def load(arch: str, family: str, parameters: dict[str, Any]) -> Kernel:
+    """The kernel of a family as one that the executor runs."""
+    source, signature = generated(family, parameters, arch)
+
+    def run(tensors: list[torch.Tensor], sizes: dict[str, int], scalars: list[int]) -> None:
+        named = dict(zip((buffer.name for buffer in signature.buffers), tensors, strict=True))
+        numbers = {**sizes, **dict(zip(signature.scalars, scalars, strict=True))}
+        used = {name: tensor for name, tensor in named.items() if name in source.arguments}
+        launched = Launched(family, numbers, launch(source, arch, used, numbers))
+        for launches in _open:
+            launches.append(launched)
+
+    return Kernel(family, signature, run)
+
+
+def generated(family: str, parameters: dict[str, Any], arch: str) -> tuple[CudaSource, Signature]:
+    """The source of a kernel and its signature; kept on disk, since tilelang takes seconds to make some."""
+    folder = cache_directory() / "cuda-source"
+    path = folder / f"{family}-{kernel_hash(family, {**parameters, 'arch': arch}, False)}.json"
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        source: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in kept["source"].items()}
+        buffers = (Buffer(b["name"], b["dtype"], tuple(b["shape"])) for b in kept["signature"]["buffers"])
+        return CudaSource(**source), Signature(tuple(buffers), tuple(kept["signature"]["scalars"]))
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or cut off
+        pass
+    from ...cuda_source import generate_from
+    from ...tracing import signature_of, trace
+
+    with progress(family, arch, parameters):
+        func = trace(family, parameters)
+        made, signature = generate_from(func, arch), signature_of(func)
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"source": asdict(made), "signature": asdict(signature)}), encoding="utf-8")
+    return made, signature
