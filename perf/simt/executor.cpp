@@ -230,9 +230,8 @@ SIMT_HOOK(2)
 SIMT_HOOK(4)
 SIMT_HOOK(8)
 SIMT_HOOK(16)
-// Structures of other sizes, which are ours and lie on the stack.
-void __tsan_read_range(void* at, size_t bytes) { executor->access_own(static_cast<char*>(at), int(bytes), SITE); }
-void __tsan_write_range(void* at, size_t bytes) { executor->access_own(static_cast<char*>(at), int(bytes), SITE); }
+void __tsan_read_range(void* at, size_t bytes) { executor->access_range(static_cast<char*>(at), bytes, false, SITE); }
+void __tsan_write_range(void* at, size_t bytes) { executor->access_range(static_cast<char*>(at), bytes, true, SITE); }
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

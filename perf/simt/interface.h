@@ -28,7 +28,7 @@ struct SimtLane {
 };
 
 extern "C" {
-extern char simt_shared_memory[1 << 20];  // the dynamic part, of which a launch has some
+alignas(1024) extern char simt_shared_memory[1 << 20];  // the dynamic part, of which a launch has some
 
 // Of the thread that runs. They never change within one, hence const.
 SimtIndex simt_thread_index() __attribute__((const));

@@ -31,9 +31,10 @@ PARALLEL_BLOCKS = 8  # few, so that small shapes are split as large ones are
 
 @dataclass(frozen=True)
 class Launched:
-    """One kernel that was executed: its family, its run-time sizes and scalars, what it did."""
+    """A kernel that was executed: family, what it is compiled with, its run-time sizes and scalars, what it did."""
 
     family: str
+    parameters: dict[str, Any]
     numbers: dict[str, int]
     counts: Counts
 
@@ -64,7 +65,7 @@ def load(arch: str, family: str, parameters: dict[str, Any]) -> Kernel:
         named = dict(zip((buffer.name for buffer in signature.buffers), tensors, strict=True))
         numbers = {**sizes, **dict(zip(signature.scalars, scalars, strict=True))}
         used = {name: tensor for name, tensor in named.items() if name in source.arguments}
-        launched = Launched(family, numbers, launch(source, arch, used, numbers))
+        launched = Launched(family, parameters, numbers, launch(source, arch, used, numbers))
         for launches in _open:
             launches.append(launched)
 

@@ -1,0 +1,151 @@
+"""Every kernel as the CUDA that tilelang generates for it, executed on the CPU and compared with the float64 reference.
+
+What a GPU would run, but for nvcc: tiles, threads, barriers, fragments, tails. `perf.simt` also sees what no result
+shows: races, reads of what nobody wrote, accesses out of bounds.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mhc_tilelang import launch, launch_backward
+from mhc_tilelang.checking.inputs import Case, Inputs
+from mhc_tilelang.checking.run import CHECKS, check_case
+from mhc_tilelang.cuda_source import generate
+from mhc_tilelang.kernels import FAMILIES
+from mhc_tilelang.perf.audit import audit
+from mhc_tilelang.perf.launches import STREAMS
+from mhc_tilelang.perf.simt import Launched, executing
+from mhc_tilelang.perf.simt.target import generated
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CPU = torch.device("cpu")
+
+# (n, C, dtype, tokens): tails of tokens and channels, several chunks and splits, channels one by one.
+MAIN = Case(4, 144, BF16, 37)
+CASES = [MAIN, Case(8, 136, BF16, 70), Case(4, 72, FP16, 70), Case(4, 72, FP32, 70)]
+FULL = [
+    Case(2, 136, BF16, 129),
+    Case(4, 33, BF16, 3),
+    Case(4, 640, BF16, 65),
+    Case(2, 72, FP32, 37),
+    Case(8, 72, FP16, 37),
+]
+
+
+def runs() -> list:
+    """Every kernel in bfloat16; in other dtypes those that see the stream."""
+    found = []
+    for case in CASES + FULL:
+        for kernel in CHECKS if case.dtype == BF16 else STREAMS:
+            n, hidden_size, dtype = case.num_streams, case.hidden_size, str(case.dtype).removeprefix("torch.")
+            marks = [pytest.mark.full] if case in FULL else []
+            found.append(pytest.param(case, kernel, id=f"{kernel}-n{n}-C{hidden_size}-{dtype}", marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("case", "kernel"), runs())
+def test_against_float64(case: Case, kernel: str, poisoned: None) -> None:
+    """Within the bounds that hold on every device; a finding of the executor raises."""
+    with executing() as launches:
+        row = check_case(kernel, case, Inputs.of(case, CPU))
+    assert launches
+    assert row.passed, f"{row.error:.1e} exceeds {row.tolerance:.1e}"
+
+
+@pytest.fixture(scope="module")
+def all_launches() -> list[Launched]:
+    """Every launch of every check at one case whose rows are whole sectors."""
+    with executing() as launches:
+        for kernel in CHECKS:
+            check_case(kernel, MAIN, Inputs.of(MAIN, CPU))
+    return launches
+
+
+def test_every_family_is_executed(all_launches: list[Launched]) -> None:
+    """Catches a family that no check launches."""
+    assert {launched.family for launched in all_launches} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", STREAMS)
+def test_traffic_is_as_audited(family: str, all_launches: list[Launched]) -> None:
+    """What threads asked for of the stream is what the audit counts in the TIR, in whole sectors."""
+    for launched in (launched for launched in all_launches if launched.family == family):
+        audited = audit(family, launched.parameters, launched.numbers)
+        for name in STREAMS[family]:
+            if name not in launched.counts.tensors:
+                continue  # not asked for
+            counted, expected = launched.counts.tensors[name], audited[name]
+            assert (counted.read_bytes, counted.written_bytes) == (expected.read.accessed, expected.written.accessed)
+            distinct = (counted.read_distinct, counted.written_distinct)
+            assert distinct == (expected.read.distinct, expected.written.distinct)
+            assert 32 * (counted.read_sectors + counted.written_sectors) == counted.read_bytes + counted.written_bytes
+
+
+def test_the_same_bits_as_on_the_cpu_target() -> None:
+    """Where the order of operations is the same, so is every bit: the kernels that mix streams, Sinkhorn's sums."""
+    inputs = Inputs.of(MAIN, CPU)
+    x, h, h_pre, h_post, h_res = inputs.x, inputs.h, inputs.h_pre, inputs.h_post, inputs.h_res
+    g = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(BF16)
+    partial = torch.randn(9, 300, generator=torch.Generator().manual_seed(2))
+
+    def results() -> list[torch.Tensor]:
+        g_x, g_layer_output, _, _ = launch_backward.post_backward(g, x, h, h_post, h_res)
+        applied = [launch.expand(h, 4), launch.aggregate(x, h_pre), launch.post(x, h, h_post, h_res)]
+        sums = [launch_backward.sum_partials(partial), launch_backward.expand_backward(g)]
+        return [*applied, *sums, g_x, g_layer_output]  # type: ignore[list-item]
+
+    with executing():
+        executed = results()
+    for got, expected in zip(executed, results(), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_token_has_the_same_bits_in_every_batch() -> None:
+    """The promise of the kernels, on the code that a GPU runs: alone, among others, at any place, in any split."""
+    case = Case(4, 144, BF16, 130)
+    inputs = Inputs.of(case, CPU)
+
+    def mapped(tokens: slice) -> list[torch.Tensor]:
+        x = inputs.x[tokens]
+        plan = launch.projection_plan(x, inputs.phi.shape[0])
+        partial = launch.project(x, inputs.phi, plan)
+        return list(launch.coefficients(partial, inputs.alpha, inputs.bias, case.spec, plan)[:3])
+
+    with executing(parallel_blocks=1):
+        whole = mapped(slice(0, 130))
+    for tokens, blocks in ((slice(77, 78), 8), (slice(3, 100), 4), (slice(64, 130), 40)):
+        with executing(parallel_blocks=blocks):
+            for got, expected in zip(mapped(tokens), whole, strict=True):
+                assert torch.equal(got, expected[tokens])
+
+
+@pytest.mark.parametrize("kernel", ["expand", "pre", "post"])
+def test_misaligned_views(kernel: str) -> None:
+    """Streams that start at any element take narrower accesses, which the executor would refuse if too wide."""
+    n, hidden_size, num_tokens = 4, 64, 5
+    generator = torch.Generator().manual_seed(0)
+
+    def view(*shape: int) -> torch.Tensor:
+        size = torch.Size(shape).numel()
+        return torch.randn(size + 1, generator=generator).to(BF16)[1:].view(shape)
+
+    x, h = view(num_tokens, n, hidden_size), view(num_tokens, hidden_size)
+    h_pre = torch.rand(num_tokens, n, generator=generator)
+    h_res = torch.rand(num_tokens, n, n, generator=generator)
+    call = {
+        "expand": lambda: launch.expand(h, n),
+        "pre": lambda: launch.aggregate(x, h_pre),
+        "post": lambda: launch.post(x, h, h_pre, h_res),
+    }[kernel]
+    with executing():
+        got = call()
+    assert torch.equal(got, call())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_ran_is_what_ships(family: str, all_launches: list[Launched]) -> None:
+    """The source for sm_90a is that for sm_80, which was executed."""
+    parameters = next(launched.parameters for launched in all_launches if launched.family == family)
+    assert generate(family, parameters, "sm_90a") == generated(family, parameters, "sm_80")[0]
