@@ -18,6 +18,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 
@@ -44,11 +45,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     from mhc_tilelang.errors import MHCError
 
     try:
-        status: int = importlib.import_module(COMMANDS[args.command].module).run(args)
+        with executor(args):
+            status: int = importlib.import_module(COMMANDS[args.command].module).run(args)
         return status
     except MHCError as error:
         print(f"mhc-tilelang {args.command}: {error}", file=sys.stderr)
         return 1
+
+
+def executor(args: argparse.Namespace) -> AbstractContextManager[object]:
+    """What a command runs within: the SIMT executor where `--device` asks for it."""
+    from mhc_tilelang.device import EXECUTOR
+
+    if getattr(args, "device", None) != EXECUTOR:
+        return nullcontext()
+    from mhc_tilelang.perf.simt import executing
+
+    return executing()
 
 
 def build_parser(argv: list[str]) -> argparse.ArgumentParser:

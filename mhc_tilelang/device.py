@@ -16,9 +16,16 @@ if TYPE_CHECKING:
     import torch
 
 
-def add_device_argument(parser: argparse.ArgumentParser) -> None:
-    """Add `--device auto|cpu|cuda`; auto takes a GPU if there is one."""
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (auto: a GPU)")
+EXECUTOR = "simt"
+"""The `--device` for which `cli` runs a command within `perf.simt.executing`."""
+
+
+def add_device_argument(parser: argparse.ArgumentParser, *more: str) -> None:
+    """Add `--device auto|cpu|cuda`, and what else a command knows; auto takes a GPU if there is one."""
+    help_text = "where to run (auto: a GPU)"
+    if EXECUTOR in more:
+        help_text += f"; {EXECUTOR}: a GPU's code, executed on the CPU thread by thread"
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", *more), default="auto", help=help_text)
 
 
 def pick_device(name: str) -> torch.device:
@@ -29,7 +36,7 @@ def pick_device(name: str) -> torch.device:
         raise MHCError("--device cuda: torch sees no GPU; `mhc-tilelang doctor` tells more")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name, 0) if name == "cuda" else torch.device(name)
+    return torch.device(name, 0) if name == "cuda" else torch.device("cpu")
 
 
 def describe(device: torch.device) -> str:

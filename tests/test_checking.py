@@ -193,3 +193,38 @@ def test_real_stream_sees_a_transposed_mix(dtype, transposing_post):
     tokens = real_stream.read_tokens(real_stream.default_text())
     row = real_stream.check_stream(tokens, dtype, CPU)
     assert not row.passed
+
+
+@pytest.mark.full
+def test_the_command_executes_cuda_code(monkeypatch, capsys, tmp_path):
+    """`--device simt` runs a GPU's kernels; a defect in one of them ends the command with its name."""
+    monkeypatch.setattr(run, "small_cases", lambda: TINY[:1])
+    text = tmp_path / "text"
+    text.write_text("a real stream")
+    assert main(["check", "--device", "simt", "--text", str(text)]) == 0
+    assert "the CUDA code of sm_80, executed on" in capsys.readouterr().out
+
+
+def test_what_the_executor_finds_fails_the_command(monkeypatch, capsys, tmp_path):
+    """A kernel that reads and writes beyond its rows: its name, the thread, exit status 1."""
+    from dataclasses import replace
+
+    from mhc_tilelang import compile as compiler
+    from mhc_tilelang.perf.simt import target
+
+    generated = target.generated
+
+    def damaged(family, parameters, arch):
+        source, signature = generated(family, parameters, arch)
+        return replace(source, code=source.code.replace("threadIdx.x) < 18)", "threadIdx.x) < 19)")), signature
+
+    monkeypatch.setattr(target, "generated", damaged)
+    monkeypatch.setattr(compiler, "_kernels", {})
+    monkeypatch.setattr(run, "small_cases", lambda: [Case(4, 144, torch.bfloat16, 5)])
+    monkeypatch.setattr(run, "CHECKS", {"expand": CHECKS["expand"]})
+    assert main(["check", "--device", "simt"]) == 1
+    error = capsys.readouterr().err
+    assert "mhc-tilelang check: expand_kernel:\n" in error
+    assert (
+        "out of bounds: thread (18, 0, 0) of block (4, 0, 0) reads 16 bytes at element 720 of h, which has 720" in error
+    )
