@@ -23,6 +23,9 @@ operand as it is. float16 and float32 streams use TF32 operands, where float16 i
 too, x = high + low, in registers. A CPU multiplies float32 phi directly (`split` is off).
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
@@ -84,25 +87,66 @@ def accumulate_dots(dots, x_tile, phi_tile, plan: ProjectionPlan, dtype: str):
             T.gemm(high, phi_tile, dots, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
 
 
+@dataclass(frozen=True)
+class Sums:
+    """Fragments that a block sums into: the dots [tokens, columns] and the lanes of the squares [tokens, LANES]."""
+
+    dots: Any
+    squares: Any
+
+
 @T.macro
-def add_sums(to_dots, to_squares, dots, squares, plan: ProjectionPlan):
-    """to_… += …"""
+def clear(sums: Sums):
+    """Both, from zero."""
+    T.clear(sums.dots)
+    T.clear(sums.squares)
+
+
+@T.macro
+def add_sums(to: Sums, sums: Sums, plan: ProjectionPlan):
+    """to += sums"""
     for t, m in T.Parallel(plan.tokens, plan.columns):
-        to_dots[t, m] += dots[t, m]
+        to.dots[t, m] += sums.dots[t, m]
     for t, lane in T.Parallel(plan.tokens, LANES):
-        to_squares[t, lane] += squares[t, lane]
+        to.squares[t, lane] += sums.squares[t, lane]
 
 
 @T.macro
-def store_slab(partial, slab, first_token, num_tokens, dots, squares, plan: ProjectionPlan):
+def store_slab(partial, slab, first_token, sums: Sums, plan: ProjectionPlan):
     """partial[slab] = dots of the halves, then the lanes of the squares; tokens last, so writes coalesce."""
     num_dots = plan.halves * plan.rows
+    num_tokens = partial.shape[2]
     for t, m in T.Parallel(plan.tokens, plan.columns):
         if first_token + t < num_tokens and m < num_dots:
-            partial[slab, m, first_token + t] = dots[t, m]
+            partial[slab, m, first_token + t] = sums.dots[t, m]
     for t, lane in T.Parallel(plan.tokens, LANES):
         if first_token + t < num_tokens:
-            partial[slab, num_dots + lane, first_token + t] = squares[t, lane]
+            partial[slab, num_dots + lane, first_token + t] = sums.squares[t, lane]
+
+
+@T.macro
+def close_chunk(partial, chunk, first_token, sums: Sums, group: Sums, total: Sums, plan: ProjectionPlan, hidden_size):
+    """A chunk is summed: written as a slab of its own, or added to its group, which is written or added to the total.
+
+    Which of them follows from how many slabs there are.
+    """
+    num_slabs = partial.shape[0]
+    num_chunks = plan.num_chunks(hidden_size)
+    if plan.is_grouped(hidden_size):
+        if num_slabs == num_chunks:
+            store_slab(partial, chunk, first_token, sums, plan)
+        else:
+            add_sums(group, sums, plan)
+            if (chunk + 1) % plan.chunks_per_group == 0 or chunk + 1 == num_chunks:
+                if num_slabs > 1:
+                    store_slab(partial, chunk // plan.chunks_per_group, first_token, group, plan)
+                else:
+                    add_sums(total, group, plan)
+                clear(group)
+    elif num_slabs > 1:
+        store_slab(partial, chunk, first_token, sums, plan)
+    else:
+        add_sums(total, sums, plan)
 
 
 def project_kernel(num_streams: int, hidden_size: int, dtype: str, plan: ProjectionPlan):
@@ -112,7 +156,6 @@ def project_kernel(num_streams: int, hidden_size: int, dtype: str, plan: Project
     """
     n, tokens, channels = num_streams, plan.tokens, plan.channels
     num_chunks = plan.num_chunks(hidden_size)
-    grouped = plan.is_grouped(hidden_size)
     num_tokens = T.dynamic("num_tokens")
     num_slabs = T.dynamic("num_slabs")
 
@@ -135,6 +178,9 @@ def project_kernel(num_streams: int, hidden_size: int, dtype: str, plan: Project
             group_squares = T.alloc_fragment((tokens, LANES), T.float32)
             total_dots = T.alloc_fragment((tokens, plan.columns), T.float32)
             total_squares = T.alloc_fragment((tokens, LANES), T.float32)
+            sums = Sums(dots, squares)
+            group = Sums(group_dots, group_squares)
+            total = Sums(total_dots, total_squares)
 
             # Read by fragments, not as an operand, which the product would lay out itself: without this, eight rows
             # meet in a bank. At n = 8 the indices spill 132 bytes of registers on sm_90a.
@@ -142,14 +188,11 @@ def project_kernel(num_streams: int, hidden_size: int, dtype: str, plan: Project
                 T.annotate_layout({x_tile: make_swizzled_layout(x_tile)})
             first_token = tile * tokens
             first_chunk = split * chunks_per_split
-            T.clear(total_dots)
-            T.clear(total_squares)
-            if grouped:
-                T.clear(group_dots)
-                T.clear(group_squares)
+            clear(total)
+            if plan.is_grouped(hidden_size):
+                clear(group)
             for chunk in T.serial(first_chunk, T.min(first_chunk + chunks_per_split, num_chunks)):
-                T.clear(dots)
-                T.clear(squares)
+                clear(sums)
                 for i in T.Pipelined(n, num_stages=plan.stages):
                     T.copy(
                         x[first_token : first_token + tokens, i, chunk * channels : (chunk + 1) * channels],
@@ -158,24 +201,8 @@ def project_kernel(num_streams: int, hidden_size: int, dtype: str, plan: Project
                     T.copy(phi[0 : plan.columns, i, chunk * channels : (chunk + 1) * channels], phi_tile)
                     accumulate_squares(squares, x_tile, tokens, channels)
                     accumulate_dots(dots, x_tile, phi_tile, plan, dtype)
-                if grouped:
-                    if num_slabs == num_chunks:
-                        store_slab(partial, chunk, first_token, num_tokens, dots, squares, plan)
-                    else:
-                        add_sums(group_dots, group_squares, dots, squares, plan)
-                        if (chunk + 1) % plan.chunks_per_group == 0 or chunk + 1 == num_chunks:
-                            if num_slabs > 1:
-                                group = chunk // plan.chunks_per_group
-                                store_slab(partial, group, first_token, num_tokens, group_dots, group_squares, plan)
-                            else:
-                                add_sums(total_dots, total_squares, group_dots, group_squares, plan)
-                            T.clear(group_dots)
-                            T.clear(group_squares)
-                elif num_slabs > 1:
-                    store_slab(partial, chunk, first_token, num_tokens, dots, squares, plan)
-                else:
-                    add_sums(total_dots, total_squares, dots, squares, plan)
+                close_chunk(partial, chunk, first_token, sums, group, total, plan, hidden_size)
             if num_slabs == 1:
-                store_slab(partial, 0, first_token, num_tokens, total_dots, total_squares, plan)
+                store_slab(partial, 0, first_token, total, plan)
 
     return project
