@@ -9,11 +9,13 @@ are run-time values, so one compilation serves every batch.
     sinkhorn      Eq. 9, 19   logits -> h_res, alone
     pre           Eq. 3       n streams -> the layer's input
     post          Eq. 3       mix the streams, add the layer's output
+    post_project  Eq. 3, 14   post, and the projection of what it made, from the same tile
     expand                    an embedding -> n equal streams
     head                      the coefficients of the last aggregation
     X_backward                the gradients of each, derived where it begins
     partial_sums              sums over blocks of tokens, added up: the gradients of parameters
     plans                     tiles, threads, stages: what is compiled in, chosen from sizes and target
+    boundary_plans            the same for what is fused across a boundary
 
 Imports tilelang and nothing of the package above it. `FAMILIES` names every kernel without importing it.
 """
@@ -26,6 +28,7 @@ FAMILIES = {
     "sinkhorn": ("sinkhorn", "sinkhorn_kernel"),
     "pre": ("pre", "pre_kernel"),
     "post": ("post", "post_kernel"),
+    "post_project": ("post_project", "post_project_kernel"),
     "expand": ("expand", "expand_kernel"),
     "project_backward": ("projection_backward", "project_backward_kernel"),
     "coefficients_backward": ("coefficients_backward", "coefficients_backward_kernel"),

@@ -16,13 +16,23 @@ from pathlib import Path
 import pytest
 
 from mhc_tilelang import MHCSpec
-from mhc_tilelang.kernels import FAMILIES, plans
+from mhc_tilelang.kernels import FAMILIES, boundary_plans, plans
 from mhc_tilelang.toolchain import find_nvcc
 
 pytestmark = pytest.mark.nvcc
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
-FORWARD = ("split_phi", "project", "coefficients", "head_coefficients", "sinkhorn", "pre", "post", "expand")
+FORWARD = (
+    "split_phi",
+    "project",
+    "coefficients",
+    "head_coefficients",
+    "sinkhorn",
+    "pre",
+    "post",
+    "expand",
+    "post_project",
+)
 BACKWARD = (
     "project_backward",
     "coefficients_backward",
@@ -35,6 +45,7 @@ BACKWARD = (
 )
 # Products, long sums and much shared memory: where architectures differ.
 HEAVY = ("project_backward", "coefficients_backward", "post_backward")
+CHAINED = ("project", "pre", "post", "post_project")  # whose accesses or products differ by dtype
 # One gradient alone, and what else `launch_backward` may ask for: (family, n, dtype, what is changed).
 VARIANTS = [
     ("project_backward", 4, "bfloat16", {"weights": False, "aggregated": False}),
@@ -77,6 +88,10 @@ def parameters(family: str, n: int, dtype: str, hidden_size: int = 1280) -> dict
     spec = MHCSpec(hidden_size, n)
     rows = n if family == "head_coefficients" else spec.num_coefficients
     plan = plans.projection_plan(rows, hidden_size, dtype, "cuda")
+    if family == "post_project":
+        plan = boundary_plans.post_project_plan(rows, n, hidden_size, dtype, "cuda")
+        stream = {"num_streams": n, "hidden_size": hidden_size, "dtype": dtype, "layer_dtype": dtype}
+        return {**stream, "plan": plan, "aggregated": False}
     block = plans.tokens_per_block("cuda")
     sizes = {"num_streams": n, "hidden_size": hidden_size}
     constants = {"pre_eps": spec.pre_eps, "rms_eps": spec.rms_eps, "block": block}
@@ -99,7 +114,7 @@ def builds() -> list:
     """n = 4, bfloat16 on every architecture; the other n and dtypes on Hopper, the one the tiles are made for."""
     cases = [(family, arch, 4, "bfloat16") for family in FORWARD for arch in ARCHITECTURES]
     cases += [(family, "sm_90a", n, "bfloat16") for family in FORWARD for n in (2, 8)]
-    cases += [(family, "sm_90a", 4, dtype) for family in ("project", "pre", "post") for dtype in ("float16", "float32")]
+    cases += [(family, "sm_90a", 4, dtype) for family in CHAINED for dtype in ("float16", "float32")]
     cases += [("project", "sm_90a", 8, "float32")]
     cases += [(family, "sm_90a", 4, "bfloat16") for family in BACKWARD]
     cases += [(family, arch, 4, "bfloat16") for family in HEAVY for arch in ARCHITECTURES if arch != "sm_90a"]

@@ -1,0 +1,90 @@
+"""Plans of the kernels that are fused across a sublayer boundary: what `plans` has for the others.
+
+Imports nothing but `plans`, so that a kernel found on disk is launched without loading tilelang.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+from .plans import (
+    BYTES,
+    MAX_ACCESS_BYTES,
+    MAX_THREADS,
+    WARP,
+    ProjectionPlan,
+    chunks_per_split,
+    num_slabs,
+    projection_plan,
+)
+
+
+@dataclass(frozen=True)
+class PostProjectPlan:
+    """What is compiled into `post_project`: the projection's plan, how many of its tokens are mixed at a time, and how
+    many blocks shall find room on a multiprocessor, which holds the compiler to its share of the registers.
+    """
+
+    projection: ProjectionPlan
+    rows: int
+    blocks_per_sm: int = 1
+
+
+@cache
+def post_project_plan(
+    rows: int, num_streams: int, hidden_size: int, dtype: str, target: str, aggregated: bool = False
+) -> PostProjectPlan:
+    """The plan for phi with `rows` rows. Chunks are those of the projection alone, since they fix the bits.
+
+    A GPU's thread mixes one 16-byte vector of each stream at a time; a CPU what stays in its first-level cache. Two
+    blocks share a multiprocessor where that spills nothing: 128 registers are just enough for bfloat16.
+    """
+    projection = projection_plan(rows, hidden_size, dtype, target)
+    if target == "cpu":
+        return PostProjectPlan(projection, rows=32 // num_streams)
+    tokens = 64 if num_streams <= 4 else 32
+    most_warps = (tokens // 16) * (projection.columns // 8)  # that share out the tensor core's tiles of 16 x 8
+    projection = replace(projection, threads=min(MAX_THREADS, WARP * most_warps), tokens=tokens)
+    vectors = projection.channels * BYTES[dtype] // MAX_ACCESS_BYTES
+    rows_at_once = min(projection.tokens, projection.threads // vectors)
+    fits_twice = dtype == "bfloat16" and num_streams <= 4 and not aggregated
+    return PostProjectPlan(projection, rows_at_once, blocks_per_sm=2 if fits_twice else 1)
+
+
+@dataclass(frozen=True)
+class BoundarySchedule:
+    """How a batch's tiles of tokens and chunks of channels are shared out: moves no bit of any result.
+
+    "tokens" where every block takes all chunks of its tile, as with thousands of tokens; "channels" where the chunks
+    of a tile go to several blocks, so that a few tokens still fill the device, as in decoding.
+    """
+
+    token_blocks: int
+    chunks_per_split: int
+    splits: int
+    slabs: int
+
+    @property
+    def regime(self) -> str:
+        """What is shared out: "tokens", or "channels" too."""
+        return "tokens" if self.splits == 1 else "channels"
+
+    def __str__(self) -> str:
+        return (
+            f"regime {self.regime}: {self.token_blocks} x {self.splits} blocks (token tiles x splits), "
+            f"{self.chunks_per_split} chunks a split, {self.slabs} slabs of partial sums"
+        )
+
+
+def boundary_schedule(
+    num_tokens: int, hidden_size: int, plan: PostProjectPlan, parallel_blocks: int, per_split: int | None = None
+) -> BoundarySchedule:
+    """The schedule for a batch on a device that runs `parallel_blocks` at a time; `per_split` chunks where given."""
+    projection = plan.projection
+    num_chunks = projection.num_chunks(hidden_size)
+    per_split = per_split or chunks_per_split(num_tokens, num_chunks, projection, parallel_blocks)
+    return BoundarySchedule(
+        token_blocks=-(-num_tokens // projection.tokens),
+        chunks_per_split=per_split,
+        splits=-(-num_chunks // per_split),
+        slabs=num_slabs(per_split, num_chunks, projection),
+    )

@@ -1,0 +1,181 @@
+"""post_project: the boundary's first pass, `post` of one sublayer and the projection of the next from the same tile.
+
+Equations (3), (14) and (15), for token t:
+
+    x_next[t, j, c] = Σ_i h_res[t, j, i] · x[t, i, c] + h_post[t, j] · layer_output[t, c]
+    dots[t, m]      = Σ_{j,c} x_next[t, j, c] · phi[m, j, c]        squares[t] = Σ_{j,c} x_next[t, j, c]²
+
+and, where h_pre is given (the delayed form, in which it comes from the sublayer before),
+
+    layer_input[t, c] = Σ_j h_pre[t, j] · x_next[t, j, c]
+
+Traffic per token: (n + 1)·C read, n·C written, and another C with the layer's input: nothing then is left of the
+boundary but the coefficients, (2n + 2)·C in all. Without it `coefficients` and `pre` follow, (3n + 2)·C in all.
+
+**The same bits as the parts.** x_next is formed with the fma chain of `post`, rounded once to the stream's dtype and
+written; the rounded tile is what is projected and aggregated, in the chunks, groups and slabs of `projection` and
+with its macros. So a boundary that is fused differs in nothing from one that is not, and a split, a run-time value,
+moves no bit.
+
+**One chunk a pass.** A block has a tile of tokens and walks over chunks of channels. The n streams of a chunk are mixed
+a few tokens at a time, in registers; the results stay in shared memory as operands of the product, stream after
+stream. phi is split into its halves where it is loaded (`projection` has a launch for that), the next stream's while
+this one is multiplied. A CPU multiplies float32: there the rounded tile is widened once a stream.
+
+Backward: `boundary_backward`.
+"""
+
+import tilelang.language as T
+
+from .boundary_plans import PostProjectPlan
+from .plans import LANES, ProjectionPlan
+from .projection import Sums, accumulate_dots, accumulate_squares, clear, close_chunk, high_half, store_slab
+
+
+@T.macro
+def fragment_each(streams, shape, dtype):
+    """A fragment for each stream. Bound to a name one by one: in a list comprehension they would have none."""
+    fragments = []
+    for _ in streams:
+        fragment = T.alloc_fragment(shape, dtype)
+        fragments.append(fragment)
+    return fragments
+
+
+@T.macro
+def mix(next_rows, x_rows, layer_rows, h_post, h_res, first_token, streams):
+    """next_rows[k] = Σ_i h_res[j, i] · x_rows[i] + h_post[j] · layer_rows, j the k-th of `streams`, in `post`'s order.
+
+    Rows beyond the last token take its weights; nothing of them is written.
+    """
+    num_tokens, n = h_post.shape
+    rows, channels = layer_rows.shape
+    for r, c in T.Parallel(rows, channels):
+        token = T.min(first_token + r, num_tokens - 1)
+        for to, j in zip(next_rows, streams, strict=True):
+            to[r, c] = h_post[token, j] * T.cast(layer_rows[r, c], T.float32)
+            for i in tuple(range(n)):
+                to[r, c] = T.ieee_fmaf(h_res[token, j, i], T.cast(x_rows[i][r, c], T.float32), to[r, c])
+
+
+@T.macro
+def aggregate(input_rows, rounded, h_pre, first_token):
+    """input_rows = Σ_j h_pre[j] · rounded[j], in `pre`'s order."""
+    num_tokens, n = h_pre.shape
+    rows, channels = input_rows.shape
+    for r, c in T.Parallel(rows, channels):
+        input_rows[r, c] = 0.0
+        for j in tuple(range(n)):
+            input_rows[r, c] = T.ieee_fmaf(
+                h_pre[T.min(first_token + r, num_tokens - 1), j], T.cast(rounded[j][r, c], T.float32), input_rows[r, c]
+            )
+
+
+@T.macro
+def store_halves(phi_tile, phi_rows, high, low, plan: ProjectionPlan):
+    """phi_tile = high halves of phi_rows, then low ones."""
+    for m, c in T.Parallel(plan.rows, plan.channels):
+        high[m, c] = T.cast(high_half(phi_rows[m, c], plan.operand_dtype), plan.operand_dtype)
+        low[m, c] = T.cast(phi_rows[m, c] - high_half(phi_rows[m, c], plan.operand_dtype), plan.operand_dtype)
+    T.copy(high, phi_tile[0 : plan.rows, 0 : plan.channels])
+    T.copy(low, phi_tile[plan.rows : 2 * plan.rows, 0 : plan.channels])
+
+
+def post_project_kernel(
+    num_streams: int, hidden_size: int, dtype: str, layer_dtype: str, plan: PostProjectPlan, aggregated: bool
+):
+    """x [T, n, C], layer_output [T, C], h_post [T, n], h_res [T, n, n], phi [M, n, C]
+    -> x_next [T, n, C], partial [slabs, slab_rows, T] as in `projection`.
+
+    `aggregated` adds h_pre [T, n] -> layer_input [T, C]; without it both are a tensor of one element that nobody
+    touches. `chunks_per_split` chunks go to each block of a token tile.
+    """
+    n, rows, projection = num_streams, plan.rows, plan.projection
+    tokens, channels = projection.tokens, projection.channels
+    num_chunks = projection.num_chunks(hidden_size)
+    num_tokens = T.dynamic("num_tokens")
+    num_slabs = T.dynamic("num_slabs")
+    unused = (1,)
+    streams = tuple(range(n))
+    # A CPU forms all streams of a channel from one conversion of x; a GPU's registers hold one at a time.
+    together = tuple((j,) for j in streams) if projection.split else (streams,)
+    tile_dtype = dtype if projection.split else "float32"
+
+    @T.prim_func
+    def post_project(
+        x: T.Tensor[(num_tokens, n, hidden_size), dtype],
+        layer_output: T.Tensor[(num_tokens, hidden_size), layer_dtype],
+        h_post: T.Tensor[(num_tokens, n), T.float32],
+        h_res: T.Tensor[(num_tokens, n, n), T.float32],
+        phi: T.Tensor[(projection.rows, n, hidden_size), T.float32],
+        h_pre: T.Tensor[(num_tokens, n) if aggregated else unused, T.float32],
+        x_next: T.Tensor[(num_tokens, n, hidden_size), dtype],
+        partial: T.Tensor[(num_slabs, projection.slab_rows, num_tokens), T.float32],
+        layer_input: T.Tensor[(num_tokens, hidden_size) if aggregated else unused, dtype],
+        chunks_per_split: T.int32,
+    ):
+        with T.Kernel(
+            T.ceildiv(num_tokens, tokens), T.ceildiv(num_chunks, chunks_per_split), threads=projection.threads
+        ) as (tile, split):
+            next_tiles = [T.alloc_shared((tokens, channels), tile_dtype) for _ in streams]
+            phi_tile = T.alloc_shared((projection.columns, channels), projection.operand_dtype)
+            x_rows = fragment_each(streams, (rows, channels), dtype)
+            layer_rows = T.alloc_fragment((rows, channels), layer_dtype)
+            next_rows = fragment_each(together[0], (rows, channels), T.float32)
+            rounded = fragment_each(streams, (rows, channels), dtype)
+            input_rows = T.alloc_fragment((rows, channels), T.float32)
+            phi_rows = T.alloc_fragment((projection.rows, channels), T.float32)
+            phi_high = T.alloc_fragment((projection.rows, channels), projection.operand_dtype)
+            phi_low = T.alloc_fragment((projection.rows, channels), projection.operand_dtype)
+            dots = T.alloc_fragment((tokens, projection.columns), T.float32)
+            squares = T.alloc_fragment((tokens, LANES), T.float32)
+            group_dots = T.alloc_fragment((tokens, projection.columns), T.float32)
+            group_squares = T.alloc_fragment((tokens, LANES), T.float32)
+            total_dots = T.alloc_fragment((tokens, projection.columns), T.float32)
+            total_squares = T.alloc_fragment((tokens, LANES), T.float32)
+            sums = Sums(dots, squares)
+            group = Sums(group_dots, group_squares)
+            total = Sums(total_dots, total_squares)
+
+            if plan.blocks_per_sm > 1:
+                T.annotate_min_blocks_per_sm(plan.blocks_per_sm)
+            first_token = tile * tokens
+            first_chunk = split * chunks_per_split
+            if projection.columns > projection.halves * projection.rows:
+                T.clear(phi_tile)  # rows of padding, which nothing writes later
+            clear(total)
+            if projection.is_grouped(hidden_size):
+                clear(group)
+            for chunk in T.serial(first_chunk, T.min(first_chunk + chunks_per_split, num_chunks)):
+                first = chunk * channels
+                if projection.split:
+                    T.copy(phi[0 : projection.rows, 0, first : first + channels], phi_rows)
+                for step in T.unroll(tokens // rows, unroll_factor=1):
+                    row = first_token + step * rows
+                    for i in streams:
+                        T.copy(x[row : row + rows, i, first : first + channels], x_rows[i])
+                    T.copy(layer_output[row : row + rows, first : first + channels], layer_rows)
+                    for group_streams in together:
+                        mix(next_rows, x_rows, layer_rows, h_post, h_res, row, group_streams)
+                        for values, j in zip(next_rows, group_streams, strict=True):
+                            T.copy(values, rounded[j])
+                            T.copy(rounded[j], x_next[row : row + rows, j, first : first + channels])
+                            T.copy(rounded[j], next_tiles[j][step * rows : (step + 1) * rows, 0:channels])
+                    if aggregated:
+                        aggregate(input_rows, rounded, h_pre, row)
+                        T.copy(input_rows, layer_input[row : row + rows, first : first + channels])
+                clear(sums)
+                for j in streams:
+                    if projection.split:
+                        store_halves(phi_tile, phi_rows, phi_high, phi_low, projection)
+                        if j + 1 < n:
+                            T.copy(phi[0 : projection.rows, j + 1, first : first + channels], phi_rows)
+                    else:
+                        T.copy(phi[0 : projection.rows, j, first : first + channels], phi_tile)
+                    accumulate_squares(squares, next_tiles[j], tokens, channels)
+                    accumulate_dots(dots, next_tiles[j], phi_tile, projection, tile_dtype)
+                close_chunk(partial, chunk, first_token, sums, group, total, projection, hidden_size)
+            if num_slabs == 1:
+                store_slab(partial, 0, first_token, total, projection)
+
+    return post_project

@@ -1,0 +1,137 @@
+"""The boundary between two sublayers, launched: `post` of the one, `pre` of the next, fused and in its parts.
+
+    post_pre          three launches: post_project, coefficients, and the aggregation; two in the delayed form
+    post_project      post, the projection of the next sublayer, and with h_pre its layer input
+    schedule          how a batch's work is shared out over blocks: print it, or give another
+
+Tensors come flat, [T, …], checked and contiguous; `ops` sees to that. Results have the bits of the separate kernels,
+`launch.post`, then `launch.project`, `launch.coefficients` and `launch.aggregate`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from . import compile as compiler
+from . import launch
+from .kernel import dtype_name
+from .kernels import boundary_plans
+from .launch import aligned
+from .spec import MHCSpec
+
+
+class Boundary(NamedTuple):
+    """What a boundary returns, and what its backward needs besides the inputs: h_pre and `projected`."""
+
+    x_next: torch.Tensor
+    layer_input: torch.Tensor
+    h_post: torch.Tensor
+    h_res: torch.Tensor
+    h_pre: torch.Tensor
+    projected: torch.Tensor
+
+
+def post_pre(
+    x: torch.Tensor,
+    layer_output: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    phi: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    spec: MHCSpec,
+    *,
+    h_pre: torch.Tensor | None = None,
+    schedule: boundary_plans.BoundarySchedule | None = None,
+) -> Boundary:
+    """x [T, n, C], layer_output [T, C], h_post [T, n], h_res [T, n, n] of the sublayer that ends, phi [M, K],
+    alpha [3], bias [M] of the one that begins -> x_next [T, n, C], and of the one that begins layer_input [T, C],
+    h_post [T, n], h_res [T, n, n], h_pre [T, n], projected [M + 1, T].
+
+    In the delayed form, with an h_pre [T, n] from the sublayer before, layer_input is aggregated with that, and the
+    h_pre that is returned is for the sublayer after.
+    """
+    x_next, partial, layer_input = post_project(x, layer_output, h_post, h_res, phi, h_pre=h_pre, schedule=schedule)
+    plan = launch.projection_plan(x, phi.shape[0])
+    next_pre, next_post, next_res, projected = launch.coefficients(partial, alpha, bias, spec, plan)
+    if layer_input is None:
+        layer_input = launch.aggregate(x_next, next_pre)
+    return Boundary(x_next, layer_input, next_post, next_res, next_pre, projected)
+
+
+def post_project(
+    x: torch.Tensor,
+    layer_output: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    phi: torch.Tensor,
+    plan: boundary_plans.PostProjectPlan | None = None,
+    *,
+    h_pre: torch.Tensor | None = None,
+    schedule: boundary_plans.BoundarySchedule | None = None,
+    out: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """x [T, n, C], layer_output [T, C], h_post [T, n], h_res [T, n, n], phi [M, K] of the next sublayer or of a head
+    -> x_next [T, n, C], partial sums [slabs, slab_rows, T] as of `launch.project`, layer_input [T, C].
+
+    The layer's input is None unless h_pre [T, n], from the sublayer before, is given. `plan` and `schedule` are picked
+    unless given; neither moves a bit as long as the plan's chunks are those of `launch.project`. `out` has x_next and
+    layer_input.
+    """
+    num_tokens, num_streams, hidden_size = x.shape
+    aggregated = h_pre is not None
+    plan = plan or post_project_plan(x, phi.shape[0], aggregated)
+    schedule = schedule or boundary_plans.boundary_schedule(
+        num_tokens, hidden_size, plan, launch.parallel_blocks(x.device)
+    )
+    partial = x.new_empty((schedule.slabs, plan.projection.slab_rows, num_tokens), dtype=torch.float32)
+    x_next, layer_input = out or (torch.empty_like(x), x.new_empty(num_tokens, hidden_size) if aggregated else None)
+    kernel = compiler.kernel(
+        "post_project",
+        compiler.target_of(x.device),
+        num_streams=num_streams,
+        hidden_size=hidden_size,
+        dtype=dtype_name(x.dtype),
+        layer_dtype=dtype_name(layer_output.dtype),
+        plan=plan,
+        aggregated=aggregated,
+    )
+    kernel(
+        x=aligned(x),
+        layer_output=aligned(layer_output),
+        h_post=aligned(h_post),
+        h_res=aligned(h_res),
+        phi=aligned(phi).view(-1, num_streams, hidden_size),
+        h_pre=phi.new_empty(1) if h_pre is None else aligned(h_pre),
+        x_next=x_next,
+        partial=partial,
+        layer_input=x.new_empty(1) if layer_input is None else layer_input,
+        chunks_per_split=schedule.chunks_per_split,
+    )
+    return x_next, partial, layer_input
+
+
+def post_project_plan(x: torch.Tensor, rows: int, aggregated: bool = False) -> boundary_plans.PostProjectPlan:
+    """The plan by which a stream on this device is mixed and projected on a phi of `rows` rows."""
+    _, num_streams, hidden_size = x.shape
+    return boundary_plans.post_project_plan(
+        rows, num_streams, hidden_size, dtype_name(x.dtype), x.device.type, aggregated
+    )
+
+
+def schedule(x: torch.Tensor, rows: int, chunks_per_split: int | None = None) -> boundary_plans.BoundarySchedule:
+    """How the boundary of a stream x [T, n, C] is shared out on its device, for a phi of `rows` rows; `print` tells.
+
+    With `chunks_per_split`, from 1 to all, every block takes so many chunks of channels instead.
+
+    Raises:
+        ValueError: chunks_per_split is below 1.
+    """
+    if chunks_per_split is not None and chunks_per_split < 1:
+        raise ValueError(f"schedule: chunks_per_split: expected at least 1, got {chunks_per_split}")
+    plan = post_project_plan(x, rows)
+    return boundary_plans.boundary_schedule(
+        x.shape[0], x.shape[2], plan, launch.parallel_blocks(x.device), per_split=chunks_per_split
+    )
