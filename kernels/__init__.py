@@ -37,5 +37,7 @@ FAMILIES = {
     "pre_backward": ("pre_backward", "pre_backward_kernel"),
     "post_backward": ("post_backward", "post_backward_kernel"),
     "expand_backward": ("expand_backward", "expand_backward_kernel"),
+    "boundary_backward": ("boundary_backward", "boundary_backward_kernel"),
+    "boundary_sums": ("boundary_sums", "boundary_sums_kernel"),
     "sum_partials": ("partial_sums", "sum_partials_kernel"),
 }

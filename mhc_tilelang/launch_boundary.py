@@ -6,6 +6,7 @@
 
 Tensors come flat, [T, …], checked and contiguous; `ops` sees to that. Results have the bits of the separate kernels,
 `launch.post`, then `launch.project`, `launch.coefficients` and `launch.aggregate`.
+The backward is in `launch_boundary_backward`.
 """
 
 from __future__ import annotations

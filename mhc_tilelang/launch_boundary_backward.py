@@ -1,0 +1,223 @@
+"""The backward of a sublayer boundary, launched: as `launch_boundary`, for the gradients.
+
+    post_pre_backward   pre_backward, coefficients_backward, boundary_backward, boundary_sums: four launches
+
+Tensors come flat and contiguous, [T, …]. A gradient that is not given is None and counts as zero; nothing of it is
+read. Sums over tokens and channels are taken in an order that the sizes fix.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from . import compile as compiler
+from . import launch_backward
+from .kernel import dtype_name
+from .kernels import boundary_plans, plans
+from .launch import aligned
+from .spec import MHCSpec
+
+Gradient = torch.Tensor | None
+
+
+class BoundaryGradients(NamedTuple):
+    """Of what the boundary takes: the sublayer that ends, then the parameters of the one that begins.
+
+    g_h_pre is the gradient of a given h_pre, None but in the delayed form.
+    """
+
+    g_x: torch.Tensor
+    g_layer_output: torch.Tensor
+    g_h_post: torch.Tensor
+    g_h_res: torch.Tensor
+    g_phi: torch.Tensor
+    g_alpha: torch.Tensor
+    g_bias: torch.Tensor
+    g_h_pre: Gradient = None
+
+
+def post_pre_backward(
+    g_x_next: Gradient,
+    g_layer_input: Gradient,
+    g_next_post: Gradient,
+    g_next_res: Gradient,
+    x: torch.Tensor,
+    layer_output: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    phi: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    x_next: torch.Tensor,
+    h_pre: torch.Tensor,
+    projected: torch.Tensor,
+    spec: MHCSpec,
+    *,
+    given_pre: torch.Tensor | None = None,
+    g_next_pre: Gradient = None,
+) -> BoundaryGradients:
+    """Gradients of x_next [T, n, C], layer_input [T, C], h_post [T, n], h_res [T, n, n] that `launch_boundary.post_pre`
+    returned, its arguments, and x_next, h_pre and projected as it returned them -> gradients of its arguments.
+
+    In the delayed form `given_pre` is the h_pre that it was given, and g_next_pre the gradient of the one that it
+    returned.
+    """
+    num_tokens = x.shape[0]
+    delayed = given_pre is not None and g_layer_input is not None
+    if not delayed and given_pre is None and g_layer_input is not None:
+        g_next_pre = launch_backward.pre_backward(g_layer_input, x_next)
+    g_projected, partial_parameters = coefficients_backward(
+        g_next_pre, g_next_post, g_next_res, projected, alpha, bias, spec
+    )
+    weights = h_pre if given_pre is None else given_pre
+    g_x, g_layer_output, partial_phi, partial_mixing = mixing_backward(
+        g_x_next, g_layer_input, g_projected, x, layer_output, weights, h_post, h_res, phi, delayed=delayed
+    )
+    g_phi, g_post, g_res, g_pre, g_parameters = boundary_sums(
+        partial_phi, partial_mixing, partial_parameters, x.shape[1], delayed
+    )
+    if num_tokens == 0:
+        g_phi, g_parameters = torch.zeros_like(phi), torch.zeros_like(g_parameters)
+    if given_pre is not None and g_pre is None:
+        g_pre = torch.zeros_like(given_pre)
+    g_alpha, g_bias = g_parameters.split([alpha.numel(), bias.numel()])
+    return BoundaryGradients(g_x, g_layer_output, g_post, g_res, g_phi.view(phi.shape), g_alpha, g_bias, g_pre)
+
+
+def coefficients_backward(
+    g_h_pre: Gradient,
+    g_h_post: Gradient,
+    g_h_res: Gradient,
+    projected: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    spec: MHCSpec,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `launch_backward.coefficients_backward`, but with the sums over tokens still in parts, [blocks, 3 + M]."""
+    target = compiler.target_of(projected.device)
+    given = {"g_h_pre": g_h_pre, "g_h_post": g_h_post, "g_h_res": g_h_res}
+    block = launch_backward.sinkhorn_tokens(spec.num_streams, spec.sinkhorn_iters, target)
+    kernel = compiler.kernel(
+        "coefficients_backward",
+        target,
+        num_streams=spec.num_streams,
+        hidden_size=spec.hidden_size,
+        iters=spec.sinkhorn_iters,
+        sinkhorn_eps=spec.sinkhorn_eps,
+        post_scale=spec.post_scale,
+        block=block,
+        pre_given=g_h_pre is not None,
+        post_given=g_h_post is not None,
+        res_given=g_h_res is not None,
+    )
+    g_projected = torch.empty_like(projected)
+    partial = launch_backward.partial_sums(projected, block, alpha.numel() + bias.numel())
+    tensors = {name: or_unused(gradient, projected) for name, gradient in given.items()}
+    parameters = {"alpha": aligned(alpha), "bias": aligned(bias)}
+    kernel(**tensors, projected=projected, **parameters, g_projected=g_projected, partial=partial)
+    return g_projected, partial
+
+
+def mixing_backward(
+    g_x_next: Gradient,
+    g_layer_input: Gradient,
+    g_projected: torch.Tensor,
+    x: torch.Tensor,
+    layer_output: torch.Tensor,
+    h_pre: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    phi: torch.Tensor,
+    *,
+    delayed: bool = False,
+    plan: boundary_plans.BoundaryBackwardPlan | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The kernel `boundary_backward`: gradients of the stream and the layer's output, g_projected [M + 1, T] as of
+    `coefficients_backward`, what was mixed, the h_pre of the aggregation, phi [M, K]
+    -> g_x [T, n, C], g_layer_output [T, C], and partial sums: of g_phi [ranges, M·K], of g_h_post, g_h_res and, where
+    `delayed`, g_h_pre [channel blocks, n + n² or 2n + n², T].
+    """
+    num_tokens, n, hidden_size = x.shape
+    rows, dtype = phi.shape[0], dtype_name(x.dtype)
+    plan = plan or boundary_plans.boundary_backward_plan(rows, n, hidden_size, dtype, x.device.type)
+    tiles_per_range = boundary_plans.tiles_per_range(num_tokens, plan)
+    ranges = max(1, -(-num_tokens // (tiles_per_range * plan.tokens)))
+    partial_phi = phi.new_empty(ranges, rows, n, hidden_size)
+    num_sums = n + n * n + (n if delayed else 0)
+    partial_mixing = phi.new_empty(-(-hidden_size // plan.channels), num_sums, num_tokens)
+    g_x, g_layer_output = torch.empty_like(x), torch.empty_like(layer_output)
+    kernel = compiler.kernel(
+        "boundary_backward",
+        compiler.target_of(x.device),
+        num_streams=n,
+        hidden_size=hidden_size,
+        dtype=dtype,
+        layer_dtype=dtype_name(layer_output.dtype),
+        plan=plan,
+        outside=g_x_next is not None,
+        aggregated=g_layer_input is not None,
+        delayed=delayed,
+    )
+    kernel(
+        g_x_next=or_unused(g_x_next, x),
+        g_layer_input=or_unused(g_layer_input, x),
+        g_projected=g_projected,
+        x=aligned(x),
+        layer_output=aligned(layer_output),
+        h_pre=or_unused(None if g_layer_input is None else h_pre, phi),
+        h_post=aligned(h_post),
+        h_res=aligned(h_res),
+        phi=aligned(phi).view(rows, n, hidden_size),
+        g_x=g_x,
+        g_layer_output=g_layer_output,
+        partial_phi=partial_phi,
+        partial_mixing=partial_mixing,
+        tiles_per_range=tiles_per_range,
+    )
+    return g_x, g_layer_output, partial_phi.view(ranges, -1), partial_mixing
+
+
+def boundary_sums(
+    partial_phi: torch.Tensor,
+    partial_mixing: torch.Tensor,
+    partial_parameters: torch.Tensor,
+    num_streams: int,
+    delayed: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Gradient, torch.Tensor]:
+    """The partial sums of `mixing_backward` and `coefficients_backward` added up
+    -> g_phi [M·K], g_h_post [T, n], g_h_res [T, n, n], g_h_pre [T, n] or None, and of alpha and bias [3 + M].
+    """
+    n, num_tokens = num_streams, partial_mixing.shape[2]
+    ranges = partial_phi.shape[0] > 1  # one range of tokens: its partial sum is the sum
+    g_phi = partial_phi.new_empty(partial_phi.shape[1]) if ranges else partial_phi[0]
+    g_h_post, g_h_res, g_parameters = (
+        partial_phi.new_empty(shape) for shape in ((num_tokens, n), (num_tokens, n * n), (partial_parameters.shape[1],))
+    )
+    g_h_pre = partial_phi.new_empty(num_tokens, n) if delayed else None
+    kernel = compiler.kernel(
+        "boundary_sums",
+        compiler.target_of(partial_phi.device),
+        num_streams=n,
+        delayed=delayed,
+        ranges=ranges,
+        lanes=plans.partial_lanes(partial_parameters.shape[0]),
+        block=launch_backward.ELEMENTS,
+    )
+    kernel(
+        partial_phi=partial_phi,
+        partial_mixing=partial_mixing,
+        partial_parameters=partial_parameters,
+        g_phi=g_phi,
+        g_h_post=g_h_post,
+        g_h_res=g_h_res,
+        g_h_pre=or_unused(g_h_pre, partial_phi),
+        g_parameters=g_parameters,
+    )
+    return g_phi, g_h_post, g_h_res.view(num_tokens, n, n), g_h_pre, g_parameters
+
+
+def or_unused(tensor: Gradient, like: torch.Tensor) -> torch.Tensor:
+    """The tensor, or the one element that a kernel takes for a tensor it does not touch."""
+    return like.new_empty(1) if tensor is None else aligned(tensor)
