@@ -20,10 +20,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.mhc-ready
 
 .DELETE_ON_ERROR:
-.PHONY: help bench check doctor test test-full lint format clean
+.PHONY: help bench check doctor inspect-full docs-kernels test test-full lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' Makefile
 
 bench: $(READY) ## check the kernels, measure them, then what they add to a layer; with ARGS, what these say
 	$(BIN)/mhc-tilelang bench $(ARGS)
@@ -34,6 +34,12 @@ check: $(READY) ## compare the kernels with the float64 reference
 
 doctor: $(READY) ## report what this machine has and what is missing
 	$(BIN)/mhc-tilelang doctor $(ARGS)
+
+inspect-full: $(READY) ## build every kernel at every size for every CUDA architecture, an hour or two; keep what came out
+	$(BIN)/mhc-tilelang inspect --full --json perf/results/inspect/kernels.json $(ARGS)
+
+docs-kernels: $(READY) ## write the pages of docs/kernels
+	$(BIN)/python -m mhc_tilelang.perf.inspect.pages docs/kernels
 
 test: $(READY) ## run the tests, without those that take minutes
 	$(BIN)/pytest -n $(JOBS) -m "not full" $(ARGS)

@@ -33,6 +33,7 @@ COMMANDS = {
     "check": Command("mhc_tilelang.checking.command", "compare the kernels with the float64 reference"),
     "bench": Command("mhc_tilelang.perf.command", "measure the kernels: time, bandwidth, ratio to plain torch"),
     "traffic": Command("mhc_tilelang.perf.traffic_command", "count the bytes that the kernels move, from their code"),
+    "inspect": Command("mhc_tilelang.perf.inspect.command", "build the CUDA kernels without a GPU, and study them"),
     "doctor": Command("mhc_tilelang.doctor", "report what this machine has and what is missing"),
 }
 

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from mhc_tilelang.device import processor_name
 from mhc_tilelang.json_output import add_json_argument, write_json
-from mhc_tilelang.toolchain import CXX_NAMES, find_cxx, find_nvcc, output_of, version_of
+from mhc_tilelang.toolchain import CXX_NAMES, find_cxx, find_nvcc, find_nvdisasm, output_of, version_of
 
 # Oldest versions that work; tests/test_doctor.py compares them with the package's own requirements.
 OLDEST_PYTHON = (3, 10)
@@ -70,6 +70,7 @@ def examine() -> list[Row]:
         *torch_rows(torch),
         cxx_row(),
         nvcc_row(required=torch is not None and torch.cuda.is_available()),
+        nvdisasm_row(),
         *gpu_rows(torch),
         *cpu_rows(),
         cache_row(),
@@ -173,6 +174,13 @@ def nvcc_row(required: bool) -> Row:
         return Row("nvcc", f"{version_of(tool)} ({tool.path}, from {tool.origin})")
     hint = 'a CUDA toolkit, or pip install "tilelang[nvcc]"'
     return Row("nvcc", "not found", "missing" if required else "optional", hint)
+
+
+def nvdisasm_row() -> Row:
+    """Report nvdisasm, with which `mhc-tilelang inspect` reads machine code."""
+    if tool := find_nvdisasm():
+        return Row("nvdisasm", f"{version_of(tool)} ({tool.path}, from {tool.origin})")
+    return Row("nvdisasm", "not found", "optional", "a CUDA toolkit, or pip install nvidia-cuda-nvdisasm")
 
 
 # Hardware

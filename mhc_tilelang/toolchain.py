@@ -1,4 +1,4 @@
-"""Where the compilers are: a C++ compiler for the CPU target, nvcc for the CUDA target.
+"""Where the compilers are: a C++ compiler for the CPU target, nvcc for the CUDA target, nvdisasm to read its code.
 
 Looks in the places where TileLang looks, in its order, without importing it. Imports nothing of the package.
 """
@@ -44,11 +44,21 @@ def find_nvcc() -> Tool | None:
             return _existing(Path(home) / "bin" / "nvcc", f"${variable}")
     if path := shutil.which("nvcc"):
         return Tool(path, "PATH")
-    return _nvcc_from_pypi() or _existing(Path("/usr/local/cuda/bin/nvcc"), "/usr/local/cuda")
+    return _from_pypi("nvcc") or _existing(Path("/usr/local/cuda/bin/nvcc"), "/usr/local/cuda")
+
+
+def find_nvdisasm() -> Tool | None:
+    """Find nvdisasm: the PATH, the PyPI package nvidia-cuda-nvdisasm, beside nvcc."""
+    if path := shutil.which("nvdisasm"):
+        return Tool(path, "PATH")
+    if tool := _from_pypi("nvdisasm"):
+        return tool
+    nvcc = find_nvcc()
+    return _existing(Path(nvcc.path).resolve().with_name("nvdisasm"), "beside nvcc") if nvcc else None
 
 
 def version_of(tool: Tool) -> str:
-    """Return the version line of a compiler: nvcc's release line, the first line of any other."""
+    """Return the version line of a tool: the release line of NVIDIA's, the first line of any other."""
     lines = output_of([tool.path, *tool.arguments, "--version"]).splitlines()
     release = [line for line in lines if "release" in line and "Cuda" in line]
     return (release or lines or ["version unknown"])[0].strip()
@@ -63,12 +73,13 @@ def output_of(command: Sequence[str], timeout: float = 30) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
-def _nvcc_from_pypi() -> Tool | None:
+def _from_pypi(name: str) -> Tool | None:
+    """A program of NVIDIA's that a PyPI package of its name brings."""
     try:
-        files = importlib.metadata.files("nvidia-cuda-nvcc") or []
+        files = importlib.metadata.files(f"nvidia-cuda-{name}") or []
     except importlib.metadata.PackageNotFoundError:
         return None
-    programs = [file for file in files if file.name == "nvcc"]
+    programs = [file for file in files if file.name == name]
     return _existing(Path(str(programs[0].locate())), "PyPI") if programs else None
 
 

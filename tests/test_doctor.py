@@ -59,7 +59,7 @@ def test_json_schema_and_versions(tmp_path: Path) -> None:
     assert rows["torch"]["value"] == metadata.version("torch")
     assert rows["tilelang"]["value"] == metadata.version("tilelang")
     assert rows["tvm-ffi"]["value"] == metadata.version("apache-tvm-ffi")
-    assert {"python", "C++ compiler", "nvcc", "CPU", "SIMD", "kernel cache", "torch threads"} <= set(rows)
+    assert {"python", "C++ compiler", "nvcc", "nvdisasm", "CPU", "SIMD", "kernel cache", "torch threads"} <= set(rows)
 
 
 def test_no_compiler_is_named_and_fails(tmp_path: Path) -> None:
@@ -150,6 +150,25 @@ def test_nvcc_search_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert toolchain.find_nvcc() is None
     assert toolchain.version_of(toolchain.Tool(str(on_path), "PATH")) == release
+
+
+def test_nvdisasm_search_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The PATH wins; without a package of that name, what lies beside nvcc is found."""
+    for variable in SEARCHED:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(metadata, "files", lambda _: [])
+    (tmp_path / "home" / "bin").mkdir(parents=True)
+    on_path = program(tmp_path, "nvdisasm", "V13.0.88")
+    program(tmp_path / "home" / "bin", "nvcc", "V13.0.88")
+
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert toolchain.find_nvdisasm() == toolchain.Tool(str(on_path), "PATH")
+    monkeypatch.setenv("PATH", "")
+    assert toolchain.find_nvdisasm() is None
+    assert doctor.nvdisasm_row().status == "optional"
+    beside = program(tmp_path / "home" / "bin", "nvdisasm", "V13.0.88")
+    assert toolchain.find_nvdisasm() == toolchain.Tool(str(beside), "beside nvcc")
 
 
 def test_gpu_unseen_by_torch_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

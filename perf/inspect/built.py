@@ -1,0 +1,84 @@
+"""Rows, built where they must be: many at a time on all cores, and kept on disk.
+
+A row is kept in the folder of the CPU's kernels, in a file named by a hash of the kernel's TIR and of all that turns it
+into machine code and facts; so a kernel that has not changed is neither lowered nor compiled again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import starmap
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from .matrix import Subject
+from .row import Row, build_function
+
+HERE = Path(__file__).parent
+MAKERS = ("compiler", "fragments", "occupancy", "row", "sass", "source_accesses")  # whose code makes a row
+BUILDS_PER_PROCESS = 40  # 1.3 GB after 60
+
+
+def build(subject: Subject, arch: str, cached: bool = True) -> Row:
+    """Build a subject, or find what was built. Raises CompilerError where a tool is missing or refuses."""
+    from ...tracing import trace
+
+    func = trace(subject.kernel, subject.launch.parameters)
+    file = cache_file(func, arch)
+    if cached and file.exists():
+        try:
+            return renamed(Row(**json.loads(file.read_text(encoding="utf-8"))), subject)
+        except (ValueError, TypeError):  # cut off when the machine went down: made anew
+            pass
+    row = build_function(func, subject, arch)
+    if cached:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_suffix(f".{os.getpid()}")
+        scratch.write_text(json.dumps(asdict(row)), encoding="utf-8")
+        scratch.replace(file)
+    return row
+
+
+def renamed(row: Row, subject: Subject) -> Row:
+    """A row under the subject's name: split_phi, for one, is the same kernel for float16 and float32."""
+    return replace(
+        row,
+        kernel=subject.kernel,
+        variant=subject.variant,
+        num_streams=subject.num_streams,
+        hidden_size=subject.hidden_size,
+        dtype=subject.dtype,
+    )
+
+
+def cache_file(func: Any, arch: str) -> Path:
+    """Where a kernel's row is kept: named by what it is made from."""
+    from ... import cuda_source
+    from ...cpu.build import cache_directory, digest
+    from ...cuda import PASS_CONFIGS
+    from ..launches import STREAMS
+    from .compiler import COMPILE_FLAGS, versions
+
+    makers = [Path(cuda_source.__file__), *(HERE / f"{name}.py" for name in MAKERS)]
+    made_from = [func.script(show_meta=True), arch, str(versions()), str(PASS_CONFIGS), str(STREAMS), *COMPILE_FLAGS]
+    made_from += [path.read_text(encoding="utf-8") for path in makers]
+    return cache_directory() / "inspect" / f"{digest(chr(0).join(made_from))}.json"
+
+
+def build_all(wanted: Sequence[tuple[Subject, str]]) -> Iterator[Row]:
+    """Build many on all cores, in order: in processes, since lowering is Python; each for a while, since it leaks."""
+    workers = min(len(wanted), os.cpu_count() or 1)
+    if workers == 1:
+        yield from starmap(build, wanted)
+        return
+    with get_context("spawn").Pool(workers, maxtasksperchild=BUILDS_PER_PROCESS) as pool:
+        yield from pool.imap(build_pair, wanted)
+
+
+def build_pair(pair: tuple[Subject, str]) -> Row:
+    """`build`, of one argument."""
+    return build(*pair)

@@ -1,0 +1,118 @@
+"""`mhc-tilelang inspect`: build the kernels for CUDA architectures without a GPU, and study what came out.
+
+Needs nvcc and nvdisasm, `--explain` and `--source` neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from ...json_output import add_json_argument
+from ...kernels import FAMILIES
+from ...spec import STREAM_COUNTS
+from ..options import DTYPES, positive
+from .occupancy import ARCHITECTURES
+
+PEERS = ("tile-kernels",)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `mhc-tilelang inspect`."""
+    add = parser.add_argument
+    text = f"any of {', '.join(FAMILIES)} (default: all)"
+    add("kernels", nargs="*", metavar="KERNEL", help=text)
+    text = f"separated by commas, of {', '.join(ARCHITECTURES)} (default: all)"
+    add("--arch", type=architectures, default=list(ARCHITECTURES), metavar="ARCH,…", help=text)
+    add("--streams", nargs="+", type=int, choices=STREAM_COUNTS, default=[4], help="residual streams, n (default: 4)")
+    add("--widths", nargs="+", type=positive, default=[2560], metavar="C", help="hidden sizes (default: 2560)")
+    add("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="of the stream (default: bfloat16)")
+    add("--full", action="store_true", help="every n, width and dtype, and every variant: an hour on two cores")
+    add("--source", action="store_true", help="print the generated CUDA source instead")
+    add("--sass", action="store_true", help="print the machine code instead")
+    add(
+        "--explain",
+        action="store_true",
+        help="print the page of each kernel instead: equation, source, traffic, launch",
+    )
+    text = "another implementation's kernels instead, n = 4, bfloat16; where installed: tile-kernels"
+    add("--peers", nargs="+", choices=PEERS, default=[], metavar="NAME", help=text)
+    add_json_argument(parser)
+
+
+def architectures(text: str) -> list[str]:
+    """A list of architectures, in the order given."""
+    names = [name for name in text.split(",") if name]
+    if unknown := [name for name in names if name not in ARCHITECTURES] or not names:
+        got = ", ".join(unknown) if isinstance(unknown, list) else "none"
+        raise argparse.ArgumentTypeError(f"expected any of {', '.join(ARCHITECTURES)}, got {got}")
+    return names
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build what was asked for, print it."""
+    from . import matrix
+
+    kernels = matrix.chosen_kernels(args.kernels)
+    if args.explain:
+        return explain(kernels)
+    if args.peers:
+        return inspect_peers(args)
+    if args.full:
+        subjects = matrix.full(kernels)
+    else:
+        subjects = matrix.crossed(kernels, args.streams, args.widths, args.dtype)
+    if args.source or args.sass:
+        return print_code(subjects, args.arch, args.sass)
+    return inspect_kernels(subjects, args)
+
+
+def inspect_kernels(subjects: list, args: argparse.Namespace) -> int:
+    """Build, print the tables, write the rows."""
+    from tqdm import tqdm
+
+    from . import stored, table
+    from .built import build_all
+    from .faults import faults, with_faults
+
+    wanted = [(subject, arch) for arch in args.arch for subject in subjects]
+    rows = list(tqdm(build_all(wanted), total=len(wanted), desc="inspect", unit="kernel", leave=False))
+    print(table.report(rows))
+    faulty = [row for row in rows if faults(row)]
+    print(f"\nfaults in {len(faulty)} of {len(rows)} builds", *map(with_faults, faulty), sep="\n")
+    stored.write(args.json, rows)
+    return 0
+
+
+def inspect_peers(args: argparse.Namespace) -> int:
+    """The same for another implementation's kernels."""
+    from tqdm import tqdm
+
+    from . import stored, table, tile_kernels
+
+    wanted = [(name, arch) for arch in args.arch for name in tile_kernels.KERNELS]
+    built = (tile_kernels.build(name, args.widths[0], arch) for name, arch in wanted)
+    rows = list(tqdm(built, total=len(wanted), desc="inspect", unit="kernel", leave=False))
+    print(table.report(rows))
+    stored.write(args.json, rows, tile_kernels.versions())
+    return 0
+
+
+def print_code(subjects: list, archs: list[str], machine_code: bool) -> int:
+    """CUDA source or machine code of each kernel."""
+    from ...cuda_source import generate
+    from .compiler import compile_source
+
+    for arch in archs:
+        for subject in subjects:
+            code = generate(subject.kernel, subject.launch.parameters, arch).code
+            print(f"// {subject.label} for {arch}: {subject.launch.parameters}")
+            print(compile_source(code, arch).listing if machine_code else code)
+    return 0
+
+
+def explain(kernels: tuple[str, ...]) -> int:
+    """The page of each kernel."""
+    from .explain import page
+
+    print("\n".join(page(kernel) for kernel in kernels))
+    return 0

@@ -1,0 +1,104 @@
+"""From generated CUDA source to a listing of its machine code: nvcc as tilelang calls it, then nvdisasm.
+
+No GPU is needed. The flags are tilelang's (`tilelang.contrib.nvcc`, `tilelang.cuda.backend`) and the package's own,
+plus ptxas's report, which alone tells what was spilled.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ...cuda import COMPILE_FLAGS
+from ...errors import CompilerError
+from ...toolchain import Tool, find_nvcc, find_nvdisasm, version_of
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What ptxas and nvdisasm say of a kernel.
+
+    Attributes:
+        registers: of a thread.
+        spill_bytes: stored to and loaded from local memory for want of registers, of a thread.
+        static_shared_bytes: shared memory that the code declares.
+        named_barriers: that a block occupies.
+        listing: the machine code, as text.
+    """
+
+    registers: int
+    spill_bytes: int
+    static_shared_bytes: int
+    named_barriers: int
+    listing: str
+
+
+def compile_source(code: str, arch: str, flags: tuple[str, ...] = tuple(COMPILE_FLAGS)) -> Compiled:
+    """Compile a translation unit with one kernel. Raises CompilerError where a tool is missing or refuses."""
+    with TemporaryDirectory(prefix="mhc-inspect-") as folder:
+        source, cubin = Path(folder) / "kernel.cu", Path(folder) / "kernel.cubin"
+        source.write_text(code, encoding="utf-8")
+        report = output([*nvcc_command(arch, flags), "-Xptxas", "-v", "-w", "-o", str(cubin), str(source)])
+        listing = output([nvdisasm().path, "-c", str(cubin)])
+
+    def total(pattern: str) -> int:
+        return sum(map(int, re.findall(pattern, report)))
+
+    return Compiled(
+        registers=max(map(int, re.findall(r"Used (\d+) registers", report))),
+        spill_bytes=total(r"(\d+) bytes spill"),
+        static_shared_bytes=total(r"(\d+) bytes smem"),
+        named_barriers=total(r"used (\d+) barriers"),
+        listing=listing,
+    )
+
+
+def nvcc_command(arch: str, flags: tuple[str, ...]) -> list[str]:
+    """nvcc and the flags that decide about the machine code."""
+    from tilelang.contrib.cc import get_cplus_compiler
+    from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH
+
+    includes = [f"-I{TILELANG_TEMPLATE_PATH}", f"-I{CUTLASS_INCLUDE_DIR}"]
+    command = [nvcc().path, f"-ccbin={get_cplus_compiler()}", "--cubin", "-O3", "-lineinfo", f"-arch={arch}"]
+    return [*command, "-std=c++20", *includes, *flags]
+
+
+def nvcc() -> Tool:
+    """nvcc, or a CompilerError that says what to install."""
+    if tool := find_nvcc():
+        return tool
+    raise CompilerError("no nvcc: install the CUDA toolkit, or `pip install tilelang[nvcc]`")
+
+
+def nvdisasm() -> Tool:
+    """nvdisasm, or a CompilerError that says what to install."""
+    if tool := find_nvdisasm():
+        return tool
+    raise CompilerError("no nvdisasm: install the CUDA toolkit, or `pip install nvidia-cuda-nvdisasm`")
+
+
+@cache
+def versions() -> dict[str, str]:
+    """What the machine code depends on besides the source, and what reads it."""
+    from importlib.metadata import version
+
+    tools = {"nvcc": version_of(nvcc()), "nvdisasm": version_of(nvdisasm())}
+    return {"tilelang": version("tilelang"), **{name: release(line) for name, line in tools.items()}}
+
+
+def release(line: str) -> str:
+    """The number in a tool's version line: 13.0.88 of "… release 13.0, V13.0.88"."""
+    found = re.search(r"V([\d.]+)", line)
+    return found.group(1) if found else line
+
+
+def output(command: list[str]) -> str:
+    """What a command prints on both channels. Raises CompilerError with it when the command fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise CompilerError(f"{' '.join(command)} failed:\n{(done.stderr or done.stdout).strip()}")
+    return done.stdout + done.stderr

@@ -1,0 +1,164 @@
+"""Which kernels are built: those that calls launch, at which sizes, for which architectures.
+
+`perf.launches` says what a call launches, so nothing is built here that does not ship. A subject is one of its kernels;
+it is named by its family and, where a family is compiled in more than one way at the same sizes, a variant. Loads
+neither torch nor tilelang until `subjects` is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...errors import MHCError
+from ...kernels import FAMILIES, plans
+from ..cases import Case, Shape
+from ..launches import BUILDERS, Launch, launches
+from ..options import DTYPES
+from .occupancy import ARCHITECTURES
+
+TOKENS = 4096  # sets the run-time sizes of a launch, and in how many lanes partial sums are added
+PARALLEL_BLOCKS = 2 * 132  # of a projection, on the multiprocessors of an H100 or H200
+WIDTHS = (1280, 1920, 2560, 4096, 5120, 7168)
+STREAMS = (2, 4, 8)
+STUDIED = Shape(TOKENS, 4, 2560, "bfloat16")  # of the pages and of the representative builds
+MAIN = "sm_90a"  # what the tiles are made for
+# Where tensor cores, long sums or much shared memory make the dtype matter more than the width of an access.
+HEAVY = ("project", "project_backward", "post_backward")
+# A dtype reaches these through the number of chunks alone: one is enough.
+COEFFICIENTS = ("coefficients", "head_coefficients")
+# What else `launch` and `launch_backward` may ask for: family, variant, the dtype of the stream, what is changed.
+VARIANTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+    ("split_phi", "head", "bfloat16", {"plan": plans.projection_plan(4, 2560, "bfloat16", "cuda")}),
+    ("project", "head", "bfloat16", {"plan": plans.projection_plan(4, 2560, "bfloat16", "cuda")}),
+    (
+        "project_backward",
+        "head",
+        "bfloat16",
+        {"plan": plans.projection_backward_plan(4, 2560, "bfloat16", "cuda"), "aggregated": True},
+    ),
+    ("project_backward", "g_x only", "bfloat16", {"weights": False}),
+    ("project_backward", "g_phi only", "bfloat16", {"stream": False}),
+    ("post", "16-bit layer", "float32", {"layer_dtype": "bfloat16"}),
+    ("post_backward", "16-bit layer", "float32", {"layer_dtype": "bfloat16"}),
+    ("post_backward", "mixing only", "bfloat16", {"stream": False, "layer": False}),
+    ("coefficients_backward", "no res", "bfloat16", {"res_given": False}),
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A kernel to build; None for sizes and dtypes that it does not depend on."""
+
+    kernel: str
+    variant: str
+    num_streams: int | None
+    hidden_size: int | None
+    dtype: str | None
+    launch: Launch
+
+    @property
+    def label(self) -> str:
+        """The family, and the variant in brackets."""
+        return f"{self.kernel} ({self.variant})" if self.variant else self.kernel
+
+    def key(self, arch: str) -> tuple[str, str, str, int | None, int | None, str | None]:
+        """What tells the rows of all builds apart."""
+        return self.kernel, self.variant, arch, self.num_streams, self.hidden_size, self.dtype
+
+
+def subjects(shape: Shape, kernels: Iterable[str] = FAMILIES) -> list[Subject]:
+    """Every kernel of these families at one shape, in the families' order, each once."""
+    found: dict[tuple[str, str], Subject] = {}
+    for call in BUILDERS:
+        for launch in launches(Case(call, shape), "cuda", PARALLEL_BLOCKS):
+            subject = subject_of(launch, shape, variant_of(launch))
+            found.setdefault((subject.kernel, subject.variant), subject)
+    wanted = (subject for subject in found.values() if subject.kernel in kernels)
+    return sorted(wanted, key=lambda subject: list(FAMILIES).index(subject.kernel))
+
+
+def subject_of(launch: Launch, shape: Shape, variant: str) -> Subject:
+    """A launch as a subject: a dtype reaches a kernel by itself or through the projection's plan."""
+    depends = launch.parameters.keys()
+    return Subject(
+        launch.family,
+        variant,
+        shape.num_streams if "num_streams" in depends else None,
+        shape.hidden_size if "hidden_size" in depends else None,
+        shape.dtype if depends & {"dtype", "plan"} else None,
+        launch,
+    )
+
+
+def variant_of(launch: Launch) -> str:
+    """What tells a launch from others of its family at the same sizes."""
+    if launch.parameters.get("aggregated"):
+        return "aggregated"
+    lanes = launch.parameters.get("lanes")  # of partial sums
+    return f"{lanes} lane{'s' * (lanes > 1)}" if lanes else ""
+
+
+def variants(kernels: Iterable[str] = FAMILIES) -> list[Subject]:
+    """VARIANTS, at the studied shape."""
+    found = []
+    for family, variant, dtype, changes in VARIANTS:
+        if family in kernels:
+            shape = replace(STUDIED, dtype=dtype)
+            base = next(subject.launch for subject in subjects(shape, [family]) if not subject.variant)
+            launch = replace(base, parameters={**base.parameters, **changes})
+            found.append(subject_of(launch, shape, variant))
+    return found
+
+
+def crossed(
+    kernels: Sequence[str], streams: Iterable[int], widths: Iterable[int], dtypes: Iterable[str]
+) -> list[Subject]:
+    """The kernels at every combination of sizes, each once."""
+    shapes = [Shape(TOKENS, n, width, dtype) for dtype in dtypes for n in streams for width in widths]
+    return unique(subject for shape in shapes for subject in subjects(shape, kernels))
+
+
+def unique(subjects: Iterable[Subject]) -> list[Subject]:
+    """Each once, where it comes first."""
+    found: dict[tuple[object, ...], Subject] = {}
+    for subject in subjects:
+        found.setdefault(subject.key(""), subject)
+    return list(found.values())
+
+
+def full(kernels: Sequence[str]) -> list[Subject]:
+    """Every n, width and dtype that makes a difference, and the variants."""
+    return [*telling(crossed(kernels, STREAMS, WIDTHS, DTYPES)), *variants(kernels)]
+
+
+def telling(subjects: Iterable[Subject]) -> list[Subject]:
+    """Without the coefficients of all dtypes but one."""
+    return [each for each in subjects if each.dtype in (None, "bfloat16") or each.kernel not in COEFFICIENTS]
+
+
+def representative(kernels: Sequence[str] = tuple(FAMILIES)) -> list[tuple[Subject, str]]:
+    """What CI builds: all at n = 4 in bfloat16 everywhere; the rest, one of a kind, on the main architecture."""
+    width = [STUDIED.hidden_size]
+    here = subjects(STUDIED, kernels)
+    heavy = [kernel for kernel in kernels if kernel in HEAVY]
+    others = [
+        *crossed(kernels, [2, 8], width, ["bfloat16"]),
+        *crossed(heavy, [4], width, ["float16"]),
+        *telling(crossed(kernels, [4], width, ["float32"])),
+        *crossed(heavy, [8], width, ["float32"]),
+    ]
+    # The aggregated form of the projection's backward holds the plain one.
+    others = [each for each in others if each.kernel != "project_backward" or each.variant]
+    return [
+        *((subject, arch) for subject in here for arch in ARCHITECTURES),
+        *((subject, MAIN) for subject in unique([*here, *others, *variants(kernels)])[len(here) :]),
+    ]
+
+
+def chosen_kernels(names: Sequence[str]) -> tuple[str, ...]:
+    """The families that were named, all for none. Raises MHCError for a name that is no family."""
+    if unknown := [name for name in names if name not in FAMILIES]:
+        raise MHCError(f"inspect: kernel: expected any of {', '.join(FAMILIES)}, got {', '.join(unknown)}")
+    return tuple(names) or tuple(FAMILIES)

@@ -1,0 +1,113 @@
+"""One kernel, built for one architecture: everything that can be said of it without running it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .matrix import Subject
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel on one architecture; a row of the JSON.
+
+    Attributes:
+        kernel: its family; `variant` tells several of a family at the same sizes apart.
+        num_streams, hidden_size, dtype: None where the kernel does not depend on them.
+        threads: of a block.
+        registers: of a thread.
+        spill_bytes: stored and loaded for want of registers, of a thread.
+        shared_bytes: static and dynamic, of a block; `static_shared_bytes` is the part that the code declares.
+        named_barriers: that a block occupies.
+        occupancy: warps that fit a multiprocessor, as a share of those that it can hold; `blocks` of the kernel, and
+            `limiter` is what leaves room for no more.
+        instructions, tensor_instructions, barriers, global_loads, global_stores, atomics, local_accesses: counts of the
+            machine code, see `sass`; accesses by their width in bits.
+        stream_reads, stream_writes: widths in bytes of the accesses to each stream tensor in the generated source.
+        truncated: fragments that tilelang gave too little room, see `fragments`.
+    """
+
+    kernel: str
+    variant: str
+    arch: str
+    num_streams: int | None
+    hidden_size: int | None
+    dtype: str | None
+    threads: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    static_shared_bytes: int
+    named_barriers: int
+    occupancy: float
+    blocks: int
+    limiter: str
+    instructions: int
+    tensor_instructions: int
+    barriers: int
+    global_loads: dict[str, int]
+    global_stores: dict[str, int]
+    atomics: int
+    local_accesses: int
+    stream_reads: dict[str, list[int]]
+    stream_writes: dict[str, list[int]]
+    truncated: list[str]
+
+    @property
+    def key(self) -> tuple[str, str, str, int | None, int | None, str | None]:
+        """What tells rows apart."""
+        return self.kernel, self.variant, self.arch, self.num_streams, self.hidden_size, self.dtype
+
+    @property
+    def label(self) -> str:
+        """The family, and the variant in brackets."""
+        return f"{self.kernel} ({self.variant})" if self.variant else self.kernel
+
+
+def build_function(func: Any, subject: Subject, arch: str) -> Row:
+    """Lower, compile, disassemble, count."""
+    from ...cuda_source import generate_from
+    from ..launches import STREAMS
+    from .compiler import compile_source
+    from .fragments import truncated
+    from .source_accesses import accesses
+
+    source = generate_from(func, arch)
+    buffers = accesses(source.code)
+    streams = {name: buffers[name] for name in STREAMS.get(subject.kernel, ()) if name in buffers}
+    facts = measured(source, compile_source(source.code, arch), arch)
+    return Row(
+        kernel=subject.kernel,
+        variant=subject.variant,
+        arch=arch,
+        num_streams=subject.num_streams,
+        hidden_size=subject.hidden_size,
+        dtype=subject.dtype,
+        stream_reads={name: widths.read for name, widths in streams.items() if widths.read},
+        stream_writes={name: widths.written for name, widths in streams.items() if widths.written},
+        truncated=truncated(func, source.code),
+        **facts,
+    )
+
+
+def measured(source: Any, compiled: Any, arch: str) -> dict[str, Any]:
+    """The numbers of a row that machine code and launch give."""
+    from .occupancy import occupancy
+    from .sass import count
+
+    x, y, z = source.threads
+    shared_bytes = source.shared_bytes + compiled.static_shared_bytes
+    fits = occupancy(arch, x * y * z, compiled.registers, shared_bytes, compiled.named_barriers)
+    return {
+        "threads": x * y * z,
+        "registers": compiled.registers,
+        "spill_bytes": compiled.spill_bytes,
+        "shared_bytes": shared_bytes,
+        "static_shared_bytes": compiled.static_shared_bytes,
+        "named_barriers": compiled.named_barriers,
+        "occupancy": fits.share,
+        "blocks": fits.blocks,
+        "limiter": fits.limiter,
+        **asdict(count(compiled.listing)),
+    }

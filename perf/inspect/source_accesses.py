@@ -1,0 +1,86 @@
+"""How wide each global buffer is accessed in the CUDA source that tilelang generates.
+
+Machine code does not tell which tensor an instruction reads; the source does, in three spellings:
+
+    *(uint4*)(x + …)                        as wide as the type that the pointer is cast to
+    tl::cp_async_gs<16>(…, &(x[…]))         as wide as the number says
+    x[…]                                    one element
+
+What nvcc makes of them is another matter: it joins narrow accesses, and splits a wide one now and then (see `faults`).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from ...errors import MHCError
+
+PARAMETER = re.compile(r"(\w+)\s*\*\s*__restrict__\s+(\w+)")
+CAST = re.compile(r"\(\s*(\w+)\s*\*\s*\)\s*\($")
+ASYNC = re.compile(r"cp_async_gs(?:_conditional)?<(\d+)>")
+ELEMENT_BYTES = {
+    **dict.fromkeys(("char", "uchar", "signed", "unsigned", "int8_t", "uint8_t", "bool"), 1),
+    **dict.fromkeys(("bfloat16_t", "half_t", "half", "short", "ushort", "int16_t", "uint16_t", "__nv_bfloat16"), 2),
+    **dict.fromkeys(("float", "int", "uint", "int32_t", "uint32_t", "tfloat32_t"), 4),
+    **dict.fromkeys(("double", "long", "ulong", "longlong", "ulonglong", "int64_t", "uint64_t"), 8),
+}
+
+
+class Widths(NamedTuple):
+    """Bytes of the accesses to a buffer, each width once, ascending."""
+
+    read: list[int]
+    written: list[int]
+
+
+def accesses(code: str) -> dict[str, Widths]:
+    """How wide the kernel reads and writes every buffer.
+
+    Raises MHCError for a buffer that is used in another way, since its width would go unseen.
+    """
+    definition = code[code.rindex("__global__") :]
+    head, body = definition[: definition.index("{")], definition[definition.index("{") :]
+    found = {}
+    for element, name in PARAMETER.findall(head):
+        uses = [use_of(body, place, ELEMENT_BYTES[element], name) for place in places(body, name)]
+        found[name] = Widths(*(sorted({width for width, writes in uses if writes == side}) for side in (False, True)))
+    return found
+
+
+def places(body: str, name: str) -> list[re.Match[str]]:
+    """Where a buffer's name stands; not as a member, as in threadIdx.x."""
+    return list(re.finditer(rf"(?<![\w.]){name}\b", body))
+
+
+def use_of(body: str, place: re.Match[str], element_bytes: int, name: str) -> tuple[int, bool]:
+    """Bytes of one access, and whether it writes."""
+    before, after = body[: place.start()], body[place.end() :]
+    if cast := CAST.search(before):
+        return bytes_of(cast.group(1)), is_assigned(after, depth=1)
+    if after.startswith("["):
+        if not before.endswith("&("):
+            return element_bytes, is_assigned(after, depth=0)
+        if found := ASYNC.findall(before[before.rfind(";") + 1 :]):
+            return int(found[-1]), False
+    line = body.count("\n", 0, place.start()) + 1
+    raise MHCError(f"source_accesses: {name}: expected a cast, an index or cp_async_gs, got line {line} of the kernel")
+
+
+def is_assigned(text: str, depth: int) -> bool:
+    """Whether an assignment follows the brackets that are open, or that the text starts with."""
+    for place, letter in enumerate(text):
+        depth += (letter in "([") - (letter in ")]")
+        if depth == 0:
+            return re.match(r"\s*=(?!=)", text[place + 1 :]) is not None
+    return False
+
+
+def bytes_of(vector: str) -> int:
+    """Bytes of a vector type: 16 of uint4, 4 of uint1."""
+    if vector in ELEMENT_BYTES:
+        return ELEMENT_BYTES[vector]
+    found = re.fullmatch(r"(\w+?)(\d+)", vector)
+    if found is None or found.group(1) not in ELEMENT_BYTES:
+        raise MHCError(f"source_accesses: expected a vector type such as uint4, got {vector}")
+    return ELEMENT_BYTES[found.group(1)] * int(found.group(2))

@@ -1,0 +1,42 @@
+"""Rows on disk: what `--json` writes, and the rows that the pages in docs/kernels are made from.
+
+A line a row, so that a difference between two builds reads as one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ...errors import MHCError
+from .row import Row
+
+# Beside this folder in a checkout; a wheel has no results.
+FOLDER = Path(__file__).resolve().parents[1] / "results" / "inspect"
+KERNELS, TILE_KERNELS = FOLDER / "kernels.json", FOLDER / "tile-kernels.json"
+
+
+def write(path: Path | None, rows: Iterable[Row], more_versions: Mapping[str, str] | None = None) -> None:
+    """Write rows and the versions that they were built with; do nothing when no file was asked for."""
+    from .compiler import versions
+
+    if path is None:
+        return
+    lines = ",\n".join(f"    {json.dumps(asdict(row))}" for row in rows)
+    facts = json.dumps({**versions(), **(more_versions or {})})
+    try:
+        path.write_text(f'{{\n  "versions": {facts},\n  "rows": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
+    except OSError as error:
+        raise MHCError(f"cannot write --json {path}: {error.strerror or error}") from error
+
+
+def read(path: Path) -> tuple[dict[str, str], list[Row]]:
+    """The versions and rows of a file. Raises MHCError for a file that is missing or something else."""
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return facts["versions"], [Row(**row) for row in facts["rows"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MHCError(f"inspect: expected stored rows in {path}, got {type(error).__name__}: {error}") from error

@@ -1,0 +1,79 @@
+"""docs/kernels is what the code says now. Needs no nvcc: registers and counts come from the stored builds.
+
+Would catch: a kernel, its docstring, its traffic or its launch that changed while its page did not; a page that was
+edited by hand; a kernel without a page; a helper that a page leaves out.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from mhc_tilelang import cli
+from mhc_tilelang.kernels import FAMILIES
+from mhc_tilelang.perf.inspect import explain, matrix, pages, stored
+from mhc_tilelang.perf.inspect.matrix import STUDIED
+from mhc_tilelang.perf.inspect.occupancy import ARCHITECTURES
+
+FOLDER = Path(__file__).parent.parent / "docs" / "kernels"
+STALE = "stale: run make docs-kernels"
+
+
+@pytest.mark.parametrize("kernel", FAMILIES)
+def test_page_is_fresh(kernel: str) -> None:
+    assert (FOLDER / f"{kernel}.md").read_text(encoding="utf-8") == explain.page(kernel), STALE
+
+
+def test_index_is_fresh() -> None:
+    assert (FOLDER / pages.INDEX).read_text(encoding="utf-8") == pages.index(), STALE
+
+
+def test_every_page_is_of_a_kernel() -> None:
+    assert {file.name for file in FOLDER.iterdir()} == {*(f"{kernel}.md" for kernel in FAMILIES), pages.INDEX}
+
+
+@pytest.mark.parametrize("kernel", FAMILIES)
+def test_page_has_all_that_the_kernel_uses_of_its_module(kernel: str) -> None:
+    """Every function of its own module that the code on the page names is on the page too."""
+    module, factory = FAMILIES[kernel]
+    text = (FOLDER / f"{kernel}.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    shown = {node.name for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)}
+    source = (Path(__file__).parent.parent / "kernels" / f"{module}.py").read_text(encoding="utf-8")
+    own = {node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    assert factory in shown
+    assert {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)} & own <= shown
+
+
+def test_stored_builds_are_the_kernels_of_now() -> None:
+    """Catches a kernel that calls launch and of which no build is stored."""
+    _, rows = stored.read(stored.KERNELS)
+    keys = [row.key for row in rows]
+    assert len(set(keys)) == len(keys)
+    assert {subject.key(arch) for subject, arch in matrix.representative()} <= set(keys)
+    assert {row.arch for row in rows} == set(ARCHITECTURES)
+
+
+def test_stored_peers_are_built_at_the_studied_shape() -> None:
+    versions, rows = stored.read(stored.TILE_KERNELS)
+    assert [row.kernel for row in rows] == list(pages.PEERS)
+    assert {(row.num_streams, row.hidden_size, row.dtype) for row in rows} == {
+        (STUDIED.num_streams, STUDIED.hidden_size, STUDIED.dtype)
+    }
+    kept, _ = stored.read(stored.KERNELS)
+    assert {name: versions[name] for name in kept} == kept
+
+
+def test_explain_prints_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "pre", "--explain"]) == 0
+    assert (FOLDER / "pre.md").read_text(encoding="utf-8") in capsys.readouterr().out
+
+
+def test_writing_removes_the_page_of_a_kernel_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "pages", lambda: {"post.md": "post\n"})
+    (tmp_path / "gone.md").write_text("gone")
+    pages.write(tmp_path)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"post.md": "post\n"}
