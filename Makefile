@@ -35,7 +35,7 @@ check: $(READY) ## compare the kernels with the float64 reference
 doctor: $(READY) ## report what this machine has and what is missing
 	$(BIN)/mhc-tilelang doctor $(ARGS)
 
-inspect-full: $(READY) ## build every kernel at every size for every CUDA architecture, an hour or two; keep what came out
+inspect-full: $(READY) ## build every kernel at every size for every CUDA architecture, and keep what came out
 	$(BIN)/mhc-tilelang inspect --full --json perf/results/inspect/kernels.json $(ARGS)
 
 docs-kernels: $(READY) ## write the pages of docs/kernels

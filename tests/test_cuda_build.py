@@ -7,10 +7,13 @@ tensor, a number in docs/kernels that is no longer so.
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 
+from mhc_tilelang import cli
 from mhc_tilelang.kernels import FAMILIES
 from mhc_tilelang.perf.inspect import matrix, stored
 from mhc_tilelang.perf.inspect.matrix import Subject
@@ -111,3 +114,24 @@ def test_what_ships_is_what_is_inspected() -> None:
     assert commands
     ours = nvcc_command(matrix.MAIN, tuple(COMPILE_FLAGS))
     assert {flag for flag in commands[0] if flag.startswith("-") and flag != "-o"} == set(ours[1:])
+
+
+def test_command_prints_and_writes_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole way, for one kernel on two architectures; then its source and its machine code."""
+    file = tmp_path / "rows.json"
+    assert cli.main(["inspect", "expand", "--arch", "sm_90a,sm_80", "--widths", "1280", "--json", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("sm_90a") < shown.index("sm_80")
+    assert "faults in 0 of 2 builds" in shown
+    written = json.loads(file.read_text())
+    assert {"tilelang", "nvcc", "nvdisasm"} <= written["versions"].keys()
+    assert [(row["kernel"], row["arch"], row["hidden_size"]) for row in written["rows"]] == [
+        ("expand", "sm_90a", 1280),
+        ("expand", "sm_80", 1280),
+    ]
+    assert written["rows"][0]["global_stores"] == {"128": 4}
+
+    assert cli.main(["inspect", "expand", "--arch", "sm_90a", "--source"]) == 0
+    assert "__global__ void __launch_bounds__(160, 1) expand_kernel" in capsys.readouterr().out
+    assert cli.main(["inspect", "expand", "--arch", "sm_90a", "--sass"]) == 0
+    assert "STG.E.128" in capsys.readouterr().out

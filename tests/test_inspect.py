@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib import metadata
 from math import prod
 from pathlib import Path
 
@@ -271,6 +272,15 @@ def test_unknown_kernel_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     message = capsys.readouterr().err
     assert "got posts" in message
     assert ", ".join(FAMILIES) in message
+
+
+def test_peer_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def version(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert cli.main(["inspect", "--peers", "tile-kernels"]) == 1
+    assert "tile-kernels is not installed (pip install tile-kernels)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", ["sm_70", "sm_90", ","])

@@ -6,12 +6,16 @@ Needs nvcc and nvdisasm, `--explain` and `--source` neither.
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from ...json_output import add_json_argument
 from ...kernels import FAMILIES
 from ...spec import STREAM_COUNTS
 from ..options import DTYPES, positive
 from .occupancy import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from .matrix import Subject
 
 PEERS = ("tile-kernels",)
 
@@ -26,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--streams", nargs="+", type=int, choices=STREAM_COUNTS, default=[4], help="residual streams, n (default: 4)")
     add("--widths", nargs="+", type=positive, default=[2560], metavar="C", help="hidden sizes (default: 2560)")
     add("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="of the stream (default: bfloat16)")
-    add("--full", action="store_true", help="every n, width and dtype, and every variant: an hour on two cores")
+    add("--full", action="store_true", help="every n, width and dtype, and every variant: about an hour on two cores")
     add("--source", action="store_true", help="print the generated CUDA source instead")
     add("--sass", action="store_true", help="print the machine code instead")
     add(
@@ -66,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     return inspect_kernels(subjects, args)
 
 
-def inspect_kernels(subjects: list, args: argparse.Namespace) -> int:
+def inspect_kernels(subjects: list[Subject], args: argparse.Namespace) -> int:
     """Build, print the tables, write the rows."""
     from tqdm import tqdm
 
@@ -97,7 +101,7 @@ def inspect_peers(args: argparse.Namespace) -> int:
     return 0
 
 
-def print_code(subjects: list, archs: list[str], machine_code: bool) -> int:
+def print_code(subjects: list[Subject], archs: list[str], machine_code: bool) -> int:
     """CUDA source or machine code of each kernel."""
     from ...cuda_source import generate
     from .compiler import compile_source

@@ -160,5 +160,5 @@ def representative(kernels: Sequence[str] = tuple(FAMILIES)) -> list[tuple[Subje
 def chosen_kernels(names: Sequence[str]) -> tuple[str, ...]:
     """The families that were named, all for none. Raises MHCError for a name that is no family."""
     if unknown := [name for name in names if name not in FAMILIES]:
-        raise MHCError(f"inspect: kernel: expected any of {', '.join(FAMILIES)}, got {', '.join(unknown)}")
+        raise MHCError(f"kernel: expected any of {', '.join(FAMILIES)}, got {', '.join(unknown)}")
     return tuple(names) or tuple(FAMILIES)

@@ -39,4 +39,4 @@ def read(path: Path) -> tuple[dict[str, str], list[Row]]:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return facts["versions"], [Row(**row) for row in facts["rows"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MHCError(f"inspect: expected stored rows in {path}, got {type(error).__name__}: {error}") from error
+        raise MHCError(f"expected stored rows in {path}, got {type(error).__name__}: {error}") from error

@@ -125,7 +125,7 @@ def factories() -> Any:
     try:
         return import_factories()
     except UnsupportedError as error:
-        raise MHCError(f"inspect: {PACKAGE}: {error}") from error
+        raise MHCError(f"--peers: {PACKAGE}: {error}") from error
 
 
 def versions() -> dict[str, str]:
@@ -133,4 +133,4 @@ def versions() -> dict[str, str]:
     try:
         return {PACKAGE: metadata.version(PACKAGE)}
     except metadata.PackageNotFoundError:
-        raise MHCError(f"inspect: --peers: {PACKAGE} is not installed (pip install {PACKAGE})") from None
+        raise MHCError(f"--peers: {PACKAGE} is not installed (pip install {PACKAGE})") from None
