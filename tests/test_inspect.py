@@ -283,6 +283,11 @@ def test_peer_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "tile-kernels is not installed (pip install tile-kernels)" in capsys.readouterr().err
 
 
+def test_peer_is_built_for_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "--peers", "tile-kernels", "--streams", "8"]) == 1
+    assert "tile-kernels: expected n = 4, bfloat16, got n = [8], ['bfloat16']" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("given", ["sm_70", "sm_90", ","])
 def test_unknown_architecture_is_refused(given: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -6,8 +6,10 @@ Needs nvcc and nvdisasm, `--explain` and `--source` neither.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ...errors import MHCError
 from ...json_output import add_json_argument
 from ...kernels import FAMILIES
 from ...spec import STREAM_COUNTS
@@ -16,6 +18,8 @@ from .occupancy import ARCHITECTURES
 
 if TYPE_CHECKING:
     from .matrix import Subject
+
+    Builds = Sequence[tuple[Subject, str]]
 
 PEERS = ("tile-kernels",)
 
@@ -31,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--widths", nargs="+", type=positive, default=[2560], metavar="C", help="hidden sizes (default: 2560)")
     add("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="of the stream (default: bfloat16)")
     add("--full", action="store_true", help="every n, width and dtype, and every variant: about an hour on two cores")
+    add("--representative", action="store_true", help="what CI builds, each for its architectures")
     add("--source", action="store_true", help="print the generated CUDA source instead")
     add("--sass", action="store_true", help="print the machine code instead")
     add(
@@ -45,10 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def architectures(text: str) -> list[str]:
     """A list of architectures, in the order given."""
-    names = [name for name in text.split(",") if name]
-    if unknown := [name for name in names if name not in ARCHITECTURES] or not names:
-        got = ", ".join(unknown) if isinstance(unknown, list) else "none"
-        raise argparse.ArgumentTypeError(f"expected any of {', '.join(ARCHITECTURES)}, got {got}")
+    names = text.split(",")
+    if unknown := [name for name in names if name not in ARCHITECTURES]:
+        raise argparse.ArgumentTypeError(f"expected any of {', '.join(ARCHITECTURES)}, got {', '.join(unknown)}")
     return names
 
 
@@ -61,16 +65,18 @@ def run(args: argparse.Namespace) -> int:
         return explain(kernels)
     if args.peers:
         return inspect_peers(args)
-    if args.full:
-        subjects = matrix.full(kernels)
+    if args.representative:
+        wanted = sorted(matrix.representative(kernels), key=lambda pair: list(ARCHITECTURES).index(pair[1]))
     else:
-        subjects = matrix.crossed(kernels, args.streams, args.widths, args.dtype)
+        sizes = (args.streams, args.widths, args.dtype)
+        subjects = matrix.full(kernels) if args.full else matrix.crossed(kernels, *sizes)
+        wanted = [(subject, arch) for arch in args.arch for subject in subjects]
     if args.source or args.sass:
-        return print_code(subjects, args.arch, args.sass)
-    return inspect_kernels(subjects, args)
+        return print_code(wanted, args.sass)
+    return inspect_kernels(wanted, args)
 
 
-def inspect_kernels(subjects: list[Subject], args: argparse.Namespace) -> int:
+def inspect_kernels(wanted: Builds, args: argparse.Namespace) -> int:
     """Build, print the tables, write the rows."""
     from tqdm import tqdm
 
@@ -78,7 +84,6 @@ def inspect_kernels(subjects: list[Subject], args: argparse.Namespace) -> int:
     from .built import build_all
     from .faults import faults, with_faults
 
-    wanted = [(subject, arch) for arch in args.arch for subject in subjects]
     rows = list(tqdm(build_all(wanted), total=len(wanted), desc="inspect", unit="kernel", leave=False))
     print(table.report(rows))
     faulty = [row for row in rows if faults(row)]
@@ -93,24 +98,26 @@ def inspect_peers(args: argparse.Namespace) -> int:
 
     from . import stored, table, tile_kernels
 
-    wanted = [(name, arch) for arch in args.arch for name in tile_kernels.KERNELS]
-    built = (tile_kernels.build(name, args.widths[0], arch) for name, arch in wanted)
+    if args.streams != [tile_kernels.NUM_STREAMS] or args.dtype != ["bfloat16"]:
+        got = f"n = {args.streams}, {args.dtype}"
+        raise MHCError(f"--peers: {tile_kernels.PACKAGE}: expected n = {tile_kernels.NUM_STREAMS}, bfloat16, got {got}")
+    wanted = [(name, width, arch) for arch in args.arch for width in args.widths for name in tile_kernels.KERNELS]
+    built = (tile_kernels.build(*each) for each in wanted)
     rows = list(tqdm(built, total=len(wanted), desc="inspect", unit="kernel", leave=False))
     print(table.report(rows))
     stored.write(args.json, rows, tile_kernels.versions())
     return 0
 
 
-def print_code(subjects: list[Subject], archs: list[str], machine_code: bool) -> int:
+def print_code(wanted: Builds, machine_code: bool) -> int:
     """CUDA source or machine code of each kernel."""
     from ...cuda_source import generate
     from .compiler import compile_source
 
-    for arch in archs:
-        for subject in subjects:
-            code = generate(subject.kernel, subject.launch.parameters, arch).code
-            print(f"// {subject.label} for {arch}: {subject.launch.parameters}")
-            print(compile_source(code, arch).listing if machine_code else code)
+    for subject, arch in wanted:
+        code = generate(subject.kernel, subject.launch.parameters, arch).code
+        print(f"// {subject.label} for {arch}: {subject.launch.parameters}")
+        print(compile_source(code, arch).listing if machine_code else code)
     return 0
 
 
