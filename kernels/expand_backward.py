@@ -14,6 +14,7 @@ from .plans import ChannelTile
 def expand_backward_kernel(num_streams: int, hidden_size: int, dtype: str, tile: ChannelTile):
     """g_x [T, n, C] -> g_h [T, C]."""
     n, block = num_streams, tile.channels
+    blocks = -(-hidden_size // block)
     num_tokens = T.dynamic("num_tokens")
 
     @T.prim_func
@@ -21,11 +22,10 @@ def expand_backward_kernel(num_streams: int, hidden_size: int, dtype: str, tile:
         g_x: T.Tensor[(num_tokens, n, hidden_size), dtype],
         g_h: T.Tensor[(num_tokens, hidden_size), dtype],
     ):
-        with T.Kernel(num_tokens, T.ceildiv(hidden_size, block), threads=tile.threads) as (
-            token,
-            channel_block,
-        ):
-            first = channel_block * block
+        # One axis for tokens and blocks of channels: with two, nvcc 13.0 makes 4-byte stores of the first vector.
+        with T.Kernel(num_tokens * blocks, threads=tile.threads) as index:
+            token = index // blocks
+            first = index % blocks * block
             g_frag = T.alloc_fragment((n, block), dtype)
             acc = T.alloc_fragment((block,), T.float32)
             T.copy(g_x[token, 0, first], g_frag)

@@ -143,8 +143,8 @@ def projection_plan(rows: int, hidden_size: int, dtype: str, target: str) -> Pro
     plan = ProjectionPlan(rows, True, operand_dtype, tokens=64, channels=128, threads=128, stages=3)
     if plan.columns > 96:  # n = 8: with 128 threads the 160 columns of sums take all 255 registers
         plan = replace(plan, threads=256)
-    if dtype == "float32":  # x is split in registers too: wider tiles spill
-        plan = replace(plan, channels=32)
+    if dtype == "float32":  # x is split in registers too: wider tiles spill, and more tokens do at n = 8
+        plan = replace(plan, channels=32, tokens=64 if plan.columns <= 96 else 32)
     bytes_per_channel = plan.tokens * BYTES[dtype] + plan.columns * BYTES[operand_dtype]
     while plan.channels * bytes_per_channel > STAGE_BYTES:
         plan = replace(plan, channels=plan.channels // 2)
@@ -196,11 +196,11 @@ def projection_backward_plan(rows: int, hidden_size: int, dtype: str, target: st
     if target == "cpu":
         channels = min(512 if rows <= 32 else 256, -(-hidden_size // LANES) * LANES)
         return ProjectionBackwardPlan(rows, False, "float32", tokens=48, channels=channels, threads=1)
+    # 256 threads: with 128 the sums of a tile take 200 registers on sm_90a, and more than there are on sm_100a.
     if dtype == "bfloat16":
-        return ProjectionBackwardPlan(
-            rows, True, "bfloat16", tokens=64, channels=128 if rows <= 32 else 64, threads=128
-        )
-    return ProjectionBackwardPlan(rows, True, "float32", tokens=64, channels=64 if rows <= 32 else 32, threads=128)
+        channels = 128 if rows <= 32 else 64
+        return ProjectionBackwardPlan(rows, True, "bfloat16", tokens=64, channels=channels, threads=256)
+    return ProjectionBackwardPlan(rows, True, "float32", tokens=64 if rows <= 32 else 32, channels=64, threads=256)
 
 
 TOKENS_PER_PARTIAL = (

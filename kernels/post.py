@@ -21,6 +21,7 @@ from .plans import ChannelTile
 def post_kernel(num_streams: int, hidden_size: int, dtype: str, layer_dtype: str, tile: ChannelTile):
     """x [T, n, C], layer_output [T, C], h_post [T, n], h_res [T, n, n] -> x_next [T, n, C]."""
     n, block = num_streams, tile.channels
+    blocks = -(-hidden_size // block)
     num_tokens = T.dynamic("num_tokens")
 
     @T.prim_func
@@ -31,11 +32,10 @@ def post_kernel(num_streams: int, hidden_size: int, dtype: str, layer_dtype: str
         h_res: T.Tensor[(num_tokens, n, n), T.float32],
         x_next: T.Tensor[(num_tokens, n, hidden_size), dtype],
     ):
-        with T.Kernel(num_tokens, T.ceildiv(hidden_size, block), threads=tile.threads) as (
-            token,
-            channel_block,
-        ):
-            first = channel_block * block
+        # One axis for tokens and blocks of channels: with two, nvcc 13.0 makes 4-byte stores of the first vector.
+        with T.Kernel(num_tokens * blocks, threads=tile.threads) as index:
+            token = index // blocks
+            first = index % blocks * block
             x_frag = T.alloc_fragment((n, block), dtype)
             layer_output_frag = T.alloc_fragment((block,), layer_dtype)
             acc = T.alloc_fragment((n, block), T.float32)

@@ -16,6 +16,7 @@ from .plans import ChannelTile
 def pre_kernel(num_streams: int, hidden_size: int, dtype: str, tile: ChannelTile):
     """x [T, n, C], h_pre [T, n] -> layer_input [T, C]."""
     n, block = num_streams, tile.channels
+    blocks = -(-hidden_size // block)
     num_tokens = T.dynamic("num_tokens")
 
     @T.prim_func
@@ -24,11 +25,10 @@ def pre_kernel(num_streams: int, hidden_size: int, dtype: str, tile: ChannelTile
         h_pre: T.Tensor[(num_tokens, n), T.float32],
         layer_input: T.Tensor[(num_tokens, hidden_size), dtype],
     ):
-        with T.Kernel(num_tokens, T.ceildiv(hidden_size, block), threads=tile.threads) as (
-            token,
-            channel_block,
-        ):
-            first = channel_block * block
+        # One axis for tokens and blocks of channels: with two, nvcc 13.0 makes 4-byte stores of the first vector.
+        with T.Kernel(num_tokens * blocks, threads=tile.threads) as index:
+            token = index // blocks
+            first = index % blocks * block
             x_frag = T.alloc_fragment((n, block), dtype)
             acc = T.alloc_fragment((block,), T.float32)
             T.copy(x[token, 0, first], x_frag)

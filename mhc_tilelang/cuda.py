@@ -31,6 +31,9 @@ PASS_CONFIGS = {
     PassConfigKey.TL_DISABLE_TMA_LOWER: True,
     PassConfigKey.TL_DISABLE_WGMMA: True,
     PassConfigKey.TL_ENABLE_FAST_MATH: False,
+    # With 32-byte accesses on, which sm_100 and later have, tilelang reads and writes some tiles element by element.
+    PassConfigKey.TL_DISABLE_VECTORIZE_256: True,
+    PassConfigKey.TL_ENABLE_FP32X2_REDUCTION: False,  # of sm_100: other instructions, and more registers
 }
 # Kernels that share a formula must share its bits: contraction could differ between them, so fma is written
 # out where it is meant and nowhere else.

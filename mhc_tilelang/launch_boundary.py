@@ -118,7 +118,7 @@ def post_project_plan(x: torch.Tensor, rows: int, aggregated: bool = False) -> b
     """The plan by which a stream on this device is mixed and projected on a phi of `rows` rows."""
     _, num_streams, hidden_size = x.shape
     return boundary_plans.post_project_plan(
-        rows, num_streams, hidden_size, dtype_name(x.dtype), x.device.type, aggregated
+        rows, num_streams, hidden_size, dtype_name(x.dtype), compiler.platform_of(x.device), aggregated
     )
 
 

@@ -141,7 +141,7 @@ def mixing_backward(
     """
     num_tokens, n, hidden_size = x.shape
     rows, dtype = phi.shape[0], dtype_name(x.dtype)
-    plan = plan or boundary_plans.boundary_backward_plan(rows, n, hidden_size, dtype, x.device.type)
+    plan = plan or boundary_plans.boundary_backward_plan(rows, n, hidden_size, dtype, compiler.platform_of(x.device))
     tiles_per_range = boundary_plans.tiles_per_range(num_tokens, plan)
     ranges = max(1, -(-num_tokens // (tiles_per_range * plan.tokens)))
     partial_phi = phi.new_empty(ranges, rows, n, hidden_size)

@@ -5,7 +5,8 @@ It reads the TIR that the CPU target reads (see `mhc_tilelang.cpu`), from `@T.pr
     a load, a store        a place with its indices, run once per value of every loop around it
     T.copy, T.fill, …      the same, with a loop along each axis of the region; what hangs over an edge is guarded off
     if, if_then_else       a guard on what lies in either branch
-    loops, the grid        an axis each; a loop whose length depends on others is as long as its longest, and guarded
+    loops, the grid        an axis each; a loop whose length depends on others is as long as its longest, and guarded;
+                           a grid axis of a · B blocks, with `axis // B` and `axis % B`, is two that share nothing
     T.Select               both sides are evaluated
 
 A value that is loaded into a name counts where it is loaded, not where the name is used.
@@ -17,7 +18,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from tilelang import tvm  # noqa: F401  (puts tilelang's tvm on the path)
-from tvm import tirx
+from tvm import ir, tirx
+from tvm.arith import Analyzer
 
 from ...cpu.emit import BITWISE, CALLS, scalars_of, sizes_of
 from ...cpu.tile_ops import LOWERINGS
@@ -64,6 +66,8 @@ class Walk:
     accesses: list[Access] = field(default_factory=list)
     loops: tuple[tirx.Var, ...] = ()
     guards: tuple[tirx.PrimExpr, ...] = ()
+    analyzer: Analyzer = field(default_factory=Analyzer)
+    halves: dict[tirx.Var, tirx.PrimExpr] = field(default_factory=dict)  # of grid axes that are two
 
     def statement(self, stmt: tirx.Stmt) -> None:
         """Dispatch on the statement's kind."""
@@ -81,8 +85,9 @@ class Walk:
 
     def _Bind(self, stmt) -> None:
         if op_name(stmt.value) != "tl.launch_thread_idx":
-            self.values.names[stmt.var] = stmt.value
-            self.expression(stmt.value)
+            value = self.analyzer.simplify(tirx.stmt_functor.substitute(stmt.value, self.halves))
+            self.values.names[stmt.var] = value
+            self.expression(value)
 
     def _IfThenElse(self, stmt) -> None:
         self.expression(stmt.condition)
@@ -91,12 +96,26 @@ class Walk:
             self.guarded(tirx.Not(stmt.condition), self.statement, stmt.else_case)
 
     def _For(self, stmt) -> None:
-        if stmt.kind == tirx.ForKind.THREAD_BINDING:
-            self.values.grid += (stmt.loop_var,)
         outside = self.loops, self.guards
-        self.enter(stmt.loop_var, stmt.min, stmt.extent)
+        if stmt.kind != tirx.ForKind.THREAD_BINDING:
+            self.enter(stmt.loop_var, stmt.min, stmt.extent)
+        elif isinstance(stmt.extent, tirx.Mul) and isinstance(stmt.extent.b, tirx.IntImm):
+            self.enter_both(stmt.loop_var, stmt.extent.a, stmt.extent.b)
+        else:
+            self.values.grid += (stmt.loop_var,)
+            self.enter(stmt.loop_var, stmt.min, stmt.extent)
         self.statement(stmt.body)
         self.loops, self.guards = outside
+
+    def enter_both(self, axis: tirx.Var, slow_extent, fast_extent) -> None:
+        """A grid axis of slow_extent · fast_extent blocks as two loops."""
+        zero = tirx.IntImm(axis.dtype, 0)
+        slow, fast = (tirx.Var(f"{axis.name}_{speed}", axis.dtype) for speed in ("slow", "fast"))
+        self.halves[axis] = self.values.names[axis] = slow * fast_extent + fast
+        self.analyzer.bind(fast, ir.Range(zero, fast_extent))
+        self.values.grid += (slow, fast)
+        self.enter(slow, zero, slow_extent)
+        self.enter(fast, zero, fast_extent)
 
     def _BufferStore(self, stmt) -> None:
         self.element(stmt, is_write=True)

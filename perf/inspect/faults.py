@@ -6,6 +6,7 @@ from .occupancy import ARCHITECTURES
 from .row import Row
 
 WIDE = 16  # bytes of the widest access that every architecture has
+MIXED = "16-bit layer"  # beside a float32 stream: a thread has four channels, 16 bytes of the one and 8 of the other
 WIDE_BITS = ("bulk", "256", "128")
 
 
@@ -50,7 +51,8 @@ def narrow(row: Row) -> list[str]:
     found = []
     sides = ((row.stream_reads, row.global_loads, "read"), (row.stream_writes, row.global_stores, "written"))
     for streams, in_machine_code, how in sides:
-        for bytes_wide in sorted({widths[0] for widths in streams.values() if widths[0] < WIDE}):
+        wide = WIDE // 2 if row.variant == MIXED else WIDE
+        for bytes_wide in sorted({widths[0] for widths in streams.values() if widths[0] < wide}):
             names = ", ".join(name for name, widths in streams.items() if widths[0] == bytes_wide)
             found.append(f"{names} {how} {bytes_wide} bytes wide")
         if any(widths[-1] >= WIDE for widths in streams.values()) and not any(map(in_machine_code.get, WIDE_BITS)):
