@@ -122,8 +122,9 @@ def boundary_backward_plan(
     128 channels a block keep the partial sums over channels at 0.6C of traffic (n = 4, bfloat16).
     """
     if target == "cpu":
-        channels = min(128 if num_streams <= 4 else 64, -(-hidden_size // 16) * 16)
-        return BoundaryBackwardPlan(rows, False, "float32", tokens=24, channels=channels, threads=1, resident=True)
+        channels = min(128 if num_streams <= 4 else 32, -(-hidden_size // 16) * 16)
+        tokens = 16 if dtype == "float32" else 24  # what a stack holds
+        return BoundaryBackwardPlan(rows, False, "float32", tokens, channels, threads=1, resident=True)
     if num_streams > 4:
         operand = "bfloat16" if dtype == "bfloat16" else "float32"
         return BoundaryBackwardPlan(rows, True, operand, tokens=32, channels=32, threads=256, resident=False)
