@@ -87,7 +87,8 @@ def boundary_backward_kernel(
 ):
     """g_x_next [T, n, C], g_layer_input [T, C], g_projected [M + 1, T], x [T, n, C], layer_output [T, C], h_pre, h_post
     [T, n], h_res [T, n, n], phi [M, n, C] -> g_x [T, n, C], g_layer_output [T, C], partial_phi [ranges, M, n, C],
-    partial_mixing [channel blocks, sums, T], the sums being g_h_post, g_h_res and, `delayed`, g_h_pre.
+    partial_mixing [channel blocks, sums, T], the sums being, for each j, g_h_post[j], g_h_res[j] and, `delayed`,
+    g_h_pre[j].
 
     `outside` says that g_x_next is given, `aggregated` that g_layer_input and h_pre are; what is not is a tensor of one
     element that nobody touches.
@@ -100,7 +101,7 @@ def boundary_backward_kernel(
     together = tuple((j,) for j in streams) if plan.split else (streams,)
     operand = plan.operand_dtype
     next_is_split = plan.split and dtype == "float32"
-    num_sums = n + n * n + (n if delayed else 0)
+    sums_per_stream = n + 1 + delayed
     num_blocks = -(-hidden_size // channels)
     tile_shape, resident = (tokens, channels), streams if plan.resident else (0,)
 
@@ -118,7 +119,7 @@ def boundary_backward_kernel(
         g_x: T.Tensor[(num_tokens, n, hidden_size), dtype],
         g_layer_output: T.Tensor[(num_tokens, hidden_size), layer_dtype],
         partial_phi: T.Tensor[(num_ranges, rows, n, hidden_size), T.float32],
-        partial_mixing: T.Tensor[(num_blocks, num_sums, num_tokens), T.float32],
+        partial_mixing: T.Tensor[(num_blocks, n * sums_per_stream, num_tokens), T.float32],
         tiles_per_range: T.int32,
     ):
         with T.Kernel(num_blocks, T.ceildiv(T.ceildiv(num_tokens, tokens), tiles_per_range), threads=plan.threads) as (
@@ -136,17 +137,16 @@ def boundary_backward_kernel(
             x_rows = fragment_each(streams, tile_shape, dtype)
             layer_rows = T.alloc_fragment(tile_shape, layer_dtype)
             g_input_rows = T.alloc_fragment(tile_shape, dtype)
-            g_next_rows = fragment_each(streams, tile_shape, dtype)
+            g_next_rows = T.alloc_fragment(tile_shape, dtype)
             next_rows = fragment_each(together[0], tile_shape, T.float32)
             rounded = fragment_each(streams if next_is_split else together[0], tile_shape, dtype)
             product_acc = T.alloc_fragment(tile_shape, T.float32)
             g_rows = T.alloc_fragment(tile_shape, T.float32)
             g_x_rows = fragment_each(streams, tile_shape, T.float32)
             g_layer_rows = T.alloc_fragment(tile_shape, T.float32)
-            res_products = fragment_each(streams, tile_shape, T.float32)
-            post_products = T.alloc_fragment(tile_shape, T.float32)
-            pre_products = T.alloc_fragment(tile_shape, T.float32)
+            products = T.alloc_fragment(tile_shape, T.float32)
             sums = T.alloc_fragment((tokens,), T.float32)
+            sums_tile = T.alloc_shared((sums_per_stream, tokens), T.float32)
 
             first = channel_block * channels
             if plan.resident:
@@ -159,8 +159,6 @@ def boundary_backward_kernel(
                 row = tile * tokens
                 for j in streams:
                     T.copy(x[row : row + tokens, j, first : first + channels], x_rows[j])
-                    if outside:
-                        T.copy(g_x_next[row : row + tokens, j, first : first + channels], g_next_rows[j])
                 T.copy(layer_output[row : row + tokens, first : first + channels], layer_rows)
                 if aggregated:
                     T.copy(g_layer_input[row : row + tokens, first : first + channels], g_input_rows)
@@ -179,6 +177,8 @@ def boundary_backward_kernel(
                 for i in streams:
                     T.clear(g_x_rows[i])
                 for j in streams:
+                    if outside:  # in flight during the product; all streams at once would spill
+                        T.copy(g_x_next[row : row + tokens, j, first : first + channels], g_next_rows)
                     k = j if plan.resident else 0
                     if not plan.resident:
                         load_phi(phi_high[0], phi_low[0], phi, j, first, plan)
@@ -197,22 +197,20 @@ def boundary_backward_kernel(
                                 h_pre[token, j], T.cast(g_input_rows[t, c], T.float32), g_rows[t, c]
                             )
                         if outside:
-                            g_rows[t, c] += T.cast(g_next_rows[j][t, c], T.float32)
+                            g_rows[t, c] += T.cast(g_next_rows[t, c], T.float32)
                         g_layer_rows[t, c] = T.ieee_fmaf(h_post[token, j], g_rows[t, c], g_layer_rows[t, c])
-                        post_products[t, c] = g_rows[t, c] * T.cast(layer_rows[t, c], T.float32)
                         for i in streams:
                             g_x_rows[i][t, c] = T.ieee_fmaf(h_res[token, j, i], g_rows[t, c], g_x_rows[i][t, c])
-                            res_products[i][t, c] = g_rows[t, c] * T.cast(x_rows[i][t, c], T.float32)
-                        if delayed:
-                            pre_products[t, c] = T.cast(g_input_rows[t, c], T.float32) * x_next
-                    products = [(j, post_products)]
-                    products += [(n + j * n + i, res_products[i]) for i in streams]
-                    products += [(n + n * n + j, pre_products)] if delayed else []
-                    for place, values in products:
-                        T.reduce_sum(values, sums, dim=1)
-                        for t in T.Parallel(tokens):
-                            if row + t < num_tokens:
-                                partial_mixing[channel_block, place, row + t] = sums[t]
+                    factors = [(g_rows, layer_rows), *((g_rows, x_rows[i]) for i in streams)]
+                    factors += [(rounded[j % len(rounded)], g_input_rows)] if delayed else []
+                    for place, (values, others) in enumerate(factors):
+                        for t, c in T.Parallel(tokens, channels):
+                            products[t, c] = T.cast(values[t, c], T.float32) * T.cast(others[t, c], T.float32)
+                        T.reduce_sum(products, sums, dim=1)
+                        T.copy(sums, sums_tile[place, 0:tokens])
+                    for place, t in T.Parallel(sums_per_stream, tokens):
+                        if row + t < num_tokens:
+                            partial_mixing[channel_block, j * sums_per_stream + place, row + t] = sums_tile[place, t]
                 T.copy(g_layer_rows, g_layer_output[row : row + tokens, first : first + channels])
                 for i in streams:
                     T.copy(g_x_rows[i], g_x[row : row + tokens, i, first : first + channels])

@@ -59,7 +59,8 @@ def boundary_sums_kernel(num_streams: int, delayed: bool, ranges: bool, lanes: i
     num_channel_blocks = T.dynamic("num_channel_blocks")
     num_blocks = T.dynamic("num_blocks")
     num_parameters = T.dynamic("num_parameters")
-    num_sums = n + n * n + (n if delayed else 0)
+    sums_per_stream = n + 1 + delayed
+    num_sums = n * sums_per_stream
 
     @T.prim_func
     def boundary_sums(
@@ -84,15 +85,17 @@ def boundary_sums_kernel(num_streams: int, delayed: bool, ranges: bool, lanes: i
                 if ranges:
                     add_rows(g_phi, partial_phi, tile * block, 1, block)
             elif tile < weight_blocks + num_sums * token_blocks:
-                place = (tile - weight_blocks) // token_blocks
+                j = (tile - weight_blocks) // token_blocks // sums_per_stream
+                k = (tile - weight_blocks) // token_blocks % sums_per_stream
+                place = j * sums_per_stream + k
                 first = (tile - weight_blocks) % token_blocks * block
-                if place < n:
-                    add_mixing(g_h_post, partial_mixing, place, place, first, block)
-                elif place < n + n * n:
-                    add_mixing(g_h_res, partial_mixing, place, place - n, first, block)
+                if k == 0:
+                    add_mixing(g_h_post, partial_mixing, place, j, first, block)
+                elif k <= n:
+                    add_mixing(g_h_res, partial_mixing, place, j * n + k - 1, first, block)
                 else:
                     if delayed:
-                        add_mixing(g_h_pre, partial_mixing, place, place - n - n * n, first, block)
+                        add_mixing(g_h_pre, partial_mixing, place, j, first, block)
             else:
                 add_rows(
                     g_parameters,

@@ -136,8 +136,8 @@ def mixing_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The kernel `boundary_backward`: gradients of the stream and the layer's output, g_projected [M + 1, T] as of
     `coefficients_backward`, what was mixed, the h_pre of the aggregation, phi [M, K]
-    -> g_x [T, n, C], g_layer_output [T, C], and partial sums: of g_phi [ranges, M·K], of g_h_post, g_h_res and, where
-    `delayed`, g_h_pre [channel blocks, n + n² or 2n + n², T].
+    -> g_x [T, n, C], g_layer_output [T, C], and partial sums: of g_phi [ranges, M·K], and [channel blocks, n² + n, T]
+    of g_h_post[j], g_h_res[j] for each j; n² + 2n where `delayed`, with g_h_pre[j].
     """
     num_tokens, n, hidden_size = x.shape
     rows, dtype = phi.shape[0], dtype_name(x.dtype)
