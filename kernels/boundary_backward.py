@@ -141,8 +141,8 @@ def boundary_backward_kernel(
             next_rows = fragment_each(together[0], tile_shape, T.float32)
             rounded = fragment_each(streams if next_is_split else together[0], tile_shape, dtype)
             product_acc = T.alloc_fragment(tile_shape, T.float32)
-            g_rows = T.alloc_fragment(tile_shape, T.float32)
-            g_x_rows = fragment_each(streams, tile_shape, T.float32)
+            g_rows = fragment_each(streams, tile_shape, T.float32)
+            g_x_rows = T.alloc_fragment(tile_shape, T.float32)
             g_layer_rows = T.alloc_fragment(tile_shape, T.float32)
             products = T.alloc_fragment(tile_shape, T.float32)
             sums = T.alloc_fragment((tokens,), T.float32)
@@ -173,9 +173,6 @@ def boundary_backward_kernel(
                         else:
                             T.copy(rounded[j % len(rounded)], next_tiles[j])
                         multiply(g_phi[j], g_high, g_low, next_tiles[j], next_low, plan, True, next_is_split)
-                T.clear(g_layer_rows)
-                for i in streams:
-                    T.clear(g_x_rows[i])
                 for j in streams:
                     if outside:  # in flight during the product; all streams at once would spill
                         T.copy(g_x_next[row : row + tokens, j, first : first + channels], g_next_rows)
@@ -187,21 +184,18 @@ def boundary_backward_kernel(
                     if len(rounded) == 1:
                         T.copy(next_tiles[j], rounded[0])
                     T.copy(product_acc, product_tiles[j % 2])
-                    T.copy(product_tiles[j % 2], g_rows)
+                    T.copy(product_tiles[j % 2], g_rows[j])
                     for t, c in T.Parallel(tokens, channels):
                         token = T.min(row + t, num_tokens - 1)
                         x_next = T.cast(rounded[j % len(rounded)][t, c], T.float32)
-                        g_rows[t, c] = T.ieee_fmaf(g_projected[rows, token], x_next, g_rows[t, c])
+                        g_rows[j][t, c] = T.ieee_fmaf(g_projected[rows, token], x_next, g_rows[j][t, c])
                         if aggregated:
-                            g_rows[t, c] = T.ieee_fmaf(
-                                h_pre[token, j], T.cast(g_input_rows[t, c], T.float32), g_rows[t, c]
+                            g_rows[j][t, c] = T.ieee_fmaf(
+                                h_pre[token, j], T.cast(g_input_rows[t, c], T.float32), g_rows[j][t, c]
                             )
                         if outside:
-                            g_rows[t, c] += T.cast(g_next_rows[t, c], T.float32)
-                        g_layer_rows[t, c] = T.ieee_fmaf(h_post[token, j], g_rows[t, c], g_layer_rows[t, c])
-                        for i in streams:
-                            g_x_rows[i][t, c] = T.ieee_fmaf(h_res[token, j, i], g_rows[t, c], g_x_rows[i][t, c])
-                    factors = [(g_rows, layer_rows), *((g_rows, x_rows[i]) for i in streams)]
+                            g_rows[j][t, c] += T.cast(g_next_rows[t, c], T.float32)
+                    factors = [(g_rows[j], layer_rows), *((g_rows[j], x_rows[i]) for i in streams)]
                     factors += [(rounded[j % len(rounded)], g_input_rows)] if delayed else []
                     for place, (values, others) in enumerate(factors):
                         for t, c in T.Parallel(tokens, channels):
@@ -211,9 +205,21 @@ def boundary_backward_kernel(
                     for place, t in T.Parallel(sums_per_stream, tokens):
                         if row + t < num_tokens:
                             partial_mixing[channel_block, j * sums_per_stream + place, row + t] = sums_tile[place, t]
+                for t, c in T.Parallel(tokens, channels):
+                    g_layer_rows[t, c] = 0.0
+                    for j in streams:
+                        g_layer_rows[t, c] = T.ieee_fmaf(
+                            h_post[T.min(row + t, num_tokens - 1), j], g_rows[j][t, c], g_layer_rows[t, c]
+                        )
                 T.copy(g_layer_rows, g_layer_output[row : row + tokens, first : first + channels])
                 for i in streams:
-                    T.copy(g_x_rows[i], g_x[row : row + tokens, i, first : first + channels])
+                    for t, c in T.Parallel(tokens, channels):
+                        g_x_rows[t, c] = 0.0
+                        for j in streams:
+                            g_x_rows[t, c] = T.ieee_fmaf(
+                                h_res[T.min(row + t, num_tokens - 1), j, i], g_rows[j][t, c], g_x_rows[t, c]
+                            )
+                    T.copy(g_x_rows, g_x[row : row + tokens, i, first : first + channels])
             for j in streams:
                 for m, c in T.Parallel(plan.columns, channels):
                     if m < rows and first + c < hidden_size:
