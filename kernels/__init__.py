@@ -13,6 +13,8 @@ are run-time values, so one compilation serves every batch.
     expand                    an embedding -> n equal streams
     head                      the coefficients of the last aggregation
     X_backward                the gradients of each, derived where it begins
+    boundary_backward         that of post, and of the next projection and aggregation, from one read
+    boundary_sums             every kind of partial sum that it leaves, in one launch
     partial_sums              sums over blocks of tokens, added up: the gradients of parameters
     plans                     tiles, threads, stages: what is compiled in, chosen from sizes and target
     boundary_plans            the same for what is fused across a boundary
