@@ -14,7 +14,7 @@ MAX_ACCESS_BYTES = 16
 LANES = 16  # partial sums of Σx² per token
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 STAGE_BYTES = 32 * 1024  # shared memory of one pipeline stage: three of them fit the 99 KB of sm_120
-GROUP_CHANNELS = 512  # channels whose chunks are added up before they are written, except for small batches
+GROUP_CHANNELS = 1024  # channels whose chunks are added up before they are written, except for small batches
 CPU_CHANNELS = 1024  # four streams of it in float32 stay in a 32 KB first-level cache, with room to spare
 
 
