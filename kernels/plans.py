@@ -155,8 +155,8 @@ def chunks_per_split(num_tokens: int, num_chunks: int, plan: ProjectionPlan, par
     """How many chunks a block of the projection takes, so that small batches still fill the device.
 
     `parallel_blocks` is how many blocks the device runs at a time. Whole groups where these are enough to keep half of
-    it busy or more: to write slabs of chunks costs 1C, and as much to read them (n = 4, bfloat16), slabs of groups a
-    quarter. The answer moves no bit of any result.
+    it busy or more: to write slabs of chunks costs 1C, and as much to read them (n = 4, bfloat16), slabs of groups an
+    eighth. The answer moves no bit of any result.
     """
     token_blocks = max(1, -(-num_tokens // plan.tokens))
     wanted = max(1, parallel_blocks // token_blocks)

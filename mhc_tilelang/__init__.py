@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .connections import HyperConnection, HyperHead, ResidualConnection, UnconstrainedHyperConnection, connection
     from .errors import CompilerError, GradientError, MHCError
-    from .ops import coefficients, collapse, expand, head, post, pre, sinkhorn
+    from .ops import coefficients, collapse, expand, head, post, post_pre, pre, sinkhorn
     from .residual_stream import ResidualStream
     from .spec import MHCSpec
 
@@ -47,6 +47,7 @@ __all__ = [
     "expand",
     "head",
     "post",
+    "post_pre",
     "pre",
     "sinkhorn",
 ]

@@ -82,7 +82,7 @@ def post_pre_backward(
         g_phi, g_parameters = torch.zeros_like(phi), torch.zeros_like(g_parameters)
     if given_pre is not None and g_pre is None:
         g_pre = torch.zeros_like(given_pre)
-    g_alpha, g_bias = g_parameters.split([alpha.numel(), bias.numel()])
+    g_alpha, g_bias = (part.clone() for part in g_parameters.split([alpha.numel(), bias.numel()]))
     return BoundaryGradients(g_x, g_layer_output, g_post, g_res, g_phi.view(phi.shape), g_alpha, g_bias, g_pre)
 
 

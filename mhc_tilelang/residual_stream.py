@@ -5,10 +5,10 @@
         stream.write(layer(stream.read(connection)))
     h = stream.reduce("sum")
 
-Reads and writes take turns. A write waits for the next read or reduction, which merges it first: there the
-merge of one sublayer and the read of the next stand side by side, and may become one kernel. Values and
-gradients are those of the functions called one after the other, to the bit: a write is merged in the grad mode
-that it was made in, and a layer's output that was changed while it waited is refused.
+Reads and writes take turns. A write waits for the next read or reduction, which merges it first: between two
+mHC sublayers the merge of the one and the read of the next are one operator, `post_pre`. Values are those of the
+functions called one after the other, to the bit; gradients are rounded less often than theirs. A write is merged in
+the grad mode that it was made in, and a layer's output that was changed while it waited is refused.
 
 A plain residual has no streams of its own: it keeps the tensor that it was given, reads hand it out, and a sum
 returns it. So layers that work in place on their input change it there, and nowhere else.
@@ -31,7 +31,7 @@ import torch
 
 from . import ops
 from .arguments import STREAM_DTYPES, check_streams, sizes_of
-from .connections import Connection, HyperHead, check_kind
+from .connections import Connection, HyperConnection, HyperHead, check_kind
 
 
 class ResidualStream:
@@ -66,8 +66,12 @@ class ResidualStream:
         """The next layer's input, [..., C] in the stream's dtype; merges a waiting write first."""
         self._check_turn("read", writes=False)
         self._check_connection(connection)
-        self._merge()
-        layer_input, *mappings = connection(self._x)
+        if isinstance(connection, HyperConnection) and self._written[1:] == _modes() and self._has_waiting_write():
+            _, layer_output, mappings = self._take_waiting_write()
+            self._x, layer_input, *mappings = connection(self._x, layer_output, *mappings)
+        else:
+            self._merge()
+            layer_input, *mappings = connection(self._x)
         self._reader = connection, tuple(mappings)
         return layer_input
 
@@ -134,21 +138,31 @@ class ResidualStream:
 
     def _merge(self) -> None:
         """Merge the waiting write, if there is one."""
-        if self._reader is None or self._layer_output is None:
+        if not self._has_waiting_write():
             return
-        connection, mappings = self._reader
-        version, with_grad, in_inference = self._written
-        if _version(self._layer_output) != version:
+        connection, layer_output, mappings = self._take_waiting_write()
+        _, with_grad, in_inference = self._written
+        if (with_grad, in_inference) == _modes():
+            self._x = connection.merge(self._x, layer_output, *mappings)
+        else:
+            with torch.inference_mode(in_inference), torch.set_grad_enabled(with_grad):
+                self._x = connection.merge(self._x, layer_output, *mappings)
+
+    def _has_waiting_write(self) -> bool:
+        return self._reader is not None and self._layer_output is not None
+
+    def _take_waiting_write(self) -> tuple[Connection, torch.Tensor, tuple[torch.Tensor, ...]]:
+        """The connection that read, the layer's output, the mappings; nothing waits any more."""
+        assert self._reader is not None
+        assert self._layer_output is not None
+        (connection, mappings), layer_output = self._reader, self._layer_output
+        if _version(layer_output) != self._written[0]:
             raise RuntimeError(
                 "ResidualStream: layer_output: expected it as it was written, got one that was changed in place since; "
                 "write a clone, or change it after the next read or reduce"
             )
-        if (with_grad, in_inference) == _modes():
-            self._x = connection.merge(self._x, self._layer_output, *mappings)
-        else:
-            with torch.inference_mode(in_inference), torch.set_grad_enabled(with_grad):
-                self._x = connection.merge(self._x, self._layer_output, *mappings)
         self._reader = self._layer_output = None
+        return connection, layer_output, mappings
 
     def _check_turn(self, call: str, *, writes: bool) -> None:
         self._check_pass(call)

@@ -54,6 +54,7 @@ class Function:
 
 
 _PROJECTED = ("x", "phi", "alpha", "bias", "norm_weight")
+_MIXED = ("x", "layer_output", "h_post", "h_res")
 FUNCTIONS = {
     function.name: function
     for function in (
@@ -63,7 +64,8 @@ FUNCTIONS = {
         Function("coefficients", _PROJECTED, lambda spec: {"spec": spec}),
         Function("pre", _PROJECTED, lambda spec: {"spec": spec}),
         Function("head", _PROJECTED, lambda spec: {"spec": spec}),
-        Function("post", ("x", "layer_output", "h_post", "h_res"), lambda _: {}),
+        Function("post", _MIXED, lambda _: {}),
+        Function("post_pre", (*_MIXED, *_PROJECTED[1:]), lambda spec: {"spec": spec}),
     )
 }
 

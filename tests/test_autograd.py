@@ -83,13 +83,17 @@ def assert_near_float64(function, case, tensors, outputs, g_outputs):
 
 def alpha_token_by_token(function, case, tensors, g_outputs):
     """g_alpha of every token alone, [T, groups]."""
-    flat = tensors["x"].flatten(0, -3)
-    upstream_of = [None if g is None else g.flatten(0, tensors["x"].ndim - 3) for g in g_outputs]
+    leading = tensors["x"].ndim - 2
+    batched = {"x", "layer_output", "h_post", "h_res"} & tensors.keys()
+    flat = {name: tensors[name].flatten(0, leading - 1) for name in batched}
+    upstream_of = [None if g is None else g.flatten(0, leading - 1) for g in g_outputs]
     return [
         function.reference_backward(
-            [None if g is None else g[t : t + 1] for g in upstream_of], {**tensors, "x": flat[t : t + 1]}, case.spec
+            [None if g is None else g[t : t + 1] for g in upstream_of],
+            {**tensors, **{name: tensor[t : t + 1] for name, tensor in flat.items()}},
+            case.spec,
         )["alpha"]
-        for t in range(len(flat))
+        for t in range(len(flat["x"]))
     ]
 
 

@@ -41,7 +41,8 @@ def operator_arguments(function, case):
     """Positional arguments of X; leading dimensions [2, T/2] or [0, 3]."""
     tensors = function.tensors(case, (2, case.num_tokens // 2) if case.num_tokens else (0, 3))
     tensors.pop("norm_weight", None)
-    return [*tensors.values(), *constants_of(function, case.spec)]
+    absent = [None] if function.name == "post_pre" else []  # h_pre of the delayed form
+    return [*tensors.values(), *absent, *constants_of(function, case.spec)]
 
 
 def backward_arguments(function, case):
@@ -52,13 +53,17 @@ def backward_arguments(function, case):
     public = len(function.call(function.tensors(case), case.spec))
     g_outputs = upstream(outputs[:public])
     count = len(arguments) - len(constants_of(function, case.spec))
-    needs = {"sinkhorn": [], "post": [True] * 3}.get(function.name, [True] * 2)
+    needs = {"sinkhorn": [], "post": [True] * 3, "post_pre": []}.get(function.name, [True] * 2)
+    if function.name == "post_pre":
+        g_outputs, public = [*g_outputs, None], 4
+        return [*g_outputs, *arguments[:count], outputs[0], *outputs[public:], *arguments[count:]]
     return [*g_outputs, *arguments[:count], *outputs[public:], *arguments[count:], *needs]
 
 
 def buffers_of(function, outputs):
     """X_out's buffers for these outputs, by name."""
     names = {"coefficients": ("h_pre", "h_post", "h_res"), "pre": ("layer_input", "h_post", "h_res")}
+    names |= {"post_pre": ("x_next", "layer_input", "next_post", "next_res")}
     names = names.get(function.name, ("out",))
     return {name: torch.zeros_like(output) for name, output in zip(names, outputs, strict=False)}
 

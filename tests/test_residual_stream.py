@@ -44,16 +44,22 @@ class Model(torch.nn.Module):
 
 def by_hand(model, h):
     """The same model by the functions; sums in the order of the stream's own."""
-    x = h if model.kind == "residual" else ops.expand(h, SPEC.num_streams)
+    x, waiting = h if model.kind == "residual" else ops.expand(h, SPEC.num_streams), None
     for connection, layer in zip(model.connections, model.layers, strict=True):
         if model.kind == "residual":
             x = x + torch.tanh(layer(x))
         elif model.kind == "mhc":
-            layer_input, *mappings = ops.pre(x, connection.phi, connection.alpha, connection.bias, SPEC)
-            x = ops.post(x, torch.tanh(layer(layer_input)), *mappings)
+            parameters = (connection.phi, connection.alpha, connection.bias, SPEC)
+            if waiting is None:
+                layer_input, *mappings = ops.pre(x, *parameters)
+            else:
+                x, layer_input, *mappings = ops.post_pre(x, *waiting, *parameters)
+            waiting = torch.tanh(layer(layer_input)), *mappings
         else:
             layer_input, *mappings = connection(x)
             x = connection.merge(x, torch.tanh(layer(layer_input)), *mappings)
+    if waiting is not None:
+        x = ops.post(x, *waiting)
     if isinstance(model.reduction, mhc.HyperHead):
         head = model.reduction
         return ops.head(x, head.phi, head.alpha, head.bias, SPEC)
@@ -147,19 +153,48 @@ def test_x_shows_the_stream_and_changes_nothing():
 
 
 def test_a_write_waits(monkeypatch):
-    """For the next read or reduction; catches an eager merge, which a fused boundary could not take up."""
-    merges = []
-    post = ops.post
-    monkeypatch.setattr(ops, "post", lambda *arguments: merges.append(1) or post(*arguments))
+    """For the next read, which takes it up as one operator, or for the reduction; catches an eager merge."""
+    calls = []
+    for name in ("pre", "post", "post_pre"):
+        original = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *a, name=name, call=original, **k: calls.append(name) or call(*a, **k))
     model = Model("mhc")
     stream = mhc.ResidualStream(normal(*TOKENS, C))
     stream.write(stream.read(model.connections[0]))
-    assert not merges
+    assert calls == ["pre"]
     stream.write(stream.read(model.connections[1]))
-    assert len(merges) == 1
+    assert calls == ["pre", "post_pre"]
     stream.reduce()
     stream.reduce("mean")
-    assert len(merges) == 2
+    assert calls == ["pre", "post_pre", "post"]
+
+
+def test_a_fused_boundary_changes_no_value():
+    """The same stream with a look at x between sublayers, which merges by `post`: equal to the bit."""
+    model, h = Model("mhc"), normal(*TOKENS, C)
+    expected = model(h)
+    model.run_sublayer = lambda stream, *sublayer: (stream.x, Model.run_sublayer(stream, *sublayer))
+    assert torch.equal(model(h), expected)
+
+
+def test_no_sum_of_stream_gradients_is_left():
+    """Between sublayers autograd adds nothing as wide as the stream: each x has one reader, the boundary after it.
+    Only the first x has two, its `pre` and the first boundary."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Additions(TorchDispatchMode):
+        shapes: list = []  # noqa: RUF012
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor):
+                self.shapes.append(tuple(args[0].shape))
+            return function(*args, **(kwargs or {}))
+
+    model, h = Model("mhc"), normal(*TOKENS, C).requires_grad_()
+    out = model(h)
+    with Additions() as additions:
+        out.backward(normal(*out.shape, seed=7))
+    assert additions.shapes.count((*TOKENS, SPEC.num_streams, C)) == 1
 
 
 def test_reads_go_through_the_modules_call():
@@ -311,7 +346,12 @@ def test_checkpointed_function_of_x(kind):
             x = checkpoint(sublayer, connection, layer, x, use_reentrant=False)
         return x if kind == "residual" else ops.collapse(x)
 
-    assert_equal(gradients(model, by_regions, h), expected)
+    got = gradients(model, by_regions, h)
+    if kind == "mhc":  # merged by `post`, whose gradients are rounded once more than a boundary's
+        assert torch.equal(got["out"], expected["out"])
+        assert all((got[k] - expected[k]).norm() <= 1e-5 * expected[k].norm() for k in expected)
+    else:
+        assert_equal(got, expected)
     assert_equal(gradients(model, lambda h: checkpoint(model, h, use_reentrant=False), h), expected)
 
 

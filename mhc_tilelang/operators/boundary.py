@@ -1,0 +1,148 @@
+"""post_pre: the boundary between two sublayers as one operator, post of the one and pre of the next.
+
+x [..., n, C], layer_output [..., C], h_post [..., n], h_res [..., n, n], phi [M, K], alpha [3], bias [M]
+-> x_next [..., n, C], layer_input [..., C], h_post [..., n], h_res [..., n, n], and for the backward h_pre [..., n]
+and `projected` [M + 1, T].
+
+The delayed form is given an h_pre; the one that it returns is then a result, with a gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import launch_boundary, launch_boundary_backward
+from .coefficients import CONSTANTS, Tensors, allocate, allocate_projected
+from .library import (
+    absent,
+    check_buffers,
+    define,
+    define_backward,
+    define_out,
+    differentiate,
+    flat,
+    flat_or_none,
+    needed,
+    spec_of,
+)
+
+INPUTS = (
+    "Tensor x, Tensor layer_output, Tensor h_post, Tensor h_res, Tensor phi, Tensor alpha, Tensor bias, Tensor? h_pre"
+)
+TRAILING = (2, 1, 1, 2)  # dimensions of the first four inputs that are not tokens
+
+
+def _flat_inputs(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    mixed = (flat(tensor, trailing) for tensor, trailing in zip(inputs[:4], TRAILING, strict=True))
+    return (*mixed, *(tensor.contiguous() for tensor in inputs[4:7]))
+
+
+def unflat(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A fresh tensor with its leading dimensions back, which is no view to anyone: an operator returns none."""
+    return torch.ops.aten._unsafe_view(tensor, shape)
+
+
+def _allocate(x: torch.Tensor, *rest: Any) -> Tensors:
+    phi = rest[3]
+    h_pre, h_post, h_res = allocate(x)
+    layer_input = x.new_empty(*x.shape[:-2], x.shape[-1])
+    return x.new_empty(x.shape), layer_input, h_post, h_res, h_pre, allocate_projected(x, phi)
+
+
+def _run(*inputs_and_constants: Any) -> Tensors:
+    inputs, h_pre, constants = inputs_and_constants[:7], inputs_and_constants[7], inputs_and_constants[8:]
+    x = inputs[0]
+    boundary = launch_boundary.post_pre(
+        *_flat_inputs(inputs),  # type: ignore[arg-type]
+        spec_of(x.shape[-1], x.shape[-2], *constants),
+        h_pre=flat_or_none(h_pre, 1),
+    )
+    *leading, n, hidden_size = x.shape
+    shapes = (
+        x.shape,
+        (*leading, hidden_size),
+        (*leading, n),
+        (*leading, n, n),
+        (*leading, n),
+        boundary.projected.shape,
+    )
+    return tuple(unflat(tensor, shape) for tensor, shape in zip(boundary, shapes, strict=True))
+
+
+def _run_out(*inputs_and_constants: Any, **buffers: torch.Tensor) -> None:
+    names = ("x", "layer_output", "h_post", "h_res", "phi", "alpha", "bias", "h_pre")
+    inputs = {name: t for name, t in zip(names, inputs_and_constants, strict=False) if t is not None}
+    named = {f"out[{k}] ({name})": buffer for k, (name, buffer) in enumerate(buffers.items())}
+    check_buffers("post_pre", named, inputs, whole=tuple(named))
+    for buffer, result in zip(buffers.values(), _run(*inputs_and_constants), strict=False):
+        buffer.copy_(result)
+
+
+def _allocate_backward(*arguments: Any) -> Tensors:
+    *inputs, h_pre = arguments[5:13]
+    like_pre = inputs[2] if h_pre is None else h_pre
+    return (
+        *(t.new_empty(t.shape) for t in inputs),
+        absent(like_pre) if h_pre is None else like_pre.new_empty(like_pre.shape),
+    )
+
+
+def _run_backward(*arguments: Any) -> Tensors:
+    gradients, inputs, given_pre = arguments[:5], arguments[5:12], arguments[12]
+    x_next, h_pre, projected, *constants = arguments[13:]
+    g_x_next, g_layer_input, g_next_post, g_next_res, g_next_pre = (
+        flat_or_none(g, trailing) for g, trailing in zip(gradients, (2, 1, 1, 2, 1), strict=True)
+    )
+    x = inputs[0]
+    found = launch_boundary_backward.post_pre_backward(
+        g_x_next,
+        g_layer_input,
+        g_next_post,
+        g_next_res,
+        *_flat_inputs(inputs),  # type: ignore[arg-type]
+        flat(x_next, 2),
+        flat(h_pre, 1),
+        projected.contiguous(),
+        spec_of(x.shape[-1], x.shape[-2], *constants),
+        given_pre=flat_or_none(given_pre, 1),
+        g_next_pre=g_next_pre,
+    )
+    *of_inputs, g_pre = found
+    shaped = (unflat(g, tensor.shape) for g, tensor in zip(of_inputs, inputs, strict=True))
+    return (*shaped, absent(h_pre) if g_pre is None else unflat(g_pre, h_pre.shape))
+
+
+RESULTS = "Tensor x_next, Tensor layer_input, Tensor next_post, Tensor next_res, Tensor next_pre, Tensor projected"
+GRADIENTS = "Tensor? g_x_next, Tensor? g_layer_input, Tensor? g_next_post, Tensor? g_next_res, Tensor? g_next_pre"
+BUFFERS = "Tensor(a!) x_next, Tensor(b!) layer_input, Tensor(c!) next_post, Tensor(d!) next_res"
+
+post_pre = define(f"post_pre({INPUTS}, {CONSTANTS}) -> ({RESULTS})", _run, _allocate)
+post_pre_out = define_out(f"post_pre_out({INPUTS}, {CONSTANTS}, *, {BUFFERS}) -> ()", _run_out)
+post_pre_backward = define_backward(
+    f"post_pre_backward({GRADIENTS}, {INPUTS}, Tensor x_next, Tensor next_pre, Tensor projected, {CONSTANTS}) "
+    f"-> ({', '.join(['Tensor'] * 8)})",
+    _run_backward,
+    _allocate_backward,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensors) -> None:
+    *tensors, h_pre = inputs[:8]
+    x_next, *_, next_pre, projected = output
+    ctx.constants = inputs[8:]
+    ctx.set_materialize_grads(False)
+    ctx.delayed = h_pre is not None
+    ctx.mark_non_differentiable(*((projected,) if ctx.delayed else (next_pre, projected)))
+    ctx.save_for_backward(*tensors, h_pre, x_next, next_pre, projected)
+
+
+def _backward(ctx: Any, *g_outputs: torch.Tensor | None) -> tuple:
+    if all(g is None for g in g_outputs):
+        return needed(ctx, ())
+    gradients = post_pre_backward(*g_outputs[:5], *ctx.saved_tensors, *ctx.constants)
+    return needed(ctx, gradients)
+
+
+differentiate(post_pre, _backward, _setup_context)
