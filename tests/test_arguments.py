@@ -22,6 +22,7 @@ def arguments_of(function):
     """Good arguments, by name."""
     x, phi, alpha, bias = torch.zeros(T, n, C), torch.zeros(M, K), torch.zeros(3), torch.zeros(M)
     projected = {"x": x, "phi": phi, "alpha": alpha, "bias": bias, "spec": SPEC, "norm_weight": torch.ones(K)}
+    mixed = {"layer_output": torch.zeros(T, C), "h_post": torch.zeros(T, n), "h_res": torch.zeros(T, n, n)}
     return {
         "expand": {"h": torch.zeros(T, C), "num_streams": n},
         "collapse": {"x": x},
@@ -29,19 +30,15 @@ def arguments_of(function):
         "coefficients": projected,
         "pre": projected,
         "head": {**projected, "phi": phi[:n], "alpha": alpha[:1], "bias": bias[:n]},
-        "post": {
-            "x": x,
-            "layer_output": torch.zeros(T, C),
-            "h_post": torch.zeros(T, n),
-            "h_res": torch.zeros(T, n, n),
-        },
+        "post": {"x": x, **mixed},
+        "post_pre": {**projected, **mixed},
     }[function]
 
 
-FUNCTIONS = ("expand", "collapse", "sinkhorn", "coefficients", "pre", "post", "head")
-PROJECTING = ("coefficients", "pre", "head")
+FUNCTIONS = ("expand", "collapse", "sinkhorn", "coefficients", "pre", "post", "post_pre", "head")
+PROJECTING = ("coefficients", "pre", "post_pre", "head")
 TENSORS = [(f, name) for f in FUNCTIONS for name, v in arguments_of(f).items() if isinstance(v, torch.Tensor)]
-TOKEN_TENSORS = [("post", "layer_output"), ("post", "h_post"), ("post", "h_res")]
+TOKEN_TENSORS = [(f, name) for f in ("post", "post_pre") for name in ("layer_output", "h_post", "h_res")]
 every_tensor = pytest.mark.parametrize(("function", "argument"), TENSORS)
 
 
@@ -209,6 +206,12 @@ BUFFERS = {
     "pre": {"out[0] (layer_input)": (T, C), "out[1] (h_post)": (T, n), "out[2] (h_res)": (T, n, n)},
     "head": {"out": (T, C)},
     "post": {"out": (T, n, C)},
+    "post_pre": {
+        "out[0] (x_next)": (T, n, C),
+        "out[1] (layer_input)": (T, C),
+        "out[2] (h_post)": (T, n),
+        "out[3] (h_res)": (T, n, n),
+    },
 }
 every_buffer = pytest.mark.parametrize(("function", "buffer"), [(f, name) for f in FUNCTIONS for name in BUFFERS[f]])
 
@@ -217,6 +220,15 @@ def buffers_of(function, **changed):
     """Good buffers, but for those in `changed`, by name."""
     buffers = {**{name: torch.zeros(shape) for name, shape in BUFFERS[function].items()}, **changed}
     return next(iter(buffers.values())) if len(buffers) == 1 else tuple(buffers.values())
+
+
+def test_the_delayed_form():
+    """Its h_pre is looked at like any other argument, and it has no buffers."""
+    assert_refused(ValueError, "post_pre", "h_pre", ["[..., 4]", "[6, 5]"], h_pre=torch.zeros(T, 5))
+    assert_refused(ValueError, "post_pre", "h_pre", [f"[{T}]", "[5]"], h_pre=torch.zeros(5, n))
+    assert_refused(TypeError, "post_pre", "h_pre", ["float32", "float64"], h_pre=torch.zeros(T, n).double())
+    out = buffers_of("post_pre")
+    assert_refused(ValueError, "post_pre", "out", ["expected no h_pre"], h_pre=torch.zeros(T, n), out=out)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

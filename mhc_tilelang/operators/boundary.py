@@ -74,7 +74,10 @@ def _run(*inputs_and_constants: Any) -> Tensors:
 def _run_out(*inputs_and_constants: Any, **buffers: torch.Tensor) -> None:
     names = ("x", "layer_output", "h_post", "h_res", "phi", "alpha", "bias", "h_pre")
     inputs = {name: t for name, t in zip(names, inputs_and_constants, strict=False) if t is not None}
-    named = {f"out[{k}] ({name})": buffer for k, (name, buffer) in enumerate(buffers.items())}
+    called = ("x_next", "layer_input", "h_post", "h_res")  # by the public function
+    named = {
+        f"out[{k}] ({name})": buffer for k, (name, buffer) in enumerate(zip(called, buffers.values(), strict=True))
+    }
     check_buffers("post_pre", named, inputs, whole=tuple(named))
     for buffer, result in zip(buffers.values(), _run(*inputs_and_constants), strict=False):
         buffer.copy_(result)
