@@ -1,21 +1,23 @@
 """What a call launches: kernel families, what they are compiled with, and their run-time sizes.
 
-`launch` and `launch_backward` decide it from tensors on a device; this is the same decision from sizes and a target
-alone, for tensors that start on 16 bytes. A test holds the two together. Imports no torch until `launches` is called.
+The `launch` modules decide it from tensors on a device; this is the same decision from sizes and a target alone, for
+tensors that start on 16 bytes. A test holds the two together. Imports no torch until `launches` is called. `calls` has
+what a builder takes and gives, `launches_boundary` the kernels that are fused across a boundary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from ..kernels import plans
-from ..spec import MHCSpec
+from . import launches_boundary as boundary
+from .calls import Call, Launch
 from .cases import Case
 
 AGGREGATED = "project_backward_aggregated"
-UNTIMED = ("head_coefficients", "head_coefficients_backward", AGGREGATED)  # calls that `bench` has no case for
+BOUNDARY = ("post_pre", "post_pre_delayed", "post_head", "post_pre_backward", "post_pre_delayed_backward")
+UNTIMED = ("head_coefficients", "head_coefficients_backward", AGGREGATED, *BOUNDARY)  # `bench` has no case for them
 
 STREAMS = {
     "expand": ("h", "x"),
@@ -26,17 +28,10 @@ STREAMS = {
     "project_backward": ("x", "g_layer_input", "g_x"),
     "pre_backward": ("g_layer_input", "x"),
     "post_backward": ("g_x_next", "x", "layer_output", "g_x", "g_layer_output"),
+    "post_project": ("x", "layer_output", "x_next", "layer_input"),
+    "boundary_backward": ("g_x_next", "g_layer_input", "x", "layer_output", "g_x", "g_layer_output"),
 }
 """The buffers of each family that are as wide as the stream or a layer; all others are small."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel: its family, what it is compiled with, the sizes it is called with."""
-
-    family: str
-    parameters: dict[str, Any]
-    sizes: dict[str, int]
 
 
 def launches(case: Case, target: str, parallel_blocks: int) -> tuple[Launch, ...]:
@@ -49,55 +44,6 @@ def launches(case: Case, target: str, parallel_blocks: int) -> tuple[Launch, ...
         parallel_blocks: how many blocks of a projection the device runs at a time.
     """
     return BUILDERS[case.kernel](Call(case, target, parallel_blocks))
-
-
-@dataclass(frozen=True)
-class Call:
-    """A case on a target, and what its kernels have in common."""
-
-    case: Case
-    target: str
-    parallel_blocks: int
-
-    @property
-    def spec(self) -> MHCSpec:
-        """The constants of the released code, which no byte depends on."""
-        return MHCSpec(self.case.shape.hidden_size, self.case.shape.num_streams)
-
-    @property
-    def tokens(self) -> dict[str, int]:
-        """The run-time size that every kernel has."""
-        return {"num_tokens": self.case.shape.num_tokens}
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """The compiled sizes of a kernel that sees channels."""
-        return {"num_streams": self.spec.num_streams, "hidden_size": self.spec.hidden_size}
-
-    @property
-    def stream(self) -> dict[str, Any]:
-        """The same, and the stream's dtype."""
-        return {**self.sizes, "dtype": self.case.shape.dtype}
-
-    def channels(self, copies: bool = False) -> dict[str, Any]:
-        """The tile of a kernel that walks over channels."""
-        shape = self.case.shape
-        return {"tile": plans.channel_tile(shape.hidden_size, shape.itemsize, self.target, copies=copies)}
-
-    def reduction(self) -> dict[str, Any]:
-        """The tile of a kernel that sums over channels."""
-        return {"tile": plans.reduction_tile(self.spec.hidden_size, self.case.shape.itemsize, self.target)}
-
-    def plan(self, rows: int) -> plans.ProjectionPlan:
-        """How the stream is projected on a phi of so many rows."""
-        return plans.projection_plan(rows, self.spec.hidden_size, self.case.shape.dtype, self.target)
-
-    def split(self, rows: int) -> tuple[int, int]:
-        """Chunks of a projection that a block takes, and slabs of partial sums that it leaves."""
-        plan = self.plan(rows)
-        num_chunks = plan.num_chunks(self.spec.hidden_size)
-        per_split = plans.chunks_per_split(self.case.shape.num_tokens, num_chunks, plan, self.parallel_blocks)
-        return per_split, plans.num_slabs(per_split, num_chunks, plan)
 
 
 def expand(call: Call) -> tuple[Launch, ...]:
@@ -114,11 +60,11 @@ def project(call: Call) -> tuple[Launch, ...]:
     return (*([split] if plan.split else []), Launch("project", {**call.stream, "plan": plan}, sizes))
 
 
-def coefficients(call: Call) -> tuple[Launch, ...]:
-    """Partial sums -> the mappings."""
+def coefficients(call: Call, num_slabs: int | None = None) -> tuple[Launch, ...]:
+    """Partial sums -> the mappings; `num_slabs` of them where not `project`'s."""
     spec, rows = call.spec, call.spec.num_coefficients
     constants = {"iters": spec.sinkhorn_iters, "sinkhorn_eps": spec.sinkhorn_eps, "post_scale": spec.post_scale}
-    return (_coefficients(call, "coefficients", rows, constants),)
+    return (_coefficients(call, "coefficients", rows, constants, num_slabs),)
 
 
 def head_coefficients(call: Call) -> tuple[Launch, ...]:
@@ -126,10 +72,12 @@ def head_coefficients(call: Call) -> tuple[Launch, ...]:
     return (_coefficients(call, "head_coefficients", call.spec.num_streams, {}),)
 
 
-def _coefficients(call: Call, family: str, rows: int, constants: dict[str, Any]) -> Launch:
+def _coefficients(
+    call: Call, family: str, rows: int, constants: dict[str, Any], num_slabs: int | None = None
+) -> Launch:
     block = plans.tokens_per_block(call.target)
     constants |= {"pre_eps": call.spec.pre_eps, "rms_eps": call.spec.rms_eps, "block": block}
-    sizes = {**call.tokens, "num_slabs": call.split(rows)[1]}
+    sizes = {**call.tokens, "num_slabs": num_slabs or call.split(rows)[1]}
     return Launch(family, {**call.sizes, "plan": call.plan(rows), **constants}, sizes)
 
 
@@ -214,6 +162,37 @@ def project_backward(call: Call) -> tuple[Launch, ...]:
     return (launch,) if num_splits == 1 else (launch, _sum_partials(num_splits, rows * call.spec.stream_size))
 
 
+def post_pre(call: Call) -> tuple[Launch, ...]:
+    """post, and pre of the next sublayer."""
+    project = boundary.post_project(call, call.spec.num_coefficients)
+    return (project, *coefficients(call, project.sizes["num_slabs"]), *pre(call))
+
+
+def post_pre_delayed(call: Call) -> tuple[Launch, ...]:
+    """The same with an h_pre that is there already."""
+    project = boundary.post_project(call, call.spec.num_coefficients, aggregated=True)
+    return (project, *coefficients(call, project.sizes["num_slabs"]))
+
+
+def post_head(call: Call) -> tuple[Launch, ...]:
+    """post of the last sublayer, and the model's output."""
+    project = boundary.post_project(call, call.spec.num_streams)
+    head = _coefficients(call, "head_coefficients", call.spec.num_streams, {}, project.sizes["num_slabs"])
+    return (project, head, *pre(call))
+
+
+def post_pre_backward(call: Call) -> tuple[Launch, ...]:
+    """Every gradient of post_pre."""
+    mappings = coefficients_backward(call)[0]
+    return (*pre_backward(call), mappings, *boundary.mixing_backward(call, mappings, delayed=False))
+
+
+def post_pre_delayed_backward(call: Call) -> tuple[Launch, ...]:
+    """Every gradient of post_pre_delayed."""
+    mappings = coefficients_backward(call)[0]
+    return (mappings, *boundary.mixing_backward(call, mappings, delayed=True))
+
+
 def _sum_partials(num_partials: int, num_elements: int) -> Launch:
     from ..launch_backward import ELEMENTS
 
@@ -237,4 +216,9 @@ BUILDERS: dict[str, Callable[[Call], tuple[Launch, ...]]] = {
     "sinkhorn_backward": sinkhorn_backward,
     "pre_backward": pre_backward,
     "post_backward": post_backward,
+    "post_pre": post_pre,
+    "post_pre_delayed": post_pre_delayed,
+    "post_head": post_head,
+    "post_pre_backward": post_pre_backward,
+    "post_pre_delayed_backward": post_pre_delayed_backward,
 }

@@ -13,6 +13,13 @@ kernels, project, pre and post):
     pre_backward      reads n + 1   writes 0
     post_backward     reads 2n + 1  writes n + 1
 
+Fused across a boundary (delayed is the form whose h_pre is there already):
+
+    post_pre, post_head         reads 2n + 1  writes n + 1
+    post_pre_delayed            reads n + 1   writes n + 1
+    post_pre_backward           reads 3n + 3  writes n + 1
+    post_pre_delayed_backward   reads 2n + 2  writes n + 1
+
 Everything else is small and counted apart: phi (and its halves, where it is split for tensor cores) and its
 gradient, partial sums, coefficients, logits. A workspace is written, then read.
 
@@ -71,6 +78,11 @@ def stream_elements(kernel: str, num_streams: int) -> tuple[int, int]:
         "project_backward": (n, n),
         "pre_backward": (n + 1, 0),
         "post_backward": (2 * n + 1, n + 1),
+        "post_pre": (2 * n + 1, n + 1),
+        "post_head": (2 * n + 1, n + 1),
+        "post_pre_delayed": (n + 1, n + 1),
+        "post_pre_backward": (3 * n + 3, n + 1),
+        "post_pre_delayed_backward": (2 * n + 2, n + 1),
     }.get(kernel, (0, 0))
 
 

@@ -258,3 +258,19 @@ def test_no_stream_is_cast_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         layer_input, h_post, h_res = mhc.pre(inputs.x, inputs.phi, inputs.alpha, inputs.bias, case.spec)
         mhc.post(inputs.x, layer_input, h_post, h_res)
+
+
+def test_a_word_to_nvcc_is_passed_over(run) -> None:
+    """How many blocks shall share a multiprocessor says nothing on a CPU. Catches a body that is dropped with it."""
+
+    @T.prim_func
+    def copy(values: T.Tensor[(40,), T.float32], copied: T.Tensor[(40,), T.float32]):
+        with T.Kernel(T.ceildiv(40, 16), threads=32) as block:
+            tile = T.alloc_shared((16,), T.float32)
+            T.annotate_min_blocks_per_sm(2)
+            T.copy(values[block * 16], tile)
+            T.copy(tile, copied[block * 16])
+
+    values, copied = torch.randn(40), torch.full((40,), torch.nan)
+    run(copy, values=values, copied=copied)
+    assert torch.equal(copied, values)

@@ -220,3 +220,31 @@ def test_what_cannot_be_counted_is_refused(build: str, message: str) -> None:
 def test_sizes_are_named() -> None:
     with pytest.raises(AuditError, match=r"audit: sinkhorn: sizes: expected \['num_tokens'\], got \['tokens'\]"):
         audit("sinkhorn", {"num_streams": 2, "iters": 2, "eps": 0.0, "block": 32}, {"tokens": 3})
+
+
+def test_a_word_to_nvcc_is_passed_over() -> None:
+    """How many blocks shall share a multiprocessor moves nothing; what follows it counts."""
+
+    @T.prim_func
+    def copy(values: T.Tensor[(40,), T.float32], copied: T.Tensor[(40,), T.float32]):
+        with T.Kernel(T.ceildiv(40, 16), threads=32) as block:
+            tile = T.alloc_shared((16,), T.float32)
+            T.annotate_min_blocks_per_sm(2)
+            T.copy(values[block * 16], tile)
+            T.copy(tile, copied[block * 16])
+
+    buffers = audit_function(copy, {})
+    assert moved(buffers, "values")[0] == moved(buffers, "copied")[1] == Movement(40, 40, 40)
+
+
+def test_more_places_than_a_word_has_bits() -> None:
+    """70 places, each of which writes two elements, one of them the next place's first."""
+
+    @T.prim_func
+    def spread(result: T.Tensor[(71,), T.float32]):
+        with T.Kernel(1, threads=32):
+            for place in range(70):
+                for t in T.serial(2):
+                    result[place + t] = 1.0
+
+    assert moved(audit_function(spread, {}), "result")[1] == Movement(140, 71, 71)

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from mhc_tilelang import cli, launch, launch_backward
+from mhc_tilelang import cli, launch, launch_backward, launch_boundary, launch_boundary_backward
 from mhc_tilelang import compile as compiler
 from mhc_tilelang.kernels import FAMILIES, plans
 from mhc_tilelang.perf.audited import Audited, audited
 from mhc_tilelang.perf.cases import BACKWARD_KERNELS, KERNELS, Case, Shape
-from mhc_tilelang.perf.launches import AGGREGATED, BUILDERS, STREAMS, UNTIMED, Call, Launch, launches
+from mhc_tilelang.perf.calls import Call, Launch
+from mhc_tilelang.perf.launches import AGGREGATED, BOUNDARY, BUILDERS, STREAMS, UNTIMED, launches
 from mhc_tilelang.perf.traffic import stream_elements, traffic
 from mhc_tilelang.perf.traffic_command import PARALLEL_BLOCKS
 from mhc_tilelang.perf.traffic_report import BACKWARD, FORWARD, formula
@@ -103,6 +104,27 @@ def test_a_sublayer_is_no_worse_than_the_papers_kernels() -> None:
     assert backward.stream_once == (6 * n + 4) * unit
 
 
+@pytest.mark.parametrize(
+    ("call", "most_launches", "most_stream", "most_small"),
+    [
+        ("post_pre", 3, 14, 0.5),
+        ("post_pre_delayed", 2, 10, 0.5),
+        ("post_head", 3, 14, 0.5),
+        ("post_pre_backward", 4, 21, 1.5),
+    ],
+)
+def test_a_boundary_stays_within_its_limits(
+    call: str, most_launches: int, most_stream: float, most_small: float
+) -> None:
+    """At the paper's 27B width: launches, vectors of C a token (3n + 2, 2n + 2, 4n + 5), and everything small."""
+    shape = Shape(4096, 4, 2560, "bfloat16")
+    unit = shape.num_tokens * shape.hidden_size * shape.itemsize
+    counted = audited(Case(call, shape), "cuda", BLOCKS["cuda"])
+    assert len(launches(Case(call, shape), "cuda", BLOCKS["cuda"])) <= most_launches
+    assert counted.stream_read + counted.stream_written <= most_stream * unit
+    assert counted.small <= most_small * unit
+
+
 class Recorder:
     """Stands in for `compile.kernel`: says what would be compiled and called."""
 
@@ -119,13 +141,33 @@ def untimed(kernel: str, stream: Stream) -> None:
     inputs, spec, n = stream.inputs, stream.spec, stream.spec.num_streams
     alpha, bias, projected = inputs.alpha[:1], inputs.bias[:n], stream.projected()[: n + 1].contiguous()
     plan = launch.projection_plan(inputs.x, n)
-    if kernel == AGGREGATED:
+    if kernel in BOUNDARY:
+        boundary(kernel, stream)
+    elif kernel == AGGREGATED:
         arguments = {"h_pre": inputs.h_pre, "g_layer_input": inputs.h}
         launch_backward.project_backward(stream.projected(), inputs.x, inputs.phi, **arguments)
     elif kernel == "head_coefficients":
         launch.head_coefficients(launch.project(inputs.x, inputs.phi[:n], plan), alpha, bias, spec, plan)
     else:
         launch_backward.head_coefficients_backward(inputs.h_pre, projected, alpha, bias, spec)
+
+
+def boundary(kernel: str, stream: Stream) -> None:
+    """Run a boundary, in either form, forward or backward."""
+    i, spec, n = stream.inputs, stream.spec, stream.spec.num_streams
+    arguments = (i.x, i.layer_output, i.h_post, i.h_res, i.phi, i.alpha, i.bias)
+    given = i.h_pre if "delayed" in kernel else None
+    if kernel == "post_head":
+        x_next, partial, _ = launch_boundary.post_project(*arguments[:4], i.phi[:n])
+        plan = launch.projection_plan(x_next, n)
+        h_pre, _ = launch.head_coefficients(partial, i.alpha[:1], i.bias[:n], spec, plan)
+        launch.aggregate(x_next, h_pre)
+    elif kernel.endswith("backward"):
+        upstream, left = (i.x, i.h, i.h_post, i.h_res), (i.x, i.h_pre, stream.projected())
+        through = {"given_pre": given, "g_next_pre": i.h_pre if given is not None else None}
+        launch_boundary_backward.post_pre_backward(*upstream, *arguments, *left, spec, **through)
+    else:
+        launch_boundary.post_pre(*arguments, spec, h_pre=given)
 
 
 @pytest.mark.parametrize("kernel", BUILDERS)

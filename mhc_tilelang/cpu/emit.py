@@ -130,6 +130,9 @@ class Emitter:
             raise LoweringError(f"tiles of {self.stack_bytes} bytes; the stack holds {MAX_STACK_BYTES}")
         self.statement(stmt.body)
 
+    def _AttrStmt(self, stmt) -> None:
+        self.statement(stmt.body)  # a word to nvcc, such as how many blocks shall share a multiprocessor
+
     def _Bind(self, stmt) -> None:
         if op_name(stmt.value) == "tl.launch_thread_idx":
             return  # the tile operations know no threads; a use of the index is refused in `_Var`

@@ -83,6 +83,9 @@ class Walk:
     def _SBlockRealize(self, stmt) -> None:
         self.statement(stmt.block.body)
 
+    def _AttrStmt(self, stmt) -> None:
+        self.statement(stmt.body)
+
     def _Bind(self, stmt) -> None:
         if op_name(stmt.value) != "tl.launch_thread_idx":
             value = self.analyzer.simplify(tirx.stmt_functor.substitute(stmt.value, self.halves))

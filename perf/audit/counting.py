@@ -17,7 +17,7 @@ from tvm import tirx
 from .accesses import Access
 from .values import AuditError, Values
 
-MAX_PLACES = 62  # bits of a set of places
+MAX_PLACES = 62  # whose set fits a machine's word; of more, a set is a Python number
 Item = TypeVar("Item", bound=Hashable)
 
 
@@ -51,10 +51,6 @@ def distinct(accesses: Sequence[Access], values: Values, grid: Sequence[tirx.Var
     places = [access for access in accesses if executions(access, values)]
     if not places:
         return 0
-    if len(places) > MAX_PLACES:
-        raise AuditError(
-            f"{places[0].buffer.name}: expected at most {MAX_PLACES} places that touch it, got {len(places)}"
-        )
     points = [(*access.indices, *grid) for access in places]
     sizes = [int(values.evaluate(extent, ())) for extent in places[0].buffer.shape]
     sizes += [values.length(loop) for loop in grid]
@@ -112,7 +108,7 @@ def marks(reached: Sequence[np.ndarray]) -> Counter[int]:
     if len(reached) == 1:
         return Counter({1: len(reached[0])})
     points = ascending(np.concatenate(reached))
-    sets = np.zeros(len(points), dtype=np.int64)
+    sets = np.zeros(len(points), dtype=np.int64 if len(reached) <= MAX_PLACES else object)
     for place, own in enumerate(reached):
         sets[np.searchsorted(points, own)] |= 1 << place
     return Counter(dict(zip(*(column.tolist() for column in np.unique(sets, return_counts=True)), strict=True)))
