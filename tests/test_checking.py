@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mhc_tilelang import launch, launch_backward
+from mhc_tilelang import launch, launch_backward, launch_boundary, launch_boundary_backward
 from mhc_tilelang.checking import backward, real_stream, run
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
 from mhc_tilelang.checking.kernels import Comparison, compare
@@ -108,6 +108,32 @@ def test_broken_backward_kernel_fails(kernel, monkeypatch):
     assert run.check_case(kernel, TINY[1], inputs).passed
     monkeypatch.setattr(launch_backward, kernel, too_large)
     assert not run.check_case(kernel, TINY[1], inputs).passed
+
+
+BOUNDARY = [
+    *(("post_pre", launch_boundary, output) for output in ("x_next", "layer_input", "h_post", "h_res", "h_pre")),
+    ("post_pre_delayed", launch_boundary, "layer_input"),
+    *(
+        ("post_pre_backward", launch_boundary_backward, f"g_{name}")
+        for name in ("x", "layer_output", "h_post", "h_res", "phi", "alpha", "bias")
+    ),
+]
+
+
+@pytest.mark.parametrize(("check", "module", "output"), BOUNDARY)
+def test_broken_output_of_a_boundary_fails(check, module, output, monkeypatch):
+    """Any one of them, a hundredth too large: each has a bound of its own."""
+    function = check.replace("_delayed", "")
+    launched = getattr(module, function)
+
+    def too_large(*arguments, **options):
+        got = launched(*arguments, **options)
+        return got._replace(**{output: getattr(got, output) * 1.01})
+
+    inputs = Inputs.of(TINY[1], CPU)
+    assert run.check_case(check, TINY[1], inputs).passed
+    monkeypatch.setattr(module, function, too_large)
+    assert not run.check_case(check, TINY[1], inputs).passed
 
 
 def test_json(tiny, capsys):

@@ -33,6 +33,9 @@ OUTPUTS = {
     "project_backward": ("g_x", "g_phi"),
     "coefficients_backward": ("g_dots", "rho", "g_alpha", "g_bias"),
     "head_coefficients_backward": ("g_dots", "rho", "g_alpha", "g_bias"),
+    "post_pre": ("x_next", "layer_input", "h_pre", "h_post", "h_res"),
+    "post_pre_delayed": ("x_next", "layer_input", "h_pre", "h_post", "h_res"),
+    "post_pre_backward": ("g_x", "g_layer_output", "g_h_post", "g_h_res", "g_phi", "g_alpha", "g_bias"),
 }
 STREAM_OUTPUTS = ("x", "layer_input", "x_next", "h", "g_h", "g_x", "g_layer_output")  # the rest is float32
 EVERY_OUTPUT = [(kernel, output) for kernel, outputs in OUTPUTS.items() for output in outputs]

@@ -46,6 +46,11 @@ def check_coefficients_backward(case: Case, inputs: Inputs) -> list[Comparison]:
     *_, projected = launch.coefficients(launch.project(inputs.x, inputs.phi, plan), alpha, bias, spec, plan)
     upstream = (gradients.g_h_pre, gradients.g_h_post, gradients.g_h_res)
     got = launch_backward.coefficients_backward(*upstream, projected, alpha, bias, spec)
+    return comparisons(Logits(upstream, projected, alpha, bias, spec), got, sublayer_mappings(spec))
+
+
+def sublayer_mappings(spec: MHCSpec) -> Mappings:
+    """Plain torch's way from a sublayer's logits [T, M] to its three mappings."""
     n = spec.num_streams
 
     def mappings(z: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -53,7 +58,7 @@ def check_coefficients_backward(case: Case, inputs: Inputs) -> list[Comparison]:
         h_res = plain_torch.sinkhorn(z_res.unflatten(1, (n, n)), spec.sinkhorn_iters, spec.sinkhorn_eps)
         return torch.sigmoid(z_pre), spec.post_scale * torch.sigmoid(z_post), h_res.flatten(1)
 
-    return comparisons(Logits(upstream, projected, alpha, bias, spec), got, mappings)
+    return mappings
 
 
 def check_head_coefficients_backward(case: Case, inputs: Inputs) -> list[Comparison]:

@@ -7,7 +7,7 @@ it most, its error and its bound both divided by the output's scale there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,11 +100,17 @@ def check_project(_case: Case, inputs: Inputs) -> list[Comparison]:
 
 def check_coefficients(case: Case, inputs: Inputs) -> list[Comparison]:
     """From the stream to the three mappings: projection and coefficients together."""
-    spec = case.spec
     arguments = (inputs.x, inputs.phi, inputs.alpha, inputs.bias)
-    got = ops.coefficients(*arguments, spec)
-    plain = plain_torch.coefficients(*arguments, spec)
-    x, phi, alpha, bias = map(numpy64, arguments)
+    got = ops.coefficients(*arguments, case.spec)
+    return compare_mappings(case, inputs, got, plain_torch.coefficients(*arguments, case.spec))
+
+
+def compare_mappings(
+    case: Case, inputs: Inputs, got: Sequence[torch.Tensor], plain: Sequence[torch.Tensor]
+) -> list[Comparison]:
+    """h_pre, h_post and h_res of the stream inputs.x, by a kernel and in plain torch."""
+    spec = case.spec
+    x, phi, alpha, bias = map(numpy64, (inputs.x, inputs.phi, inputs.alpha, inputs.bias))
     expected = reference.coefficients(x, phi, alpha, bias, spec)
     z, z_bound = logits_of(inputs, inputs.alpha, case)
     _, _, z_res = reference.split_groups(z, case.num_streams)

@@ -1,0 +1,164 @@
+"""The checks of what is fused across a sublayer boundary: post and pre in one, and their backward.
+
+Every output is compared from the numbers that the launch before it left: what follows x_next from the x_next that the
+kernel rounded, the gradients of what was mixed from the kernels' gradients of the projection. So an error shows in the
+output where it arises, and a bound holds what one pass rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+
+from .. import launch_backward, launch_boundary, launch_boundary_backward, reference
+from ..compile import platform_of
+from ..kernel import dtype_name
+from ..kernels import boundary_plans
+from . import plain_torch, tolerance
+from .coefficients_backward import Logits, comparisons, sublayer_mappings
+from .inputs import Case, Gradients, Inputs
+from .kernels import Array, Comparison, compare_mappings, numpy64
+from .plain_torch import by_autograd
+
+MIXED = ("g_x", "g_layer_output", "g_h_post", "g_h_res")
+
+
+def mixed(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    """What post takes."""
+    return inputs.x, inputs.layer_output, inputs.h_post, inputs.h_res
+
+
+def check_post_pre(case: Case, inputs: Inputs, delayed: bool = False) -> list[Comparison]:
+    """x_next as of post; layer_input and the mappings as of pre at that x_next.
+
+    `delayed` aggregates with a given h_pre.
+    """
+    parameters, spec = (inputs.phi, inputs.alpha, inputs.bias), case.spec
+    given = inputs.h_pre if delayed else None
+    got = launch_boundary.post_pre(*mixed(inputs), *parameters, spec, h_pre=given)
+    plain_next = plain_torch.post(*mixed(inputs))
+    plain = plain_torch.coefficients(plain_next, *parameters, spec)
+    plain_input = plain_torch.aggregate(plain_next, inputs.h_pre if delayed else plain[0])
+    dtype, n = dtype_name(case.dtype), case.num_streams
+
+    exact = [numpy64(argument) for argument in mixed(inputs)]
+    magnitude = reference.post(*map(np.abs, exact))
+    bound = tolerance.combination(magnitude, n + 1, dtype)
+    following = replace(inputs, x=got.x_next)
+    mappings = compare_mappings(case, following, (got.h_pre, got.h_post, got.h_res), plain)
+
+    x_next = numpy64(got.x_next)
+    h_pre = numpy64(inputs.h_pre) if delayed else mappings[0].expected
+    input_magnitude = reference.aggregate(np.abs(x_next), h_pre)
+    input_bound = tolerance.combination(input_magnitude, n, dtype)
+    if not delayed:
+        input_bound = input_bound + reference.aggregate(np.abs(x_next), mappings[0].bound)
+    expected_input = reference.aggregate(x_next, h_pre)
+    return [
+        Comparison("x_next", x_next, numpy64(plain_next), reference.post(*exact), bound, magnitude),
+        Comparison(
+            "layer_input", numpy64(got.layer_input), numpy64(plain_input), expected_input, input_bound, input_magnitude
+        ),
+        *mappings,
+    ]
+
+
+def check_post_pre_backward(case: Case, inputs: Inputs) -> list[Comparison]:
+    """All seven gradients."""
+    spec, parameters, upstream = case.spec, (inputs.phi, inputs.alpha, inputs.bias), Gradients.of(case, inputs.x.device)
+    forward = launch_boundary.post_pre(*mixed(inputs), *parameters, spec)
+    g_input, of_mappings = upstream.g_h, (upstream.g_h_post, upstream.g_h_res)
+    got = launch_boundary_backward.post_pre_backward(
+        upstream.g_x,
+        g_input,
+        *of_mappings,
+        *mixed(inputs),
+        *parameters,
+        forward.x_next,
+        forward.h_pre,
+        forward.projected,
+        spec,
+    )
+    plain = plain_gradients(case, inputs, upstream)
+    g_mappings = (launch_backward.pre_backward(g_input, forward.x_next), *of_mappings)
+    g_projected, *_ = launch_backward.coefficients_backward(
+        g_mappings[0], *of_mappings, forward.projected, *parameters[1:], spec
+    )
+    at = Logits(g_mappings, forward.projected, inputs.alpha, inputs.bias, spec)
+    of_logits = comparisons(at, (g_projected, got.g_alpha, got.g_bias), sublayer_mappings(spec))[2:]
+    of_logits = [replace(one, torch=numpy64(p)) for one, p in zip(of_logits, plain[5:], strict=True)]
+    return [*compare_mixing(case, inputs, upstream, g_projected, forward, got, plain[:5]), *of_logits]
+
+
+def plain_gradients(case: Case, inputs: Inputs, upstream: Gradients) -> tuple[torch.Tensor, ...]:
+    """The gradients by torch's autograd, in the order of the arguments."""
+
+    def outputs(*arguments: torch.Tensor) -> torch.Tensor:
+        x_next = plain_torch.post(*arguments[:4])
+        layer_input, h_post, h_res = plain_torch.pre(x_next, *arguments[4:], case.spec)
+        return torch.cat([output.float().flatten() for output in (x_next, layer_input, h_post, h_res)])
+
+    given = (upstream.g_x, upstream.g_h, upstream.g_h_post, upstream.g_h_res)
+    gradient = torch.cat([each.float().flatten() for each in given])
+    return by_autograd(outputs, gradient, *mixed(inputs), inputs.phi, inputs.alpha, inputs.bias)
+
+
+def compare_mixing(
+    case: Case,
+    inputs: Inputs,
+    upstream: Gradients,
+    g_projected: torch.Tensor,
+    forward: launch_boundary.Boundary,
+    got: launch_boundary_backward.BoundaryGradients,
+    plain: tuple[torch.Tensor, ...],
+) -> list[Comparison]:
+    """The gradients of what was mixed, and of phi."""
+    rows, dtype, n = inputs.phi.shape[0], dtype_name(case.dtype), case.num_streams
+    plan = boundary_plans.boundary_backward_plan(rows, n, case.hidden_size, dtype, platform_of(inputs.x.device))
+    split = tolerance.split_error(plan)
+
+    def reaching(outside: Array, g_dots: Array, rho: Array, x_next: Array, phi: Array, h_pre: Array, g_input: Array):
+        """The gradient that reaches x_next, and that of phi."""
+        through_dots, g_phi = reference.project_backward(g_dots.T, rho / 2, x_next, phi)
+        return outside + through_dots + reference.aggregate_backward(g_input, x_next, h_pre)[0], g_phi
+
+    tensors = (upstream.g_x, g_projected[:-1], g_projected[-1], forward.x_next, inputs.phi, forward.h_pre, upstream.g_h)
+    terms = [numpy64(tensor) for tensor in tensors]
+    g, g_phi = reaching(*terms)
+    magnitude, _ = reaching(*map(np.abs, terms))
+    g_scale, phi_scale = (np.sqrt(square) for square in reaching(*map(np.square, terms)))
+    g_bound = magnitude * (rows + 4) * tolerance.U32 + split * g_scale  # float32 until it is mixed
+
+    exact = [numpy64(argument) for argument in mixed(inputs)]
+    expected = reference.post_backward(g, *exact)
+    magnitudes = reference.post_backward(magnitude, *map(np.abs, exact))[:2]
+    squares = [np.square(argument) for argument in exact]
+    scales = [np.sqrt(square) for square in reference.post_backward(np.square(g), *squares)[2:]]
+    reach_wide = reference.post_backward(g_bound, *map(np.abs, exact))[:2]
+    reach_sums = [np.sqrt(square) for square in reference.post_backward(np.square(g_bound), *squares)[2:]]
+    bounds = [
+        *(tolerance.combination(m, n, dtype) + reach for m, reach in zip(magnitudes, reach_wide, strict=True)),
+        *(  # errors of g at many channels, independent
+            tolerance.inner_products(scale, case.hidden_size) + 3 * reach
+            for scale, reach in zip(scales, reach_sums, strict=True)
+        ),
+        tolerance.inner_products(phi_scale, max(case.num_tokens, 1)) + split * phi_scale,
+    ]
+    values = (got.g_x, got.g_layer_output, got.g_h_post, got.g_h_res, got.g_phi)
+    return [
+        Comparison(name, numpy64(value), numpy64(p), e, b, s)
+        for name, value, p, e, b, s in zip(
+            (*MIXED, "g_phi"), values, plain, (*expected, g_phi), bounds, (*magnitudes, *scales, phi_scale), strict=True
+        )
+    ]
+
+
+CHECKS: dict[str, Callable[[Case, Inputs], list[Comparison]]] = {
+    "post_pre": check_post_pre,
+    "post_pre_delayed": partial(check_post_pre, delayed=True),
+    "post_pre_backward": check_post_pre_backward,
+}
