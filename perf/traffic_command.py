@@ -13,7 +13,7 @@ from ..spec import STREAM_COUNTS
 from . import cases, launches, traffic_report
 from .command import DTYPES, positive
 
-KERNELS = (*cases.KERNELS, *cases.BACKWARD_KERNELS, launches.AGGREGATED)
+KERNELS = (*cases.KERNELS, *cases.BACKWARD_KERNELS, launches.AGGREGATED, *launches.BOUNDARY)
 PARALLEL_BLOCKS = 2 * 132  # of a projection, on the multiprocessors of an H100 or H200
 
 

@@ -21,7 +21,7 @@ from mhc_tilelang.kernels import FAMILIES, plans
 from mhc_tilelang.perf.audited import Audited, audited
 from mhc_tilelang.perf.cases import BACKWARD_KERNELS, KERNELS, Case, Shape
 from mhc_tilelang.perf.calls import Call, Launch
-from mhc_tilelang.perf.launches import AGGREGATED, BOUNDARY, BUILDERS, STREAMS, UNTIMED, launches
+from mhc_tilelang.perf.launches import AGGREGATED, BOUNDARY, BOUNDARY, BUILDERS, STREAMS, UNTIMED, launches
 from mhc_tilelang.perf.traffic import stream_elements, traffic
 from mhc_tilelang.perf.traffic_command import PARALLEL_BLOCKS
 from mhc_tilelang.perf.traffic_report import BACKWARD, FORWARD, formula
@@ -214,7 +214,7 @@ def rows_of(tmp_path: Path, *options: str) -> list[dict[str, Any]]:
 
 def test_json(tmp_path: Path) -> None:
     rows = {row["kernel"]: row for row in rows_of(tmp_path)}
-    assert set(rows) == {*KERNELS, *BACKWARD_KERNELS, AGGREGATED}
+    assert set(rows) == {*KERNELS, *BACKWARD_KERNELS, AGGREGATED, *BOUNDARY}
     keys = "kernel num_streams hidden_size dtype reads_C writes_C small_C paper_reads_C paper_writes_C floor_C"
     for row in rows.values():
         assert list(row) == keys.split()
@@ -237,10 +237,13 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert line(out, AGGREGATED)[:2] == ["8*", "4"]
     small = {way: sum(rows[kernel]["small_C"] for kernel in way) for way in (FORWARD, BACKWARD)}
     forward, backward = out.split("a sublayer, forward")[1].split("a sublayer, backward")
-    assert line(forward, "ours ") == ["13", "5", "18"]
-    assert forward.split("ours ")[1].split()[3] == f"{small[FORWARD]:.3f}"
-    assert line(backward, "ours ") == ["22*", "9", "31*"]
-    assert backward.split("ours ")[1].split()[3] == f"{small[BACKWARD]:.3f}"
+    apart, fused = "ours, kernel by kernel ", "ours, fused across the boundary, as ResidualStream runs it "
+    assert line(forward, apart) == ["13", "5", "18"]
+    assert forward.split(apart)[1].split()[3] == f"{small[FORWARD]:.3f}"
+    assert line(backward, apart) == ["22*", "9", "31*"]
+    assert backward.split(apart)[1].split()[3] == f"{small[BACKWARD]:.3f}"
+    assert line(forward, fused) == ["9", "5", "14"]
+    assert line(backward, fused) == ["15", "5", "20"]
     assert line(forward, "the paper's kernels, 4n + 2 ") == ["13", "5", "18"]
     assert line(forward, "the paper's Table 2, unfused, 8n + 2 ") == ["21", "13", "34"]
     assert line(backward, "the released kernels, both g_x added, 9n + 3 ") == ["26", "13", "39"]
