@@ -19,9 +19,9 @@ from mhc_tilelang import cli, launch, launch_backward, launch_boundary, launch_b
 from mhc_tilelang import compile as compiler
 from mhc_tilelang.kernels import FAMILIES, plans
 from mhc_tilelang.perf.audited import Audited, audited
-from mhc_tilelang.perf.cases import BACKWARD_KERNELS, KERNELS, Case, Shape
 from mhc_tilelang.perf.calls import Call, Launch
-from mhc_tilelang.perf.launches import AGGREGATED, BOUNDARY, BOUNDARY, BUILDERS, STREAMS, UNTIMED, launches
+from mhc_tilelang.perf.cases import BACKWARD_KERNELS, KERNELS, Case, Shape
+from mhc_tilelang.perf.launches import AGGREGATED, BOUNDARY, BUILDERS, STREAMS, UNTIMED, launches
 from mhc_tilelang.perf.traffic import stream_elements, traffic
 from mhc_tilelang.perf.traffic_command import PARALLEL_BLOCKS
 from mhc_tilelang.perf.traffic_report import BACKWARD, FORWARD, formula
