@@ -42,23 +42,22 @@ class Emulator:
     parallel_blocks: int
 
 
-_emulator: Emulator | None = None
+_emulators: list[Emulator] = []  # those that are entered, the one in force last
 
 
 @contextmanager
 def emulating(emulator: Emulator) -> Iterator[None]:
     """Within this block, every kernel for CPU tensors is the emulator's, in all threads."""
-    global _emulator
-    before, _emulator = _emulator, emulator
+    _emulators.append(emulator)
     try:
         yield
     finally:
-        _emulator = before
+        del _emulators[next(k for k, entered in enumerate(_emulators) if entered is emulator)]
 
 
 def emulator_of(device: torch.device) -> Emulator | None:
     """The emulator that takes a device's tensors, if one does."""
-    return _emulator if device.type == "cpu" else None
+    return _emulators[-1] if _emulators and device.type == "cpu" else None
 
 
 def kernel(family: str, target: str, **parameters: Any) -> Kernel:
@@ -77,8 +76,9 @@ def kernel(family: str, target: str, **parameters: Any) -> Kernel:
 
 
 def _load(family: str, target: str, parameters: dict[str, Any]) -> Kernel:
-    if _emulator is not None and target == _emulator.target:
-        return _emulator.load(family, parameters)
+    for emulator in _emulators:
+        if target == emulator.target:
+            return emulator.load(family, parameters)
     if target == "cpu":
         from .cpu import build
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -111,14 +111,17 @@ class HyperConnection(SublayerModule):
         row, identity = self.identity()
         self.reset_static(6 * row - 3, 0.0, 6 * identity - 3)
 
-    def forward(self, x: torch.Tensor, *waiting: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, x: torch.Tensor, *waiting: Any) -> tuple[torch.Tensor, ...]:
         """x [..., n, C] -> layer_input [..., C], h_post [..., n], h_res [..., n, n], as `pre`.
 
         With what the sublayer before has not merged yet, its layer_output, h_post and h_res, the merge and the read
         are one operator, `post_pre`, and x_next [..., n, C] comes before the other results.
         """
         parameters = (self.phi, self.alpha, self.bias, self.spec)
-        return ops.post_pre(x, *waiting, *parameters) if waiting else ops.pre(x, *parameters)  # type: ignore[misc,arg-type]
+        if not waiting:
+            return ops.pre(x, *parameters)
+        layer_output, h_post, h_res = waiting
+        return ops.post_pre(x, layer_output, h_post, h_res, *parameters)
 
     @staticmethod
     def merge(x: torch.Tensor, layer_output: torch.Tensor, h_post: torch.Tensor, h_res: torch.Tensor) -> torch.Tensor:

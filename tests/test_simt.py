@@ -13,8 +13,9 @@ import pytest
 import torch
 from simt_kernels import PLANTED, SHARED, Planted, T, source
 
+import mhc_tilelang as mhc
 from mhc_tilelang.errors import CompilerError
-from mhc_tilelang.perf.simt import LaunchError, SimtError, launch
+from mhc_tilelang.perf.simt import LaunchError, SimtError, executing, launch
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -209,3 +210,84 @@ def test_a_wrong_fragment_layout_shows(name: str) -> None:
     """Registers of A in another order give another product."""
     got, expected = product(name, transposed=False, swapped=True)
     assert np.abs(got - expected).max() > 0.1
+
+
+def test_lanes_are_counted_through_a_block_of_two_dimensions() -> None:
+    """A lane is the thread's number in the block, not its x."""
+    body = "int t = ((int)threadIdx.x) + 16 * ((int)threadIdx.y);\ny[t] = tl::shfl_xor_sync(~0u, x[t], 1);"
+    kernel = replace(source(body, "const float* x, float* y"), threads=(16, 4, 1))
+    x, y = torch.arange(64.0), torch.zeros(64)
+    launch(kernel, "sm_80", {"x": x, "y": y}, {})
+    assert torch.equal(y, x.view(32, 2).flip(1).flatten())
+
+
+def test_a_block_need_not_be_whole_warps() -> None:
+    """For __syncthreads and __syncwarp; only named barriers count in warps."""
+    body = SHARED + f"tile[{T}] = x[{T}];\n__syncwarp();\n__syncthreads();\ny[{T}] = tile[47 - {T}];"
+    kernel = source(body, "const float* x, float* y", threads=48, shared_bytes=1024)
+    x, y = torch.arange(48.0), torch.zeros(48)
+    launch(kernel, "sm_80", {"x": x, "y": y}, {})
+    assert torch.equal(y, x.flip(0))
+
+
+@pytest.mark.parametrize(("static_floats", "shared_bytes"), [(12_289, 0), (5_000, 150_000)])
+def test_static_shared_memory_counts(static_floats: int, shared_bytes: int) -> None:
+    """48 KB by itself, and with the dynamic part what the architecture has."""
+    body = f"__shared__ float kept[{static_floats}];\nkept[{T}] = x[{T}];\ny[{T}] = kept[{T}];"
+    kernel = source(body, "const float* x, float* y", shared_bytes=shared_bytes)
+    with pytest.raises(SimtError, match=f"{4 * static_floats} bytes of static and {shared_bytes} of dynamic"):
+        launch(kernel, "sm_80", {"x": torch.zeros(64), "y": torch.zeros(64)}, {})
+
+
+def test_what_ended_a_launch_is_told_however_much_came_before() -> None:
+    """Twenty races, then an access out of bounds; the rest is counted."""
+    races = "".join(f"y[{k}] = x[{T}];\n" for k in range(20))
+    kernel = source(f"{races}y[{T} + 1000000] = 1.0f;", "const float* x, float* y")
+    with pytest.raises(SimtError, match="and 4 more|and 5 more") as raised:
+        launch(kernel, "sm_80", {"x": torch.zeros(64), "y": torch.zeros(64)}, {})
+    assert "global out of bounds" in raised.value.kinds
+
+
+def test_inputs_may_be_read_only(tmp_path) -> None:
+    """What a kernel only reads is not written back."""
+    np.zeros(64, np.float32).tofile(tmp_path / "x")
+    x = torch.from_numpy(np.memmap(tmp_path / "x", np.float32, "c"))
+    mapped = np.memmap(tmp_path / "x", np.float32, "r")
+    x.set_(torch.frombuffer(memoryview(mapped), dtype=torch.float32).untyped_storage(), 0, (64,))
+    y = torch.ones(64)
+    launch(source(f"y[{T}] = x[{T}];", "const float* x, float* y"), "sm_80", {"x": x, "y": y}, {})
+    assert y.eq(0).all()
+
+
+BAD_TENSORS = [
+    ({"x": torch.zeros(64)}, "expected a tensor or a number for"),
+    ({"x": torch.zeros(64), "y": torch.zeros(64), "z": torch.zeros(1)}, "got 'z'"),
+    ({"x": torch.zeros(128)[::2], "y": torch.zeros(64)}, r"x: expected a contiguous tensor, got strides \(2,\)"),
+]
+
+
+@pytest.mark.parametrize(("tensors", "message"), BAD_TENSORS)
+def test_bad_tensors(tensors: dict, message: str) -> None:
+    """Refused by name."""
+    with pytest.raises(ValueError, match=message):
+        launch(source(f"y[{T}] = x[{T}];", "const float* x, float* y"), "sm_80", tensors, {})
+
+
+def test_executing_within_executing() -> None:
+    """Each sees its own launches, and leaves the other as it was; also where both have seen the same."""
+    logits = torch.zeros(1, 4, 4)
+    with executing() as outer:
+        with executing() as inner:
+            mhc.sinkhorn(logits)
+        mhc.sinkhorn(logits)
+    mhc.sinkhorn(logits)
+    assert (len(outer), len(inner)) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [({"arch": "sm_70"}, "arch"), ({"parallel_blocks": 0}, "at least 1")]
+)
+def test_bad_arguments_of_executing(arguments: dict, message: str) -> None:
+    """Refused by name."""
+    with pytest.raises(ValueError, match=message), executing(**arguments):
+        pass

@@ -27,6 +27,7 @@ from .library import (
     needed,
     spec_of,
 )
+from .post import post_backward
 
 INPUTS = (
     "Tensor x, Tensor layer_output, Tensor h_post, Tensor h_res, Tensor phi, Tensor alpha, Tensor bias, Tensor? h_pre"
@@ -34,7 +35,7 @@ INPUTS = (
 TRAILING = (2, 1, 1, 2)  # dimensions of the first four inputs that are not tokens
 
 
-def _flat_inputs(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def _flat_inputs(inputs: tuple[torch.Tensor, ...]) -> Any:
     mixed = (flat(tensor, trailing) for tensor, trailing in zip(inputs[:4], TRAILING, strict=True))
     return (*mixed, *(tensor.contiguous() for tensor in inputs[4:7]))
 
@@ -55,7 +56,7 @@ def _run(*inputs_and_constants: Any) -> Tensors:
     inputs, h_pre, constants = inputs_and_constants[:7], inputs_and_constants[7], inputs_and_constants[8:]
     x = inputs[0]
     boundary = launch_boundary.post_pre(
-        *_flat_inputs(inputs),  # type: ignore[arg-type]
+        *_flat_inputs(inputs),
         spec_of(x.shape[-1], x.shape[-2], *constants),
         h_pre=flat_or_none(h_pre, 1),
     )
@@ -104,7 +105,7 @@ def _run_backward(*arguments: Any) -> Tensors:
         g_layer_input,
         g_next_post,
         g_next_res,
-        *_flat_inputs(inputs),  # type: ignore[arg-type]
+        *_flat_inputs(inputs),
         flat(x_next, 2),
         flat(h_pre, 1),
         projected.contiguous(),
@@ -144,6 +145,10 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensors) -> None:
 def _backward(ctx: Any, *g_outputs: torch.Tensor | None) -> tuple:
     if all(g is None for g in g_outputs):
         return needed(ctx, ())
+    if all(g is None for g in g_outputs[1:]):  # only x_next was used: what begins there has no gradient
+        needs_x, needs_layer_output, *needs_mixing = ctx.needs_input_grad[:4]
+        mixed = ctx.saved_tensors[:4]
+        return needed(ctx, post_backward(g_outputs[0], *mixed, needs_x, needs_layer_output, any(needs_mixing)))
     gradients = post_pre_backward(*g_outputs[:5], *ctx.saved_tensors, *ctx.constants)
     return needed(ctx, gradients)
 

@@ -105,7 +105,7 @@ def units(num_bytes: float) -> str:
 
 def launch_shape(subjects: Iterable[Subject]) -> str:
     """A table of grids and threads, and what was compiled in."""
-    from ...cuda_source import evaluate
+    from ...cuda_source import CudaSource, text_of
     from ...tracing import trace
     from .fragments import tiles_of
 
@@ -113,8 +113,10 @@ def launch_shape(subjects: Iterable[Subject]) -> str:
     compiled = []
     for subject in subjects:
         func = trace(subject.kernel, subject.launch.parameters)
-        grid = grid_of(func)
-        blocks = " × ".join(str(evaluate(extent, subject.launch.sizes)) for extent in grid)
+        grid = [text_of(extent) for extent in grid_of(func)]
+        x, y, z = [*grid, "1", "1"][:3]
+        at_sizes = CudaSource("", "", (), (x, y, z), (1, 1, 1), 0).grid_at(subject.launch.sizes)
+        blocks = " × ".join(map(str, at_sizes[: len(grid)]))
         extents = ", ".join(f"`{extent}`" for extent in grid)
         rows.append(f"| {subject.label} | {extents} | {blocks} | {tiles_of(func)[0]} |")
         parameters = ", ".join(f"{name}={value!r}" for name, value in subject.launch.parameters.items())

@@ -98,19 +98,19 @@ def lowered(func: Any, arch: str, configs: Mapping[Any, Any]) -> Any:
     from tvm import transform
     from tvm.target import Target
 
-    from ...cuda_source import AXES, CudaSource
+    from ...cuda_source import CudaSource
 
     target = Target({"kind": "cuda", "arch": arch})
     with target, transform.PassContext(opt_level=3, config={key.value: value for key, value in configs.items()}):
         artifact = lower(func, target=target)
     (device,) = artifact.device_mod.functions.values()
     extents = device.attrs["thread_extent"]
-    x, y, z = (int(extents.get(f"threadIdx.{axis}", 1)) for axis in AXES)
+    x, y, z = (int(extents.get(f"threadIdx.{axis}", 1)) for axis in "xyz")
     return CudaSource(
         entry=str(device.attrs["global_symbol"]),
-        code=artifact.kernel_source,
+        code=str(artifact.kernel_source),
         arguments=(),
-        grid=(1, 1, 1),
+        grid=("1", "1", "1"),
         threads=(x, y, z),
         shared_bytes=int(device.attrs.get("dyn_shared_memory_buf", 0)),
     )

@@ -21,7 +21,8 @@ from ...errors import CompilerError
 
 HERE = Path(__file__).parent
 EXECUTOR_SOURCES = ("executor.cpp", "accesses.cpp", "together.cpp")
-EXECUTOR_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-c")
+# A fortified longjmp takes a jump to another fiber's stack for an error.
+EXECUTOR_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-c", "-U_FORTIFY_SOURCE")
 # No flag lets a float32 result change; -O1 keeps accesses as the source has them, but for those it repeats.
 KERNEL_FLAGS = (
     "-std=c++17",
@@ -60,7 +61,7 @@ def build(source: CudaSource, scratch: Path, made: Path) -> None:
     code = scratch / "kernel.cpp"
     code.write_text(translation_unit(source), encoding="utf-8")
     run([*KERNEL_FLAGS, *poison(), f"-I{HERE}", str(code), "-o", str(scratch / "kernel.o")])
-    run(["-shared", "-o", str(scratch / made.name), str(scratch / "kernel.o"), *map(str, executor())])
+    run(["-shared", "-Wl,-z,defs", "-o", str(scratch / made.name), str(scratch / "kernel.o"), *map(str, executor())])
     os.replace(code, made.with_suffix(".cpp"))
     os.replace(scratch / made.name, made)
 

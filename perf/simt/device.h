@@ -181,17 +181,13 @@ SIMT_INLINE void __sync_thread_partial() {
 }
 
 template <typename T>
-SIMT_INLINE T shuffle_from(T value, int source) {
+SIMT_INLINE T shfl_xor_sync(unsigned, T value, int offset) {  // of whole warps: masks are not looked at
     static_assert(sizeof(T) == 4, "a shuffle moves 32 bits");
     SimtLane lane{};
     lane.value = simt_bits<uint32_t>(value);
-    lane.source = source & 31;
+    lane.exclusive_or = offset & 31;
     simt_warp(SIMT_SHUFFLE, &lane);
     return simt_bits<T>(lane.value);
-}
-template <typename T>
-SIMT_INLINE T shfl_xor_sync(unsigned, T value, int offset) {
-    return shuffle_from(value, int(threadIdx.x) ^ offset);
 }
 
 struct SumOp {
@@ -251,10 +247,12 @@ struct AllReduce {
 
 template <int bytes>
 SIMT_INLINE void cp_async_gs(const void* to, const void* from) {
+    static_assert(bytes == 4 || bytes == 8 || bytes == 16, "cp.async copies 4, 8 or 16 bytes");
     simt_copy_async(const_cast<void*>(to), from, bytes, false);
 }
 template <int bytes>
 SIMT_INLINE void cp_async_gs_conditional(const void* to, const void* from, bool condition) {
+    static_assert(bytes == 4 || bytes == 8 || bytes == 16, "cp.async copies 4, 8 or 16 bytes");
     simt_copy_async(const_cast<void*>(to), from, bytes, !condition);
 }
 SIMT_INLINE void cp_async_commit() { simt_copy_commit(); }
@@ -310,3 +308,5 @@ template <typename... Parameters>
 SIMT_UNWATCHED void simt_apply(void (*kernel)(Parameters...), void** arguments) {
     simt_apply(kernel, arguments, std::index_sequence_for<Parameters...>());
 }
+
+#pragma GCC poison memcpy memmove memset  // which would move memory unwatched

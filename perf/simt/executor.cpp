@@ -176,6 +176,13 @@ void Executor::run_grid() {
     threads.resize(size_t(launch.block.x) * launch.block.y * launch.block.z);
     launch.shared_wavefronts = launch.shared_conflicts = launch.barriers = launch.mma = 0;
     place_tensors();
+    const int64_t in_static = shared[1].bytes;
+    if (in_static > launch.most_static || in_static + launch.shared_bytes > launch.most) {
+        findings.add("refused launch", nullptr,
+                     "%lld bytes of static and %lld of dynamic shared memory: expected at most %lld, and %lld of both",
+                     (long long)in_static, (long long)launch.shared_bytes, (long long)launch.most_static, (long long)launch.most);
+        aborted = true;
+    }
     for (Thread& thread : threads) thread.stack.reset(new char[STACK_BYTES]);
     std::vector<char*> pointers;
     std::vector<void*> packed;
@@ -191,7 +198,8 @@ void Executor::run_grid() {
             }
     count_conflicts();
     for (int k = 0; !aborted && k < launch.num_tensors; ++k)
-        std::memcpy(launch.tensors[k].data, tensors[k].base, launch.tensors[k].bytes);
+        if (launch.tensors[k].written_distinct)  // what is only read may lie in memory that cannot be written
+            std::memcpy(launch.tensors[k].data, tensors[k].base, launch.tensors[k].bytes);
     if (arena && arena != MAP_FAILED) munmap(arena, arena_bytes);
 }
 

@@ -8,6 +8,7 @@
 
 #include <setjmp.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <deque>
 #include <memory>
@@ -23,7 +24,8 @@
 namespace simt {
 
 constexpr size_t STACK_BYTES = 256 * 1024;
-constexpr size_t GAP = size_t(1) << 30;  // between tensors: nothing is mapped there, so no index lands in another one
+// Between tensors, where nothing is mapped, and no power of two, which wrong indices are often off by.
+constexpr size_t GAP = (size_t(1) << 30) + 1234567 * 256;
 
 struct Copy {
     char *to, *from;
@@ -81,6 +83,7 @@ struct Executor {
 
     uint16_t index() const { return uint16_t(current - threads.data()); }
     int num_threads() const { return int(threads.size()); }
+    int lanes_of(int warp) const { return std::min(32, num_threads() - 32 * warp); }
     SimtIndex thread_index(int t) const {
         const unsigned x = launch.block.x, y = launch.block.y;
         return {t % x, t / x % y, t / (x * y)};

@@ -12,7 +12,7 @@ namespace simt {
 
 class Findings {
   public:
-    explicit Findings(SimtLaunch& launch) : launch_(launch) { launch.num_findings = 0; }
+    explicit Findings(SimtLaunch& launch) : launch_(launch) { launch.num_findings = launch.left_out = 0; }
 
     // One line for each kind and instruction; what comes again is counted.
     __attribute__((format(printf, 4, 5))) void add(const char* kind, const void* site, const char* format, ...) {
@@ -23,7 +23,11 @@ class Findings {
                 return;
             }
         }
-        if (launch_.num_findings == int(sizeof launch_.findings / sizeof launch_.findings[0])) return;
+        const int most = sizeof launch_.findings / sizeof launch_.findings[0];
+        if (launch_.num_findings == most) {  // the last one may be what ended the launch: it takes another's place
+            ++launch_.left_out;
+            --launch_.num_findings;
+        }
         SimtFinding& finding = launch_.findings[launch_.num_findings++];
         std::snprintf(finding.kind, sizeof finding.kind, "%s", kind);
         std::va_list arguments;

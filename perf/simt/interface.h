@@ -17,7 +17,7 @@ enum SimtOperand : int { SIMT_BFLOAT16, SIMT_FLOAT16, SIMT_TFLOAT32 };
 // What one lane brings to an operation of its warp; which members count depends on the operation.
 struct SimtLane {
     uint32_t value;          // shuffle: what the lane gives, then what it gets
-    int source;              // shuffle: the lane that it gets from
+    int exclusive_or;        // shuffle: of its number and that of the lane that it gets from
     const void* row;         // ldmatrix: the row whose address this lane holds
     uint32_t* out;           // ldmatrix: the lane's registers, one a matrix
     int matrices;            // ldmatrix: 1, 2 or 4
@@ -67,12 +67,13 @@ struct SimtConflict {
 
 struct SimtLaunch {
     SimtIndex grid, block;
-    int64_t shared_bytes;  // dynamic
+    int64_t shared_bytes;        // dynamic
+    int64_t most_static, most;   // of static shared memory, and of both
     int num_tensors, num_scalars;
     SimtTensor* tensors;
     void** scalars;
     // Out:
-    int num_findings;
+    int num_findings, left_out;
     SimtFinding findings[16];
     int64_t shared_wavefronts, shared_conflicts, barriers, mma;
     int num_conflicts;

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 MAX_GRID = (2**31 - 1, 65_535, 65_535)
 MAX_BLOCK = (1024, 1024, 64)
 MAX_THREADS = 1024
+STATIC_SHARED_BYTES = 48 * 1024
 
 
 class LaunchError(MHCError):
@@ -30,8 +31,9 @@ class LaunchError(MHCError):
 class SimtError(MHCError):
     """What the executor found in a launch; `findings` has it in parts."""
 
-    def __init__(self, entry: str, findings: tuple[Finding, ...]) -> None:
-        super().__init__("\n".join([f"{entry}:", *(f"  {finding}" for finding in findings)]))
+    def __init__(self, entry: str, findings: tuple[Finding, ...], left_out: int = 0) -> None:
+        lines = [f"{entry}:", *(f"  {finding}" for finding in findings)]
+        super().__init__("\n".join([*lines, f"  and {left_out} more"] if left_out else lines))
         self.findings = findings
 
     @property
@@ -118,6 +120,13 @@ def launch(source: CudaSource, arch: str, tensors: Mapping[str, torch.Tensor], n
     """
     grid = source.grid_at(numbers)
     check_limits(source, grid, arch)
+    if missing := [name for name in source.arguments if name not in tensors and name not in numbers]:
+        raise ValueError(f"{source.entry}: expected a tensor or a number for {missing}")
+    for name, tensor in tensors.items():
+        if name not in source.arguments:
+            raise ValueError(f"{source.entry}: expected tensors of {source.arguments}, got {name!r}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{source.entry}: {name}: expected a contiguous tensor, got strides {tensor.stride()}")
     path = build.library(source)
     described = (interface.Tensor * len(tensors))()
     for slot, name in zip(described, (name for name in source.arguments if name in tensors), strict=True):
@@ -130,6 +139,8 @@ def launch(source: CudaSource, arch: str, tensors: Mapping[str, torch.Tensor], n
         grid=interface.Index(*grid),
         block=interface.Index(*source.threads),
         shared_bytes=source.shared_bytes,
+        most_static=STATIC_SHARED_BYTES,
+        most=SHARED_BYTES[arch],
         num_tensors=len(tensors),
         num_scalars=len(scalars),
         tensors=ctypes.cast(described, ctypes.POINTER(interface.Tensor)),
@@ -138,7 +149,7 @@ def launch(source: CudaSource, arch: str, tensors: Mapping[str, torch.Tensor], n
     loaded = ctypes.PyDLL(str(path))  # keeps the interpreter's lock: a library executes one launch at a time
     if loaded.simt_launch(ctypes.byref(call)):
         found = tuple(finding(call.findings[k], loaded, path) for k in range(call.num_findings))
-        raise SimtError(source.entry, found)
+        raise SimtError(source.entry, found, call.left_out)
     names = [field.name for field in fields(TensorCounts)]
     counts = {slot.name.decode(): TensorCounts(**{name: getattr(slot, name) for name in names}) for slot in described}
     met = [call.conflicts[k] for k in range(call.num_conflicts)]

@@ -10,21 +10,26 @@ Every check, operator and module then runs the kernels that a GPU would run, wit
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ... import compile as compiler
 from ...cpu.build import cache_directory, kernel_hash
+from ...errors import CompilerError
 from ...kernel import Buffer, Kernel, Signature
 from ...tracing import progress
-from .launch import Counts, CudaSource, launch
+from .launch import SHARED_BYTES, Counts, CudaSource, launch
 
 if TYPE_CHECKING:
     import torch
 
+PACKAGE = Path(compiler.__file__).parent
+MAKERS = (PACKAGE / "cuda.py", PACKAGE / "cuda_source.py")  # what a source is made by, besides what makes CPU kernels
 ARCH = "sm_80"
 PARALLEL_BLOCKS = 8  # few, so that small shapes are split as large ones are
 
@@ -48,13 +53,17 @@ def executing(arch: str = ARCH, parallel_blocks: int = PARALLEL_BLOCKS) -> Itera
 
     Raises SimtError where a kernel is defective, LaunchError where a GPU would refuse the launch.
     """
+    if arch not in SHARED_BYTES:
+        raise ValueError(f"executing: arch: expected one of {', '.join(SHARED_BYTES)}, got {arch!r}")
+    if parallel_blocks < 1:
+        raise ValueError(f"executing: parallel_blocks: expected at least 1, got {parallel_blocks}")
     launches: list[Launched] = []
     with compiler.emulating(compiler.Emulator(f"simt-{arch}", partial(load, arch), parallel_blocks)):
         _open.append(launches)
         try:
             yield launches
         finally:
-            _open.remove(launches)
+            del _open[next(k for k, entered in enumerate(_open) if entered is launches)]
 
 
 def load(arch: str, family: str, parameters: dict[str, Any]) -> Kernel:
@@ -75,7 +84,8 @@ def load(arch: str, family: str, parameters: dict[str, Any]) -> Kernel:
 def generated(family: str, parameters: dict[str, Any], arch: str) -> tuple[CudaSource, Signature]:
     """The source of a kernel and its signature; kept on disk, since tilelang takes seconds to make some."""
     folder = cache_directory() / "cuda-source"
-    path = folder / f"{family}-{kernel_hash(family, {**parameters, 'arch': arch}, False)}.json"
+    made_by = "".join(path.read_text(encoding="utf-8") for path in MAKERS)
+    path = folder / f"{family}-{kernel_hash(family, {**parameters, 'arch': arch, 'made by': made_by}, False)}.json"
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         source: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in kept["source"].items()}
@@ -89,6 +99,11 @@ def generated(family: str, parameters: dict[str, Any], arch: str) -> tuple[CudaS
     with progress(family, arch, parameters):
         func = trace(family, parameters)
         made, signature = generate_from(func, arch), signature_of(func)
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"source": asdict(made), "signature": asdict(signature)}), encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(f".{os.getpid()}")
+        scratch.write_text(json.dumps({"source": asdict(made), "signature": asdict(signature)}), encoding="utf-8")
+        os.replace(scratch, path)
+    except OSError as error:
+        raise CompilerError(f"cannot keep generated sources in {folder}: {error}") from error
     return made, signature

@@ -25,7 +25,7 @@ void Executor::barrier(int id, int count, const void* site) {
     current->barrier = id;
     current->expected = expected;
     current->site = site;
-    if (id < 0 || id >= 16 || expected % WARP || expected > num_threads()) {
+    if (id < 0 || id >= 16 || (count && expected % WARP) || expected > num_threads()) {
         findings.add("invalid barrier", site, "barrier %d for %d threads: expected 0 to 15, and whole warps of the block's %d",
                      id, expected, num_threads());
         abort_launch();
@@ -44,7 +44,7 @@ void Executor::barrier(int id, int count, const void* site) {
         }
     if (int(come.size()) < expected) return yield();
     for (uint16_t t : come)
-        if (of_warp[t / WARP] != WARP || threads[t].site != threads[t / WARP * WARP].site) {
+        if (of_warp[t / WARP] != lanes_of(t / WARP) || threads[t].site != threads[t / WARP * WARP].site) {
             findings.add("divergent barrier", site, "barrier %d is met by a part of the warp of %s, or at different instructions",
                          id, who(t).c_str());
             abort_launch();
@@ -55,8 +55,9 @@ void Executor::barrier(int id, int count, const void* site) {
 
 void Executor::warp(SimtOperation operation, SimtLane* lane, const void* site) {
     const int first = index() / WARP * WARP;
-    if (first + WARP > num_threads()) {
-        findings.add("divergent warp", site, "the last warp has %d of 32 threads", num_threads() - first);
+    const int lanes_there = lanes_of(first / WARP);
+    if (lanes_there < WARP && operation != SIMT_SYNCWARP) {
+        findings.add("divergent warp", site, "the last warp has %d of 32 threads", lanes_there);
         abort_launch();
     }
     if (operation == SIMT_LDMATRIX && index() % WARP < 8 * lane->matrices) {
@@ -73,7 +74,7 @@ void Executor::warp(SimtOperation operation, SimtLane* lane, const void* site) {
     current->site = site;
     SimtLane* lanes[WARP];
     std::vector<uint16_t> all;
-    for (int l = 0; l < WARP; ++l) {
+    for (int l = 0; l < lanes_there; ++l) {
         const Thread& other = threads[first + l];
         if (other.state != State::IN_WARP || other.operation != operation || other.site != site) return yield();
         lanes[l] = other.lane;
@@ -82,7 +83,7 @@ void Executor::warp(SimtOperation operation, SimtLane* lane, const void* site) {
     if (operation == SIMT_SHUFFLE) {
         uint32_t given[WARP];
         for (int l = 0; l < WARP; ++l) given[l] = lanes[l]->value;
-        for (SimtLane* l : lanes) l->value = given[l->source];
+        for (int l = 0; l < WARP; ++l) lanes[l]->value = given[l ^ lanes[l]->exclusive_or];
     } else if (operation == SIMT_LDMATRIX) {
         load_matrices(lanes);
     } else if (operation == SIMT_MMA) {
@@ -102,6 +103,10 @@ void Executor::copy_async(Copy copy) {
         abort_launch();
     }
     if (!copy.zero) {
+        if (shared_at(copy.from)) {
+            findings.add("global out of bounds", copy.site, "%s: cp.async from shared memory", who(index()).c_str());
+            abort_launch();
+        }
         if (tensor_at(copy.from) < 0) out_of_bounds(copy.from, copy.bytes, false, copy.site);
         access(copy.from, copy.bytes, false, copy.site);
     }
