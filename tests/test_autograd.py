@@ -71,6 +71,9 @@ def assert_near_float64(function, case, tensors, outputs, g_outputs):
     with_gradient = [k for k, g in enumerate(g_outputs) if g is not None]
     got = gradients([outputs[k] for k in with_gradient], tensors, [g_outputs[k] for k in with_gradient])
     exact = function.reference_backward(g_outputs, tensors, case.spec)
+    for name, tensor in tensors.items():
+        if name not in got and tensor.requires_grad:  # none: the outputs do not depend on it
+            assert not np.any(exact[name]), name
     for name, gradient in got.items():
         assert gradient.shape == tensors[name].shape
         assert gradient.dtype == tensors[name].dtype
