@@ -293,3 +293,19 @@ def test_unknown_architecture_is_refused(given: str, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         cli.main(["inspect", "post", "--arch", given])
     assert "expected any of sm_80, sm_90a, sm_100a, sm_120a, got" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--full --widths 1280", "--widths: expected none beside --full, got [1280]"),
+        ("--representative --arch sm_80", "--arch: expected none beside --representative, got ['sm_80']"),
+        ("sinkhorn --source --json rows.json", "--json: expected none beside --source, got rows.json"),
+        ("sinkhorn --explain --streams 2", "--streams: expected none beside --explain, got [2]"),
+        ("sinkhorn --peers tile-kernels", "KERNEL: expected none beside --peers, got sinkhorn"),
+    ],
+)
+def test_options_that_would_be_ignored(arguments, message, capsys):
+    """Refused, with the one that decides."""
+    assert cli.main(["inspect", *arguments.split()]) == 1
+    assert message in capsys.readouterr().err

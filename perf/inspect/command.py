@@ -34,17 +34,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--streams", nargs="+", type=int, choices=STREAM_COUNTS, default=[4], help="residual streams, n (default: 4)")
     add("--widths", nargs="+", type=positive, default=[2560], metavar="C", help="hidden sizes (default: 2560)")
     add("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="of the stream (default: bfloat16)")
-    add("--full", action="store_true", help="every n, width and dtype, and every variant: about an hour on two cores")
-    add("--representative", action="store_true", help="what CI builds, each for its architectures")
-    add("--source", action="store_true", help="print the generated CUDA source instead")
-    add("--sass", action="store_true", help="print the machine code instead")
-    add(
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument(
+        "--full", action="store_true", help="every n, width and dtype, and every variant: about an hour on two cores"
+    )
+    sizes.add_argument("--representative", action="store_true", help="what CI builds, each for its architectures")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--source", action="store_true", help="print the generated CUDA source instead")
+    instead.add_argument("--sass", action="store_true", help="print the machine code instead")
+    instead.add_argument(
         "--explain",
         action="store_true",
         help="print the page of each kernel instead: equation, source, traffic, launch",
     )
     text = "another implementation's kernels instead, n = 4, bfloat16; where installed: tile-kernels"
-    add("--peers", nargs="+", choices=PEERS, default=[], metavar="NAME", help=text)
+    instead.add_argument("--peers", nargs="+", choices=PEERS, default=[], metavar="NAME", help=text)
     add_json_argument(parser)
 
 
@@ -60,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     """Build what was asked for, print it."""
     from . import matrix
 
+    refuse_what_is_ignored(args)
     kernels = matrix.chosen_kernels(args.kernels)
     if args.explain:
         return explain(kernels)
@@ -74,6 +79,25 @@ def run(args: argparse.Namespace) -> int:
     if args.source or args.sass:
         return print_code(wanted, args.sass)
     return inspect_kernels(wanted, args)
+
+
+def refuse_what_is_ignored(args: argparse.Namespace) -> None:
+    """Raise MHCError for options that say nothing beside another one."""
+    defaults = {"arch": list(ARCHITECTURES), "streams": [4], "widths": [2560], "dtype": ["bfloat16"], "json": None}
+    decided = {
+        "full": ("streams", "widths", "dtype"),
+        "representative": ("arch", "streams", "widths", "dtype"),
+        "source": ("json",),
+        "sass": ("json",),
+        "explain": ("arch", "streams", "widths", "dtype", "json"),
+    }
+    for option, others in decided.items():
+        if getattr(args, option):
+            for other in others:
+                if getattr(args, other) != defaults[other]:
+                    raise MHCError(f"--{other}: expected none beside --{option}, got {getattr(args, other)}")
+    if args.peers and args.kernels:
+        raise MHCError(f"KERNEL: expected none beside --peers, got {', '.join(args.kernels)}")
 
 
 def inspect_kernels(wanted: Builds, args: argparse.Namespace) -> int:
