@@ -19,7 +19,7 @@ cost C more and n² multiply-adds. This kernel is the second pass: (2n + 2)·C r
 both. Here x_next is rebuilt, which costs no traffic. The delayed form needs no first pass, (3n + 3)·C in all.
 
 **One tile, all streams.** g mixes streams, so a block has all of them, for some channels, whose part of phi stays in
-shared memory where it fits, and walks over a range of tokens. Per tile: x_next into shared memory as the operand of
+shared memory, and walks over a range of tokens. Per tile: x_next into shared memory as the operand of
 g_phi, whose sums stay in registers; the product with phi, stream by stream; through shared memory, to a layout where a
 thread holds consecutive channels, everything else. Sums over channels leave a partial sum a block of channels, g_phi
 one a range of tokens: `boundary_sums` adds them up in order. A token's gradients depend on no other token.
@@ -103,7 +103,7 @@ def boundary_backward_kernel(
     next_is_split = plan.split and dtype == "float32"
     sums_per_stream = n + 1 + delayed
     num_blocks = -(-hidden_size // channels)
-    tile_shape, resident = (tokens, channels), streams if plan.resident else (0,)
+    tile_shape = (tokens, channels)
 
     @T.prim_func
     def boundary_backward(
@@ -126,8 +126,8 @@ def boundary_backward_kernel(
             channel_block,
             token_range,
         ):
-            phi_high = [T.alloc_shared((plan.columns, channels), operand) for _ in resident]
-            phi_low = [T.alloc_shared((plan.columns, channels), operand) for _ in resident]
+            phi_high = [T.alloc_shared((plan.columns, channels), operand) for _ in streams]
+            phi_low = [T.alloc_shared((plan.columns, channels), operand) for _ in streams]
             g_high = T.alloc_shared((tokens, plan.columns), operand)
             g_low = T.alloc_shared((tokens, plan.columns), operand)
             next_tiles = [T.alloc_shared(tile_shape, operand) for _ in streams]
@@ -149,10 +149,8 @@ def boundary_backward_kernel(
             sums_tile = T.alloc_shared((sums_per_stream, tokens), T.float32)
 
             first = channel_block * channels
-            if plan.resident:
-                for j in streams:
-                    load_phi(phi_high[j], phi_low[j], phi, j, first, plan)
             for j in streams:
+                load_phi(phi_high[j], phi_low[j], phi, j, first, plan)
                 T.clear(g_phi[j])
             first_tile = token_range * tiles_per_range
             for tile in T.serial(first_tile, T.min(first_tile + tiles_per_range, T.ceildiv(num_tokens, tokens))):
@@ -176,11 +174,8 @@ def boundary_backward_kernel(
                 for j in streams:
                     if outside:  # in flight during the product; all streams at once would spill
                         T.copy(g_x_next[row : row + tokens, j, first : first + channels], g_next_rows)
-                    k = j if plan.resident else 0
-                    if not plan.resident:
-                        load_phi(phi_high[0], phi_low[0], phi, j, first, plan)
                     T.clear(product_acc)
-                    multiply(product_acc, g_high, g_low, phi_high[k], phi_low[k], plan, False, True)
+                    multiply(product_acc, g_high, g_low, phi_high[j], phi_low[j], plan, False, True)
                     if len(rounded) == 1:
                         T.copy(next_tiles[j], rounded[0])
                     T.copy(product_acc, product_tiles[j % 2])

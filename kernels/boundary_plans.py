@@ -97,10 +97,7 @@ def boundary_schedule(
 
 @dataclass(frozen=True)
 class BoundaryBackwardPlan:
-    """What is compiled into `boundary_backward`: as `ProjectionBackwardPlan`, for a block of channels of all streams.
-
-    `resident` says that phi's part of all streams stays in shared memory; else it is loaded for every tile.
-    """
+    """What is compiled into `boundary_backward`: as `ProjectionBackwardPlan`, for some channels of all streams."""
 
     rows: int
     split: bool
@@ -108,13 +105,19 @@ class BoundaryBackwardPlan:
     tokens: int
     channels: int
     threads: int
-    resident: bool
 
     @property
     def columns(self) -> int:
-        """Rows of phi in a tile: padded to the tensor core's 16, and beyond 64 to what eight warps can share out."""
-        multiple = 16 if self.rows <= 64 else 128
-        return -(-self.rows // multiple) * multiple if self.split else self.rows
+        """Rows of phi in a tile, padded to the tensor core's 16."""
+        return -(-self.rows // 16) * 16 if self.split else self.rows
+
+
+def backward_is_fused(num_streams: int, target: str) -> bool:
+    """Whether a boundary's backward is: on a GPU not at n = 8, where tilelang's layouts take minutes and 6 GB to find.
+
+    There the separate kernels run, which round the gradient of x_next to the stream's dtype.
+    """
+    return target == "cpu" or num_streams <= 4
 
 
 @cache
@@ -123,22 +126,20 @@ def boundary_backward_plan(
 ) -> BoundaryBackwardPlan:
     """The plan for phi with `rows` rows. It must not depend on the token count: the channels of a block fix the bits.
 
-    128 channels a block keep the partial sums over channels at 0.6C of traffic (n = 4, bfloat16).
+    128 channels a block keep the partial sums over channels at 0.6C of traffic (n = 4, bfloat16). On a GPU, n is 2 or 4
+    (see `backward_is_fused`).
     """
     if target == "cpu":
         channels = min(128 if num_streams <= 4 else 32, -(-hidden_size // 16) * 16)
         tokens = 16 if dtype == "float32" else 24  # what a stack holds
-        return BoundaryBackwardPlan(rows, False, "float32", tokens, channels, threads=1, resident=True)
+        return BoundaryBackwardPlan(rows, False, "float32", tokens, channels, threads=1)
     operand = "bfloat16" if dtype == "bfloat16" else "float32"
-    if num_streams > 4:
-        tokens = 64 if operand == "bfloat16" else 32
-        return BoundaryBackwardPlan(rows, True, operand, tokens, channels=16, threads=4 * tokens, resident=False)
     if dtype == "float16":
-        return BoundaryBackwardPlan(rows, True, operand, tokens=16, channels=64, threads=256, resident=True)
+        return BoundaryBackwardPlan(rows, True, operand, tokens=16, channels=64, threads=256)
     if dtype == "float32":
-        return BoundaryBackwardPlan(rows, True, operand, tokens=16, channels=32, threads=128, resident=True)
+        return BoundaryBackwardPlan(rows, True, operand, tokens=16, channels=32, threads=128)
     tokens, channels = (16, 128) if rows > 16 else (32, 64)  # a head's few rows: 128 channels spill
-    return BoundaryBackwardPlan(rows, True, operand, tokens, channels, threads=256, resident=True)
+    return BoundaryBackwardPlan(rows, True, operand, tokens, channels, threads=256)
 
 
 def tiles_per_range(num_tokens: int, plan: BoundaryBackwardPlan) -> int:

@@ -1,6 +1,7 @@
 """The backward of a sublayer boundary, launched: as `launch_boundary`, for the gradients.
 
-    post_pre_backward   pre_backward, coefficients_backward, boundary_backward, boundary_sums: four launches
+    post_pre_backward   pre_backward, coefficients_backward, boundary_backward, boundary_sums: four launches;
+                        at n = 8 on a GPU the separate kernels, six launches and two more for their partial sums
 
 Tensors come flat and contiguous, [T, …]. A gradient that is not given is None and counts as zero; nothing of it is
 read. Sums over tokens and channels are taken in an order that the sizes fix.
@@ -64,19 +65,30 @@ def post_pre_backward(
     In the delayed form `given_pre` is the h_pre that it was given, and g_next_pre the gradient of the one that it
     returned.
     """
-    num_tokens = x.shape[0]
+    num_tokens, num_streams, _ = x.shape
     delayed = given_pre is not None and g_layer_input is not None
     if not delayed and given_pre is None and g_layer_input is not None:
         g_next_pre = launch_backward.pre_backward(g_layer_input, x_next)
+    weights = h_pre if given_pre is None else given_pre
+    if not boundary_plans.backward_is_fused(num_streams, compiler.platform_of(x.device)):
+        g_projected, g_alpha, g_bias = launch_backward.coefficients_backward(
+            g_next_pre, g_next_post, g_next_res, projected, alpha, bias, spec
+        )
+        g_mixed, g_phi = separate_backward(
+            g_x_next, g_layer_input, g_projected, x, layer_output, weights, h_post, h_res, phi, x_next
+        )
+        g_pre = None
+        if given_pre is not None:
+            g_pre = torch.zeros_like(given_pre) if not delayed else launch_backward.pre_backward(g_layer_input, x_next)
+        return BoundaryGradients(*g_mixed, g_phi, g_alpha, g_bias, g_pre)
     g_projected, partial_parameters = coefficients_backward(
         g_next_pre, g_next_post, g_next_res, projected, alpha, bias, spec
     )
-    weights = h_pre if given_pre is None else given_pre
     g_x, g_layer_output, partial_phi, partial_mixing = mixing_backward(
         g_x_next, g_layer_input, g_projected, x, layer_output, weights, h_post, h_res, phi, delayed=delayed
     )
     g_phi, g_post, g_res, g_pre, g_parameters = boundary_sums(
-        partial_phi, partial_mixing, partial_parameters, x.shape[1], delayed
+        partial_phi, partial_mixing, partial_parameters, num_streams, delayed
     )
     if num_tokens == 0:
         g_phi, g_parameters = torch.zeros_like(phi), torch.zeros_like(g_parameters)
@@ -84,6 +96,29 @@ def post_pre_backward(
         g_pre = torch.zeros_like(given_pre)
     g_alpha, g_bias = (part.clone() for part in g_parameters.split([alpha.numel(), bias.numel()]))
     return BoundaryGradients(g_x, g_layer_output, g_post, g_res, g_phi.view(phi.shape), g_alpha, g_bias, g_pre)
+
+
+def separate_backward(
+    g_x_next: Gradient,
+    g_layer_input: Gradient,
+    g_projected: torch.Tensor,
+    x: torch.Tensor,
+    layer_output: torch.Tensor,
+    h_pre: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    phi: torch.Tensor,
+    x_next: torch.Tensor,
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """As `mixing_backward` and its sums, by the separate kernels: the gradients of x, layer_output, h_post and h_res,
+    then of phi.
+    """
+    g_next, g_phi = launch_backward.project_backward(
+        g_projected, x_next, phi, h_pre=None if g_layer_input is None else h_pre, g_layer_input=g_layer_input
+    )
+    if g_x_next is not None:
+        g_next = g_next.add_(g_x_next)
+    return launch_backward.post_backward(g_next, x, layer_output, h_post, h_res), g_phi
 
 
 def coefficients_backward(

@@ -8,9 +8,10 @@ what a builder takes and gives, `launches_boundary` the kernels that are fused a
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from ..kernels import plans
+from ..kernels import boundary_plans, plans
 from . import launches_boundary as boundary
 from .calls import Call, Launch
 from .cases import Case
@@ -150,13 +151,13 @@ def _token_backward(call: Call, family: str, parameters: dict[str, Any], element
     return launch, _sum_partials(num_partials, elements)
 
 
-def project_backward(call: Call) -> tuple[Launch, ...]:
-    """g_x and g_phi; the partial sums of g_phi are added up where there are several."""
+def project_backward(call: Call, aggregated: bool = False) -> tuple[Launch, ...]:
+    """g_x, `aggregated` with what the aggregation adds, and g_phi, whose partial sums are added up if several."""
     rows, num_tokens = call.spec.num_coefficients, call.case.shape.num_tokens
     plan = plans.projection_backward_plan(rows, call.spec.hidden_size, call.case.shape.dtype, call.target)
     tokens_per_split = plans.tokens_per_split(num_tokens, plan)
     num_splits = -(-num_tokens // tokens_per_split)
-    wanted = {"stream": True, "weights": True, "aggregated": call.case.kernel == AGGREGATED}
+    wanted = {"stream": True, "weights": True, "aggregated": aggregated}
     sizes = {**call.tokens, "num_splits": num_splits, "tokens_per_split": tokens_per_split}
     launch = Launch("project_backward", {**call.stream, "plan": plan, **wanted}, sizes)
     return (launch,) if num_splits == 1 else (launch, _sum_partials(num_splits, rows * call.spec.stream_size))
@@ -183,14 +184,22 @@ def post_head(call: Call) -> tuple[Launch, ...]:
 
 def post_pre_backward(call: Call) -> tuple[Launch, ...]:
     """Every gradient of post_pre."""
+    if not boundary_plans.backward_is_fused(call.spec.num_streams, call.target):
+        return (*pre_backward(call), *_separate_backward(call))
     mappings = coefficients_backward(call)[0]
     return (*pre_backward(call), mappings, *boundary.mixing_backward(call, mappings, delayed=False))
 
 
 def post_pre_delayed_backward(call: Call) -> tuple[Launch, ...]:
     """Every gradient of post_pre_delayed."""
+    if not boundary_plans.backward_is_fused(call.spec.num_streams, call.target):
+        return (*_separate_backward(call), *pre_backward(call))
     mappings = coefficients_backward(call)[0]
     return (mappings, *boundary.mixing_backward(call, mappings, delayed=True))
+
+
+def _separate_backward(call: Call) -> tuple[Launch, ...]:
+    return (*coefficients_backward(call), *project_backward(call, aggregated=True), *post_backward(call))
 
 
 def _sum_partials(num_partials: int, num_elements: int) -> Launch:
@@ -210,7 +219,7 @@ BUILDERS: dict[str, Callable[[Call], tuple[Launch, ...]]] = {
     "post": post,
     "expand_backward": expand_backward,
     "project_backward": project_backward,
-    AGGREGATED: project_backward,
+    AGGREGATED: partial(project_backward, aggregated=True),
     "coefficients_backward": coefficients_backward,
     "head_coefficients_backward": head_coefficients_backward,
     "sinkhorn_backward": sinkhorn_backward,

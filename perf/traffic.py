@@ -13,7 +13,7 @@ kernels, project, pre and post):
     pre_backward      reads n + 1   writes 0
     post_backward     reads 2n + 1  writes n + 1
 
-Fused across a boundary (delayed is the form whose h_pre is there already):
+Fused across a boundary (delayed is the form whose h_pre is there already; at n = 8 a GPU's backward is not fused):
 
     post_pre, post_head         reads 2n + 1  writes n + 1
     post_pre_delayed            reads n + 1   writes n + 1

@@ -50,6 +50,8 @@ SHAPES += [
 @pytest.mark.parametrize(("target", "shape"), SHAPES)
 def test_every_stream_tensor_moves_once(kernel: str, target: str, shape: Shape) -> None:
     """As the formulas say: but for g_layer_input, which the projection's backward reads for each stream."""
+    if kernel.startswith("post_pre") and "backward" in kernel and shape.num_streams == 8 and target == "cuda":
+        pytest.skip("separate kernels, which have cases of their own")
     counted = audited(Case(kernel, shape), target, BLOCKS[target])
     unit = shape.num_tokens * shape.hidden_size * shape.itemsize
     again = (shape.num_streams - 1) * unit if kernel == AGGREGATED else 0

@@ -22,7 +22,14 @@ from mhc_tilelang.perf.simt import SimtError, executing, target
 
 MAIN = Case(4, 144, torch.bfloat16, 37)
 LONG = Case(4, 144, torch.bfloat16, 130)  # several tiles of tokens a block
-CHECKED_BY = {"split_phi": "project", "head_coefficients": "head", "sum_partials": "coefficients_backward"}
+CHECKED_BY = {
+    "split_phi": "project",
+    "head_coefficients": "head",
+    "sum_partials": "coefficients_backward",
+    "post_project": "post_pre",
+    "boundary_backward": "post_pre_backward",
+    "boundary_sums": "post_pre_backward",
+}
 
 Mutation = Callable[[str], str]
 
@@ -76,6 +83,9 @@ MASKS = {
     "sinkhorn_backward": TOKENS,
     "pre_backward": CHANNELS,
     "post_backward": CHANNELS,
+    "post_project": TOKENS,
+    "boundary_backward": TOKENS,
+    "boundary_sums": TOKENS,
 }
 
 
@@ -100,6 +110,18 @@ def test_swapped_rows_of_h_res_are_caught(family: str, monkeypatch: pytest.Monke
 
     assert swapped(source_of(family)) != source_of(family)
     assert outcome(monkeypatch, family, swapped) == "wrong"
+
+
+@pytest.mark.parametrize("family", ["post_project", "boundary_backward"])
+def test_a_transposed_element_of_h_res_is_caught(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for the kernels whose source names each element: one of them is the one across the diagonal."""
+    element = r"(h_res\[.*\* \(int64_t\)16\) \+ \(int64_t\))1\)\]"
+
+    def transposed(code: str) -> str:
+        return re.sub(element, r"\g<1>4)]", code, count=1)
+
+    assert transposed(source_of(family)) != source_of(family)
+    assert outcome(monkeypatch, family, transposed) == "wrong"
 
 
 # Barriers that tilelang sets and nothing needs: what follows begins with one, or touches what the same thread touched.

@@ -118,8 +118,9 @@ def compare_mixing(
 ) -> list[Comparison]:
     """The gradients of what was mixed, and of phi."""
     rows, dtype, n = inputs.phi.shape[0], dtype_name(case.dtype), case.num_streams
-    plan = boundary_plans.boundary_backward_plan(rows, n, case.hidden_size, dtype, platform_of(inputs.x.device))
-    split = tolerance.split_error(plan)
+    target = platform_of(inputs.x.device)
+    split = tolerance.split_error(boundary_plans.boundary_backward_plan(rows, n, case.hidden_size, dtype, target))
+    fused = boundary_plans.backward_is_fused(n, target)
 
     def reaching(outside: Array, g_dots: Array, rho: Array, x_next: Array, phi: Array, h_pre: Array, g_input: Array):
         """The gradient that reaches x_next, and that of phi."""
@@ -132,6 +133,8 @@ def compare_mixing(
     magnitude, _ = reaching(*map(np.abs, terms))
     g_scale, phi_scale = (np.sqrt(square) for square in reaching(*map(np.square, terms)))
     g_bound = magnitude * (rows + 4) * tolerance.U32 + split * g_scale  # float32 until it is mixed
+    if not fused:  # rounded, then added and rounded again
+        g_bound += 2 * tolerance.combination(magnitude, 0, dtype)
 
     exact = [numpy64(argument) for argument in mixed(inputs)]
     expected = reference.post_backward(g, *exact)
