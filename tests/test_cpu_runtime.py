@@ -34,6 +34,8 @@ ROW(row_float16, mhc::float16)
 GEMM(gemm_float, float, 6, 10, 48)
 GEMM(gemm_bfloat16, mhc::bfloat16, 8, 24, 64)
 GEMM(gemm_float16, mhc::float16, 3, 5, 32)
+GEMM(gemm_blocks, float, 4, 8, 48)
+GEMM(gemm_one, float, 1, 1, 48)
 """
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
@@ -144,3 +146,17 @@ def test_gemm_adds_a_times_b_transposed(library: ctypes.CDLL, function: str, dty
     expected = c + a @ b.T
     call(getattr(library, function), a.astype(dtype), b.astype(np.float32), c)
     np.testing.assert_array_equal(c, expected)
+
+
+def test_sums_of_a_block_have_the_bits_of_sums_one_by_one(library: ctypes.CDLL) -> None:
+    """Lanes are added in one order, however many sums are taken together. Catches a shuffle that pairs other lanes."""
+    random = np.random.default_rng(3)
+    a, b, c = (random.standard_normal(shape).astype(np.float32) for shape in ((4, 48), (8, 48), (4, 8)))
+    expected = c.copy()
+    for row in range(4):
+        for column in range(8):
+            one = expected[row, column : column + 1].copy()
+            call(library.gemm_one, a[row].copy(), b[column].copy(), one)
+            expected[row, column] = one[0]
+    call(library.gemm_blocks, a, b, c)
+    np.testing.assert_array_equal(c.view(np.int32), expected.view(np.int32))
