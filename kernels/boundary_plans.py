@@ -135,7 +135,7 @@ def boundary_backward_plan(
         return BoundaryBackwardPlan(rows, False, "float32", tokens, channels, threads=1)
     operand = "bfloat16" if dtype == "bfloat16" else "float32"
     if dtype == "float16":
-        return BoundaryBackwardPlan(rows, True, operand, tokens=16, channels=64, threads=256)
+        return BoundaryBackwardPlan(rows, True, operand, tokens=16, channels=64, threads=128)
     if dtype == "float32":
         return BoundaryBackwardPlan(rows, True, operand, tokens=16, channels=32, threads=128)
     tokens, channels = (16, 128) if rows > 16 else (32, 64)  # a head's few rows: 128 channels spill

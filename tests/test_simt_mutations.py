@@ -126,7 +126,7 @@ def test_a_transposed_element_of_h_res_is_caught(family: str, monkeypatch: pytes
 
 # Barriers that tilelang sets and nothing needs: what follows begins with one, or touches what the same thread touched.
 REDUNDANT = {"project_backward": 1, "post_backward": 1}
-SYNCHRONIZED = {"project": 8, "project_backward": 4, "post_backward": 1}
+SYNCHRONIZED = {"project": 8, "project_backward": 4, "post_backward": 1, "post_project": 8, "boundary_backward": 19}
 """How many barriers and waits there are, besides those of reductions."""
 
 
