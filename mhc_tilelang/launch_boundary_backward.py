@@ -77,9 +77,9 @@ def post_pre_backward(
         g_mixed, g_phi = separate_backward(
             g_x_next, g_layer_input, g_projected, x, layer_output, weights, h_post, h_res, phi, x_next
         )
-        g_pre = None
-        if given_pre is not None:
-            g_pre = torch.zeros_like(given_pre) if not delayed else launch_backward.pre_backward(g_layer_input, x_next)
+        g_pre = None if given_pre is None else torch.zeros_like(given_pre)
+        if given_pre is not None and g_layer_input is not None:
+            g_pre = launch_backward.pre_backward(g_layer_input, x_next)
         return BoundaryGradients(*g_mixed, g_phi, g_alpha, g_bias, g_pre)
     g_projected, partial_parameters = coefficients_backward(
         g_next_pre, g_next_post, g_next_res, projected, alpha, bias, spec
@@ -109,16 +109,22 @@ def separate_backward(
     h_res: torch.Tensor,
     phi: torch.Tensor,
     x_next: torch.Tensor,
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     """As `mixing_backward` and its sums, by the separate kernels: the gradients of x, layer_output, h_post and h_res,
     then of phi.
     """
-    g_next, g_phi = launch_backward.project_backward(
-        g_projected, x_next, phi, h_pre=None if g_layer_input is None else h_pre, g_layer_input=g_layer_input
+    g_next, g_phi = torch.empty_like(x), torch.empty_like(phi)
+    weights = None if g_layer_input is None else h_pre
+    launch_backward.project_backward(
+        g_projected, x_next, phi, h_pre=weights, g_layer_input=g_layer_input, out=(g_next, g_phi)
     )
     if g_x_next is not None:
-        g_next = g_next.add_(g_x_next)
-    return launch_backward.post_backward(g_next, x, layer_output, h_post, h_res), g_phi
+        g_next += g_x_next
+    g_x, g_layer_output = torch.empty_like(x), torch.empty_like(layer_output)
+    g_post, g_res = (torch.empty_like(each, memory_format=torch.contiguous_format) for each in (h_post, h_res))
+    out = (g_x, g_layer_output, g_post, g_res)
+    launch_backward.post_backward(g_next, x, layer_output, h_post, h_res, out=out)
+    return out, g_phi
 
 
 def coefficients_backward(

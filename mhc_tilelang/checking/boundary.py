@@ -27,7 +27,10 @@ from .plain_torch import by_autograd
 MIXED = ("g_x", "g_layer_output", "g_h_post", "g_h_res")
 
 
-def mixed(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def mixed(inputs: Inputs) -> Four:
     """What post takes."""
     return inputs.x, inputs.layer_output, inputs.h_post, inputs.h_res
 
@@ -98,8 +101,9 @@ def plain_gradients(case: Case, inputs: Inputs, upstream: Gradients) -> tuple[to
     """The gradients by torch's autograd, in the order of the arguments."""
 
     def outputs(*arguments: torch.Tensor) -> torch.Tensor:
-        x_next = plain_torch.post(*arguments[:4])
-        layer_input, h_post, h_res = plain_torch.pre(x_next, *arguments[4:], case.spec)
+        x, layer_output, given_post, given_res, phi, alpha, bias = arguments
+        x_next = plain_torch.post(x, layer_output, given_post, given_res)
+        layer_input, h_post, h_res = plain_torch.pre(x_next, phi, alpha, bias, case.spec)
         return torch.cat([output.float().flatten() for output in (x_next, layer_input, h_post, h_res)])
 
     given = (upstream.g_x, upstream.g_h, upstream.g_h_post, upstream.g_h_res)
@@ -122,7 +126,9 @@ def compare_mixing(
     split = tolerance.split_error(boundary_plans.boundary_backward_plan(rows, n, case.hidden_size, dtype, target))
     fused = boundary_plans.backward_is_fused(n, target)
 
-    def reaching(outside: Array, g_dots: Array, rho: Array, x_next: Array, phi: Array, h_pre: Array, g_input: Array):
+    def reaching(
+        outside: Array, g_dots: Array, rho: Array, x_next: Array, phi: Array, h_pre: Array, g_input: Array
+    ) -> tuple[Array, Array]:
         """The gradient that reaches x_next, and that of phi."""
         through_dots, g_phi = reference.project_backward(g_dots.T, rho / 2, x_next, phi)
         return outside + through_dots + reference.aggregate_backward(g_input, x_next, h_pre)[0], g_phi
