@@ -35,9 +35,15 @@ INPUTS = (
 TRAILING = (2, 1, 1, 2)  # dimensions of the first four inputs that are not tokens
 
 
-def _flat_inputs(inputs: tuple[torch.Tensor, ...]) -> Any:
-    mixed = (flat(tensor, trailing) for tensor, trailing in zip(inputs[:4], TRAILING, strict=True))
-    return (*mixed, *(tensor.contiguous() for tensor in inputs[4:7]))
+Seven = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]  # of INPUTS, all but h_pre
+
+
+def _flat_inputs(inputs: Seven) -> Seven:
+    x, layer_output, h_post, h_res = (flat(t, trailing) for t, trailing in zip(inputs[:4], TRAILING, strict=True))
+    phi, alpha, bias = (tensor.contiguous() for tensor in inputs[4:])
+    return x, layer_output, h_post, h_res, phi, alpha, bias
 
 
 def unflat(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
