@@ -99,7 +99,7 @@ def post_backward(
     wanted = (needs_x, needs_layer_output, needs_mixing, needs_mixing)
     arguments = (x, layer_output, h_post, h_res)
     gradients = out or tuple(torch.empty_like(t) if w else None for t, w in zip(arguments, wanted, strict=True))
-    g_x, g_layer_output, g_h_post, g_h_res = map(_or_unused, gradients, arguments)
+    g_x, g_layer_output, g_h_post, g_h_res = map(or_unused, gradients, arguments)
     tile = plans.reduction_tile(x.shape[2], x.element_size(), compiler.platform_of(x.device))
     kernel = compiler.kernel(
         "post_backward",
@@ -141,8 +141,29 @@ def coefficients_backward(
     """Gradients of the mappings, projected [M + 1, T], alpha [3], bias [M]
     -> g_projected [M + 1, T], g_alpha [3], g_bias [M].
     """
+    g_projected, g_alpha, g_bias = out or (torch.empty_like(t) for t in (projected, alpha, bias))
+    partial = mappings_backward(g_h_pre, g_h_post, g_h_res, projected, alpha, bias, spec, out=g_projected)
+    split_parameters(partial, g_alpha, g_bias)
+    return g_projected, g_alpha, g_bias
+
+
+def mappings_backward(
+    g_h_pre: Gradient,
+    g_h_post: Gradient,
+    g_h_res: Gradient,
+    projected: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    spec: MHCSpec,
+    *,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """The kernel of `coefficients_backward`: writes g_projected to `out`, returns the gradients of alpha and bias with
+    their sums over tokens still in parts, [blocks, 3 + M].
+    """
     target = compiler.target_of(projected.device)
     given = {"g_h_pre": g_h_pre, "g_h_post": g_h_post, "g_h_res": g_h_res}
+    block = sinkhorn_tokens(spec.num_streams, spec.sinkhorn_iters, target)
     kernel = compiler.kernel(
         "coefficients_backward",
         target,
@@ -151,24 +172,22 @@ def coefficients_backward(
         iters=spec.sinkhorn_iters,
         sinkhorn_eps=spec.sinkhorn_eps,
         post_scale=spec.post_scale,
-        block=(block := sinkhorn_tokens(spec.num_streams, spec.sinkhorn_iters, target)),
+        block=block,
         pre_given=g_h_pre is not None,
         post_given=g_h_post is not None,
         res_given=g_h_res is not None,
     )
-    tensors = {name: _or_unused(gradient, projected) for name, gradient in given.items()}
-    g_projected, g_alpha, g_bias = out or (torch.empty_like(t) for t in (projected, alpha, bias))
+    tensors = {name: or_unused(gradient, projected) for name, gradient in given.items()}
     partial = partial_sums(projected, block, alpha.numel() + bias.numel())
     kernel(
         **tensors,
         projected=projected,
         alpha=aligned(alpha),
         bias=aligned(bias),
-        g_projected=g_projected,
+        g_projected=out,
         partial=partial,
     )
-    split_parameters(partial, g_alpha, g_bias)
-    return g_projected, g_alpha, g_bias
+    return partial
 
 
 def head_coefficients_backward(
@@ -263,10 +282,10 @@ def project_backward(
         g_projected=g_projected,
         x=aligned(x),
         phi=aligned(phi).view(shape) if needs_x else phi.new_empty(1),
-        h_pre=_or_unused(h_pre if needs_x else None, phi),
-        g_layer_input=_or_unused(g_layer_input if needs_x else None, x),
-        g_x=_or_unused(g_x, x),
-        partial=_or_unused(None if partial is None else partial.view(-1, *shape), phi),
+        h_pre=or_unused(h_pre if needs_x else None, phi),
+        g_layer_input=or_unused(g_layer_input if needs_x else None, x),
+        g_x=or_unused(g_x, x),
+        partial=or_unused(None if partial is None else partial.view(-1, *shape), phi),
         tokens_per_split=tokens_per_split,
     )
     if g_phi is not None and partial is not None and num_splits > 1:
@@ -279,6 +298,6 @@ def _by_width(tensor: torch.Tensor, tile: plans.ReductionTile) -> torch.Tensor:
     return aligned(tensor).view(*tensor.shape[:-1], tensor.shape[-1] // tile.width, tile.width)
 
 
-def _or_unused(tensor: Gradient, like: torch.Tensor) -> torch.Tensor:
+def or_unused(tensor: Gradient, like: torch.Tensor) -> torch.Tensor:
     """The tensor, or the one element that a kernel takes for a tensor it does not touch."""
     return like.new_empty(1) if tensor is None else aligned(tensor)

@@ -18,6 +18,7 @@ from . import launch_backward
 from .kernel import dtype_name
 from .kernels import boundary_plans, plans
 from .launch import aligned
+from .launch_backward import or_unused
 from .spec import MHCSpec
 
 Gradient = torch.Tensor | None
@@ -81,8 +82,9 @@ def post_pre_backward(
         if given_pre is not None and g_layer_input is not None:
             g_pre = launch_backward.pre_backward(g_layer_input, x_next)
         return BoundaryGradients(*g_mixed, g_phi, g_alpha, g_bias, g_pre)
-    g_projected, partial_parameters = coefficients_backward(
-        g_next_pre, g_next_post, g_next_res, projected, alpha, bias, spec
+    g_projected = torch.empty_like(projected)
+    partial_parameters = launch_backward.mappings_backward(
+        g_next_pre, g_next_post, g_next_res, projected, alpha, bias, spec, out=g_projected
     )
     g_x, g_layer_output, partial_phi, partial_mixing = mixing_backward(
         g_x_next, g_layer_input, g_projected, x, layer_output, weights, h_post, h_res, phi, delayed=delayed
@@ -125,40 +127,6 @@ def separate_backward(
     out = (g_x, g_layer_output, g_post, g_res)
     launch_backward.post_backward(g_next, x, layer_output, h_post, h_res, out=out)
     return out, g_phi
-
-
-def coefficients_backward(
-    g_h_pre: Gradient,
-    g_h_post: Gradient,
-    g_h_res: Gradient,
-    projected: torch.Tensor,
-    alpha: torch.Tensor,
-    bias: torch.Tensor,
-    spec: MHCSpec,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `launch_backward.coefficients_backward`, but with the sums over tokens still in parts, [blocks, 3 + M]."""
-    target = compiler.target_of(projected.device)
-    given = {"g_h_pre": g_h_pre, "g_h_post": g_h_post, "g_h_res": g_h_res}
-    block = launch_backward.sinkhorn_tokens(spec.num_streams, spec.sinkhorn_iters, target)
-    kernel = compiler.kernel(
-        "coefficients_backward",
-        target,
-        num_streams=spec.num_streams,
-        hidden_size=spec.hidden_size,
-        iters=spec.sinkhorn_iters,
-        sinkhorn_eps=spec.sinkhorn_eps,
-        post_scale=spec.post_scale,
-        block=block,
-        pre_given=g_h_pre is not None,
-        post_given=g_h_post is not None,
-        res_given=g_h_res is not None,
-    )
-    g_projected = torch.empty_like(projected)
-    partial = launch_backward.partial_sums(projected, block, alpha.numel() + bias.numel())
-    tensors = {name: or_unused(gradient, projected) for name, gradient in given.items()}
-    parameters = {"alpha": aligned(alpha), "bias": aligned(bias)}
-    kernel(**tensors, projected=projected, **parameters, g_projected=g_projected, partial=partial)
-    return g_projected, partial
 
 
 def mixing_backward(
@@ -257,8 +225,3 @@ def boundary_sums(
         g_parameters=g_parameters,
     )
     return g_phi, g_h_post, g_h_res.view(num_tokens, n, n), g_h_pre, g_parameters
-
-
-def or_unused(tensor: Gradient, like: torch.Tensor) -> torch.Tensor:
-    """The tensor, or the one element that a kernel takes for a tensor it does not touch."""
-    return like.new_empty(1) if tensor is None else aligned(tensor)

@@ -32,6 +32,12 @@ Bytes counted from the kernels' code:
     launches   which kernels a call launches, how compiled, on which target
     audited    the traffic of a call
     audit      the traffic of a kernel, from its TIR
+    calls, launches_boundary   what `launches` is made of; the kernels that are fused across a boundary
+
+CUDA without a GPU:
+
+    inspect    what nvcc makes of every kernel, and a page to study each
+    simt       executes the generated CUDA source on the CPU, thread by thread
 
 Imports the package and nothing imports it but the command line. Commands and reports, `options`, `cases`, `traffic`,
 `sizes`, `model` and `launches` load no torch.
