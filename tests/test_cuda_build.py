@@ -43,7 +43,19 @@ def name_of(value: object) -> str:
     return "-".join([value.label.replace(" ", "_"), *(str(size) for size in sizes if size)])
 
 
-@pytest.mark.parametrize(("subject", "arch"), BUILDS, ids=name_of)
+def takes_long(subject: Subject, arch: str) -> bool:
+    """Builds that CI leaves to `make test-full`: 20 s for a boundary's kernel, and what architectures share."""
+    if subject.kernel in ("post_project", "boundary_backward"):
+        return arch != matrix.MAIN or (subject.num_streams, subject.dtype) != (4, "bfloat16")
+    return arch in ("sm_80", "sm_120a") and subject.kernel not in matrix.HEAVY
+
+
+def builds() -> list:
+    """BUILDS, those that take long marked."""
+    return [pytest.param(*pair, marks=[pytest.mark.full] * takes_long(*pair)) for pair in BUILDS]
+
+
+@pytest.mark.parametrize(("subject", "arch"), builds(), ids=name_of)
 def test_builds(subject: Subject, arch: str) -> None:
     """One build, from nothing, and every fact of it."""
     from mhc_tilelang.perf.inspect.built import build
