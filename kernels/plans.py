@@ -162,7 +162,7 @@ def chunks_per_split(num_tokens: int, num_chunks: int, plan: ProjectionPlan, par
     wanted = max(1, parallel_blocks // token_blocks)
     num_groups = -(-num_chunks // plan.chunks_per_group)
     if wanted < 2 * num_groups:
-        return -(-num_groups // min(num_groups, wanted)) * plan.chunks_per_group
+        return min(num_chunks, -(-num_groups // min(num_groups, wanted)) * plan.chunks_per_group)
     return -(-num_chunks // min(num_chunks, wanted))
 
 

@@ -15,7 +15,6 @@ from helpers_backward import in_nan
 from mhc_tilelang import launch_backward, launch_boundary, launch_boundary_backward, reference
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
 from mhc_tilelang.checking.kernels import numpy64
-from mhc_tilelang.kernel import dtype_name
 from mhc_tilelang.kernels import boundary_plans
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -268,19 +267,3 @@ def test_separate_kernels_at_8_streams(delayed, dtype, monkeypatch):
             distance, scale = (one - other).float().square().mean().sqrt(), other.float().square().mean().sqrt()
             assert one.dtype == other.dtype, name
             assert distance <= (1e-5 + 2 * ROUNDING[dtype]) * scale, name
-
-
-@pytest.mark.parametrize("dtype", [dtype_name(dtype) for dtype in DTYPES])
-@pytest.mark.parametrize("n", [2, 4])
-def test_shared_memory_fits_every_architecture(n, dtype):
-    """The 99 KB of sm_120, by what the plan's tiles take."""
-    from test_cuda_build import shared_bytes
-
-    from mhc_tilelang import cuda, tracing
-
-    rows = n * n + 2 * n
-    plan = boundary_plans.boundary_backward_plan(rows, n, 1280, dtype, "cuda")
-    sizes = {"num_streams": n, "hidden_size": 1280, "dtype": dtype, "layer_dtype": dtype}
-    given = {"outside": True, "aggregated": True, "delayed": False}
-    func = tracing.trace("boundary_backward", {**sizes, "plan": plan, **given})
-    assert shared_bytes(func) <= min(cuda.SHARED_BYTES.values())

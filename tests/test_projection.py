@@ -141,7 +141,7 @@ def test_split_count_moves_no_bit(case, target):
 @pytest.mark.parametrize("parallel_blocks", [1, 8, 132, 264])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_slabs_that_a_gpu_writes(dtype, parallel_blocks):
-    """One where the tokens fill the device, a quarter of a chunk's 1C where they half fill it, chunks below that."""
+    """One where the tokens fill the device, an eighth of the chunks' 1C where they come near it, chunks below that."""
     plan = plans.projection_plan(24, 2560, dtype, "cuda")
     num_chunks = plan.num_chunks(2560)
     for num_tokens in (1, 63, 512, 1024, 2048, 4096, 16384, 65536):
@@ -149,9 +149,9 @@ def test_slabs_that_a_gpu_writes(dtype, parallel_blocks):
         slabs = plans.num_slabs(per_split, num_chunks, plan)
         blocks = -(-num_tokens // plan.tokens)
         splits = -(-num_chunks // per_split)
-        assert slabs in (1, 5, num_chunks)
+        assert slabs in (1, 3, num_chunks)
         assert (slabs == 1) == (2 * blocks > parallel_blocks or splits == 1)
-        assert slabs < num_chunks or blocks * 10 <= parallel_blocks
+        assert slabs < num_chunks or blocks * 6 <= parallel_blocks
         assert blocks * splits <= max(parallel_blocks, blocks)
 
 
