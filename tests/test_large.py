@@ -7,11 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_cuda_build import backward_parameters
 
 import mhc_tilelang as mhc
 from mhc_tilelang import launch, launch_backward, tracing
+from mhc_tilelang.cuda_source import generate
 from mhc_tilelang.kernels import plans
+from mhc_tilelang.perf.cases import Shape
+from mhc_tilelang.perf.inspect import matrix
 
 
 @pytest.mark.full
@@ -71,10 +73,8 @@ def test_the_backward_of_the_last_token_of_a_huge_stream() -> None:
 @pytest.mark.parametrize("family", ["pre_backward", "post_backward", "expand_backward", "project_backward"])
 def test_cuda_indexes_streams_of_a_backward_in_64_bits(family: str) -> None:
     """As below; `project_backward` counts tokens in ranges and tiles of 64."""
-    from mhc_tilelang import cuda
-
-    parameters = backward_parameters(family, 4, "bfloat16")
-    source = cuda.build(tracing.trace(family, parameters), "sm_90a", family, parameters).get_kernel_source()
+    *_, subject = matrix.subjects(Shape(4096, 4, 1280, "bfloat16"), [family])
+    source = generate(family, subject.launch.parameters, "sm_90a").code
     token, tile = 4 * 1280, 64 * 4 * 1280
     if family == "project_backward":
         assert f"((int64_t)tokens_per_split)) * (int64_t){token})" in source
