@@ -5,7 +5,7 @@ Arguments of any float dtype become float64, and nothing is rounded to a narrowe
 shapes and conventions are those of `mhc_tilelang`.
 
 A family a file: `expand`, `projection` (Eq. 14, 15), `coefficients` (16 to 18), `sinkhorn` (9, 19), `pre` and
-`post` (3), `post_pre`, `head`, `residual` (1), `hyper_connections` (5), and `stream`, which carries an
+`post` (3), `post_pre`, `delayed`, `head`, `residual` (1), `hyper_connections` (5), and `stream`, which carries an
 embedding through many sublayers (4).
 
 What trains has its gradient beside it: X and X_backward. g_y is the gradient of a scalar loss by y.
@@ -26,6 +26,13 @@ from .coefficients import (
     gate_post,
     gate_pre,
     split_groups,
+)
+from .delayed import (
+    delayed_post_pre,
+    delayed_post_pre_backward,
+    delayed_pre,
+    delayed_pre_backward,
+    first_pre,
 )
 from .expand import collapse, collapse_backward, expand, expand_backward
 from .head import head, head_backward, head_coefficients, head_coefficients_backward
@@ -68,8 +75,13 @@ __all__ = [
     "collapse_backward",
     "compute_logits",
     "compute_logits_backward",
+    "delayed_post_pre",
+    "delayed_post_pre_backward",
+    "delayed_pre",
+    "delayed_pre_backward",
     "expand",
     "expand_backward",
+    "first_pre",
     "gate_post",
     "gate_pre",
     "hc_coefficients",

@@ -7,6 +7,8 @@
     for step in stream_steps(h, sublayers, spec):
         streams.append(step.x)                  # streams that real layers have written
         composite = step.h_res @ composite      # ∏ H^res of Eq. 4
+
+With a spec that has `delayed_pre`, an mHC sublayer is aggregated as `delayed` says.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +18,7 @@ from numpy.typing import ArrayLike
 
 from ._inputs import Array, Spec, as_float64
 from .coefficients import coefficients
+from .delayed import first_pre
 from .expand import expand
 from .hyper_connections import hc_coefficients
 from .post import post
@@ -44,7 +47,7 @@ class Step(NamedTuple):
     """What one sublayer read, computed and wrote; n is 1 for a plain residual."""
 
     x: Array  # [..., n, C]
-    h_pre: Array  # [..., n]
+    h_pre: Array  # [..., n]; what layer_input was aggregated with, in the delayed form the one of the sublayer before
     h_post: Array  # [..., n]
     h_res: Array  # [..., n, n]
     layer_input: Array  # [..., C]
@@ -60,7 +63,8 @@ def stream_steps(
     Args:
         h: the embedding, [..., C].
         sublayers: in order.
-        spec: as for `coefficients`; a plain residual has one stream whatever num_streams says.
+        spec: as for `coefficients`; a plain residual has one stream whatever num_streams says. An attribute
+            `delayed_pre` that is true makes it the delayed form, which of the three only "mhc" has.
         connection: "mhc", "hc" or "residual".
 
     Returns:
@@ -92,18 +96,26 @@ def run_stream(
 
 def _first_stream(h: ArrayLike, spec: Spec, connection: str) -> Array:
     _check_choice("connection", connection, get_args(Connection))
+    if connection == "hc" and getattr(spec, "delayed_pre", False):
+        raise ValueError("spec: expected no delayed_pre for 'hc', which has no delayed form, got one")
     h = as_float64("h", h, (..., spec.hidden_size))
     return expand(h, 1 if connection == "residual" else spec.num_streams)
 
 
 def _walk(x: Array, sublayers: Iterable[Sublayer], spec: Spec, connection: str) -> Iterator[Step]:
+    delayed, earlier_pre = _is_delayed(spec, connection), first_pre(x)
     for sublayer in sublayers:
-        h_pre, h_post, h_res = _coefficients(x, sublayer, spec, connection)
+        own_pre, h_post, h_res = _coefficients(x, sublayer, spec, connection)
+        h_pre = earlier_pre if delayed else own_pre
         layer_input = aggregate(x, h_pre)
         layer_output = as_float64("layer_output", sublayer.layer(layer_input), layer_input.shape)
         x_next = post(x, layer_output, h_post, h_res)
         yield Step(x, h_pre, h_post, h_res, layer_input, layer_output, x_next)
-        x = x_next
+        x, earlier_pre = x_next, own_pre
+
+
+def _is_delayed(spec: Spec, connection: str) -> bool:
+    return connection == "mhc" and getattr(spec, "delayed_pre", False)  # not in Spec: ordinary unless it is there
 
 
 def _coefficients(x: Array, sublayer: Sublayer, spec: Spec, connection: str) -> tuple[Array, Array, Array]:

@@ -76,6 +76,16 @@ def post_pre(x, layer_output, h_post, h_res, *parameters):
     return x_next, *pre(x_next, *parameters)
 
 
+def delayed_pre(x, h_pre, *parameters):
+    own_pre, h_post, h_res = coefficients(x, *parameters)
+    return aggregate(x, h_pre), h_post, h_res, own_pre
+
+
+def delayed_post_pre(x, layer_output, h_post, h_res, h_pre, *parameters):
+    x_next = post(x, layer_output, h_post, h_res)
+    return x_next, *delayed_pre(x_next, h_pre, *parameters)
+
+
 PARAMETERS = ("phi", "alpha", "bias", "norm_weight")
 HEAD_PARAMETERS = ("head_phi", "head_alpha", "head_bias", "norm_weight")
 HC_PARAMETERS = ("theta", "alpha", "bias", "hc_norm_weight")
@@ -89,6 +99,8 @@ EQUATIONS = {
     "pre": (pre, ("x", *PARAMETERS), ("spec",)),
     "post": (post, MAPPED, ()),
     "post_pre": (post_pre, (*MAPPED, *PARAMETERS), ("spec",)),
+    "delayed_pre": (delayed_pre, ("x", "h_pre", *PARAMETERS), ("spec",)),
+    "delayed_post_pre": (delayed_post_pre, (*MAPPED, "h_pre", *PARAMETERS), ("spec",)),
     "head_coefficients": (gate_head, ("x", *HEAD_PARAMETERS), ("spec",)),
     "head": (lambda x, *rest: aggregate(x, gate_head(x, *rest)), ("x", *HEAD_PARAMETERS), ("spec",)),
     "residual": (torch.add, ("h", "layer_output"), ()),

@@ -25,6 +25,8 @@ CASES = {
     "coefficients": {"x": "TnC", **PARAMETERS},
     "collapse": {"x": "TnC"},
     "compute_logits": {"dots": "TM", "scale": "T", "alpha": "M", "bias": "M"},
+    "delayed_post_pre": {**MAPPED, "h_pre": "Tn", **PARAMETERS},
+    "delayed_pre": {"x": "TnC", "h_pre": "Tn", **PARAMETERS},
     "expand": {"h": "TC"},
     "hc_coefficients": {"x": "TnC", **HC_PARAMETERS},
     "hc_post": MAPPED,
@@ -42,7 +44,7 @@ CASES = {
 }
 # Parts of a larger step, a walk over many, and a constant: nothing that a loss would be taken of.
 WITHOUT_GRADIENT = {"alpha_per_row", "gate_post", "gate_pre", "residual_coefficients", "run_stream", "split_groups"}
-WITHOUT_GRADIENT |= {"Step", "Sublayer", "stream_steps"}
+WITHOUT_GRADIENT |= {"Step", "Sublayer", "first_pre", "stream_steps"}
 
 every_function = pytest.mark.parametrize("name", CASES)
 every_shape = pytest.mark.parametrize(("n", "std"), [(2, 2.0), (4, 2.0), (8, 2.0), (2, 6.0), (4, 6.0), (8, 6.0)])

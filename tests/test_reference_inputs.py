@@ -53,6 +53,9 @@ CASES = {
     "pre": (STREAM, PARAMETERS, {"spec": SPEC}),
     "post": (MAPPED, {}, {}),
     "post_pre": (MAPPED, PARAMETERS, {"spec": SPEC}),
+    "first_pre": (STREAM, {}, {}),
+    "delayed_pre": ({**STREAM, **random_arrays(h_pre=(T, n))}, PARAMETERS, {"spec": SPEC}),
+    "delayed_post_pre": ({**MAPPED, **random_arrays(h_pre=(T, n))}, PARAMETERS, {"spec": SPEC}),
     "head_coefficients": (STREAM, HEAD_PARAMETERS, {"spec": SPEC}),
     "head": (STREAM, HEAD_PARAMETERS, {"spec": SPEC}),
     "residual": (random_arrays(x=(T, C), layer_output=(T, C)), {}, {}),
@@ -66,6 +69,7 @@ PER_TOKEN = [name for name, (tokens, _, _) in CASES.items() if tokens]
 FREE = {
     ("aggregate", "x"),
     ("expand", "h"),
+    ("first_pre", "x"),
     ("gate_post", "logits"),
     ("gate_pre", "logits"),
     ("normalize_streams", "x"),
