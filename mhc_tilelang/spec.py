@@ -24,6 +24,8 @@ class MHCSpec:
         pre_eps: added to h_pre after its sigmoid.
         rms_eps: added to the mean square before the root.
         post_scale: factor of h_post's sigmoid (the paper: 2).
+        delayed_pre: a sublayer's input is aggregated with the h_pre of the sublayer before it, and the first one's is
+            stream 0 (DeepSeek-V4.1). Modules and `ResidualStream` follow this; functions take `h_pre=`, and insist.
 
     Raises:
         TypeError: a value of another type. ValueError: a value out of range. Both name the argument.
@@ -36,12 +38,13 @@ class MHCSpec:
     pre_eps: float = 1e-6
     rms_eps: float = 1e-6
     post_scale: float = 2.0
+    delayed_pre: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            wanted = (int,) if field.type == "int" else (int, float)
-            if isinstance(value, bool) or not isinstance(value, wanted):
+            wanted = {"bool": (bool,), "int": (int,), "float": (int, float)}[str(field.type)]
+            if isinstance(value, bool) != (field.type == "bool") or not isinstance(value, wanted):
                 raise TypeError(f"{field.name}: expected {field.type}, got {value!r} of type {type(value).__name__}")
         if self.hidden_size < 1:
             raise ValueError(f"hidden_size: expected at least 1, got {self.hidden_size}")
@@ -59,6 +62,11 @@ class MHCSpec:
     def deepseek_v4(cls, hidden_size: int, **changes: float) -> MHCSpec:
         """The constants of the released DeepSeek-V4 code: every eps 1e-6, 20 iterations (the defaults)."""
         return cls(hidden_size, **changes)  # type: ignore[arg-type]
+
+    @classmethod
+    def deepseek_v4_1(cls, hidden_size: int, **changes: float) -> MHCSpec:
+        """DeepSeek-V4's constants with V4.1's two changes: delayed_pre, and 1e-20 for rms_eps (C is 5120 there)."""
+        return cls(hidden_size, **{"rms_eps": 1e-20, "delayed_pre": True, **changes})  # type: ignore[arg-type]
 
     @classmethod
     def paper(cls, hidden_size: int, **changes: float) -> MHCSpec:

@@ -21,6 +21,8 @@ from mhc_tilelang import MHCSpec
         ({"num_streams": 4.0}, TypeError),
         ({"sinkhorn_iters": 0}, ValueError),
         ({"sinkhorn_iters": None}, TypeError),
+        ({"delayed_pre": 1}, TypeError),
+        ({"delayed_pre": None}, TypeError),
     ]
     + [
         ({name: value}, error)
@@ -41,6 +43,9 @@ def test_presets():
     paper = MHCSpec.paper(hidden_size=2560)
     assert paper == replace(v4, sinkhorn_eps=0.0, pre_eps=0.0, rms_eps=1e-20)
     assert MHCSpec.paper(64, num_streams=8, rms_eps=1e-12) == MHCSpec(64, 8, 20, 0.0, 0.0, 1e-12, 2.0)
+    assert MHCSpec.deepseek_v4_1(5120) == replace(MHCSpec(5120), rms_eps=1e-20, delayed_pre=True)
+    assert MHCSpec.deepseek_v4_1(64, delayed_pre=False, num_streams=2) == MHCSpec(64, 2, rms_eps=1e-20)
+    assert hash(MHCSpec(64, delayed_pre=True)) != hash(MHCSpec(64))
     assert (v4.num_coefficients, v4.stream_size) == (24, 10_240)
     with pytest.raises(FrozenInstanceError):
         v4.num_streams = 8
