@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .connections import HyperConnection, HyperHead, ResidualConnection, UnconstrainedHyperConnection, connection
     from .errors import CompilerError, GradientError, MHCError
-    from .ops import coefficients, collapse, expand, head, post, post_pre, pre, sinkhorn
+    from .ops import coefficients, collapse, expand, first_pre, head, post, post_pre, pre, sinkhorn
     from .residual_stream import ResidualStream
     from .spec import MHCSpec
 
@@ -45,6 +45,7 @@ __all__ = [
     "collapse",
     "connection",
     "expand",
+    "first_pre",
     "head",
     "post",
     "post_pre",

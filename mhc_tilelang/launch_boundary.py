@@ -46,19 +46,29 @@ def post_pre(
     *,
     h_pre: torch.Tensor | None = None,
     schedule: boundary_plans.BoundarySchedule | None = None,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> Boundary:
     """x [T, n, C], layer_output [T, C], h_post [T, n], h_res [T, n, n] of the sublayer that ends, phi [M, K],
     alpha [3], bias [M] of the one that begins -> x_next [T, n, C], and of the one that begins layer_input [T, C],
     h_post [T, n], h_res [T, n, n], h_pre [T, n], projected [M + 1, T].
 
     In the delayed form, with an h_pre [T, n] from the sublayer before, layer_input is aggregated with that, and the
-    h_pre that is returned is for the sublayer after.
+    h_pre that is returned is for the sublayer after. `out` has all results but projected.
     """
-    x_next, partial, layer_input = post_project(x, layer_output, h_post, h_res, phi, h_pre=h_pre, schedule=schedule)
+    num_tokens, n, hidden_size = x.shape
+    x_next, layer_input, next_post, next_res, next_pre = out or (
+        torch.empty_like(x),
+        x.new_empty(num_tokens, hidden_size),
+        *(h_post.new_empty(num_tokens, *rest) for rest in ((n,), (n, n), (n,))),
+    )
+    aggregated = None if h_pre is None else layer_input
+    _, partial, _ = post_project(
+        x, layer_output, h_post, h_res, phi, h_pre=h_pre, schedule=schedule, out=(x_next, aggregated)
+    )
     plan = launch.projection_plan(x, phi.shape[0])
-    next_pre, next_post, next_res, projected = launch.coefficients(partial, alpha, bias, spec, plan)
-    if layer_input is None:
-        layer_input = launch.aggregate(x_next, next_pre)
+    *_, projected = launch.coefficients(partial, alpha, bias, spec, plan, out=(next_pre, next_post, next_res))
+    if aggregated is None:
+        launch.aggregate(x_next, next_pre, out=layer_input)
     return Boundary(x_next, layer_input, next_post, next_res, next_pre, projected)
 
 

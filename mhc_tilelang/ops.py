@@ -1,4 +1,4 @@
-"""The public functions: expand, collapse, coefficients, sinkhorn, pre, post, post_pre, head.
+"""The public functions: expand, collapse, coefficients, sinkhorn, pre, first_pre, post, post_pre, head.
 
 Each checks its arguments (`arguments`) and calls its operator (`operators`), which autograd differentiates and
 torch.compile keeps whole. n streams, C = hidden size, K = n·C, M = n² + 2n; "..." stands for any leading
@@ -144,26 +144,51 @@ def pre(
     bias: torch.Tensor,
     spec: MHCSpec,
     *,
+    h_pre: torch.Tensor | None = None,
     norm_weight: torch.Tensor | None = None,
-    out: Tensors3 | None = None,
-) -> Tensors3:
+    out: tuple[torch.Tensor, ...] | None = None,
+) -> tuple[torch.Tensor, ...]:
     """Before a layer: the coefficients, and the streams aggregated to the layer's input (Eq. 3, H_pre x).
 
-    The arguments are those of `coefficients`.
+    The arguments are those of `coefficients`, and
+
+        h_pre: [..., n], float32: the delayed form, in which the streams are aggregated with this, from the sublayer
+            before; a first sublayer's is `first_pre(x)`. A spec with delayed_pre demands it.
 
     Returns:
-        layer_input [..., C] in x's dtype, rounded once; h_post [..., n] and h_res [..., n, n] for `post`.
+        layer_input [..., C] in x's dtype, rounded once; h_post [..., n] and h_res [..., n, n] for `post`. In the
+        delayed form also the sublayer's own h_pre [..., n], for the sublayer after it.
     """
-    arguments, phi = _check_projected("pre", x, phi, alpha, bias, spec, norm_weight)
-    if out is None:
-        layer_input, h_post, h_res, *_ = operators.pre.pre(x, phi, alpha, bias, *_constants(spec))
-        return layer_input, h_post, h_res
+    function = "pre"
+    arguments, phi = _check_projected(function, x, phi, alpha, bias, spec, norm_weight)
     n, hidden_size = spec.num_streams, spec.hidden_size
-    dtypes = (x.dtype, torch.float32, torch.float32)
-    buffers = _check_buffers(arguments, out, dtypes, layer_input=(hidden_size,), h_post=(n,), h_res=(n, n))
-    layer_input, h_post, h_res = buffers
-    operators.pre.pre_out(x, phi, alpha, bias, *_constants(spec), layer_input=layer_input, h_post=h_post, h_res=h_res)
-    return layer_input, h_post, h_res
+    _check_delayed(arguments, h_pre, spec)
+    inputs = (x, phi, alpha, bias, h_pre, *_constants(spec))
+    if out is None:
+        *results, next_pre, _ = operators.pre.pre(*inputs)
+        return tuple(results) if h_pre is None else (*results, next_pre)
+    shapes = {"layer_input": (hidden_size,), "h_post": (n,), "h_res": (n, n)}
+    if h_pre is not None:
+        shapes["h_pre"] = (n,)
+    buffers = _check_buffers(arguments, out, (x.dtype, *(torch.float32,) * 3), **shapes)
+    named = dict(zip(("layer_input", "h_post", "h_res", "next_pre"), buffers, strict=False))
+    operators.pre.pre_out(*inputs, **named)
+    return buffers
+
+
+def first_pre(x: torch.Tensor) -> torch.Tensor:
+    """The h_pre of a first sublayer in the delayed form, which takes stream 0.
+
+    Args:
+        x: [..., n, C], of which only the shape and the device count.
+
+    Returns:
+        h_pre [..., n], float32: 1 for stream 0, 0 for the others.
+    """
+    num_streams, _ = sizes_of("first_pre", "x", x, ("n", "C"))
+    check_streams("first_pre", "x", num_streams)
+    row = torch.eye(num_streams, device=x.device, dtype=torch.float32)[0]
+    return row.expand(x.shape[:-1]).contiguous()
 
 
 def post(
@@ -230,8 +255,8 @@ def post_pre(
         phi: [M, K], alpha: [3], bias: [M], norm_weight: [K] or None: of the sublayer that begins, as in `coefficients`.
         spec: sizes and constants.
         h_pre: [..., n], float32: the delayed form, in which the streams are aggregated with this instead of with
-            what x_next's own projection gives; (2n + 2)·C.
-        out: buffers for the first four results.
+            what x_next's own projection gives; (2n + 2)·C. A spec with delayed_pre demands it.
+        out: the results' buffers, in their order.
 
     Returns:
         x_next [..., n, C] and layer_input [..., C] in x's dtype; h_post [..., n] and h_res [..., n, n] of the sublayer
@@ -244,17 +269,16 @@ def post_pre(
     arguments.tensor("layer_output", layer_output, (hidden_size,), layer_dtypes, batched=True)
     arguments.tensor("h_post", h_post, (n,), batched=True)
     arguments.tensor("h_res", h_res, (n, n), batched=True)
-    if h_pre is not None:
-        arguments.tensor("h_pre", h_pre, (n,), batched=True)
+    _check_delayed(arguments, h_pre, spec)
     inputs = (x, layer_output, h_post, h_res, phi, alpha, bias, h_pre, *_constants(spec))
     if out is None:
         *results, next_pre, _ = operators.boundary.post_pre(*inputs)
         return tuple(results) if h_pre is None else (*results, next_pre)
-    if h_pre is not None:
-        raise ValueError("post_pre: out: expected no h_pre beside it, got one")
     shapes = {"x_next": (n, hidden_size), "layer_input": (hidden_size,), "h_post": (n,), "h_res": (n, n)}
-    buffers = _check_buffers(arguments, out, (x.dtype, x.dtype, torch.float32, torch.float32), **shapes)
-    named = dict(zip(("x_next", "layer_input", "next_post", "next_res"), buffers, strict=True))
+    if h_pre is not None:
+        shapes["h_pre"] = (n,)
+    buffers = _check_buffers(arguments, out, (x.dtype, x.dtype, *(torch.float32,) * 3), **shapes)
+    named = dict(zip(("x_next", "layer_input", "next_post", "next_res", "next_pre"), buffers, strict=False))
     operators.boundary.post_pre_out(*inputs, **named)
     return buffers
 
@@ -310,6 +334,17 @@ def _check_projected(
         arguments.tensor("norm_weight", norm_weight, (spec.stream_size,))
         phi = phi * norm_weight
     return arguments, phi
+
+
+def _check_delayed(arguments: Arguments, h_pre: torch.Tensor | None, spec: MHCSpec) -> None:
+    """Check the h_pre of the delayed form; it may be absent unless the spec says otherwise."""
+    if h_pre is not None:
+        arguments.tensor("h_pre", h_pre, (spec.num_streams,), batched=True)
+    elif spec.delayed_pre:
+        raise ValueError(
+            f"{arguments.function}: h_pre: expected that of the sublayer before, as the spec has delayed_pre, got None "
+            "(a first sublayer's is first_pre(x))"
+        )
 
 
 def _check_buffers(

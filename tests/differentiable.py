@@ -25,6 +25,7 @@ class Function:
     name: str
     arguments: tuple[str, ...]
     constants: Callable[[MHCSpec], dict[str, object]]
+    reference: str = ""  # the function's name there, if it is another
 
     def tensors(self, case: Case, leading: tuple[int, ...] | None = None) -> dict[str, torch.Tensor]:
         """Fresh arguments; `leading` shapes the case's tokens."""
@@ -34,7 +35,7 @@ class Function:
         if self.name == "head":
             drawn.update(phi=inputs.phi[:n].clone(), alpha=inputs.alpha[:1].clone(), bias=inputs.bias[:n].clone())
         if leading is not None:
-            for name in {"h", "x", "layer_output", "h_post", "h_res", "logits"} & drawn.keys():
+            for name in {"h", "x", "layer_output", "h_pre", "h_post", "h_res", "logits"} & drawn.keys():
                 drawn[name] = drawn[name].view(*leading, *drawn[name].shape[1:])
         return {name: drawn[name] for name in self.arguments}
 
@@ -48,7 +49,7 @@ class Function:
         """The gradients in float64, by argument."""
         upstream = [None if g is None else numpy64(g) for g in g_outputs]
         arguments = {name: numpy64(tensor.detach()) for name, tensor in tensors.items()}
-        backward = getattr(reference, f"{self.name}_backward")
+        backward = getattr(reference, f"{self.reference or self.name}_backward")
         gradients = backward(*upstream, **arguments, **self.constants(spec))
         return dict(zip(self.arguments, gradients if isinstance(gradients, tuple) else (gradients,), strict=True))
 
@@ -68,6 +69,14 @@ FUNCTIONS = {
         Function("post_pre", (*_MIXED, *_PROJECTED[1:]), lambda spec: {"spec": spec}),
     )
 }
+# The delayed form of two of them, by the function's name.
+DELAYED = {
+    "pre": Function("pre", ("x", "h_pre", *_PROJECTED[1:]), lambda spec: {"spec": spec}, "delayed_pre"),
+    "post_pre": Function(
+        "post_pre", (*_MIXED, "h_pre", *_PROJECTED[1:]), lambda spec: {"spec": spec}, "delayed_post_pre"
+    ),
+}
+FORMS = FUNCTIONS | {f"{name}-delayed": function for name, function in DELAYED.items()}
 
 
 def upstream(outputs: tuple[torch.Tensor, ...], seed: int = 7) -> list[torch.Tensor]:

@@ -5,6 +5,7 @@ place of ours.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -221,13 +222,22 @@ def buffers_of(function, **changed):
     return next(iter(buffers.values())) if len(buffers) == 1 else tuple(buffers.values())
 
 
-def test_the_delayed_form():
-    """Its h_pre is looked at like any other argument, and it has no buffers."""
-    assert_refused(ValueError, "post_pre", "h_pre", ["[..., 4]", "[6, 5]"], h_pre=torch.zeros(T, 5))
-    assert_refused(ValueError, "post_pre", "h_pre", [f"[{T}]", "[5]"], h_pre=torch.zeros(5, n))
-    assert_refused(TypeError, "post_pre", "h_pre", ["float32", "float64"], h_pre=torch.zeros(T, n).double())
-    out = buffers_of("post_pre")
-    assert_refused(ValueError, "post_pre", "out", ["expected no h_pre"], h_pre=torch.zeros(T, n), out=out)
+@pytest.mark.parametrize("function", ["pre", "post_pre"])
+def test_the_delayed_form(function):
+    """Its h_pre is looked at like any other argument, needs a buffer, and a spec may insist on it."""
+    assert_refused(ValueError, function, "h_pre", ["[..., 4]", "[6, 5]"], h_pre=torch.zeros(T, 5))
+    assert_refused(ValueError, function, "h_pre", [f"[{T}]", "[5]"], h_pre=torch.zeros(5, n))
+    assert_refused(TypeError, function, "h_pre", ["float32", "float64"], h_pre=torch.zeros(T, n).double())
+    given, out = torch.zeros(T, n), buffers_of(function)
+    assert_refused(TypeError, function, "out", ["h_res, h_pre, got"], h_pre=given, out=out)
+    last = f"out[{len(out)}] (h_pre)"
+    assert_refused(ValueError, function, last, ["[6, 5]"], h_pre=given, out=(*out, torch.zeros(T, 5)))
+    overlapping = {"h_pre": given, "out": (*out, given), "norm_weight": None}
+    assert_refused(ValueError, function, last, ["overlaps h_pre"], **overlapping)
+    assert_refused(ValueError, function, "h_pre", ["delayed_pre", "got None"], spec=replace(SPEC, delayed_pre=True))
+    for spec, buffers in ((SPEC, None), (replace(SPEC, delayed_pre=True), (*out, torch.zeros(T, n)))):
+        with pytest.raises(pytest.fail.Exception, match="was asked for"):
+            call(function, h_pre=given, spec=spec, out=buffers)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

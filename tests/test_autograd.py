@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from differentiable import FUNCTIONS, gradients, requiring, upstream
+from differentiable import FORMS, FUNCTIONS, gradients, requiring, upstream
 from helpers import assert_same_bits
 
 from mhc_tilelang import launch, launch_backward
@@ -17,7 +17,7 @@ from mhc_tilelang.checking.inputs import Case
 
 CASE = Case(4, 64, torch.float32, 6)
 BF16 = Case(4, 64, torch.bfloat16, 6)
-every_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+every_function = pytest.mark.parametrize("function", FORMS.values(), ids=FORMS)
 
 
 @pytest.mark.parametrize("case", [CASE, BF16], ids=["float32", "bfloat16"])
@@ -87,7 +87,7 @@ def assert_near_float64(function, case, tensors, outputs, g_outputs):
 def alpha_token_by_token(function, case, tensors, g_outputs):
     """g_alpha of every token alone, [T, groups]."""
     leading = tensors["x"].ndim - 2
-    batched = {"x", "layer_output", "h_post", "h_res"} & tensors.keys()
+    batched = {"x", "layer_output", "h_pre", "h_post", "h_res"} & tensors.keys()
     flat = {name: tensors[name].flatten(0, leading - 1) for name in batched}
     upstream_of = [None if g is None else g.flatten(0, leading - 1) for g in g_outputs]
     return [
@@ -100,7 +100,13 @@ def alpha_token_by_token(function, case, tensors, g_outputs):
     ]
 
 
-@every_function
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(f, id=name, marks=pytest.mark.full if name == "post_pre-delayed" else ())
+        for name, f in FORMS.items()
+    ],
+)
 def test_each_output_alone_and_all(function):
     """Outputs that nothing was made of have no gradient. Catches gradients that go to another output."""
     case = Case(4, 64, torch.float32, 63)
@@ -174,6 +180,9 @@ def launched(monkeypatch):
         ("pre", ("x", "phi"), (0,), ["pre", "coefficients", "project x phi"]),
         ("pre", ("alpha", "bias"), (0,), ["pre", "coefficients"]),
         ("pre", ("x",), (1, 2), ["coefficients", "project x"]),
+        ("pre-delayed", ("x",), (0, 1, 2, 3), ["coefficients", "project x"]),
+        ("pre-delayed", ("h_pre",), (0,), ["pre", "coefficients"]),
+        ("pre-delayed", ("h_pre", "bias"), (3,), ["coefficients"]),
         ("coefficients", ("bias",), (0, 1, 2), ["coefficients"]),
         ("coefficients", ("phi",), (2,), ["coefficients", "project phi"]),
         ("head", ("x",), (0,), ["pre", "head_coefficients", "project x"]),
@@ -187,8 +196,8 @@ def launched(monkeypatch):
 )
 def test_no_needless_launch(name, wanted, outputs, expected, launched):
     """Frozen arguments and unused outputs cost nothing: neither a kernel nor zeros to run one on."""
-    tensors = requiring(FUNCTIONS[name].tensors(CASE), wanted)
-    results = FUNCTIONS[name].call(tensors, CASE.spec)
+    tensors = requiring(FORMS[name].tensors(CASE), wanted)
+    results = FORMS[name].call(tensors, CASE.spec)
     results = [results[k] for k in outputs]
     gradients(results, tensors, upstream(results))
     assert launched == expected

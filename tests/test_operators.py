@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from differentiable import FUNCTIONS, gradients, requiring, upstream
+from differentiable import DELAYED, FORMS, FUNCTIONS, gradients, requiring, upstream
 from helpers import assert_same_bits
 
 from mhc_tilelang import ops
@@ -19,7 +19,7 @@ from mhc_tilelang.operators import library
 
 BF16 = Case(4, 64, torch.bfloat16, 6)
 ADJOINT = ("expand", "collapse")  # each is the other's backward
-every_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+every_function = pytest.mark.parametrize("function", FORMS.values(), ids=FORMS)
 
 
 def operator(name):
@@ -41,8 +41,9 @@ def operator_arguments(function, case):
     """Positional arguments of X; leading dimensions [2, T/2] or [0, 3]."""
     tensors = function.tensors(case, (2, case.num_tokens // 2) if case.num_tokens else (0, 3))
     tensors.pop("norm_weight", None)
-    absent = [None] if function.name == "post_pre" else []  # h_pre of the delayed form
-    return [*tensors.values(), *absent, *constants_of(function, case.spec)]
+    given_pre = tensors.pop("h_pre", None)
+    form = [given_pre] if function.name in DELAYED else []
+    return [*tensors.values(), *form, *constants_of(function, case.spec)]
 
 
 def backward_arguments(function, case):
@@ -53,18 +54,21 @@ def backward_arguments(function, case):
     public = len(function.call(function.tensors(case), case.spec))
     g_outputs = upstream(outputs[:public])
     count = len(arguments) - len(constants_of(function, case.spec))
-    needs = {"sinkhorn": [], "post": [True] * 3, "post_pre": []}.get(function.name, [True] * 2)
+    needs = {"sinkhorn": [], "post": [True] * 3, "post_pre": [], "pre": [True, True, function in DELAYED.values()]}
+    needs = needs.get(function.name, [True] * 2)
+    if function.name in DELAYED and function not in DELAYED.values():
+        g_outputs = [*g_outputs, None]  # of the h_pre that is not returned
+    kept = outputs[{"pre": 3, "post_pre": 4}.get(function.name, public) :]
     if function.name == "post_pre":
-        g_outputs, public = [*g_outputs, None], 4
-        return [*g_outputs, *arguments[:count], outputs[0], *outputs[public:], *arguments[count:]]
-    return [*g_outputs, *arguments[:count], *outputs[public:], *arguments[count:], *needs]
+        kept = [outputs[0], *kept]
+    return [*g_outputs, *arguments[:count], *kept, *arguments[count:], *needs]
 
 
 def buffers_of(function, outputs):
     """X_out's buffers for these outputs, by name."""
     names = {"coefficients": ("h_pre", "h_post", "h_res"), "pre": ("layer_input", "h_post", "h_res")}
     names |= {"post_pre": ("x_next", "layer_input", "next_post", "next_res")}
-    names = names.get(function.name, ("out",))
+    names = names.get(function.name, ("out",)) + (("next_pre",) if function in DELAYED.values() else ())
     return {name: torch.zeros_like(output) for name, output in zip(names, outputs, strict=False)}
 
 
@@ -80,14 +84,16 @@ def test_forward_operators(function, num_tokens):
 
 
 @pytest.mark.parametrize("num_tokens", [6, 0], ids=["tokens", "no-token"])
-@pytest.mark.parametrize("function", [f for f in FUNCTIONS.values() if f.name not in ADJOINT], ids=lambda f: f.name)
+@pytest.mark.parametrize("function", [f for f in FORMS.values() if f.name not in ADJOINT], ids=lambda f: f.name)
 def test_backward_operators(function, num_tokens):
     """The same checks; nothing needed and all of it, no upstream gradient but the last and all of them."""
     arguments = backward_arguments(function, Case(4, 64, torch.bfloat16, num_tokens))
     check = operator(f"{function.name}_backward")
     torch.library.opcheck(check, tuple(arguments))
-    if function.name in ("coefficients", "pre"):
+    if function.name == "coefficients":
         torch.library.opcheck(check, (None, None, *arguments[2:-2], False, True))
+    if function.name == "pre":
+        torch.library.opcheck(check, (None, None, *arguments[2:-3], False, True, False))
     if function.name == "post":
         torch.library.opcheck(check, (*arguments[:-3], False, True, False))
 
@@ -145,6 +151,25 @@ def test_given_buffers_are_all_the_memory(name, monkeypatch):
     ):
         monkeypatch.setattr(owner, method, lambda *_, **__: pytest.fail("allocated"))
     function.call(tensors, BF16.spec, out=buffer)
+
+
+@pytest.mark.parametrize("name", ["pre", "pre-delayed", "post_pre", "post_pre-delayed"])
+def test_given_buffers_are_written_by_the_kernels(name, monkeypatch):
+    """Workspace is allocated, and nothing as wide as a stream. Catches results that are copied into their buffers."""
+    function = FORMS[name]
+    tensors = function.tensors(BF16)
+    tensors.pop("norm_weight")  # multiplied into phi
+    buffers = tuple(map(torch.zeros_like, function.call(tensors, BF16.spec)))
+    empty_like = torch.empty_like
+
+    def narrow(tensor, **options):
+        assert tensor.dtype == torch.float32
+        return empty_like(tensor, **options)
+
+    monkeypatch.setattr(torch, "empty_like", narrow)
+    for method in ("clone", "copy_"):
+        monkeypatch.setattr(torch.Tensor, method, lambda *_, **__: pytest.fail("copied"))
+    function.call(tensors, BF16.spec, out=buffers)
 
 
 def test_written_buffers_are_known_to_autograd():

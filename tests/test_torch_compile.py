@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from differentiable import FUNCTIONS, upstream
+from differentiable import FORMS, FUNCTIONS, upstream
 from helpers import CPU, assert_same_bits
 from torch._dynamo.decorators import mark_unbacked
 from torch._dynamo.utils import counters
@@ -105,10 +105,10 @@ def test_inference():
             assert_same_bits(compiled(*given), every_function(*given))
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", FORMS)
 def test_given_buffers(name):
     """A graph that writes into buffers of its caller, and one that makes them itself."""
-    function, case = FUNCTIONS[name], Case(4, 64, torch.bfloat16, 6)
+    function, case = FORMS[name], Case(4, 64, torch.bfloat16, 6)
     tensors = function.tensors(case)
     expected = function.call(tensors, SPEC)
     kinds = [(output.shape, output.dtype) for output in expected]

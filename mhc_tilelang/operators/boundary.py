@@ -58,17 +58,17 @@ def _allocate(x: torch.Tensor, *rest: Any) -> Tensors:
     return x.new_empty(x.shape), layer_input, h_post, h_res, h_pre, allocate_projected(x, phi)
 
 
-def _run(*inputs_and_constants: Any) -> Tensors:
+def _launch(*inputs_and_constants: Any, out: Any = None) -> launch_boundary.Boundary:
     inputs, h_pre, constants = inputs_and_constants[:7], inputs_and_constants[7], inputs_and_constants[8:]
-    x = inputs[0]
-    boundary = launch_boundary.post_pre(
-        *_flat_inputs(inputs),
-        spec_of(x.shape[-1], x.shape[-2], *constants),
-        h_pre=flat_or_none(h_pre, 1),
-    )
-    *leading, n, hidden_size = x.shape
+    spec = spec_of(inputs[0].shape[-1], inputs[0].shape[-2], *constants)
+    return launch_boundary.post_pre(*_flat_inputs(inputs), spec, h_pre=flat_or_none(h_pre, 1), out=out)
+
+
+def _run(*inputs_and_constants: Any) -> Tensors:
+    boundary = _launch(*inputs_and_constants)
+    *leading, n, hidden_size = inputs_and_constants[0].shape
     shapes = (
-        x.shape,
+        (*leading, n, hidden_size),
         (*leading, hidden_size),
         (*leading, n),
         (*leading, n, n),
@@ -78,16 +78,23 @@ def _run(*inputs_and_constants: Any) -> Tensors:
     return tuple(unflat(tensor, shape) for tensor, shape in zip(boundary, shapes, strict=True))
 
 
-def _run_out(*inputs_and_constants: Any, **buffers: torch.Tensor) -> None:
+def _run_out(
+    *inputs_and_constants: Any,
+    x_next: torch.Tensor,
+    layer_input: torch.Tensor,
+    next_post: torch.Tensor,
+    next_res: torch.Tensor,
+    next_pre: torch.Tensor | None = None,
+) -> None:
     names = ("x", "layer_output", "h_post", "h_res", "phi", "alpha", "bias", "h_pre")
     inputs = {name: t for name, t in zip(names, inputs_and_constants, strict=False) if t is not None}
-    called = ("x_next", "layer_input", "h_post", "h_res")  # by the public function
-    named = {
-        f"out[{k}] ({name})": buffer for k, (name, buffer) in enumerate(zip(called, buffers.values(), strict=True))
-    }
+    written = {"x_next": x_next, "layer_input": layer_input, "h_post": next_post, "h_res": next_res, "h_pre": next_pre}
+    named = {f"out[{k}] ({name})": t for k, (name, t) in enumerate(written.items()) if t is not None}
     check_buffers("post_pre", named, inputs, whole=tuple(named))
-    for buffer, result in zip(buffers.values(), _run(*inputs_and_constants), strict=False):
-        buffer.copy_(result)
+    if next_pre is None:
+        next_pre = torch.empty_like(next_post)
+    out = (flat(x_next, 2), flat(layer_input, 1), flat(next_post, 1), flat(next_res, 2), flat(next_pre, 1))
+    _launch(*inputs_and_constants, out=out)
 
 
 def _allocate_backward(*arguments: Any) -> Tensors:
@@ -126,7 +133,9 @@ def _run_backward(*arguments: Any) -> Tensors:
 
 RESULTS = "Tensor x_next, Tensor layer_input, Tensor next_post, Tensor next_res, Tensor next_pre, Tensor projected"
 GRADIENTS = "Tensor? g_x_next, Tensor? g_layer_input, Tensor? g_next_post, Tensor? g_next_res, Tensor? g_next_pre"
-BUFFERS = "Tensor(a!) x_next, Tensor(b!) layer_input, Tensor(c!) next_post, Tensor(d!) next_res"
+BUFFERS = (
+    "Tensor(a!) x_next, Tensor(b!) layer_input, Tensor(c!) next_post, Tensor(d!) next_res, Tensor(e!)? next_pre=None"
+)
 
 post_pre = define(f"post_pre({INPUTS}, {CONSTANTS}) -> ({RESULTS})", _run, _allocate)
 post_pre_out = define_out(f"post_pre_out({INPUTS}, {CONSTANTS}, *, {BUFFERS}) -> ()", _run_out)

@@ -1,6 +1,10 @@
 """pre: x [..., n, C], phi [M, K], alpha [3], bias [M] -> layer_input [..., C], h_post [..., n], h_res [..., n, n].
 
 The operator also returns h_pre and `projected`, which the backward starts from.
+
+The delayed form is given an h_pre and aggregates with that; the one that it returns is then a result, with a gradient.
+x is read twice in either form, by the projection and by the aggregation: of a stream only the first sublayer is read
+here, `boundary` reads the others.
 """
 
 from __future__ import annotations
@@ -12,7 +16,6 @@ import torch
 from .. import launch, launch_backward
 from .coefficients import (
     CONSTANTS,
-    INPUTS,
     Tensors,
     allocate,
     allocate_gradients,
@@ -20,7 +23,9 @@ from .coefficients import (
     project_backward,
     write,
 )
+from .coefficients import INPUTS as PROJECTED
 from .library import (
+    absent,
     check_buffers,
     define,
     define_backward,
@@ -31,6 +36,8 @@ from .library import (
     needed,
     spec_of,
 )
+
+INPUTS = f"{PROJECTED}, Tensor? h_pre"
 
 
 def _allocate(x: torch.Tensor, phi: torch.Tensor, *_: object) -> Tensors:
@@ -43,22 +50,30 @@ def _write(
     phi: torch.Tensor,
     alpha: torch.Tensor,
     bias: torch.Tensor,
+    h_pre: torch.Tensor | None,
     constants: tuple[float, ...],
     outputs: Tensors,
 ) -> torch.Tensor:
-    """Write layer_input, h_pre, h_post and h_res; return projected."""
-    layer_input, *mappings = outputs
+    """Write layer_input, next_pre, h_post and h_res; return projected."""
+    layer_input, next_pre, *_ = outputs
     x = flat(x, 2)
-    projected = write(x, phi, alpha, bias, constants, tuple(mappings))
-    launch.aggregate(x, flat(mappings[0], 1), out=flat(layer_input, 1))
+    projected = write(x, phi, alpha, bias, constants, outputs[1:])
+    launch.aggregate(x, flat(next_pre if h_pre is None else h_pre, 1), out=flat(layer_input, 1))
     return projected
 
 
-def _run(x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor, *constants: float) -> Tensors:
+def _run(
+    x: torch.Tensor,
+    phi: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    h_pre: torch.Tensor | None,
+    *constants: float,
+) -> Tensors:
     layer_input = x.new_empty(*x.shape[:-2], x.shape[-1])
-    h_pre, h_post, h_res = allocate(x)
-    projected = _write(x, phi, alpha, bias, constants, (layer_input, h_pre, h_post, h_res))
-    return layer_input, h_post, h_res, h_pre, projected
+    next_pre, h_post, h_res = allocate(x)
+    projected = _write(x, phi, alpha, bias, h_pre, constants, (layer_input, next_pre, h_post, h_res))
+    return layer_input, h_post, h_res, next_pre, projected
 
 
 def _run_out(
@@ -66,52 +81,73 @@ def _run_out(
     phi: torch.Tensor,
     alpha: torch.Tensor,
     bias: torch.Tensor,
+    h_pre: torch.Tensor | None,
     *constants: float,
     layer_input: torch.Tensor,
     h_post: torch.Tensor,
     h_res: torch.Tensor,
+    next_pre: torch.Tensor | None = None,
 ) -> None:
     buffers = {"out[0] (layer_input)": layer_input, "out[1] (h_post)": h_post, "out[2] (h_res)": h_res}
+    if next_pre is not None:
+        buffers["out[3] (h_pre)"] = next_pre
     inputs = {"x": x, "phi": phi, "alpha": alpha, "bias": bias}
+    if h_pre is not None:
+        inputs["h_pre"] = h_pre
     check_buffers("pre", buffers, inputs, whole=tuple(buffers)[1:])
-    h_pre = phi.new_empty(x.shape[:-1])
-    _write(x, phi, alpha, bias, constants, (layer_input, h_pre, h_post, h_res))
+    if next_pre is None:
+        next_pre = phi.new_empty(x.shape[:-1])
+    _write(x, phi, alpha, bias, h_pre, constants, (layer_input, next_pre, h_post, h_res))
 
 
 def _allocate_backward(
     g_layer_input: torch.Tensor | None,
     g_h_post: torch.Tensor | None,
     g_h_res: torch.Tensor | None,
+    g_next_pre: torch.Tensor | None,
     x: torch.Tensor,
     phi: torch.Tensor,
     alpha: torch.Tensor,
     bias: torch.Tensor,
-    h_pre: torch.Tensor,
+    h_pre: torch.Tensor | None,
+    next_pre: torch.Tensor,
     projected: torch.Tensor,
     *constants_and_needs: float,
 ) -> Tensors:
-    *_, needs_x, needs_phi = constants_and_needs
-    return allocate_gradients(x, phi, alpha, bias, bool(needs_x), bool(needs_phi))
+    *_, needs_x, needs_phi, needs_h_pre = constants_and_needs
+    g_h_pre = next_pre.new_empty(next_pre.shape) if needs_h_pre else absent(next_pre)
+    return *allocate_gradients(x, phi, alpha, bias, bool(needs_x), bool(needs_phi)), g_h_pre
 
 
 def _run_backward(
     g_layer_input: torch.Tensor | None,
     g_h_post: torch.Tensor | None,
     g_h_res: torch.Tensor | None,
+    g_next_pre: torch.Tensor | None,
     x: torch.Tensor,
     phi: torch.Tensor,
     alpha: torch.Tensor,
     bias: torch.Tensor,
-    h_pre: torch.Tensor,
+    h_pre: torch.Tensor | None,
+    next_pre: torch.Tensor,
     projected: torch.Tensor,
     *constants_and_needs: float,
 ) -> Tensors:
-    *constants, needs_x, needs_phi = constants_and_needs
-    g_h_pre, g_layer_input = None, flat_or_none(g_layer_input, 1)
-    if g_layer_input is not None:
-        g_h_pre = launch_backward.pre_backward(g_layer_input, flat(x, 2))
+    """needs_h_pre is false in the ordinary form, and g_next_pre None."""
+    *constants, needs_x, needs_phi, needs_h_pre = constants_and_needs
+    g_layer_input, g_next_pre = flat_or_none(g_layer_input, 1), flat_or_none(g_next_pre, 1)
+    g_h_pre = absent(next_pre)
+    if needs_h_pre:
+        g_h_pre = torch.empty_like(next_pre, memory_format=torch.contiguous_format)
+    weights = flat(next_pre if h_pre is None else h_pre, 1)
+    if h_pre is None and g_layer_input is not None:
+        g_next_pre = launch_backward.pre_backward(g_layer_input, flat(x, 2))
+    elif needs_h_pre and g_layer_input is not None:
+        launch_backward.pre_backward(g_layer_input, flat(x, 2), out=flat(g_h_pre, 1))
+    elif needs_h_pre:
+        g_h_pre.zero_()
     g_projected, g_alpha, g_bias = launch_backward.coefficients_backward(
-        g_h_pre,
+        g_next_pre,
         flat_or_none(g_h_post, 1),
         flat_or_none(g_h_res, 2),
         projected.contiguous(),
@@ -119,41 +155,45 @@ def _run_backward(
         bias.contiguous(),
         spec_of(x.shape[-1], x.shape[-2], *constants),
     )
-    aggregation = (None, None) if g_layer_input is None else (flat(h_pre, 1), g_layer_input)
-    return (*project_backward(g_projected, x, phi, bool(needs_x), bool(needs_phi), *aggregation), g_alpha, g_bias)
+    aggregation = (None, None) if g_layer_input is None else (weights, g_layer_input)
+    g_x, g_phi = project_backward(g_projected, x, phi, bool(needs_x), bool(needs_phi), *aggregation)
+    return g_x, g_phi, g_alpha, g_bias, g_h_pre
 
 
 pre = define(
-    f"pre({INPUTS}, {CONSTANTS}) -> (Tensor layer_input, Tensor h_post, Tensor h_res, Tensor h_pre, Tensor projected)",
+    f"pre({INPUTS}, {CONSTANTS}) "
+    "-> (Tensor layer_input, Tensor h_post, Tensor h_res, Tensor next_pre, Tensor projected)",
     _run,
     _allocate,
 )
 pre_out = define_out(
-    f"pre_out({INPUTS}, {CONSTANTS}, *, Tensor(a!) layer_input, Tensor(b!) h_post, Tensor(c!) h_res) -> ()",
+    f"pre_out({INPUTS}, {CONSTANTS}, *, Tensor(a!) layer_input, Tensor(b!) h_post, Tensor(c!) h_res, "
+    "Tensor(d!)? next_pre=None) -> ()",
     _run_out,
 )
 pre_backward = define_backward(
-    f"pre_backward(Tensor? g_layer_input, Tensor? g_h_post, Tensor? g_h_res, {INPUTS}, Tensor h_pre, "
-    f"Tensor projected, {CONSTANTS}, bool needs_x, bool needs_phi) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"pre_backward(Tensor? g_layer_input, Tensor? g_h_post, Tensor? g_h_res, Tensor? g_next_pre, {INPUTS}, "
+    f"Tensor next_pre, Tensor projected, {CONSTANTS}, bool needs_x, bool needs_phi, bool needs_h_pre) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run_backward,
     _allocate_backward,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensors) -> None:
-    x, phi, alpha, bias, *ctx.constants = inputs
-    h_pre, projected = output[3:]
+    x, phi, alpha, bias, h_pre, *ctx.constants = inputs
+    next_pre, projected = output[3:]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(h_pre, projected)
-    ctx.save_for_backward(x, phi, alpha, bias, h_pre, projected)
+    ctx.mark_non_differentiable(*((next_pre, projected) if h_pre is None else (projected,)))
+    ctx.save_for_backward(x, phi, alpha, bias, h_pre, next_pre, projected)
 
 
 def _backward(ctx: Any, *g_outputs: torch.Tensor | None) -> tuple:
     if all(g is None for g in g_outputs):
         return needed(ctx, ())
-    needs_x, needs_phi = ctx.needs_input_grad[:2]
-    gradients = pre_backward(*g_outputs[:3], *ctx.saved_tensors, *ctx.constants, needs_x, needs_phi)
-    return needed(ctx, gradients)
+    needs_x, needs_phi, _, _, needs_h_pre = ctx.needs_input_grad[:5]
+    needs = needs_x, needs_phi, needs_h_pre
+    return needed(ctx, pre_backward(*g_outputs[:4], *ctx.saved_tensors, *ctx.constants, *needs))
 
 
 differentiate(pre, _backward, _setup_context)
