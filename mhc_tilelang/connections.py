@@ -11,6 +11,10 @@ write the layer's output back (the `Connection` protocol):
     layer_input, *mappings = connection(x)
     x_next = connection.merge(x, layer(layer_input), *mappings)
 
+With a spec that has delayed_pre a HyperConnection also takes an h_pre, and returns one that `merge` has no use for:
+
+    layer_input, h_post, h_res, h_pre = connection(x, h_pre)     mhc.first_pre(x) for the first sublayer
+
 `residual_stream.ResidualStream` makes these calls for a model. Every parameter belongs to the call, none to
 `merge`: what wraps a module's call (DDP, FSDP, hooks) sees all of them.
 
@@ -49,7 +53,10 @@ class Connection(Protocol):
         """merge(x, layer_output, *mappings) -> x_next, with the x and the mappings of one call."""
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """x -> layer_input [..., C] in x's dtype, then the mappings."""
+        """x -> layer_input [..., C] in x's dtype, then the mappings.
+
+        Of kind "mhc" and with delayed_pre: x, h_pre -> layer_input, the mappings, and an h_pre for the next one.
+        """
 
 
 def connection(
@@ -116,12 +123,26 @@ class HyperConnection(SublayerModule):
 
         With what the sublayer before has not merged yet, its layer_output, h_post and h_res, the merge and the read
         are one operator, `post_pre`, and x_next [..., n, C] comes before the other results.
+
+        A spec with delayed_pre takes one more, last: the h_pre [..., n] that the sublayer before returned, also last,
+        or a first sublayer's, `first_pre(x)`. `merge` has no use for it.
         """
+        delayed = self.spec.delayed_pre
+        if len(waiting) not in ((1, 4) if delayed else (0, 3)):
+            also, first = (" and h_pre", "; a first sublayer's is first_pre(x)") if delayed else ("", "")
+            raise TypeError(
+                f"HyperConnection: expected x{also}, or x, layer_output, h_post, h_res{also}, got x and {len(waiting)} "
+                f"more{first}"
+            )
+        *written, h_pre = waiting if delayed else (*waiting, None)
         parameters = (self.phi, self.alpha, self.bias, self.spec)
-        if not waiting:
-            return ops.pre(x, *parameters)
-        layer_output, h_post, h_res = waiting
-        return ops.post_pre(x, layer_output, h_post, h_res, *parameters)
+        if not written:
+            return ops.pre(x, *parameters, h_pre=h_pre)
+        layer_output, h_post, h_res = written
+        return ops.post_pre(x, layer_output, h_post, h_res, *parameters, h_pre=h_pre)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", delayed_pre=True" if self.spec.delayed_pre else "")
 
     @staticmethod
     def merge(x: torch.Tensor, layer_output: torch.Tensor, h_post: torch.Tensor, h_res: torch.Tensor) -> torch.Tensor:
@@ -138,7 +159,8 @@ class UnconstrainedHyperConnection(SublayerModule):
         h_post = alpha[1] · t[1] + bias[n:2n]
         h_res  = alpha[2] · t[2:] + bias[2n:] as [n, n], [out, in]
 
-    Args: as for `HyperConnection`; of the spec's constants only rms_eps has a meaning here.
+    Args: as for `HyperConnection`; of the spec's constants only rms_eps has a meaning here. There is no delayed form: a
+        spec with delayed_pre is refused.
 
     Parameters (float32), which start as in the HC paper:
         theta [n + 2, C], rows pre, post, res n, at 0; alpha [3] at 0.01.
@@ -150,6 +172,8 @@ class UnconstrainedHyperConnection(SublayerModule):
 
     def __init__(self, spec: MHCSpec, sublayer: int = 0, device: Device = None) -> None:
         super().__init__(spec, sublayer)
+        if spec.delayed_pre:
+            raise ValueError("UnconstrainedHyperConnection: spec: expected delayed_pre=False, got True")
         self.theta = make_parameter(spec.num_streams + 2, spec.hidden_size, device=device)
         self.alpha = make_parameter(3, device=device)
         self.bias = make_parameter(spec.num_coefficients, device=device)

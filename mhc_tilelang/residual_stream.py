@@ -10,6 +10,9 @@ mHC sublayers the merge of the one and the read of the next are one operator, `p
 functions called one after the other, to the bit; gradients are rounded less often than theirs. A write is merged in
 the grad mode that it was made in, and a layer's output that was changed while it waited is refused.
 
+Connections whose spec has delayed_pre read with the h_pre of the connection that read before, the first with stream 0;
+the stream hands it on. All connections of a stream are delayed or none is.
+
 A plain residual has no streams of its own: it keeps the tensor that it was given, reads hand it out, and a sum
 returns it. So layers that work in place on their input change it there, and nowhere else.
 
@@ -61,6 +64,8 @@ class ResidualStream:
         self._x = h if connection == "residual" else ops.expand(h, num_streams)
         self._reader: tuple[Connection, tuple[torch.Tensor, ...]] | None = None  # and its mappings, until merged
         self._layer_output: torch.Tensor | None = None
+        self._delayed: bool | None = None  # whether connections are, from the first read on
+        self._h_pre: torch.Tensor | None = None  # what a delayed connection read last left for the next one
         self._written = (0, True, False)  # version of the layer's output, grad mode, inference mode
         self._backward_pass = _backward_pass()
 
@@ -68,13 +73,17 @@ class ResidualStream:
         """The next layer's input, [..., C] in the stream's dtype; merges a waiting write first."""
         self._check_turn("read", writes=False)
         self._check_connection(connection)
+        self._delayed = _is_delayed(connection)
+        given_pre = self._given_pre()
+        read: Any = connection  # which takes more than x where it is HyperConnection, or delayed
         if self._has_waiting_write() and self._written[1:] == _modes() and self._is_plain(connection):
             _, layer_output, written = self._take_waiting_write()
-            boundary: Any = connection
-            self._x, layer_input, *mappings = boundary(self._x, layer_output, *written)
+            self._x, layer_input, *mappings = read(self._x, layer_output, *written, *given_pre)
         else:
             self._merge()
-            layer_input, *mappings = connection(self._x)
+            layer_input, *mappings = read(self._x, *given_pre)
+        if given_pre:
+            self._h_pre = mappings.pop()
         self._reader = connection, tuple(mappings)
         return layer_input
 
@@ -157,6 +166,12 @@ class ResidualStream:
         merges = getattr(type(writer), "merge", None) is HyperConnection.merge
         return merges and getattr(type(connection), "forward", None) is HyperConnection.forward
 
+    def _given_pre(self) -> tuple[torch.Tensor, ...]:
+        """What a delayed connection aggregates with; nothing for others."""
+        if not self._delayed:
+            return ()
+        return (ops.first_pre(self._x) if self._h_pre is None else self._h_pre,)
+
     def _has_waiting_write(self) -> bool:
         return self._reader is not None and self._layer_output is not None
 
@@ -196,6 +211,12 @@ class ResidualStream:
         if kind != self._kind:
             raise TypeError(f"ResidualStream.read: connection: expected one of kind {self._kind!r}, got {kind!r}")
         self._check_spec("read", "connection", connection)
+        delayed = _is_delayed(connection)
+        if self._delayed not in (None, delayed):
+            raise ValueError(
+                f"ResidualStream.read: connection: expected a spec with delayed_pre={self._delayed}, as those before "
+                f"have, got {delayed}"
+            )
 
     def _check_reduction(self, reduction: str | HyperHead) -> None:
         if isinstance(reduction, HyperHead):
@@ -216,6 +237,10 @@ class ResidualStream:
                 f"ResidualStream.{call}: {name}: expected {self._num_streams} streams of {self._hidden_size} channels, "
                 f"got a spec of {spec.num_streams} streams of {spec.hidden_size}"
             )
+
+
+def _is_delayed(connection: Connection) -> bool:
+    return connection.kind == "mhc" and connection.spec is not None and connection.spec.delayed_pre
 
 
 def _modes() -> tuple[bool, bool]:

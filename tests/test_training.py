@@ -59,7 +59,8 @@ def train(gpt, kind="mhc"):
 def use_plain_torch(monkeypatch):
     """Let a model on "mhc" call plain torch, which takes flat tensors and is differentiated by autograd."""
 
-    def pre(x, phi, alpha, bias, spec):
+    def pre(x, phi, alpha, bias, spec, *, h_pre=None):
+        assert h_pre is None
         outputs = plain_torch.pre(x.flatten(0, -3), phi, alpha, bias, spec)
         return tuple(output.unflatten(0, x.shape[:-2]) for output in outputs)
 
@@ -67,7 +68,8 @@ def use_plain_torch(monkeypatch):
         flat = [tensor.flatten(0, x.ndim - 3) for tensor in (x, *others)]
         return plain_torch.post(*flat).unflatten(0, x.shape[:-2])
 
-    def post_pre(x, layer_output, h_post, h_res, *parameters):  # by what `ops` has: an error may be planted there
+    def post_pre(x, layer_output, h_post, h_res, *parameters, h_pre=None):  # by `ops`: an error may be planted there
+        assert h_pre is None
         x_next = ops.post(x, layer_output, h_post, h_res)
         return x_next, *ops.pre(x_next, *parameters)
 
@@ -120,10 +122,10 @@ def test_a_wrong_gradient_is_noticed(gpt, plain_losses, monkeypatch, error):
     use_plain_torch(monkeypatch)
     original = getattr(ops, function)
 
-    def planted(*arguments):
+    def planted(*arguments, **form):
         changed = list(arguments)
         changed[argument] = with_gradient(changed[argument], change)
-        return original(*changed)
+        return original(*changed, **form)
 
     monkeypatch.setattr(ops, function, planted)
     assert (train(gpt) - plain_losses).abs().max() > 10 * TOLERANCE
