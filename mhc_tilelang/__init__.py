@@ -12,6 +12,7 @@
     compile    (kernel family, sizes, target) -> a `kernel`, something to call
     cpu, cuda  the targets; both start from the TIR that `tracing` gets
     kernels    the TileLang code          reference   the same in numpy float64
+    convert    other frameworks' weights and conventions      integrations   other frameworks' models
     checking   `mhc-tilelang check`       perf        `mhc-tilelang bench`
     cli, doctor, toolchain, errors
 
@@ -25,6 +26,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import convert, integrations
     from .connections import HyperConnection, HyperHead, ResidualConnection, UnconstrainedHyperConnection, connection
     from .errors import CompilerError, GradientError, MHCError
     from .ops import coefficients, collapse, expand, first_pre, head, post, post_pre, pre, sinkhorn
@@ -44,9 +46,11 @@ __all__ = [
     "coefficients",
     "collapse",
     "connection",
+    "convert",
     "expand",
     "first_pre",
     "head",
+    "integrations",
     "post",
     "post_pre",
     "pre",
@@ -65,11 +69,14 @@ _HOMES = {
     "connection": "connections",
     "ResidualStream": "residual_stream",
 }
+_PACKAGES = ("convert", "integrations")
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _PACKAGES:
+        return import_module(f".{name}", __name__)
     value = getattr(import_module(f".{_HOMES.get(name, 'ops')}", __name__), name)
     globals()[name] = value
     return value

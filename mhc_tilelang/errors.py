@@ -19,3 +19,7 @@ class GradientError(MHCError):
 
 class LoweringError(MHCError):
     """A kernel uses something of TileLang that the CPU target does not know."""
+
+
+class ConversionError(MHCError):
+    """Another framework's weights or code that nothing here is equal to, or a state dict with other keys than its."""

@@ -1,8 +1,7 @@
 """Other implementations of the same functions, measured in the kernels' own rounds: `mhc-tilelang bench --peers`.
 
-    peer         what a peer declares: which of our functions it has, how its conventions convert
+    peer         what a peer declares: which of our functions it has, how its conventions convert (by `convert`)
     prepare      load those that are asked for, verify a call before it is timed
-    conversions  DeepSeek's order of the residual rows, and back
     report       the table, the lines on what was left out, the JSON
 
     deepseek     DeepSeek's TileKernels (`tile-kernels`); `deepseek_calls` has the launches, `compiled` what they run

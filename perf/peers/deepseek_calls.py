@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .conversions import comb, swapped_rows
+from ...convert import comb, swapped_rows
 from .peer import Call, Inputs, Outputs, copy_to, require
 
 Kernels = Callable[..., Callable[..., Any]]

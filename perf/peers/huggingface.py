@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from ...convert import comb, transformers
 from ..cases import SUBLAYER_INPUT
-from .conversions import comb, swapped_rows
 from .peer import Call, Function, Inputs, Outputs, Peer, copy_to, recorded_backward, require
 
 MODULE = "transformers.models.deepseek_v4.modeling_deepseek_v4"
@@ -44,13 +44,7 @@ def declare(connection: Callable[[Any], torch.nn.Module], device: torch.device) 
             rms_norm_eps=spec.rms_eps,
         )
         module = connection(config).to(device)
-        module.load_state_dict(
-            {
-                "fn": swapped_rows(inputs["phi"], n),
-                "base": swapped_rows(inputs["bias"], n),
-                "scale": inputs["alpha"],
-            }
-        )
+        module.load_state_dict(transformers.export_state({name: inputs[name] for name in ("phi", "alpha", "bias")}))
         batch = x.unsqueeze(0)
 
         def run() -> tuple[torch.Tensor, ...]:

@@ -1,0 +1,91 @@
+"""Megatron-LM's `HyperConnectionModule` (from its source; Megatron is not run here).
+
+    mapping_proj.weight                [M, n·C]   phi
+    alpha_pre, alpha_post, alpha_res   [1] each   alpha
+    bias                               [M]
+
+Its stream is packed, [s, b, n·C]: `x.view(s, b, n, C)` is ours. Versions differ in H_res, under the same names and
+shapes. The main branch of 2026 mixes with H_res transposed, as DeepSeek does; before that it mixed with H_res itself,
+rows normalised first, as Liger does. Ask `convert.orientation` which one a copy has, and pass the convention.
+
+Its norm divides by rms + 1e-6, eps outside the root, except in its single-pass form: for a stream of rms 1 that is
+within 1e-6 of ours, and there is no spec that makes it equal. The earlier versions had a `norm.weight` in the state
+which nothing read: leave it out. Contraction is a mean, `reduce("mean")`; where it is learned (`hc_head_fn`, `…_base`,
+`…_scale` of the block), those are DeepSeek's (`deepseek.import_head`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..spec import MHCSpec
+from . import state as checks
+from .conventions import CONVENTIONS, IN_OUT, OUTERMOST, Convention
+from .state import Converted, State
+from .tensors import swapped_rows
+
+ALPHAS = ("alpha_pre", "alpha_post", "alpha_res")
+NAMES = ("mapping_proj.weight", "bias", *ALPHAS)
+SITES = ("self_attention_hyper_connection", "mlp_hyper_connection", "cross_attention_hyper_connection")
+KEY = rf"(?P<module>(?:.*\.)?(?P<site>{'|'.join(SITES)}))\.(?P<name>.+)"
+MAIN = CONVENTIONS["deepseek"]
+
+
+def spec(hidden_size: int, num_streams: int = 4, **changes: float) -> MHCSpec:
+    """The constants of the main branch: every eps 1e-6, 20 iterations; see above for its norm."""
+    return MHCSpec(hidden_size, **{"num_streams": num_streams, **changes})  # type: ignore[arg-type]
+
+
+def import_state(state: State, convention: Convention = MAIN) -> Converted:
+    """A `HyperConnectionModule`'s state -> phi, alpha, bias.
+
+    Args:
+        convention: the version's. For `convention.last` "rows", as in the main branch, a `HyperConnection` computes
+            the same, for "columns" a `RowsFirstConnection`.
+    """
+    function = "megatron.import_state"
+    _check_convention(function, convention)
+    checks.take(function, state, NAMES)
+    phi, bias = state["mapping_proj.weight"], state["bias"]
+    n = checks.streams_of(function, "bias", bias.numel())
+    checks.check_shape(function, "bias", bias, (n * n + 2 * n,))
+    checks.check_projection(function, "mapping_proj.weight", phi, bias.numel(), n)
+    for name in ALPHAS:
+        checks.check_shape(function, name, state[name], (1,))
+    alpha = torch.cat([state[name] for name in ALPHAS])
+    return {"phi": _rows(phi, n, convention), "alpha": alpha, "bias": _rows(bias, n, convention)}
+
+
+def export_state(state: State, convention: Convention = MAIN) -> Converted:
+    """phi, alpha, bias of what `import_state` names -> a `HyperConnectionModule`'s state."""
+    function = "megatron.export_state"
+    _check_convention(function, convention)
+    n = checks.ours(function, state)
+    phi, bias = _rows(state["phi"], n, convention), _rows(state["bias"], n, convention)
+    return {"mapping_proj.weight": phi, "bias": bias, **dict(zip(ALPHAS, state["alpha"].split(1), strict=True))}
+
+
+def import_model(state: State, convention: Convention = MAIN) -> dict[str, Converted]:
+    """A model's state dict -> our states by module, "decoder.layers.0.self_attention_hyper_connection" and so on."""
+    converters = dict.fromkeys(SITES, lambda theirs: import_state(theirs, convention))
+    return checks.import_model("megatron.import_model", state, KEY, converters)
+
+
+def export_model(connections: Mapping[str, State], convention: Convention = MAIN) -> Converted:
+    """What `import_model` gives -> the model's keys for it."""
+    converters = dict.fromkeys(SITES, lambda ours: export_state(ours, convention))
+    return checks.export_model("megatron.export_model", connections, ".", converters)
+
+
+def _check_convention(function: str, convention: Convention) -> None:
+    if not isinstance(convention, Convention):
+        raise TypeError(f"{function}: convention: expected a Convention, got {type(convention).__name__}")
+    if convention.streams != OUTERMOST:
+        raise ValueError(f"{function}: convention: expected streams outermost, got {convention.streams}")
+
+
+def _rows(tensor: torch.Tensor, num_streams: int, convention: Convention) -> torch.Tensor:
+    """Between its order of the res rows and ours."""
+    return swapped_rows(tensor, num_streams) if convention.res == IN_OUT else tensor

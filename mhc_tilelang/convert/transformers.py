@@ -1,0 +1,73 @@
+"""Hugging Face's deepseek_v4 (transformers 5.23): DeepSeek's tensors under transformers' names.
+
+    model.layers.0.attn_hc.fn, .base, .scale    and ffn_hc: a `HyperConnection`
+    model.hc_head.hc_fn, .hc_base, .hc_scale    a `HyperHead`
+
+For running such a model with these kernels no weight needs converting: see `integrations.transformers`. This is for
+models of your own. One eps, `hc_eps`, serves h_pre and Sinkhorn; `rms_norm_eps` is the RMS norm's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..spec import MHCSpec
+from . import deepseek
+from . import state as checks
+from .state import Converted, State
+
+NAMES = ("fn", "scale", "base")
+HEAD_NAMES = ("hc_fn", "hc_scale", "hc_base")
+KEY = r"(?P<module>(?:.*\.)?(?P<site>attn_hc|ffn_hc|hc_head))\.(?P<name>.+)"
+
+
+def spec(config: Any) -> MHCSpec:
+    """The constants of a `DeepseekV4Config`."""
+    return MHCSpec(
+        hidden_size=config.hidden_size,
+        num_streams=config.hc_mult,
+        sinkhorn_iters=config.hc_sinkhorn_iters,
+        sinkhorn_eps=config.hc_eps,
+        pre_eps=config.hc_eps,
+        rms_eps=config.rms_norm_eps,
+    )
+
+
+def import_state(state: State) -> Converted:
+    """A `DeepseekV4HyperConnection`'s state -> phi, alpha, bias of a `HyperConnection`."""
+    return deepseek.import_named("transformers.import_state", state, NAMES)
+
+
+def export_state(state: State) -> Converted:
+    """phi, alpha, bias of a `HyperConnection` -> a `DeepseekV4HyperConnection`'s state."""
+    return deepseek.export_named("transformers.export_state", state, NAMES)
+
+
+def import_head(state: State) -> Converted:
+    """A `DeepseekV4HyperHead`'s state -> phi, alpha, bias of a `HyperHead`; nothing is copied."""
+    function = "transformers.import_head"
+    checks.take(function, state, HEAD_NAMES)
+    phi, alpha, bias = (state[name] for name in HEAD_NAMES)
+    checks.head_sizes(function, phi, alpha, bias, HEAD_NAMES)
+    return {"phi": phi, "alpha": alpha, "bias": bias}
+
+
+def export_head(state: State) -> Converted:
+    """phi, alpha, bias of a `HyperHead` -> a `DeepseekV4HyperHead`'s state; nothing is copied."""
+    checks.our_head("transformers.export_head", state)
+    return dict(zip(HEAD_NAMES, (state["phi"], state["alpha"], state["bias"]), strict=True))
+
+
+def import_model(state: State) -> dict[str, Converted]:
+    """A model's state dict -> our states by module, such as "model.layers.0.attn_hc"; other keys are left."""
+    return checks.import_model("transformers.import_model", state, KEY, _IMPORTS)
+
+
+def export_model(connections: Mapping[str, State]) -> Converted:
+    """What `import_model` gives -> the model's keys for it."""
+    return checks.export_model("transformers.export_model", connections, ".", _EXPORTS)
+
+
+_IMPORTS = {"attn_hc": import_state, "ffn_hc": import_state, "hc_head": import_head}
+_EXPORTS = {"attn_hc": export_state, "ffn_hc": export_state, "hc_head": export_head}
