@@ -26,7 +26,7 @@ from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.checking.run import Row
 from mhc_tilelang.perf import bench
 from mhc_tilelang.perf.cases import BACKWARD_KERNELS, KERNELS, SUBLAYER_INPUT, Case, Shape
-from mhc_tilelang.perf.peers import PEERS, conversions, deepseek, huggingface, lucidrains, prepare, selected
+from mhc_tilelang.perf.peers import PEERS, deepseek, huggingface, lucidrains, prepare, selected
 from mhc_tilelang.perf.peers.compiled import compiled
 from mhc_tilelang.perf.peers.peer import Peer, UnsupportedError
 from mhc_tilelang.perf.peers.prepare import Compared, Loaded, compare, load
@@ -78,16 +78,6 @@ def test_every_kernel_is_covered_or_left_out_with_a_reason() -> None:
             if kernel not in peer.functions:
                 with pytest.raises(UnsupportedError, match=r"\w"):
                     peer.function(kernel)
-
-
-@pytest.mark.parametrize("n", [2, 4, 8])
-def test_swapped_rows(n: int) -> None:
-    """Gates stay, res rows go from [out, in] to [in, out] and back."""
-    labels = torch.tensor([*range(2 * n), *(1000 + 10 * j + i for j in range(n) for i in range(n))])
-    swapped = conversions.swapped_rows(labels, n)
-    assert swapped[: 2 * n].tolist() == [*range(2 * n)]
-    assert swapped[2 * n :].tolist() == [1000 + 10 * j + i for i in range(n) for j in range(n)]
-    assert torch.equal(conversions.swapped_rows(swapped, n), labels)
 
 
 class Transposed(TileKernels):

@@ -1,0 +1,238 @@
+"""transformers' DeepSeek-V4 on these kernels: a tiny random model before and after `replace`.
+
+Would catch: comb taken for h_res, parameters that are copied, renamed or lost to the optimizer, a gradient that does
+not arrive, a decoder layer that drops its keywords, a replacement that stops half way or cannot be undone.
+"""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import mhc_tilelang as mhc
+from mhc_tilelang.errors import ConversionError
+
+transformers = pytest.importorskip(
+    "transformers", minversion="5.23", reason="no transformers, or one without deepseek_v4"
+)
+pytest.importorskip("transformers.models.deepseek_v4")
+
+# As many float32 roundings as a token meets in two layers, each some 1e-7 of what it touches, and Sinkhorn's gradients
+# at logits of standard deviation 2. Found: logits 2e-7, hidden states 2e-7, gradients 5e-6 of the norm.
+LOGITS, GRADIENTS = 2e-6, 5e-5
+
+
+def tiny(seed=0, **changes):
+    """Two layers of every part that a layer can have, 24 channels, and connections that do something."""
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": 64, "hidden_size": 24, "moe_intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 16,
+        "num_attention_heads": 2, "q_lora_rank": 16, "num_experts_per_tok": 2, "n_routed_experts": 4, "o_groups": 2,
+        "o_lora_rank": 8, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4, "sliding_window": 8,
+        "max_position_embeddings": 64, "pad_token_id": 0, "mlp_layer_types": ["hash_moe", "moe"],
+        "layer_types": ["sliding_attention", "heavily_compressed_attention"],
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+    }  # fmt: skip
+    model = transformers.DeepseekV4ForCausalLM(transformers.DeepseekV4Config(**{**sizes, **changes}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("fn"):
+                parameter.normal_(std=2 / parameter.shape[1] ** 0.5)
+            elif name.endswith("base"):
+                parameter.normal_()
+        for name, buffer in model.named_buffers():
+            if name.endswith("tid2eid"):  # two experts of four by token: zeros would be one of them twice
+                buffer.copy_((torch.arange(len(buffer)).unsqueeze(1) + torch.arange(buffer.shape[1])) % 4)
+    return model
+
+
+@pytest.fixture(scope="module")
+def eager():
+    return tiny()
+
+
+@pytest.fixture
+def replaced(eager):
+    model = copy.deepcopy(eager)
+    mhc.integrations.transformers.replace(model)
+    return model
+
+
+def tokens(*shape):
+    return torch.randint(1, 64, shape, generator=torch.Generator().manual_seed(5))
+
+
+def relative(got, expected):
+    got, expected = got.detach().double(), expected.detach().double()
+    return float((got - expected).norm() / expected.norm())
+
+
+def test_logits_and_gradients(eager, replaced):
+    """The same logits, the same hidden states after each layer, the same gradient of every parameter."""
+    upstream = torch.randn(2, 12, 64)
+    results = []
+    for model in (eager, replaced):
+        model.zero_grad()
+        output = model(input_ids=tokens(2, 12), use_cache=False, output_hidden_states=True)
+        output.logits.backward(upstream)
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append((output.logits.detach(), [h.detach() for h in output.hidden_states], gradients))
+    (logits, hidden, gradients), (our_logits, our_hidden, our_gradients) = results
+    assert relative(our_logits, logits) < LOGITS
+    assert len(hidden) == len(our_hidden) == 3
+    assert max(map(relative, our_hidden, hidden)) < LOGITS
+    assert set(gradients) == set(our_gradients)
+    assert {"model.layers.0.attn_hc.fn", "model.layers.1.ffn_hc.base", "model.hc_head.hc_scale"} <= set(gradients)
+    for name, gradient in gradients.items():
+        assert relative(our_gradients[name], gradient) < GRADIENTS, name
+
+
+def test_a_transposed_comb_would_show(eager, replaced, monkeypatch):
+    """Res rows that are not permuted: the comparison above is not blind to them."""
+    monkeypatch.setattr(mhc.integrations.transformers, "swapped_rows", lambda tensor, _: tensor)
+    with torch.no_grad():
+        logits = [model(input_ids=tokens(2, 12), use_cache=False).logits for model in (eager, replaced)]
+    assert relative(logits[1], logits[0]) > 1e4 * LOGITS
+
+
+def test_every_connection_is_replaced_and_restored():
+    """In place, parameters and buffers the same objects; `restore` gives the bits back."""
+    model = tiny()
+    with torch.no_grad():
+        before = model(input_ids=tokens(1, 5), use_cache=False).logits
+    held = {name: id(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    names = mhc.integrations.transformers.replace(model)
+    places = ("model.layers.0", "model.layers.1")
+    connections = [f"{place}.{site}" for place in places for site in ("attn_hc", "ffn_hc")]
+    assert set(names) == {*places, *connections, "model.hc_head"}
+    assert held == {name: id(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    for name in names:
+        assert type(model.get_submodule(name)).__module__ == "mhc_tilelang.integrations.transformers"
+    assert {type(module).__name__ for module in model.modules()} == {type(m).__name__ for m in tiny().modules()}
+
+    with pytest.raises(
+        ValueError, match=r"replace: model: expected a module with .*, got DeepseekV4ForCausalLM with none"
+    ):
+        mhc.integrations.transformers.replace(model)
+    assert mhc.integrations.transformers.restore(model) == names
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=tokens(1, 5), use_cache=False).logits, before)
+    with pytest.raises(
+        ValueError, match=r"restore: model: expected a module with .*, got DeepseekV4ForCausalLM with none"
+    ):
+        mhc.integrations.transformers.restore(model)
+
+
+def test_checkpoints_are_transformers_own(eager, replaced, tmp_path):
+    """What a replaced model saves, an eager one loads, and the other way round."""
+    replaced.save_pretrained(tmp_path)
+    loaded = transformers.DeepseekV4ForCausalLM.from_pretrained(tmp_path)
+    assert {type(module) for module in loaded.modules()} == {type(module) for module in eager.modules()}
+    expected = eager.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+    other = tiny(seed=1).state_dict()
+    replaced.load_state_dict(other)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in replaced.state_dict().items())
+
+
+def test_generation(eager, replaced):
+    """With its cache, one token at a time, greedily."""
+    prompt = tokens(2, 6)
+    results = [model.generate(prompt, max_new_tokens=4, do_sample=False) for model in (eager, replaced)]
+    assert torch.equal(*results)
+    assert results[0].shape == (2, 10)
+
+
+def test_bfloat16_rounds_no_more_than_transformers(eager, replaced):
+    """Against the float32 model. Where transformers rounds the mappings and each product, we round sums once."""
+    with torch.no_grad():
+        exact = eager(input_ids=tokens(2, 12), use_cache=False).logits
+        rounded = [
+            copy.deepcopy(model).to(torch.bfloat16)(input_ids=tokens(2, 12), use_cache=False).logits
+            for model in (eager, replaced)
+        ]
+    assert rounded[1].dtype == torch.bfloat16
+    theirs, ours = (relative(logits, exact) for logits in rounded)
+    assert ours < 1.5 * theirs  # both are some thirty roundings of 2^-9, with random signs
+
+
+def test_one_connection_alone(eager):
+    """The module's own interface, in bfloat16: float32 mappings, comb as transformers has it."""
+    module = copy.deepcopy(eager.model.layers[0].attn_hc)
+    x = torch.randn(2, 3, 4, 24, dtype=torch.bfloat16)
+    expected = module(x)
+    assert mhc.integrations.transformers.replace(module) == ("",)
+    post, comb, collapsed = module(x)
+    assert relative(post, expected[0]) < LOGITS
+    assert relative(comb, expected[1]) < 1e-5
+    assert relative(comb.mT, expected[1]) > 0.1
+    assert collapsed.dtype == torch.bfloat16
+    torch.testing.assert_close(collapsed, expected[2], rtol=2**-8, atol=1e-6)  # one rounding of the same sum
+
+
+def test_convert_to_modules_of_ours(eager):
+    """`convert.transformers`: a whole model's connections into modules of this package, and a stream through two."""
+    states = mhc.convert.transformers.import_model(eager.state_dict())
+    assert len(states) == 5
+    spec = mhc.convert.transformers.spec(eager.config)
+    x = torch.randn(2, 3, 4, 24)
+    ours = mhc.HyperConnection(spec)
+    ours.load_state_dict(states["model.layers.1.ffn_hc"])
+    layer_input, h_post, h_res = ours(x)
+    with torch.no_grad():
+        post, comb, collapsed = eager.model.layers[1].ffn_hc(x)
+        head = mhc.HyperHead(spec)
+        head.load_state_dict(states["model.hc_head"])
+        pairs = ((layer_input, collapsed), (h_post, post), (h_res.mT, comb), (head(x), eager.model.hc_head(x)))
+        assert all(relative(got, expected) < 1e-5 for got, expected in pairs)
+    exported = mhc.convert.transformers.export_model(states)
+    assert all(torch.equal(eager.state_dict()[name], tensor) for name, tensor in exported.items())
+
+
+def test_nothing_is_replaced_by_halves(monkeypatch):
+    """Three streams have no kernels: the error names the module, and the model is as it was."""
+    model = tiny(hc_mult=3)
+    classes = [type(module) for module in model.modules()]
+    message = "replace: model.layers.0.attn_hc: num_streams: expected one of"
+    with pytest.raises(ValueError, match=message):
+        mhc.integrations.transformers.replace(model)
+    assert [type(module) for module in model.modules()] == classes
+    with pytest.raises(ValueError, match="got Linear with none"):
+        mhc.integrations.transformers.replace(torch.nn.Linear(2, 2))
+
+
+def test_another_decoder_layer_is_refused(eager, monkeypatch):
+    """A transformers whose layer takes other arguments than the one restated here."""
+    layer = type(eager.model.layers[0])
+    monkeypatch.setattr(layer, "forward", lambda _self, _hidden_states, _position_ids: None)
+    with pytest.raises(
+        ConversionError, match=r"expected DeepseekV4DecoderLayer.forward with the parameters self, hidden"
+    ):
+        mhc.integrations.transformers.replace(copy.deepcopy(eager))
+
+
+def test_checkpointing_and_autocast(replaced):
+    """Gradients under activation checkpointing are those without; a bfloat16 layer in a float32 stream is taken."""
+    gradients = []
+    upstream = torch.randn(1, 6, 64)
+    for checkpointing in (False, True):
+        replaced.zero_grad()
+        replaced.train()
+        if checkpointing:
+            replaced.activation_checkpointing_enable()
+        replaced(input_ids=tokens(1, 6), use_cache=False).logits.backward(upstream)
+        gradients.append([parameter.grad.clone() for parameter in replaced.parameters() if parameter.grad is not None])
+    assert all(map(torch.equal, *gradients))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert replaced(input_ids=tokens(1, 6), use_cache=False).logits.dtype == torch.bfloat16
+
+
+def test_spec_of_a_configuration():
+    """Every constant where it belongs: all five differ."""
+    config = SimpleNamespace(hidden_size=40, hc_mult=2, hc_sinkhorn_iters=7, hc_eps=1e-5, rms_norm_eps=1e-4)
+    spec = mhc.convert.transformers.spec(config)
+    assert spec == mhc.MHCSpec(40, 2, sinkhorn_iters=7, sinkhorn_eps=1e-5, pre_eps=1e-5, rms_eps=1e-4)
