@@ -28,6 +28,7 @@ def test_readme_example_runs(place: int, hidden_size: int) -> None:
 GPT = "gpt.py --steps 3 --batch 2 --context 32 --width 32 --depth 2 --heads 2"
 COMMANDS = [
     *(path.name for path in sorted((ROOT / "examples").glob("*.py")) if path.name != "gpt.py"),
+    *(f"porting/{path.name}" for path in sorted((ROOT / "examples" / "porting").glob("*.py"))),
     f"{GPT} --connection residual",
     f"{GPT} --connection hc",
     f"{GPT} --connection mhc --dtype bfloat16 --text README.md",
@@ -43,7 +44,22 @@ def test_example_runs(command: str) -> None:
     assert done.stdout
 
 
-@pytest.mark.parametrize("page", ["README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))])
+PORTING = sorted((ROOT / "docs" / "porting").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PORTING, ids=lambda page: page.stem)
+def test_porting_page_runs(page: Path) -> None:
+    """The Python of a page, from top to bottom and word for word, where the package that it ports from is installed."""
+    example = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+    for package in re.findall(r"^from (transformers|hyper_connections)\b", example, re.MULTILINE):
+        pytest.importorskip(package, minversion="5.23" if package == "transformers" else None)
+    exec(compile(example, page.name, "exec"), {})
+
+
+PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *PORTING]
+
+
+@pytest.mark.parametrize("page", [str(path.relative_to(ROOT)) for path in PAGES])
 def test_links_lead_somewhere(page: str) -> None:
     """Relative links only; catches a file that was moved, and a placeholder that was left."""
     text = (ROOT / page).read_text(encoding="utf-8")

@@ -15,8 +15,9 @@ class RowsFirstConnection(HyperConnection):
     """A HyperConnection whose Sinkhorn normalises the rows of h_res first and its columns last, as Liger's does.
 
     That is this package's Sinkhorn on transposed logits, transposed back. Parameters, their order included, are those
-    of `HyperConnection`: loaded into one of those they give the other order of the same two steps, which 20
-    iterations bring close, logits of standard deviation 3 to 5e-2 and of 1 to 3e-3.
+    of `HyperConnection`: loaded into one of those they give the other order of the same two steps. After 20 iterations
+    of 20,000 matrices with n = 4 the two differed by 1e-6 in 99 % and 7e-4 at most for logits of standard deviation 1,
+    by 3e-2 and 5e-2 for 3.
 
     It costs a permutation of phi's res rows per call and of h_res per token, and boundaries are not fused: for code
     that must give the numbers of other code. Train new models with `HyperConnection`.
