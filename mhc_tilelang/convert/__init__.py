@@ -27,6 +27,7 @@ ValueError for a wrong shape, TypeError for what is no tensor. Everything is che
 
 from __future__ import annotations
 
+from ..errors import ConversionError
 from . import deepseek, liger, lucidrains, megatron, transformer_engine, transformers
 from .conventions import CONVENTIONS, Convention
 from .orientation import Probe, orientation, probe
@@ -36,6 +37,7 @@ from .tensors import comb, swapped_columns, swapped_rows, swapped_streams
 __all__ = [
     "CONVENTIONS",
     "Convention",
+    "ConversionError",
     "Probe",
     "RowsFirstConnection",
     "comb",
