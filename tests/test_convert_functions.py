@@ -18,7 +18,7 @@ from mhc_tilelang import convert
 EARLIER = convert.CONVENTIONS["liger"]
 TOKENS = 37
 # A logit, a float32 sum of n·C products, is off by some 1e-6 where it is 6, which Sinkhorn passes on at most n-fold.
-# Found: 1.2e-7 of the norm, 1.3e-6 of a gradient's. The nearest wrong convention, the other order, is 7e-4 off.
+# Found: 1.2e-7 of the norm, 1e-6 of a gradient's. The nearest wrong convention, the other order, is 1.6e-3 off.
 TOLERANCE = 1e-5
 
 
@@ -70,7 +70,8 @@ def test_same_function(framework):
     got, expected = run(connection, x, layer_output), sublayer(their_weights, x64, output64)
     assert max(map(relative, got, expected)) < TOLERANCE
 
-    upstream = [torch.randn_like(tensor) for tensor in got]
+    generator = torch.Generator().manual_seed(4)
+    upstream = [torch.randn(tensor.shape, generator=generator) for tensor in got]
     torch.autograd.backward(got, upstream)
     torch.autograd.backward(expected, [tensor.double() for tensor in upstream])
     assert relative(x.grad, x64.grad) < TOLERANCE
@@ -110,7 +111,7 @@ def test_wrong_conventions_show(framework):
     ):
         wrong = make(spec)
         wrong.load_state_dict({**state, **changed})
-        assert relative(run(wrong, x, layer_output)[1], expected) > 20 * TOLERANCE
+        assert relative(run(wrong, x, layer_output)[1], expected) > 100 * TOLERANCE
 
 
 def test_unconstrained():

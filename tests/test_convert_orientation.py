@@ -129,13 +129,13 @@ def test_our_own_classes():
     for make in (mhc.HyperConnection, mhc.convert.RowsFirstConnection):
 
         def module(probe, make=make):
-            connection = make(mhc.MHCSpec(24, sinkhorn_iters=probe.sinkhorn_iters))
+            connection = make(mhc.MHCSpec(192, sinkhorn_iters=probe.sinkhorn_iters))
             connection.load_state_dict({**connection.state_dict(), "bias": probe.bias})
             with torch.no_grad():
                 _, *mappings = connection(probe.x)
                 return connection.merge(probe.x, probe.layer_output, *mappings)
 
-        found = orientation(module, mhc.convert.probe(4, 24, 20))
+        found = orientation(module, mhc.convert.probe(4, 192, 20))
         assert found.connection == make.__name__
         assert found.res == "[out, in]"
 
@@ -143,12 +143,12 @@ def test_our_own_classes():
 def test_transformers_module():
     """transformers' own class, at its 20 iterations."""
     modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
-    sizes = {"hidden_size": 24, "hc_mult": 4, "hc_sinkhorn_iters": 20, "hc_eps": 1e-6, "rms_norm_eps": 1e-6}
+    sizes = {"hidden_size": 192, "hc_mult": 4, "hc_sinkhorn_iters": 20, "hc_eps": 1e-6, "rms_norm_eps": 1e-6}
 
     def sublayer(probe):
         module = modeling.DeepseekV4HyperConnection(SimpleNamespace(**sizes))
-        module.load_state_dict({"fn": torch.zeros(24, 96), "base": probe.bias, "scale": torch.ones(3)})
+        module.load_state_dict({"fn": torch.zeros(24, 768), "base": probe.bias, "scale": torch.ones(3)})
         post, comb, _ = module(probe.x[None])
         return post.unsqueeze(-1) * probe.layer_output.unsqueeze(-2) + comb.mT @ probe.x
 
-    assert orientation(sublayer, mhc.convert.probe(4, 24, 20), expected="deepseek").connection == "HyperConnection"
+    assert orientation(sublayer, mhc.convert.probe(4, 192, 20), expected="deepseek").connection == "HyperConnection"

@@ -13,7 +13,7 @@ import torch
 import mhc_tilelang as mhc
 from mhc_tilelang import reference
 
-spec = mhc.MHCSpec.deepseek_v4(hidden_size=256)
+spec = mhc.MHCSpec.deepseek_v4(hidden_size=192)
 n, C, T = spec.num_streams, spec.hidden_size, 64
 random = np.random.default_rng(0)
 
