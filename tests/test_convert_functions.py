@@ -7,6 +7,8 @@ follow the streams, a constant of another framework.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import foreign_sublayers
 import pytest
 import torch
@@ -149,8 +151,23 @@ def test_rows_first_in_a_stream():
         stream.write(layer_output)
         by_hand = run(reader, by_hand, layer_output)[1]
     assert torch.equal(stream.x, by_hand)
-    with pytest.raises(TypeError, match="RowsFirstConnection: expected x alone, got 4 arguments"):
+    with pytest.raises(TypeError, match="RowsFirstConnection: expected x alone, got x and 3 more"):
         connection(x, layer_output, *connection(x)[1:])
+
+
+def test_rows_first_delayed():
+    """The same mappings with the h_pre of the sublayer before; its own comes last."""
+    _, plain, _ = imported("liger")
+    connection = convert.RowsFirstConnection(replace(plain.spec, delayed_pre=True))
+    connection.load_state_dict(plain.state_dict())
+    x, _ = streams(4)
+    layer_input, h_post, h_res, h_pre = connection(x, mhc.first_pre(x))
+    assert torch.equal(layer_input, x[:, 0])
+    aggregated, *mappings = plain(x)
+    assert all(map(torch.equal, (h_post, h_res), mappings))
+    assert relative((h_pre.unsqueeze(2) * x).sum(1), aggregated.double()) < TOLERANCE
+    with pytest.raises(TypeError, match="RowsFirstConnection: expected x and h_pre, got x and 0 more"):
+        connection(x)
 
 
 # The packages themselves, where they are installed

@@ -8,10 +8,10 @@ Its stream is packed, [s, b, n·C]: `x.view(s, b, n, C)` is ours. Versions diffe
 shapes. The main branch of 2026 mixes with H_res transposed, as DeepSeek does; before that it mixed with H_res itself,
 rows normalised first, as Liger does. Ask `convert.orientation` which one a copy has, and pass the convention.
 
-Its norm divides by rms + 1e-6, eps outside the root, except in its single-pass form: for a stream of rms 1 that is
-within 1e-6 of ours, and there is no spec that makes it equal. The earlier versions had a `norm.weight` in the state
-which nothing read: leave it out. Contraction is a mean, `reduce("mean")`; where it is learned (`hc_head_fn`, `…_base`,
-`…_scale` of the block), those are DeepSeek's (`deepseek.import_head`).
+Its norm divides by rms + 1e-6, eps outside the root: for a stream of rms 1 that is within 1e-6 of ours, and no spec
+makes it equal. Its single-pass form (`mhc_single_pass`) has eps inside the root and is `delayed_pre` here. The earlier
+versions had a `norm.weight` in the state which nothing read: leave it out. Contraction is a mean, `reduce("mean")`;
+where it is learned (`hc_head_fn`, `…_base`, `…_scale` of the block), those are DeepSeek's (`deepseek.import_head`).
 """
 
 from __future__ import annotations

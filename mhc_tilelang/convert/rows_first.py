@@ -26,11 +26,15 @@ class RowsFirstConnection(HyperConnection):
     def forward(self, x: torch.Tensor, *waiting: Any) -> tuple[torch.Tensor, ...]:
         """x [..., n, C] -> layer_input [..., C], h_post [..., n], h_res [..., n, n] as [out, in].
 
-        Raises TypeError for a write that waits: `post_pre` has the other order.
+        With delayed_pre x and an h_pre, and an h_pre after the other results, as `HyperConnection`. Raises TypeError
+        for a write that waits: `post_pre` has the other order.
         """
-        if waiting:
-            raise TypeError(f"RowsFirstConnection: expected x alone, got {1 + len(waiting)} arguments")
+        delayed = self.spec.delayed_pre
+        if len(waiting) != int(delayed):
+            wanted = "x and h_pre" if delayed else "x alone"
+            raise TypeError(f"RowsFirstConnection: expected {wanted}, got x and {len(waiting)} more")
         n = self.spec.num_streams
         phi, bias = swapped_rows(self.phi, n), swapped_rows(self.bias, n)
-        layer_input, h_post, transposed = ops.pre(x, phi, self.alpha, bias, self.spec)
-        return layer_input, h_post, transposed.mT.contiguous()
+        h_pre = waiting[0] if delayed else None
+        layer_input, h_post, transposed, *next_pre = ops.pre(x, phi, self.alpha, bias, self.spec, h_pre=h_pre)
+        return layer_input, h_post, transposed.mT.contiguous(), *next_pre
