@@ -172,7 +172,7 @@ def test_models(name):
 def test_lucidrains_refuses_what_has_no_equal():
     """Dynamic weights there, phi here, and two scales that are one there: an error that says why."""
     lucidrains, state = mhc.convert.lucidrains, dict(states("lucidrains"))
-    for key in ("dynamic_alpha_fn", "dynamic_beta_fn"):
+    for key in ("dynamic_alpha_fn", "dynamic_beta_fn", "norm.gamma"):
         weights = torch.zeros_like(state[key])
         weights.view(-1)[3] = 1e-8
         with pytest.raises(ConversionError, match=f"import_state: {key}: expected 0, got weights"):

@@ -18,8 +18,9 @@
 A framework's module has `import_state` (theirs to ours) and `export_state` (ours to theirs) for one sublayer, a `spec`
 with its constants and, where a checkpoint of a whole model has names of its own, `import_model` and `export_model`.
 "Ours" is what `HyperConnection.state_dict()` gives: phi [M, K], alpha [3], bias [M], res rows as [out, in]. An import
-and the export of its result return the same bits. dtypes stay what they are (loading a state dict into a
-`HyperConnection` makes them float32); what needs no permutation is the tensor that came or a view of it.
+and the export of its result return the same bits; lucidrains' norm weight, which is absorbed, is the exception. dtypes
+stay what they are (loading a state dict into a `HyperConnection` makes them float32); what needs no permutation is the
+tensor that came or a view of it.
 
 Errors: `ConversionError` for keys that are missing or unknown, and for weights that no weights of ours are equal to.
 ValueError for a wrong shape, TypeError for what is no tensor. Everything is checked before anything is converted.

@@ -7,7 +7,7 @@ static part maps exactly:
     static_alpha [n, 1 + n]   pre bias, then the res logits as [in, out]
     static_beta  [n]          post bias
     pre_branch_scale [1], h_post_scale [], residual_scale [1]   alpha
-    dynamic_alpha_fn [1, C, 1 + n], dynamic_beta_fn [C]   must be 0, as they start; norm.gamma [C] then has no effect
+    dynamic_alpha_fn [1, C, 1 + n], dynamic_beta_fn [C], norm.gamma [C]   must be 0, as they start
 
 It normalises columns of H_res last and has no eps: `RowsFirstConnection` with `spec` computes the same.
 
@@ -51,17 +51,17 @@ def unconstrained_spec(hidden_size: int, num_streams: int = 4) -> MHCSpec:
 def import_state(state: State) -> Converted:
     """A `ManifoldConstrainedHyperConnections`' state without dynamic weights -> phi (0), alpha, bias.
 
-    Raises ConversionError if a dynamic weight is not 0. To keep the static part of trained weights, zero them first.
+    Raises ConversionError if a dynamic weight or its norm's is not 0. To keep the static part alone, zero them first.
     """
     function = "lucidrains.import_state"
     checks.take(function, state, NAMES)
     n, channels = _sizes(function, state, (1,))
     for name, shape in zip(SCALES, ((1,), (), (1,)), strict=True):
         checks.check_shape(function, name, state[name], shape)
-    for name in DYNAMIC:
+    for name in (*DYNAMIC, "norm.gamma"):
         if torch.count_nonzero(state[name]):
             raise ConversionError(
-                f"{function}: {name}: expected 0, got weights: they act on each stream's own RMS norm and are shared "
+                f"{function}: {name}: expected 0, got weights: they are of each stream's own RMS norm and shared "
                 "by all streams, and no phi of ours is equal to that"
             )
     alpha = torch.cat([state[name].reshape(1) for name in SCALES])
