@@ -8,6 +8,7 @@ are run-time values, so one compilation serves every batch.
     coefficients  Eq. 16–19   scale, bias, sigmoids and Sinkhorn of those chunk sums
     sinkhorn      Eq. 9, 19   logits -> h_res, alone
     pre           Eq. 3       n streams -> the layer's input
+    pre_norm      Eq. 3       the same, and the layer's own RMSNorm
     post          Eq. 3       mix the streams, add the layer's output
     post_project  Eq. 3, 14   post, and the projection of what it made, from the same tile
     expand                    an embedding -> n equal streams
@@ -29,6 +30,7 @@ FAMILIES = {
     "head_coefficients": ("head", "head_coefficients_kernel"),
     "sinkhorn": ("sinkhorn", "sinkhorn_kernel"),
     "pre": ("pre", "pre_kernel"),
+    "pre_norm": ("pre_norm", "pre_norm_kernel"),
     "post": ("post", "post_kernel"),
     "post_project": ("post_project", "post_project_kernel"),
     "expand": ("expand", "expand_kernel"),
@@ -37,6 +39,7 @@ FAMILIES = {
     "head_coefficients_backward": ("head_backward", "head_coefficients_backward_kernel"),
     "sinkhorn_backward": ("sinkhorn_backward", "sinkhorn_backward_kernel"),
     "pre_backward": ("pre_backward", "pre_backward_kernel"),
+    "pre_norm_backward": ("pre_norm_backward", "pre_norm_backward_kernel"),
     "post_backward": ("post_backward", "post_backward_kernel"),
     "expand_backward": ("expand_backward", "expand_backward_kernel"),
     "boundary_backward": ("boundary_backward", "boundary_backward_kernel"),

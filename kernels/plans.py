@@ -96,6 +96,41 @@ def reduction_tile(hidden_size: int, itemsize: int, target: str) -> ReductionTil
     return ReductionTile(lanes=128, width=width)
 
 
+KEPT_CHANNELS = 32  # of a thread: what a norm's backward keeps of them takes 80 registers, 96 of a float32 stream
+
+
+@dataclass(frozen=True)
+class NormTile(ReductionTile):
+    """The same for two walks over the channels; `kept` is whether the second has what the first one made."""
+
+    kept: bool
+
+    def steps(self, hidden_size: int) -> int:
+        """Steps of a walk."""
+        return -(-hidden_size // (self.lanes * self.width))
+
+    def slots(self, hidden_size: int) -> int:
+        """Steps whose channels a block holds at a time."""
+        return self.steps(hidden_size) if self.kept else 1
+
+
+@cache
+def norm_tile(hidden_size: int, itemsize: int, target: str) -> NormTile:
+    """The tile of the kernels that normalise a row. 256 threads where 128 would have more channels than they keep."""
+    tile = reduction_tile(hidden_size, itemsize, target)
+    lanes = tile.lanes
+    if target != "cpu" and hidden_size > lanes * KEPT_CHANNELS:
+        lanes = MAX_THREADS
+    return NormTile(lanes, tile.width, kept=hidden_size <= MAX_THREADS * KEPT_CHANNELS)
+
+
+def norm_tokens(num_tokens: int) -> int:
+    """Tokens that share a row of partial sums of a norm's weight: 16, where a row costs 0.25C a token to write and read
+    (16-bit stream), or more where there would be more than 512 rows.
+    """
+    return max(16, -(-num_tokens // 512))
+
+
 @dataclass(frozen=True)
 class ProjectionPlan:
     """What is compiled into a projection: phi's form, and the tile of tokens and channels a block works on."""

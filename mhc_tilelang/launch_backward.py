@@ -76,7 +76,7 @@ def pre_backward(g_layer_input: torch.Tensor, x: torch.Tensor, *, out: torch.Ten
         dtype=dtype_name(x.dtype),
         tile=tile,
     )
-    kernel(g_layer_input=_by_width(g_layer_input, tile), x=_by_width(x, tile), g_h_pre=g_h_pre)
+    kernel(g_layer_input=by_width(g_layer_input, tile), x=by_width(x, tile), g_h_pre=g_h_pre)
     return g_h_pre
 
 
@@ -114,13 +114,13 @@ def post_backward(
         mixing=needs_mixing,
     )
     kernel(
-        g_x_next=_by_width(g_x_next, tile),
-        x=_by_width(x, tile),
-        layer_output=_by_width(layer_output, tile),
+        g_x_next=by_width(g_x_next, tile),
+        x=by_width(x, tile),
+        layer_output=by_width(layer_output, tile),
         h_post=aligned(h_post),
         h_res=aligned(h_res),
-        g_x=_by_width(g_x, tile) if needs_x else g_x,
-        g_layer_output=_by_width(g_layer_output, tile) if needs_layer_output else g_layer_output,
+        g_x=by_width(g_x, tile) if needs_x else g_x,
+        g_layer_output=by_width(g_layer_output, tile) if needs_layer_output else g_layer_output,
         g_h_post=g_h_post,
         g_h_res=g_h_res,
     )
@@ -293,7 +293,7 @@ def project_backward(
     return g_x, g_phi
 
 
-def _by_width(tensor: torch.Tensor, tile: plans.ReductionTile) -> torch.Tensor:
+def by_width(tensor: torch.Tensor, tile: plans.ReductionTile) -> torch.Tensor:
     """[…, C] as […, C / width, width], where a kernel can read it."""
     return aligned(tensor).view(*tensor.shape[:-1], tensor.shape[-1] // tile.width, tile.width)
 

@@ -2,7 +2,8 @@
 
 The `launch` modules decide it from tensors on a device; this is the same decision from sizes and a target alone, for
 tensors that start on 16 bytes. A test holds the two together. Imports no torch until `launches` is called. `calls` has
-what a builder takes and gives, `launches_boundary` the kernels that are fused across a boundary.
+what a builder takes and gives, `launches_boundary` the kernels that are fused across a boundary, `launches_norm` those
+that normalise.
 """
 
 from __future__ import annotations
@@ -13,21 +14,24 @@ from typing import Any
 
 from ..kernels import boundary_plans, plans
 from . import launches_boundary as boundary
+from . import launches_norm as norm
 from .calls import Call, Launch
 from .cases import Case
 
 AGGREGATED = "project_backward_aggregated"
 BOUNDARY = ("post_pre", "post_pre_delayed", "post_head", "post_pre_backward", "post_pre_delayed_backward")
-UNTIMED = ("head_coefficients", "head_coefficients_backward", AGGREGATED, *BOUNDARY)  # `bench` has no case for them
+UNTIMED = ("head_coefficients", "head_coefficients_backward", AGGREGATED, *BOUNDARY, *norm.NORM)  # `bench` has no case for them
 
 STREAMS = {
     "expand": ("h", "x"),
     "project": ("x",),
     "pre": ("x", "layer_input"),
     "post": ("x", "layer_output", "x_next"),
+    "pre_norm": ("x", "layer_input"),
     "expand_backward": ("g_x", "g_h"),
     "project_backward": ("x", "g_layer_input", "g_x"),
     "pre_backward": ("g_layer_input", "x"),
+    "pre_norm_backward": ("g_layer_input", "x", "g_u"),
     "post_backward": ("g_x_next", "x", "layer_output", "g_x", "g_layer_output"),
     "post_project": ("x", "layer_output", "x_next", "layer_input"),
     "boundary_backward": ("g_x_next", "g_layer_input", "x", "layer_output", "g_x", "g_layer_output"),
@@ -121,6 +125,12 @@ def expand_backward(call: Call) -> tuple[Launch, ...]:
 def pre_backward(call: Call) -> tuple[Launch, ...]:
     """g_layer_input, x -> g_h_pre."""
     return (Launch("pre_backward", {**call.stream, **call.reduction()}, call.tokens),)
+
+
+def pre_norm_backward(call: Call) -> tuple[Launch, ...]:
+    """Every gradient of pre_norm."""
+    launch = norm.pre_norm_backward(call)
+    return launch, _sum_partials(launch.sizes["num_partials"], call.spec.hidden_size)
 
 
 def post_backward(call: Call) -> tuple[Launch, ...]:
@@ -217,6 +227,7 @@ BUILDERS: dict[str, Callable[[Call], tuple[Launch, ...]]] = {
     "sinkhorn": sinkhorn,
     "pre": pre,
     "post": post,
+    "pre_norm": norm.pre_norm,
     "expand_backward": expand_backward,
     "project_backward": project_backward,
     AGGREGATED: partial(project_backward, aggregated=True),
@@ -224,6 +235,7 @@ BUILDERS: dict[str, Callable[[Call], tuple[Launch, ...]]] = {
     "head_coefficients_backward": head_coefficients_backward,
     "sinkhorn_backward": sinkhorn_backward,
     "pre_backward": pre_backward,
+    "pre_norm_backward": pre_norm_backward,
     "post_backward": post_backward,
     "post_pre": post_pre,
     "post_pre_delayed": post_pre_delayed,

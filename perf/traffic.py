@@ -13,6 +13,9 @@ kernels, project, pre and post):
     pre_backward      reads n + 1   writes 0
     post_backward     reads 2n + 1  writes n + 1
 
+    pre_norm           reads n      writes 1
+    pre_norm_backward  reads n + 1  writes 1
+
 Fused across a boundary (delayed is the form whose h_pre is there already; at n = 8 a GPU's backward is not fused):
 
     post_pre, post_head         reads 2n + 1  writes n + 1
@@ -77,6 +80,8 @@ def stream_elements(kernel: str, num_streams: int) -> tuple[int, int]:
         "expand_backward": (n, 1),
         "project_backward": (n, n),
         "pre_backward": (n + 1, 0),
+        "pre_norm": (n, 1),
+        "pre_norm_backward": (n + 1, 1),
         "post_backward": (2 * n + 1, n + 1),
         "post_pre": (2 * n + 1, n + 1),
         "post_head": (2 * n + 1, n + 1),

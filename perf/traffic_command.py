@@ -10,10 +10,10 @@ import os
 
 from ..json_output import add_json_argument, write_json
 from ..spec import STREAM_COUNTS
-from . import cases, launches, traffic_report
+from . import cases, launches, launches_norm, traffic_report
 from .command import DTYPES, positive
 
-KERNELS = (*cases.KERNELS, *cases.BACKWARD_KERNELS, launches.AGGREGATED, *launches.BOUNDARY)
+KERNELS = (*cases.KERNELS, *cases.BACKWARD_KERNELS, launches.AGGREGATED, *launches.BOUNDARY, *launches_norm.NORM)
 PARALLEL_BLOCKS = 2 * 132  # of a projection, on the multiprocessors of an H100 or H200
 
 

@@ -5,8 +5,8 @@ Arguments of any float dtype become float64, and nothing is rounded to a narrowe
 shapes and conventions are those of `mhc_tilelang`.
 
 A family a file: `expand`, `projection` (Eq. 14, 15), `coefficients` (16 to 18), `sinkhorn` (9, 19), `pre` and
-`post` (3), `post_pre`, `delayed`, `head`, `residual` (1), `hyper_connections` (5), and `stream`, which carries an
-embedding through many sublayers (4).
+`post` (3), `post_pre`, `delayed`, `head`, `layer_norm`, `residual` (1), `hyper_connections` (5), and `stream`, which
+carries an embedding through many sublayers (4).
 
 What trains has its gradient beside it: X and X_backward. g_y is the gradient of a scalar loss by y.
 
@@ -46,6 +46,7 @@ from .hyper_connections import (
     normalize_streams,
     normalize_streams_backward,
 )
+from .layer_norm import layer_norm, layer_norm_backward
 from .post import post, post_backward
 from .post_pre import post_pre, post_pre_backward
 from .pre import aggregate, aggregate_backward, pre, pre_backward
@@ -94,6 +95,8 @@ __all__ = [
     "head_backward",
     "head_coefficients",
     "head_coefficients_backward",
+    "layer_norm",
+    "layer_norm_backward",
     "normalize_streams",
     "normalize_streams_backward",
     "post",

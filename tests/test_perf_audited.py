@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from mhc_tilelang import cli, launch, launch_backward, launch_boundary, launch_boundary_backward
+from mhc_tilelang import cli, launch, launch_backward, launch_boundary, launch_boundary_backward, launch_norm
 from mhc_tilelang import compile as compiler
 from mhc_tilelang.kernels import FAMILIES, plans
 from mhc_tilelang.perf.audited import Audited, audited
 from mhc_tilelang.perf.calls import Call, Launch
 from mhc_tilelang.perf.cases import BACKWARD_KERNELS, KERNELS, Case, Shape
 from mhc_tilelang.perf.launches import AGGREGATED, BOUNDARY, BUILDERS, STREAMS, UNTIMED, launches
+from mhc_tilelang.perf.launches_norm import EPS, NORM
 from mhc_tilelang.perf.traffic import stream_elements, traffic
 from mhc_tilelang.perf.traffic_command import PARALLEL_BLOCKS
 from mhc_tilelang.perf.traffic_report import BACKWARD, FORWARD, formula
@@ -145,6 +146,10 @@ def untimed(kernel: str, stream: Stream) -> None:
     plan = launch.projection_plan(inputs.x, n)
     if kernel in BOUNDARY:
         boundary(kernel, stream)
+    elif kernel == "pre_norm":
+        launch_norm.pre_norm(inputs.x, inputs.h_pre, torch.ones(spec.hidden_size), EPS)
+    elif kernel == "pre_norm_backward":
+        launch_norm.pre_norm_backward(inputs.h, inputs.x, inputs.h_pre, torch.ones(spec.hidden_size), EPS)
     elif kernel == AGGREGATED:
         arguments = {"h_pre": inputs.h_pre, "g_layer_input": inputs.h}
         launch_backward.project_backward(stream.projected(), inputs.x, inputs.phi, **arguments)
@@ -216,7 +221,7 @@ def rows_of(tmp_path: Path, *options: str) -> list[dict[str, Any]]:
 
 def test_json(tmp_path: Path) -> None:
     rows = {row["kernel"]: row for row in rows_of(tmp_path)}
-    assert set(rows) == {*KERNELS, *BACKWARD_KERNELS, AGGREGATED, *BOUNDARY}
+    assert set(rows) == {*KERNELS, *BACKWARD_KERNELS, AGGREGATED, *BOUNDARY, *NORM}
     keys = "kernel num_streams hidden_size dtype reads_C writes_C small_C paper_reads_C paper_writes_C floor_C"
     for row in rows.values():
         assert list(row) == keys.split()

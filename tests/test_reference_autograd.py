@@ -103,6 +103,7 @@ EQUATIONS = {
     "delayed_post_pre": (delayed_post_pre, (*MAPPED, "h_pre", *PARAMETERS), ("spec",)),
     "head_coefficients": (gate_head, ("x", *HEAD_PARAMETERS), ("spec",)),
     "head": (lambda x, *rest: aggregate(x, gate_head(x, *rest)), ("x", *HEAD_PARAMETERS), ("spec",)),
+    "layer_norm": (lambda u, weight, eps: weight * normalize(u, eps), ("h", "layer_norm_weight"), ("eps",)),
     "residual": (torch.add, ("h", "layer_output"), ()),
     "hc_coefficients": (hc_coefficients, ("x", *HC_PARAMETERS), ("spec",)),
     "hc_pre": (lambda x, *rest: pre(x, *rest, mappings=hc_coefficients), ("x", *HC_PARAMETERS), ("spec",)),
@@ -143,6 +144,7 @@ def make_tensors(n, std, seed=0):
         "theta": normal(n + 2, C, scale=C**-0.5),
         "hc_norm_weight": normal(C, scale=0.3, mean=1.0),
         "weight": normal(C, C),
+        "layer_norm_weight": normal(C, scale=0.3, mean=1.0),
     }
 
 

@@ -58,6 +58,7 @@ CASES = {
     "delayed_post_pre": ({**MAPPED, **random_arrays(h_pre=(T, n))}, PARAMETERS, {"spec": SPEC}),
     "head_coefficients": (STREAM, HEAD_PARAMETERS, {"spec": SPEC}),
     "head": (STREAM, HEAD_PARAMETERS, {"spec": SPEC}),
+    "layer_norm": (random_arrays(layer_input=(T, C)), random_arrays(weight=(C,)), {"eps": 1e-6}),
     "residual": (random_arrays(x=(T, C), layer_output=(T, C)), {}, {}),
     "normalize_streams": (STREAM, {}, {"rms_eps": 1e-6}),
     "hc_coefficients": (STREAM, HC_PARAMETERS, {"spec": SPEC}),
@@ -72,6 +73,7 @@ FREE = {
     ("first_pre", "x"),
     ("gate_post", "logits"),
     ("gate_pre", "logits"),
+    ("layer_norm", "layer_input"),
     ("normalize_streams", "x"),
     ("rms_scale", "sum_squares"),
 }

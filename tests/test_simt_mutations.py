@@ -73,6 +73,7 @@ MASKS = {
     "head_coefficients": TOKENS,
     "sinkhorn": TOKENS,
     "pre": CHANNELS,
+    "pre_norm": CHANNELS,
     "post": CHANNELS,
     "expand": CHANNELS,
     "expand_backward": CHANNELS,
@@ -82,6 +83,7 @@ MASKS = {
     "sum_partials": (r" < num_elements\)", " <= num_elements)"),
     "sinkhorn_backward": TOKENS,
     "pre_backward": CHANNELS,
+    "pre_norm_backward": CHANNELS,
     "post_backward": CHANNELS,
     "post_project": TOKENS,
     "boundary_backward": TOKENS,
@@ -126,8 +128,9 @@ def test_a_transposed_element_of_h_res_is_caught(family: str, monkeypatch: pytes
 
 # Barriers that tilelang sets and nothing needs: what follows begins with one, or touches what the same thread touched.
 # Of boundary_backward's pairs around a tile of each stream, one of the two is enough.
-REDUNDANT = {"project_backward": 1, "post_backward": 1, "boundary_backward": 7}
+REDUNDANT = {"project_backward": 1, "post_backward": 1, "pre_norm_backward": 1, "boundary_backward": 7}
 SYNCHRONIZED = {"project": 8, "project_backward": 4, "post_backward": 1, "post_project": 8, "boundary_backward": 19}
+SYNCHRONIZED["pre_norm_backward"] = 1
 """How many barriers and waits there are, besides those of reductions."""
 
 

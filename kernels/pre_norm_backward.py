@@ -1,0 +1,177 @@
+"""pre_norm, backward: from the gradient of the normalised layer input to that of the sum before it.
+
+With u[c] = Σ_i h_pre[i] · x[i, c], r = rsqrt(Σ_c u[c]² / C + eps), layer_input[c] = u[c] · r · w[c] and
+g = g_layer_input, per token:
+
+    ∂r/∂u[c]   = −r³ · u[c] / C
+    g_w[c]     = Σ_tokens g[c] · u[c] · r
+    g_r        = Σ_c g[c] · w[c] · u[c]                                     = D
+    g_u[c]     = r · w[c] · g[c] − r³ · D / C · u[c]
+
+and then as in `pre_backward`, with g_u for g:
+
+    g_h_pre[i] = Σ_c g_u[c] · x[i, c] = r · A[i] − r³ · D / C · B[i]
+    A[i] = Σ_c w[c] · g[c] · x[i, c],   B[i] = Σ_c u[c] · x[i, c]
+
+So one walk over the channels finds every sum, A, B, D and Σ u², in lanes as in `pre_norm` (r comes of the same
+additions), and a second walk writes g_u, which takes the place of g_layer_input in all that follows: the share of
+the aggregation in g_x is h_pre[i] · g_u. For that it is rounded to the stream's dtype; g_h_pre is made of float32 sums.
+
+A block takes `tokens_per_block` tokens one after the other and keeps their sum for g_w, so that a row of partial sums
+is left per block and not per token; `partial_sums` adds the rows. What the first walk made of x and g stays in
+registers, and so do the sums for g_w. Where channels are too many for that (`kept` is off) x and g are read again,
+from the cache, and the sums for g_w are in their row of `partial` from the first token on.
+
+Traffic per token: (n + 1)·C read, C written, (n + 1)·C more from the cache where nothing is kept; w twice from the
+cache. The partial sums cost 4·C bytes to write and as many to read, per block.
+"""
+
+import tilelang.language as T
+
+from .plans import NormTile
+from .pre_norm import add_squares, aggregate_step, inverse_rms
+
+
+@T.macro
+def load_gradient(g, g_frag, g_layer_input, token, step, slot, tile: NormTile):
+    """g[slot] = g_layer_input of the step's channels; 0 beyond the last channel."""
+    T.copy(g_layer_input[token, step * tile.lanes, 0], g_frag)
+    for lane in T.Parallel(tile.lanes):
+        for c in T.unroll(tile.width):
+            g[slot, lane, c] = g_frag[lane, c]
+
+
+@T.macro
+def add_dots(dots, inner, squares, x_frag, u, g, weight_frag, num_streams: int, slot, tile: NormTile):
+    """Row i of dots: A[i]; row n + i: B[i]; inner: D; squares: Σ u². All of them lane by lane."""
+    for lane in T.Parallel(tile.lanes):
+        for c in T.unroll(tile.width):
+            for i in T.unroll(num_streams):
+                dots[i, lane] = T.ieee_fmaf(
+                    T.cast(weight_frag[lane, c], T.float32) * T.cast(g[slot, lane, c], T.float32),
+                    T.cast(x_frag[i, lane, c], T.float32),
+                    dots[i, lane],
+                )
+            inner[0, lane] = T.ieee_fmaf(
+                T.cast(weight_frag[lane, c], T.float32) * T.cast(g[slot, lane, c], T.float32),
+                u[slot, lane, c],
+                inner[0, lane],
+            )
+    for lane in T.Parallel(tile.lanes):
+        for c in T.unroll(tile.width):
+            for i in T.unroll(num_streams):
+                dots[num_streams + i, lane] = T.ieee_fmaf(
+                    u[slot, lane, c], T.cast(x_frag[i, lane, c], T.float32), dots[num_streams + i, lane]
+                )
+    add_squares(squares, u, slot, tile)
+
+
+@T.macro
+def combine(g_h_pre, scale, pull, dot_sums, token, num_streams: int, hidden_size: int):
+    """pull[0], D so far, becomes r³ · D / C, by which g_u is pulled towards u; then g_h_pre."""
+    combined = T.alloc_fragment((num_streams,), T.float32)
+    for k in T.Parallel(1):
+        pull[k] = pull[k] * scale[k] * scale[k] * scale[k] * (1.0 / hidden_size)
+    for i in T.Parallel(num_streams):
+        combined[i] = scale[0] * dot_sums[i]
+    for i in T.Parallel(num_streams):
+        combined[i] = T.ieee_fmaf(-pull[0], dot_sums[num_streams + i], combined[i])
+    T.copy(combined, g_h_pre[token, 0])
+
+
+def pre_norm_backward_kernel(
+    num_streams: int, hidden_size: int, dtype: str, weight_dtype: str, eps: float, tile: NormTile, weights: bool
+):
+    """g_layer_input [T, C], x [T, n, C], h_pre [T, n], weight [C]
+    -> g_u [T, C], g_h_pre [T, n], partial [blocks, C] of g_w.
+
+    C is written as [C / width, width]. Without `weights`, partial is a tensor of one element that nobody touches.
+    """
+    n, lanes, width = num_streams, tile.lanes, tile.width
+    row = (hidden_size // width, width)
+    steps, slots = tile.steps(hidden_size), tile.slots(hidden_size)
+    num_tokens = T.dynamic("num_tokens")
+    num_partials = T.dynamic("num_partials")
+
+    @T.prim_func
+    def pre_norm_backward(
+        g_layer_input: T.Tensor[(num_tokens, *row), dtype],
+        x: T.Tensor[(num_tokens, n, *row), dtype],
+        h_pre: T.Tensor[(num_tokens, n), T.float32],
+        weight: T.Tensor[row, weight_dtype],
+        g_u: T.Tensor[(num_tokens, *row), dtype],
+        g_h_pre: T.Tensor[(num_tokens, n), T.float32],
+        partial: T.Tensor[(num_partials, *row) if weights else (1,), T.float32],
+        tokens_per_block: T.int32,
+    ):
+        with T.Kernel(T.ceildiv(num_tokens, tokens_per_block), threads=lanes) as block:
+            x_frag = T.alloc_fragment((n, lanes, width), dtype)
+            g_frag = T.alloc_fragment((lanes, width), dtype)
+            weight_frag = T.alloc_fragment((lanes, width), weight_dtype)
+            u = T.alloc_fragment((slots, lanes, width), T.float32)
+            g = T.alloc_fragment((slots, lanes, width), dtype)
+            g_weight = T.alloc_fragment((slots, lanes, width), T.float32)
+            result = T.alloc_fragment((lanes, width), T.float32)
+            dots = T.alloc_fragment((2 * n, lanes), T.float32)
+            inner = T.alloc_fragment((1, lanes), T.float32)
+            squares = T.alloc_fragment((1, lanes), T.float32)
+            dot_sums = T.alloc_fragment((2 * n,), T.float32)
+            scale = T.alloc_fragment((1,), T.float32)
+            pull = T.alloc_fragment((1,), T.float32)
+            if weights:
+                T.clear(g_weight)
+            first = block * tokens_per_block
+            for t in T.serial(T.min(tokens_per_block, num_tokens - first)):
+                T.clear(dots)
+                T.clear(inner)
+                T.clear(squares)
+                for step in T.unroll(steps, unroll_factor=slots):
+                    slot = step if tile.kept else 0
+                    aggregate_step(u, x_frag, x, h_pre, first + t, step, slot, tile)
+                    load_gradient(g, g_frag, g_layer_input, first + t, step, slot, tile)
+                    T.copy(weight[step * lanes, 0], weight_frag)
+                    add_dots(dots, inner, squares, x_frag, u, g, weight_frag, n, slot, tile)
+                T.reduce_sum(dots, dot_sums, dim=1, batch=2 * n)
+                T.reduce_sum(inner, pull, dim=1)
+                inverse_rms(scale, squares, hidden_size, eps)
+                combine(g_h_pre, scale, pull, dot_sums, first + t, n, hidden_size)
+                for step in T.unroll(steps, unroll_factor=slots):
+                    slot = step if tile.kept else 0
+                    if not tile.kept:
+                        aggregate_step(u, x_frag, x, h_pre, first + t, step, slot, tile)
+                        load_gradient(g, g_frag, g_layer_input, first + t, step, slot, tile)
+                    T.copy(weight[step * lanes, 0], weight_frag)
+                    for lane in T.Parallel(lanes):
+                        for c in T.unroll(width):
+                            result[lane, c] = T.ieee_fmaf(
+                                -pull[0],
+                                u[slot, lane, c],
+                                scale[0] * T.cast(weight_frag[lane, c], T.float32) * T.cast(g[slot, lane, c], T.float32),
+                            )
+                    T.copy(result, g_u[first + t, step * lanes, 0])
+                    if weights:
+                        if not tile.kept:
+                            for lane in T.Parallel(lanes):
+                                for c in T.unroll(width):
+                                    if step * lanes + lane < row[0]:
+                                        g_weight[slot, lane, c] = T.if_then_else(
+                                            t > 0, partial[block, step * lanes + lane, c], 0.0
+                                        )
+                        for lane in T.Parallel(lanes):
+                            for c in T.unroll(width):
+                                g_weight[slot, lane, c] = T.ieee_fmaf(
+                                    T.cast(g[slot, lane, c], T.float32), u[slot, lane, c] * scale[0], g_weight[slot, lane, c]
+                                )
+                        if not tile.kept:
+                            for lane in T.Parallel(lanes):
+                                for c in T.unroll(width):
+                                    if step * lanes + lane < row[0]:
+                                        partial[block, step * lanes + lane, c] = g_weight[slot, lane, c]
+            if weights and tile.kept:
+                for step in T.unroll(steps, unroll_factor=slots):
+                    for lane in T.Parallel(lanes):
+                        for c in T.unroll(width):
+                            if step * lanes + lane < row[0]:
+                                partial[block, step * lanes + lane, c] = g_weight[step, lane, c]
+
+    return pre_norm_backward

@@ -1,0 +1,86 @@
+"""The aggregation with the layer's own RMSNorm, launched: `pre_norm` and its backward.
+
+Tensors come flat and contiguous, [T, …]. Both kernels read 16 bytes at a time and fix the order of their sums by the
+sizes alone, so on a GPU tensors that start elsewhere are copied; a result's buffer starts on 16 bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import compile as compiler
+from . import launch_backward
+from .kernel import Kernel, dtype_name
+from .kernels import plans
+from .launch import aligned
+from .launch_backward import by_width, or_unused
+
+
+def pre_norm(
+    x: torch.Tensor, h_pre: torch.Tensor, weight: torch.Tensor, eps: float, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [T, n, C], h_pre [T, n], weight [C] float32 or of x's dtype -> layer_input [T, C]."""
+    layer_input = x.new_empty(x.shape[0], x.shape[2]) if out is None else out
+    kernel, tile = _norm_kernel("pre_norm", x, weight, eps)
+    kernel(
+        x=by_width(x, tile),
+        h_pre=aligned(h_pre),
+        weight=by_width(weight, tile),
+        layer_input=layer_input.view(-1, *by_width(weight, tile).shape),
+    )
+    return layer_input
+
+
+def pre_norm_backward(
+    g_layer_input: torch.Tensor,
+    x: torch.Tensor,
+    h_pre: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    needs_weight: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """g_layer_input [T, C], x [T, n, C], h_pre [T, n], weight [C]
+    -> g_u [T, C], the gradient of what `launch.aggregate` gives, in x's dtype; g_h_pre [T, n]; g_weight [C] in the
+    weight's dtype, None unless needed.
+    """
+    num_tokens, _, hidden_size = x.shape
+    g_u, g_h_pre = torch.empty_like(g_layer_input), torch.empty_like(h_pre)
+    tokens_per_block = plans.norm_tokens(num_tokens) if needs_weight else 1
+    partial = h_pre.new_empty(-(-num_tokens // tokens_per_block), hidden_size) if needs_weight else None
+    kernel, tile = _norm_kernel("pre_norm_backward", x, weight, eps, weights=needs_weight)
+    kernel(
+        g_layer_input=by_width(g_layer_input, tile),
+        x=by_width(x, tile),
+        h_pre=aligned(h_pre),
+        weight=by_width(weight, tile),
+        g_u=by_width(g_u, tile),
+        g_h_pre=g_h_pre,
+        partial=or_unused(None if partial is None else by_width(partial, tile), h_pre),
+        tokens_per_block=tokens_per_block,
+    )
+    if partial is None:
+        return g_u, g_h_pre, None
+    if num_tokens == 0:
+        return g_u, g_h_pre, torch.zeros_like(weight)
+    return g_u, g_h_pre, launch_backward.sum_partials(partial).to(weight.dtype)
+
+
+def _norm_kernel(
+    family: str, x: torch.Tensor, weight: torch.Tensor, eps: float, **parameters: bool
+) -> tuple[Kernel, plans.NormTile]:
+    """The kernel of a family that normalises rows of a stream, and its tile."""
+    _, num_streams, hidden_size = x.shape
+    tile = plans.norm_tile(hidden_size, x.element_size(), compiler.platform_of(x.device))
+    kernel = compiler.kernel(
+        family,
+        compiler.target_of(x.device),
+        num_streams=num_streams,
+        hidden_size=hidden_size,
+        dtype=dtype_name(x.dtype),
+        weight_dtype=dtype_name(weight.dtype),
+        eps=eps,
+        tile=tile,
+        **parameters,
+    )
+    return kernel, tile
