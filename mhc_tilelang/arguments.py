@@ -104,6 +104,14 @@ def check_spec(function: str, spec: MHCSpec) -> None:
         raise TypeError(f"{function}: spec: expected an MHCSpec, got {type(spec).__name__}")
 
 
+def check_eps(function: str, name: str, eps: float) -> float:
+    """An eps as a float; refuse what no spec would take for one."""
+    try:
+        return MHCSpec(hidden_size=1, rms_eps=eps).rms_eps
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{function}: {name}: {str(error).removeprefix('rms_eps: ')}") from None
+
+
 def check_streams(function: str, name: str, num_streams: int) -> None:
     """Refuse stream counts that there are no kernels for."""
     if type(num_streams) is not int:

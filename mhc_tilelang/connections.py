@@ -31,6 +31,7 @@ import torch
 from torch import nn
 
 from . import ops
+from .arguments import check_eps
 from .spec import MHCSpec
 from .stream_module import INITIAL_ALPHA, Device, StreamModule, SublayerModule, make_parameter
 
@@ -92,12 +93,15 @@ class HyperConnection(SublayerModule):
         sublayer: the sublayer's place in the model, from 0; attention and MLP count one each. It only picks
             the stream that is read at first.
         device: where the parameters are made, as in torch's modules.
+        layer_norm_eps: with a number, the connection normalises the layer's input, so that the layer has no RMSNorm of
+            its own to begin with (`layer_norm_weight` in `pre`).
 
     Parameters (float32):
         phi [M, K] starts at 0, so that mappings depend on their biases alone; the paper is silent here, and
             this is our choice. alpha [3] starts at 0.01.
         bias [M] starts at −3 for pre, but +3 at stream `sublayer % n`, at 0 for post and at 6·I − 3 for res:
             h_pre is 0.95 for one stream and 0.05 for the others, h_post 1, and h_res close to the identity.
+        layer_norm_weight [C] starts at 1; None without layer_norm_eps.
 
     They stay float32 in FSDP2 too: where a model is sharded with a mixed-precision policy, call `fully_shard` on
     its connections first, without one.
@@ -105,11 +109,20 @@ class HyperConnection(SublayerModule):
 
     kind = "mhc"
 
-    def __init__(self, spec: MHCSpec, sublayer: int = 0, device: Device = None) -> None:
+    layer_norm_weight: nn.Parameter | None
+
+    def __init__(
+        self, spec: MHCSpec, sublayer: int = 0, device: Device = None, layer_norm_eps: float | None = None
+    ) -> None:
         super().__init__(spec, sublayer)
+        normed = layer_norm_eps is not None
+        self.layer_norm_eps = check_eps("HyperConnection", "layer_norm_eps", layer_norm_eps) if normed else None
         self.phi = make_parameter(spec.num_coefficients, spec.stream_size, device=device)
         self.alpha = make_parameter(3, device=device)
         self.bias = make_parameter(spec.num_coefficients, device=device)
+        self.register_parameter(
+            "layer_norm_weight", make_parameter(spec.hidden_size, device=device) if normed else None
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -117,6 +130,8 @@ class HyperConnection(SublayerModule):
         nn.init.zeros_(self.phi)
         row, identity = self.identity()
         self.reset_static(6 * row - 3, 0.0, 6 * identity - 3)
+        if self.layer_norm_weight is not None:
+            nn.init.ones_(self.layer_norm_weight)
 
     def forward(self, x: torch.Tensor, *waiting: Any) -> tuple[torch.Tensor, ...]:
         """x [..., n, C] -> layer_input [..., C], h_post [..., n], h_res [..., n, n], as `pre`.
@@ -136,13 +151,17 @@ class HyperConnection(SublayerModule):
             )
         *written, h_pre = waiting if delayed else (*waiting, None)
         parameters = (self.phi, self.alpha, self.bias, self.spec)
+        form: dict[str, Any] = {"h_pre": h_pre}
+        if self.layer_norm_eps is not None:
+            form |= {"layer_norm_weight": self.layer_norm_weight, "layer_norm_eps": self.layer_norm_eps}
         if not written:
-            return ops.pre(x, *parameters, h_pre=h_pre)
+            return ops.pre(x, *parameters, **form)
         layer_output, h_post, h_res = written
-        return ops.post_pre(x, layer_output, h_post, h_res, *parameters, h_pre=h_pre)
+        return ops.post_pre(x, layer_output, h_post, h_res, *parameters, **form)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (", delayed_pre=True" if self.spec.delayed_pre else "")
+        text = super().extra_repr() + (", delayed_pre=True" if self.spec.delayed_pre else "")
+        return text + (f", layer_norm_eps={self.layer_norm_eps}" if self.layer_norm_eps is not None else "")
 
     @staticmethod
     def merge(x: torch.Tensor, layer_output: torch.Tensor, h_post: torch.Tensor, h_res: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The boundary between two sublayers, launched: `post` of the one, `pre` of the next, fused and in its parts.
 
-    post_pre          three launches: post_project, coefficients, and the aggregation; two in the delayed form
+    post_pre          three launches: post_project, coefficients, and the aggregation; two in the delayed form, but
+                      three again with a norm of the layer's input, since no block of post_project has a whole row
     post_project      post, the projection of the next sublayer, and with h_pre its layer input
     schedule          how a batch's work is shared out over blocks: print it, or give another
 
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from . import compile as compiler
-from . import launch
+from . import launch, launch_norm
 from .kernel import dtype_name
 from .kernels import boundary_plans
 from .launch import aligned
@@ -45,6 +46,8 @@ def post_pre(
     spec: MHCSpec,
     *,
     h_pre: torch.Tensor | None = None,
+    layer_norm_weight: torch.Tensor | None = None,
+    layer_norm_eps: float = 1e-6,
     schedule: boundary_plans.BoundarySchedule | None = None,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> Boundary:
@@ -53,7 +56,8 @@ def post_pre(
     h_post [T, n], h_res [T, n, n], h_pre [T, n], projected [M + 1, T].
 
     In the delayed form, with an h_pre [T, n] from the sublayer before, layer_input is aggregated with that, and the
-    h_pre that is returned is for the sublayer after. `out` has all results but projected.
+    h_pre that is returned is for the sublayer after. With a layer_norm_weight [C], layer_input is normalised. `out` has
+    all results but projected.
     """
     num_tokens, n, hidden_size = x.shape
     x_next, layer_input, next_post, next_res, next_pre = out or (
@@ -61,14 +65,22 @@ def post_pre(
         x.new_empty(num_tokens, hidden_size),
         *(h_post.new_empty(num_tokens, *rest) for rest in ((n,), (n, n), (n,))),
     )
-    aggregated = None if h_pre is None else layer_input
+    given = h_pre if layer_norm_weight is None else None  # what post_project aggregates with, if it does
     _, partial, _ = post_project(
-        x, layer_output, h_post, h_res, phi, h_pre=h_pre, schedule=schedule, out=(x_next, aggregated)
+        x,
+        layer_output,
+        h_post,
+        h_res,
+        phi,
+        h_pre=given,
+        schedule=schedule,
+        out=(x_next, None if given is None else layer_input),
     )
     plan = launch.projection_plan(x, phi.shape[0])
     *_, projected = launch.coefficients(partial, alpha, bias, spec, plan, out=(next_pre, next_post, next_res))
-    if aggregated is None:
-        launch.aggregate(x_next, next_pre, out=layer_input)
+    if given is None:
+        weights = next_pre if h_pre is None else h_pre
+        launch_norm.layer_input(x_next, weights, layer_norm_weight, layer_norm_eps, out=layer_input)
     return Boundary(x_next, layer_input, next_post, next_res, next_pre, projected)
 
 

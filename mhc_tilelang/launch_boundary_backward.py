@@ -1,7 +1,8 @@
 """The backward of a sublayer boundary, launched: as `launch_boundary`, for the gradients.
 
     post_pre_backward   pre_backward, coefficients_backward, boundary_backward, boundary_sums: four launches;
-                        at n = 8 on a GPU the separate kernels, six launches and two more for their partial sums
+                        at n = 8 on a GPU the separate kernels, six launches and two more for their partial sums;
+                        pre_norm_backward and its partial sums in place of pre_backward where layer_input is normalised
 
 Tensors come flat and contiguous, [T, …]. A gradient that is not given is None and counts as zero; nothing of it is
 read. Sums over tokens and channels are taken in an order that the sizes fix.
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from . import compile as compiler
-from . import launch_backward
+from . import launch_backward, launch_norm
 from .kernel import dtype_name
 from .kernels import boundary_plans, plans
 from .launch import aligned
@@ -27,7 +28,8 @@ Gradient = torch.Tensor | None
 class BoundaryGradients(NamedTuple):
     """Of what the boundary takes: the sublayer that ends, then the parameters of the one that begins.
 
-    g_h_pre is the gradient of a given h_pre, None but in the delayed form.
+    g_h_pre is the gradient of a given h_pre, None but in the delayed form; g_layer_norm that of a norm's weight, None
+    unless needed.
     """
 
     g_x: torch.Tensor
@@ -38,6 +40,7 @@ class BoundaryGradients(NamedTuple):
     g_alpha: torch.Tensor
     g_bias: torch.Tensor
     g_h_pre: Gradient = None
+    g_layer_norm: Gradient = None
 
 
 def post_pre_backward(
@@ -59,18 +62,29 @@ def post_pre_backward(
     *,
     given_pre: torch.Tensor | None = None,
     g_next_pre: Gradient = None,
+    layer_norm_weight: torch.Tensor | None = None,
+    layer_norm_eps: float = 1e-6,
+    needs_weight: bool = False,
 ) -> BoundaryGradients:
     """Gradients of x_next [T, n, C], layer_input [T, C], h_post [T, n], h_res [T, n, n] that `launch_boundary.post_pre`
     returned, its arguments, and x_next, h_pre and projected as it returned them -> gradients of its arguments.
 
     In the delayed form `given_pre` is the h_pre that it was given, and g_next_pre the gradient of the one that it
-    returned.
+    returned. `needs_weight` asks for the gradient of the norm's weight.
     """
     num_tokens, num_streams, _ = x.shape
-    delayed = given_pre is not None and g_layer_input is not None
-    if not delayed and given_pre is None and g_layer_input is not None:
-        g_next_pre = launch_backward.pre_backward(g_layer_input, x_next)
-    weights = h_pre if given_pre is None else given_pre
+    weights, g_weights, g_norm = h_pre if given_pre is None else given_pre, None, None
+    if g_layer_input is not None and layer_norm_weight is not None:
+        g_layer_input, g_weights, g_norm = launch_norm.pre_norm_backward(
+            g_layer_input, x_next, weights, layer_norm_weight, layer_norm_eps, needs_weight=needs_weight
+        )
+    elif g_layer_input is not None and given_pre is None:
+        g_weights = launch_backward.pre_backward(g_layer_input, x_next)
+    elif needs_weight and layer_norm_weight is not None:
+        g_norm = torch.zeros_like(layer_norm_weight)
+    if given_pre is None:
+        g_next_pre = g_weights
+    delayed = given_pre is not None and g_layer_input is not None and g_weights is None
     if not boundary_plans.backward_is_fused(num_streams, compiler.platform_of(x.device)):
         g_projected, g_alpha, g_bias = launch_backward.coefficients_backward(
             g_next_pre, g_next_post, g_next_res, projected, alpha, bias, spec
@@ -78,10 +92,9 @@ def post_pre_backward(
         g_mixed, g_phi = separate_backward(
             g_x_next, g_layer_input, g_projected, x, layer_output, weights, h_post, h_res, phi, x_next
         )
-        g_pre = None if given_pre is None else torch.zeros_like(given_pre)
-        if given_pre is not None and g_layer_input is not None:
-            g_pre = launch_backward.pre_backward(g_layer_input, x_next)
-        return BoundaryGradients(*g_mixed, g_phi, g_alpha, g_bias, g_pre)
+        if delayed and g_layer_input is not None:
+            g_weights = launch_backward.pre_backward(g_layer_input, x_next)
+        return BoundaryGradients(*g_mixed, g_phi, g_alpha, g_bias, _given(given_pre, g_weights), g_norm)
     g_projected = torch.empty_like(projected)
     partial_parameters = launch_backward.mappings_backward(
         g_next_pre, g_next_post, g_next_res, projected, alpha, bias, spec, out=g_projected
@@ -94,10 +107,16 @@ def post_pre_backward(
     )
     if num_tokens == 0:
         g_phi, g_parameters = torch.zeros_like(phi), torch.zeros_like(g_parameters)
-    if given_pre is not None and g_pre is None:
-        g_pre = torch.zeros_like(given_pre)
+    g_pre = _given(given_pre, g_pre if delayed else g_weights)
     g_alpha, g_bias = (part.clone() for part in g_parameters.split([alpha.numel(), bias.numel()]))
-    return BoundaryGradients(g_x, g_layer_output, g_post, g_res, g_phi.view(phi.shape), g_alpha, g_bias, g_pre)
+    return BoundaryGradients(g_x, g_layer_output, g_post, g_res, g_phi.view(phi.shape), g_alpha, g_bias, g_pre, g_norm)
+
+
+def _given(given_pre: torch.Tensor | None, g_weights: Gradient) -> Gradient:
+    """The gradient of a given h_pre: zeros where layer_input has none, None in the ordinary form."""
+    if given_pre is None:
+        return None
+    return torch.zeros_like(given_pre) if g_weights is None else g_weights
 
 
 def separate_backward(

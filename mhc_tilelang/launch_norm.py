@@ -1,4 +1,4 @@
-"""The aggregation with the layer's own RMSNorm, launched: `pre_norm` and its backward.
+"""The layer's input with the layer's own RMSNorm in it, launched: `pre_norm` and its backward.
 
 Tensors come flat and contiguous, [T, …]. Both kernels read 16 bytes at a time and fix the order of their sums by the
 sizes alone, so on a GPU tensors that start elsewhere are copied; a result's buffer starts on 16 bytes.
@@ -9,11 +9,20 @@ from __future__ import annotations
 import torch
 
 from . import compile as compiler
-from . import launch_backward
+from . import launch, launch_backward
 from .kernel import Kernel, dtype_name
 from .kernels import plans
 from .launch import aligned
 from .launch_backward import by_width, or_unused
+
+
+def layer_input(
+    x: torch.Tensor, h_pre: torch.Tensor, weight: torch.Tensor | None, eps: float, *, out: torch.Tensor
+) -> torch.Tensor:
+    """x [T, n, C], h_pre [T, n], weight [C] -> [T, C] by `pre_norm`; without a weight by `launch.aggregate`."""
+    if weight is None:
+        return launch.aggregate(x, h_pre, out=out)
+    return pre_norm(x, h_pre, weight, eps, out=out)
 
 
 def pre_norm(

@@ -18,10 +18,11 @@ from __future__ import annotations
 import torch
 
 from . import operators
-from .arguments import STREAM_DTYPES, Arguments, check_spec, check_streams, sizes_of
+from .arguments import STREAM_DTYPES, Arguments, check_eps, check_spec, check_streams, sizes_of
 from .spec import MHCSpec
 
 Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+LAYER_NORM_EPS = 1e-6
 
 
 def expand(h: torch.Tensor, num_streams: int, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -146,6 +147,8 @@ def pre(
     *,
     h_pre: torch.Tensor | None = None,
     norm_weight: torch.Tensor | None = None,
+    layer_norm_weight: torch.Tensor | None = None,
+    layer_norm_eps: float = LAYER_NORM_EPS,
     out: tuple[torch.Tensor, ...] | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Before a layer: the coefficients, and the streams aggregated to the layer's input (Eq. 3, H_pre x).
@@ -154,6 +157,11 @@ def pre(
 
         h_pre: [..., n], float32: the delayed form, in which the streams are aggregated with this, from the sublayer
             before; a first sublayer's is `first_pre(x)`. A spec with delayed_pre demands it.
+        layer_norm_weight: [C], float32 or x's dtype: the layer's own RMSNorm is part of the aggregation. With
+            u[c] = Σ_i h_pre[i] · x[i, c], layer_input[c] = u[c] · rsqrt(mean over c of u² + eps) · weight[c]. u stays
+            in float32 and the result is rounded once, where an RMSNorm of `pre`'s result takes a u that was rounded:
+            the two differ by that rounding. From |u| of about 1e19/√C on its squares overflow, and the result is 0.
+        layer_norm_eps: eps of that norm.
 
     Returns:
         layer_input [..., C] in x's dtype, rounded once; h_post [..., n] and h_res [..., n, n] for `post`. In the
@@ -163,7 +171,8 @@ def pre(
     arguments, phi = _check_projected(function, x, phi, alpha, bias, spec, norm_weight)
     n, hidden_size = spec.num_streams, spec.hidden_size
     _check_delayed(arguments, h_pre, spec)
-    inputs = (x, phi, alpha, bias, h_pre, *_constants(spec))
+    eps = _check_layer_norm(arguments, layer_norm_weight, layer_norm_eps, spec, x.dtype)
+    inputs = (x, phi, alpha, bias, h_pre, layer_norm_weight, *_constants(spec), eps)
     if out is None:
         *results, next_pre, _ = operators.pre.pre(*inputs)
         return tuple(results) if h_pre is None else (*results, next_pre)
@@ -240,6 +249,8 @@ def post_pre(
     *,
     h_pre: torch.Tensor | None = None,
     norm_weight: torch.Tensor | None = None,
+    layer_norm_weight: torch.Tensor | None = None,
+    layer_norm_eps: float = LAYER_NORM_EPS,
     out: tuple[torch.Tensor, ...] | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """The boundary between two sublayers: `post` of the one that ends, `pre` of the one that begins.
@@ -256,6 +267,8 @@ def post_pre(
         spec: sizes and constants.
         h_pre: [..., n], float32: the delayed form, in which the streams are aggregated with this instead of with
             what x_next's own projection gives; (2n + 2)·C. A spec with delayed_pre demands it.
+        layer_norm_weight, layer_norm_eps: the RMSNorm of the layer's input, as in `pre`. The delayed form then takes
+            (3n + 2)·C too, since the norm needs a whole row of x_next.
         out: the results' buffers, in their order.
 
     Returns:
@@ -270,7 +283,8 @@ def post_pre(
     arguments.tensor("h_post", h_post, (n,), batched=True)
     arguments.tensor("h_res", h_res, (n, n), batched=True)
     _check_delayed(arguments, h_pre, spec)
-    inputs = (x, layer_output, h_post, h_res, phi, alpha, bias, h_pre, *_constants(spec))
+    eps = _check_layer_norm(arguments, layer_norm_weight, layer_norm_eps, spec, x.dtype)
+    inputs = (x, layer_output, h_post, h_res, phi, alpha, bias, h_pre, layer_norm_weight, *_constants(spec), eps)
     if out is None:
         *results, next_pre, _ = operators.boundary.post_pre(*inputs)
         return tuple(results) if h_pre is None else (*results, next_pre)
@@ -345,6 +359,21 @@ def _check_delayed(arguments: Arguments, h_pre: torch.Tensor | None, spec: MHCSp
             f"{arguments.function}: h_pre: expected that of the sublayer before, as the spec has delayed_pre, got None "
             "(a first sublayer's is first_pre(x))"
         )
+
+
+def _check_layer_norm(
+    arguments: Arguments, weight: torch.Tensor | None, eps: float, spec: MHCSpec, dtype: torch.dtype
+) -> float:
+    """Check the norm of a layer's input; an eps of its own without a weight would be ignored, so it is refused."""
+    eps = check_eps(arguments.function, "layer_norm_eps", eps)
+    if weight is not None:
+        dtypes = tuple(dict.fromkeys((torch.float32, dtype)))
+        arguments.tensor("layer_norm_weight", weight, (spec.hidden_size,), dtypes)
+    elif eps != LAYER_NORM_EPS:
+        raise ValueError(
+            f"{arguments.function}: layer_norm_eps: expected a layer_norm_weight beside it, got {eps} alone"
+        )
+    return eps
 
 
 def _check_buffers(

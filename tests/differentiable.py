@@ -16,6 +16,7 @@ from helpers import CPU
 from mhc_tilelang import MHCSpec, ops, reference
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.checking.kernels import numpy64
+from mhc_tilelang.checking.norm import EPS, layer_norm_weight
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Function:
         """Fresh arguments; `leading` shapes the case's tokens."""
         inputs, n = Inputs.of(case, CPU), case.num_streams
         norm_weight = 0.5 + torch.rand(case.spec.stream_size, generator=torch.Generator().manual_seed(case.seed))
-        drawn = {**vars(inputs), "norm_weight": norm_weight}
+        drawn = {**vars(inputs), "norm_weight": norm_weight, "layer_norm_weight": layer_norm_weight(case, CPU)}
         if self.name == "head":
             drawn.update(phi=inputs.phi[:n].clone(), alpha=inputs.alpha[:1].clone(), bias=inputs.bias[:n].clone())
         if leading is not None:
@@ -52,6 +53,26 @@ class Function:
         backward = getattr(reference, f"{self.reference or self.name}_backward")
         gradients = backward(*upstream, **arguments, **self.constants(spec))
         return dict(zip(self.arguments, gradients if isinstance(gradients, tuple) else (gradients,), strict=True))
+
+
+@dataclass(frozen=True)
+class Normed(Function):
+    """A function with `layer_norm_weight`, its last argument: in float64, where nothing is rounded, a norm after it."""
+
+    def reference_backward(
+        self, g_outputs: list[torch.Tensor | None], tensors: dict[str, torch.Tensor], spec: MHCSpec
+    ) -> dict[str, object]:
+        *plain, weight = self.arguments
+        arguments = {name: numpy64(tensors[name].detach()) for name in plain}
+        forward = getattr(reference, self.reference or self.name)
+        index = 1 if self.name == "post_pre" else 0  # of layer_input
+        u, g = forward(**arguments, spec=spec)[index], g_outputs[index]
+        g_normed = None if g is None else numpy64(g)
+        g_u, g_weight = reference.layer_norm_backward(g_normed, u, numpy64(tensors[weight].detach()), EPS)
+        upstream = [*g_outputs[:index], torch.from_numpy(g_u), *g_outputs[index + 1 :]]
+        without = Function(self.name, tuple(plain), lambda spec: {"spec": spec}, self.reference)
+        of_plain = without.reference_backward(upstream, {name: tensors[name] for name in plain}, spec)
+        return {**of_plain, weight: g_weight}
 
 
 _PROJECTED = ("x", "phi", "alpha", "bias", "norm_weight")
@@ -76,7 +97,21 @@ DELAYED = {
         "post_pre", (*_MIXED, "h_pre", *_PROJECTED[1:]), lambda spec: {"spec": spec}, "delayed_post_pre"
     ),
 }
+# The same two and their delayed forms with the layer's own norm.
+NORMED = {
+    f"{form}-normed": Normed(
+        function.name,
+        (*function.arguments, "layer_norm_weight"),
+        lambda spec: {"spec": spec, "layer_norm_eps": EPS},
+        function.reference,
+    )
+    for form, function in {
+        **{name: FUNCTIONS[name] for name in DELAYED},
+        **{f"{name}-delayed": function for name, function in DELAYED.items()},
+    }.items()
+}
 FORMS = FUNCTIONS | {f"{name}-delayed": function for name, function in DELAYED.items()}
+FORMS |= {name: NORMED[name] for name in ("pre-normed", "post_pre-delayed-normed")}
 
 
 def upstream(outputs: tuple[torch.Tensor, ...], seed: int = 7) -> list[torch.Tensor]:

@@ -15,6 +15,7 @@ from helpers import assert_same_bits
 
 from mhc_tilelang import ops
 from mhc_tilelang.checking.inputs import Case
+from mhc_tilelang.checking.norm import EPS
 from mhc_tilelang.operators import library
 
 BF16 = Case(4, 64, torch.bfloat16, 6)
@@ -28,21 +29,22 @@ def operator(name):
 
 def constants_of(function, spec):
     """What the operators of a function take after its tensors."""
+    of_spec = (spec.sinkhorn_iters, spec.sinkhorn_eps, spec.pre_eps, spec.rms_eps, spec.post_scale)
     return {
         "expand": (spec.num_streams,),
         "sinkhorn": (spec.sinkhorn_iters, spec.sinkhorn_eps),
         "head": (spec.pre_eps, spec.rms_eps),
         "post": (),
         "collapse": (),
-    }.get(function.name, (spec.sinkhorn_iters, spec.sinkhorn_eps, spec.pre_eps, spec.rms_eps, spec.post_scale))
+        **dict.fromkeys(DELAYED, (*of_spec, EPS)),
+    }.get(function.name, of_spec)
 
 
 def operator_arguments(function, case):
     """Positional arguments of X; leading dimensions [2, T/2] or [0, 3]."""
     tensors = function.tensors(case, (2, case.num_tokens // 2) if case.num_tokens else (0, 3))
     tensors.pop("norm_weight", None)
-    given_pre = tensors.pop("h_pre", None)
-    form = [given_pre] if function.name in DELAYED else []
+    form = [tensors.pop("h_pre", None), tensors.pop("layer_norm_weight", None)] if function.name in DELAYED else []
     return [*tensors.values(), *form, *constants_of(function, case.spec)]
 
 
@@ -54,9 +56,10 @@ def backward_arguments(function, case):
     public = len(function.call(function.tensors(case), case.spec))
     g_outputs = upstream(outputs[:public])
     count = len(arguments) - len(constants_of(function, case.spec))
-    needs = {"sinkhorn": [], "post": [True] * 3, "post_pre": [], "pre": [True, True, function in DELAYED.values()]}
+    delayed, normed = (name in function.arguments for name in ("h_pre", "layer_norm_weight"))
+    needs = {"sinkhorn": [], "post": [True] * 3, "post_pre": [normed], "pre": [True, True, delayed, normed]}
     needs = needs.get(function.name, [True] * 2)
-    if function.name in DELAYED and function not in DELAYED.values():
+    if function.name in DELAYED and "h_pre" not in function.arguments:
         g_outputs = [*g_outputs, None]  # of the h_pre that is not returned
     kept = outputs[{"pre": 3, "post_pre": 4}.get(function.name, public) :]
     if function.name == "post_pre":
@@ -68,7 +71,7 @@ def buffers_of(function, outputs):
     """X_out's buffers for these outputs, by name."""
     names = {"coefficients": ("h_pre", "h_post", "h_res"), "pre": ("layer_input", "h_post", "h_res")}
     names |= {"post_pre": ("x_next", "layer_input", "next_post", "next_res")}
-    names = names.get(function.name, ("out",)) + (("next_pre",) if function in DELAYED.values() else ())
+    names = names.get(function.name, ("out",)) + (("next_pre",) if "h_pre" in function.arguments else ())
     return {name: torch.zeros_like(output) for name, output in zip(names, outputs, strict=False)}
 
 
@@ -93,7 +96,7 @@ def test_backward_operators(function, num_tokens):
     if function.name == "coefficients":
         torch.library.opcheck(check, (None, None, *arguments[2:-2], False, True))
     if function.name == "pre":
-        torch.library.opcheck(check, (None, None, *arguments[2:-3], False, True, False))
+        torch.library.opcheck(check, (None, None, *arguments[2:-4], False, True, False, False))
     if function.name == "post":
         torch.library.opcheck(check, (*arguments[:-3], False, True, False))
 

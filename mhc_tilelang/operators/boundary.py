@@ -4,7 +4,8 @@ x [..., n, C], layer_output [..., C], h_post [..., n], h_res [..., n, n], phi [M
 -> x_next [..., n, C], layer_input [..., C], h_post [..., n], h_res [..., n, n], and for the backward h_pre [..., n]
 and `projected` [M + 1, T].
 
-The delayed form is given an h_pre; the one that it returns is then a result, with a gradient.
+The delayed form is given an h_pre; the one that it returns is then a result, with a gradient. With a layer_norm_weight
+[C], layer_input is normalised, the layer's own RMSNorm.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .coefficients import CONSTANTS, Tensors, allocate, allocate_projected
 from .library import (
     absent,
     check_buffers,
+    contiguous,
     define,
     define_backward,
     define_out,
@@ -30,14 +32,16 @@ from .library import (
 from .post import post_backward
 
 INPUTS = (
-    "Tensor x, Tensor layer_output, Tensor h_post, Tensor h_res, Tensor phi, Tensor alpha, Tensor bias, Tensor? h_pre"
+    "Tensor x, Tensor layer_output, Tensor h_post, Tensor h_res, Tensor phi, Tensor alpha, Tensor bias, Tensor? h_pre, "
+    "Tensor? layer_norm_weight"
 )
+FORM = f"{CONSTANTS}, float layer_norm_eps"
 TRAILING = (2, 1, 1, 2)  # dimensions of the first four inputs that are not tokens
 
 
 Seven = tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
-]  # of INPUTS, all but h_pre
+]  # of INPUTS, all but h_pre and layer_norm_weight
 
 
 def _flat_inputs(inputs: Seven) -> Seven:
@@ -59,9 +63,15 @@ def _allocate(x: torch.Tensor, *rest: Any) -> Tensors:
 
 
 def _launch(*inputs_and_constants: Any, out: Any = None) -> launch_boundary.Boundary:
-    inputs, h_pre, constants = inputs_and_constants[:7], inputs_and_constants[7], inputs_and_constants[8:]
-    spec = spec_of(inputs[0].shape[-1], inputs[0].shape[-2], *constants)
-    return launch_boundary.post_pre(*_flat_inputs(inputs), spec, h_pre=flat_or_none(h_pre, 1), out=out)
+    inputs, (h_pre, layer_norm_weight, *constants, eps) = inputs_and_constants[:7], inputs_and_constants[7:]
+    return launch_boundary.post_pre(
+        *_flat_inputs(inputs),
+        spec_of(inputs[0].shape[-1], inputs[0].shape[-2], *constants),
+        h_pre=flat_or_none(h_pre, 1),
+        layer_norm_weight=contiguous(layer_norm_weight),
+        layer_norm_eps=eps,
+        out=out,
+    )
 
 
 def _run(*inputs_and_constants: Any) -> Tensors:
@@ -86,7 +96,7 @@ def _run_out(
     next_res: torch.Tensor,
     next_pre: torch.Tensor | None = None,
 ) -> None:
-    names = ("x", "layer_output", "h_post", "h_res", "phi", "alpha", "bias", "h_pre")
+    names = ("x", "layer_output", "h_post", "h_res", "phi", "alpha", "bias", "h_pre", "layer_norm_weight")
     inputs = {name: t for name, t in zip(names, inputs_and_constants, strict=False) if t is not None}
     written = {"x_next": x_next, "layer_input": layer_input, "h_post": next_post, "h_res": next_res, "h_pre": next_pre}
     named = {f"out[{k}] ({name})": t for k, (name, t) in enumerate(written.items()) if t is not None}
@@ -98,17 +108,19 @@ def _run_out(
 
 
 def _allocate_backward(*arguments: Any) -> Tensors:
-    *inputs, h_pre = arguments[5:13]
-    like_pre = inputs[2] if h_pre is None else h_pre
+    *inputs, h_pre, layer_norm_weight = arguments[5:14]
+    needs_weight = arguments[-1]
+    like_pre, like_weight = (inputs[2] if t is None else t for t in (h_pre, layer_norm_weight))
     return (
         *(t.new_empty(t.shape) for t in inputs),
         absent(like_pre) if h_pre is None else like_pre.new_empty(like_pre.shape),
+        like_weight.new_empty(like_weight.shape) if needs_weight else absent(inputs[2]),
     )
 
 
 def _run_backward(*arguments: Any) -> Tensors:
-    gradients, inputs, given_pre = arguments[:5], arguments[5:12], arguments[12]
-    x_next, h_pre, projected, *constants = arguments[13:]
+    gradients, inputs, (given_pre, layer_norm_weight) = arguments[:5], arguments[5:12], arguments[12:14]
+    x_next, h_pre, projected, *constants, eps, needs_weight = arguments[14:]
     g_x_next, g_layer_input, g_next_post, g_next_res, g_next_pre = (
         flat_or_none(g, trailing) for g, trailing in zip(gradients, (2, 1, 1, 2, 1), strict=True)
     )
@@ -125,10 +137,14 @@ def _run_backward(*arguments: Any) -> Tensors:
         spec_of(x.shape[-1], x.shape[-2], *constants),
         given_pre=flat_or_none(given_pre, 1),
         g_next_pre=g_next_pre,
+        layer_norm_weight=contiguous(layer_norm_weight),
+        layer_norm_eps=eps,
+        needs_weight=needs_weight,
     )
-    *of_inputs, g_pre = found
+    *of_inputs, g_pre, g_weight = found
     shaped = (unflat(g, tensor.shape) for g, tensor in zip(of_inputs, inputs, strict=True))
-    return (*shaped, absent(h_pre) if g_pre is None else unflat(g_pre, h_pre.shape))
+    g_pre = absent(h_pre) if g_pre is None else unflat(g_pre, h_pre.shape)
+    return (*shaped, g_pre, absent(h_pre) if g_weight is None else g_weight)
 
 
 RESULTS = "Tensor x_next, Tensor layer_input, Tensor next_post, Tensor next_res, Tensor next_pre, Tensor projected"
@@ -137,24 +153,24 @@ BUFFERS = (
     "Tensor(a!) x_next, Tensor(b!) layer_input, Tensor(c!) next_post, Tensor(d!) next_res, Tensor(e!)? next_pre=None"
 )
 
-post_pre = define(f"post_pre({INPUTS}, {CONSTANTS}) -> ({RESULTS})", _run, _allocate)
-post_pre_out = define_out(f"post_pre_out({INPUTS}, {CONSTANTS}, *, {BUFFERS}) -> ()", _run_out)
+post_pre = define(f"post_pre({INPUTS}, {FORM}) -> ({RESULTS})", _run, _allocate)
+post_pre_out = define_out(f"post_pre_out({INPUTS}, {FORM}, *, {BUFFERS}) -> ()", _run_out)
 post_pre_backward = define_backward(
-    f"post_pre_backward({GRADIENTS}, {INPUTS}, Tensor x_next, Tensor next_pre, Tensor projected, {CONSTANTS}) "
-    f"-> ({', '.join(['Tensor'] * 8)})",
+    f"post_pre_backward({GRADIENTS}, {INPUTS}, Tensor x_next, Tensor next_pre, Tensor projected, {FORM}, "
+    f"bool needs_weight) -> ({', '.join(['Tensor'] * 9)})",
     _run_backward,
     _allocate_backward,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensors) -> None:
-    *tensors, h_pre = inputs[:8]
+    *tensors, h_pre, layer_norm_weight = inputs[:9]
     x_next, *_, next_pre, projected = output
-    ctx.constants = inputs[8:]
+    ctx.constants = inputs[9:]
     ctx.set_materialize_grads(False)
     ctx.delayed = h_pre is not None
     ctx.mark_non_differentiable(*((projected,) if ctx.delayed else (next_pre, projected)))
-    ctx.save_for_backward(*tensors, h_pre, x_next, next_pre, projected)
+    ctx.save_for_backward(*tensors, h_pre, layer_norm_weight, x_next, next_pre, projected)
 
 
 def _backward(ctx: Any, *g_outputs: torch.Tensor | None) -> tuple:
@@ -164,7 +180,7 @@ def _backward(ctx: Any, *g_outputs: torch.Tensor | None) -> tuple:
         needs_x, needs_layer_output, *needs_mixing = ctx.needs_input_grad[:4]
         mixed = ctx.saved_tensors[:4]
         return needed(ctx, post_backward(g_outputs[0], *mixed, needs_x, needs_layer_output, any(needs_mixing)))
-    gradients = post_pre_backward(*g_outputs[:5], *ctx.saved_tensors, *ctx.constants)
+    gradients = post_pre_backward(*g_outputs[:5], *ctx.saved_tensors, *ctx.constants, ctx.needs_input_grad[8])
     return needed(ctx, gradients)
 
 

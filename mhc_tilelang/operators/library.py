@@ -95,6 +95,11 @@ def flat_or_none(tensor: torch.Tensor | None, trailing: int) -> torch.Tensor | N
     return None if tensor is None else flat(tensor, trailing)
 
 
+def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The same of a parameter that may be absent."""
+    return None if tensor is None else tensor.contiguous()
+
+
 def needed(ctx: Any, gradients: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, ...]:
     """What autograd is given: the gradients of the first inputs where it needs them, None for all others."""
     count = len(ctx.needs_input_grad)

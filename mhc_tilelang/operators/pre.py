@@ -5,6 +5,8 @@ The operator also returns h_pre and `projected`, which the backward starts from.
 The delayed form is given an h_pre and aggregates with that; the one that it returns is then a result, with a gradient.
 x is read twice in either form, by the projection and by the aggregation: of a stream only the first sublayer is read
 here, `boundary` reads the others.
+
+With a layer_norm_weight [C], the layer's own RMSNorm is part of the aggregation, and of its backward.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .. import launch, launch_backward
+from .. import launch_backward, launch_norm
 from .coefficients import (
     CONSTANTS,
     Tensors,
@@ -27,6 +29,7 @@ from .coefficients import INPUTS as PROJECTED
 from .library import (
     absent,
     check_buffers,
+    contiguous,
     define,
     define_backward,
     define_out,
@@ -37,7 +40,8 @@ from .library import (
     spec_of,
 )
 
-INPUTS = f"{PROJECTED}, Tensor? h_pre"
+INPUTS = f"{PROJECTED}, Tensor? h_pre, Tensor? layer_norm_weight"
+FORM = f"{CONSTANTS}, float layer_norm_eps"
 
 
 def _allocate(x: torch.Tensor, phi: torch.Tensor, *_: object) -> Tensors:
@@ -51,14 +55,16 @@ def _write(
     alpha: torch.Tensor,
     bias: torch.Tensor,
     h_pre: torch.Tensor | None,
+    layer_norm_weight: torch.Tensor | None,
     constants: tuple[float, ...],
     outputs: Tensors,
 ) -> torch.Tensor:
     """Write layer_input, next_pre, h_post and h_res; return projected."""
     layer_input, next_pre, *_ = outputs
-    x = flat(x, 2)
-    projected = write(x, phi, alpha, bias, constants, outputs[1:])
-    launch.aggregate(x, flat(next_pre if h_pre is None else h_pre, 1), out=flat(layer_input, 1))
+    *constants_of_spec, eps = constants
+    x, weight = flat(x, 2), contiguous(layer_norm_weight)
+    projected = write(x, phi, alpha, bias, tuple(constants_of_spec), outputs[1:])
+    launch_norm.layer_input(x, flat(next_pre if h_pre is None else h_pre, 1), weight, eps, out=flat(layer_input, 1))
     return projected
 
 
@@ -68,11 +74,12 @@ def _run(
     alpha: torch.Tensor,
     bias: torch.Tensor,
     h_pre: torch.Tensor | None,
+    layer_norm_weight: torch.Tensor | None,
     *constants: float,
 ) -> Tensors:
     layer_input = x.new_empty(*x.shape[:-2], x.shape[-1])
     next_pre, h_post, h_res = allocate(x)
-    projected = _write(x, phi, alpha, bias, h_pre, constants, (layer_input, next_pre, h_post, h_res))
+    projected = _write(x, phi, alpha, bias, h_pre, layer_norm_weight, constants, (layer_input, next_pre, h_post, h_res))
     return layer_input, h_post, h_res, next_pre, projected
 
 
@@ -82,6 +89,7 @@ def _run_out(
     alpha: torch.Tensor,
     bias: torch.Tensor,
     h_pre: torch.Tensor | None,
+    layer_norm_weight: torch.Tensor | None,
     *constants: float,
     layer_input: torch.Tensor,
     h_post: torch.Tensor,
@@ -94,10 +102,12 @@ def _run_out(
     inputs = {"x": x, "phi": phi, "alpha": alpha, "bias": bias}
     if h_pre is not None:
         inputs["h_pre"] = h_pre
-    check_buffers("pre", buffers, inputs, whole=tuple(buffers)[1:])
+    if layer_norm_weight is not None:
+        inputs["layer_norm_weight"] = layer_norm_weight
+    check_buffers("pre", buffers, inputs, whole=tuple(buffers)[layer_norm_weight is None :])
     if next_pre is None:
         next_pre = phi.new_empty(x.shape[:-1])
-    _write(x, phi, alpha, bias, h_pre, constants, (layer_input, next_pre, h_post, h_res))
+    _write(x, phi, alpha, bias, h_pre, layer_norm_weight, constants, (layer_input, next_pre, h_post, h_res))
 
 
 def _allocate_backward(
@@ -110,13 +120,17 @@ def _allocate_backward(
     alpha: torch.Tensor,
     bias: torch.Tensor,
     h_pre: torch.Tensor | None,
+    layer_norm_weight: torch.Tensor | None,
     next_pre: torch.Tensor,
     projected: torch.Tensor,
     *constants_and_needs: float,
 ) -> Tensors:
-    *_, needs_x, needs_phi, needs_h_pre = constants_and_needs
+    *_, needs_x, needs_phi, needs_h_pre, needs_weight = constants_and_needs
     g_h_pre = next_pre.new_empty(next_pre.shape) if needs_h_pre else absent(next_pre)
-    return *allocate_gradients(x, phi, alpha, bias, bool(needs_x), bool(needs_phi)), g_h_pre
+    g_weight = absent(alpha)
+    if layer_norm_weight is not None and needs_weight:
+        g_weight = layer_norm_weight.new_empty(layer_norm_weight.shape)
+    return *allocate_gradients(x, phi, alpha, bias, bool(needs_x), bool(needs_phi)), g_h_pre, g_weight
 
 
 def _run_backward(
@@ -129,23 +143,23 @@ def _run_backward(
     alpha: torch.Tensor,
     bias: torch.Tensor,
     h_pre: torch.Tensor | None,
+    layer_norm_weight: torch.Tensor | None,
     next_pre: torch.Tensor,
     projected: torch.Tensor,
     *constants_and_needs: float,
 ) -> Tensors:
-    """needs_h_pre is false in the ordinary form, and g_next_pre None."""
-    *constants, needs_x, needs_phi, needs_h_pre = constants_and_needs
+    """needs_h_pre is false in the ordinary form, and g_next_pre None; needs_weight is, without a norm."""
+    *constants, eps, needs_x, needs_phi, needs_h_pre, needs_weight = constants_and_needs
     g_layer_input, g_next_pre = flat_or_none(g_layer_input, 1), flat_or_none(g_next_pre, 1)
-    g_h_pre = absent(next_pre)
-    if needs_h_pre:
-        g_h_pre = torch.empty_like(next_pre, memory_format=torch.contiguous_format)
-    weights = flat(next_pre if h_pre is None else h_pre, 1)
-    if h_pre is None and g_layer_input is not None:
-        g_next_pre = launch_backward.pre_backward(g_layer_input, flat(x, 2))
-    elif needs_h_pre and g_layer_input is not None:
-        launch_backward.pre_backward(g_layer_input, flat(x, 2), out=flat(g_h_pre, 1))
-    elif needs_h_pre:
-        g_h_pre.zero_()
+    weights, g_weights, g_weight = flat(next_pre if h_pre is None else h_pre, 1), None, None
+    if g_layer_input is not None and layer_norm_weight is not None:
+        g_layer_input, g_weights, g_weight = launch_norm.pre_norm_backward(
+            g_layer_input, flat(x, 2), weights, layer_norm_weight.contiguous(), eps, needs_weight=bool(needs_weight)
+        )
+    elif g_layer_input is not None and (h_pre is None or needs_h_pre):
+        g_weights = launch_backward.pre_backward(g_layer_input, flat(x, 2))
+    if h_pre is None:
+        g_next_pre = g_weights
     g_projected, g_alpha, g_bias = launch_backward.coefficients_backward(
         g_next_pre,
         flat_or_none(g_h_post, 1),
@@ -157,42 +171,48 @@ def _run_backward(
     )
     aggregation = (None, None) if g_layer_input is None else (weights, g_layer_input)
     g_x, g_phi = project_backward(g_projected, x, phi, bool(needs_x), bool(needs_phi), *aggregation)
-    return g_x, g_phi, g_alpha, g_bias, g_h_pre
+    g_h_pre = absent(next_pre)
+    if needs_h_pre:
+        shape = next_pre.shape
+        g_h_pre = next_pre.new_zeros(shape) if g_weights is None else g_weights.view(shape)
+    if g_weight is None:
+        g_weight = torch.zeros_like(layer_norm_weight) if needs_weight else absent(alpha)  # type: ignore[arg-type]
+    return g_x, g_phi, g_alpha, g_bias, g_h_pre, g_weight
 
 
 pre = define(
-    f"pre({INPUTS}, {CONSTANTS}) "
+    f"pre({INPUTS}, {FORM}) "
     "-> (Tensor layer_input, Tensor h_post, Tensor h_res, Tensor next_pre, Tensor projected)",
     _run,
     _allocate,
 )
 pre_out = define_out(
-    f"pre_out({INPUTS}, {CONSTANTS}, *, Tensor(a!) layer_input, Tensor(b!) h_post, Tensor(c!) h_res, "
+    f"pre_out({INPUTS}, {FORM}, *, Tensor(a!) layer_input, Tensor(b!) h_post, Tensor(c!) h_res, "
     "Tensor(d!)? next_pre=None) -> ()",
     _run_out,
 )
 pre_backward = define_backward(
     f"pre_backward(Tensor? g_layer_input, Tensor? g_h_post, Tensor? g_h_res, Tensor? g_next_pre, {INPUTS}, "
-    f"Tensor next_pre, Tensor projected, {CONSTANTS}, bool needs_x, bool needs_phi, bool needs_h_pre) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor next_pre, Tensor projected, {FORM}, bool needs_x, bool needs_phi, bool needs_h_pre, bool needs_weight) "
+    f"-> ({', '.join(['Tensor'] * 6)})",
     _run_backward,
     _allocate_backward,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensors) -> None:
-    x, phi, alpha, bias, h_pre, *ctx.constants = inputs
+    x, phi, alpha, bias, h_pre, layer_norm_weight, *ctx.constants = inputs
     next_pre, projected = output[3:]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*((next_pre, projected) if h_pre is None else (projected,)))
-    ctx.save_for_backward(x, phi, alpha, bias, h_pre, next_pre, projected)
+    ctx.save_for_backward(x, phi, alpha, bias, h_pre, layer_norm_weight, next_pre, projected)
 
 
 def _backward(ctx: Any, *g_outputs: torch.Tensor | None) -> tuple:
     if all(g is None for g in g_outputs):
         return needed(ctx, ())
-    needs_x, needs_phi, _, _, needs_h_pre = ctx.needs_input_grad[:5]
-    needs = needs_x, needs_phi, needs_h_pre
+    needs_x, needs_phi, _, _, needs_h_pre, needs_weight = ctx.needs_input_grad[:6]
+    needs = needs_x, needs_phi, needs_h_pre, needs_weight
     return needed(ctx, pre_backward(*g_outputs[:4], *ctx.saved_tensors, *ctx.constants, *needs))
 
 
