@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from helpers import CPU, assert_same_bits
 
-from mhc_tilelang import launch_backward, reference
+from mhc_tilelang import launch_backward, launch_norm, reference
 from mhc_tilelang.checking.inputs import Gradients, Inputs
 from mhc_tilelang.checking.kernels import numpy64
+from mhc_tilelang.checking.norm import EPS, layer_norm_weight
 
 TOKENS_LAST = ("projected", "g_projected")
-PARAMETERS = ("phi", "alpha", "bias")
-SUMS = ("g_phi", "g_alpha", "g_bias")
+PARAMETERS = ("phi", "alpha", "bias", "weight")
+SUMS = ("g_phi", "g_alpha", "g_bias", "g_weight")
 PADDING = 4096  # elements of NaN before and after: more than a tile of any kernel reaches beyond
 
 
@@ -92,6 +93,12 @@ def head_coefficients_backward64(g_h_pre, projected, alpha, bias, spec):
     rows = np.repeat(alpha, spec.num_streams)
     g_projected, g_alpha_rows, g_bias = through_logits(g_h_pre.T * slope(z), projected, rows, spec)
     return g_projected, g_alpha_rows.sum(keepdims=True), g_bias
+
+
+def pre_norm_backward64(g_layer_input, x, h_pre, weight, eps):
+    """g_u, g_h_pre and g_weight in float64."""
+    g_u, g_weight = reference.layer_norm_backward(g_layer_input, reference.aggregate(x, h_pre), weight, eps)
+    return g_u, reference.aggregate_backward(g_u, x, h_pre)[1], g_weight
 
 
 def projected_of(case, rows):
@@ -168,6 +175,18 @@ BACKWARD = {
         head_arguments,
         launch_backward.head_coefficients_backward,
         head_coefficients_backward64,
+    ),
+    "pre_norm_backward": Backward(
+        ("g_u", "g_h_pre", "g_weight"),
+        lambda case, i, g: {
+            "g_layer_input": g.g_h,
+            "x": i.x,
+            "h_pre": i.h_pre,
+            "weight": layer_norm_weight(case, CPU),
+            "eps": EPS,
+        },
+        launch_norm.pre_norm_backward,
+        pre_norm_backward64,
     ),
 }
 

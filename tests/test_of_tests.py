@@ -36,8 +36,10 @@ OUTPUTS = {
     "post_pre": ("x_next", "layer_input", "h_pre", "h_post", "h_res"),
     "post_pre_delayed": ("x_next", "layer_input", "h_pre", "h_post", "h_res"),
     "post_pre_backward": ("g_x", "g_layer_output", "g_h_post", "g_h_res", "g_phi", "g_alpha", "g_bias"),
+    "pre_norm": ("layer_input",),
+    "pre_norm_backward": ("g_u", "g_h_pre", "g_weight"),
 }
-STREAM_OUTPUTS = ("x", "layer_input", "x_next", "h", "g_h", "g_x", "g_layer_output")  # the rest is float32
+STREAM_OUTPUTS = ("x", "layer_input", "x_next", "h", "g_h", "g_x", "g_layer_output", "g_u")  # the rest is float32
 EVERY_OUTPUT = [(kernel, output) for kernel, outputs in OUTPUTS.items() for output in outputs]
 CASES = [Case(n, 192, dtype, 63) for n in STREAMS for dtype in DTYPES]
 every_output = pytest.mark.parametrize(("kernel", "output"), EVERY_OUTPUT)
