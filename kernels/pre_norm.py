@@ -28,9 +28,7 @@ def aggregate_step(u, x_frag, x, h_pre, token, step, slot, tile: NormTile):
         for c in T.unroll(tile.width):
             u[slot, lane, c] = 0.0
             for i in T.unroll(x.shape[1]):
-                u[slot, lane, c] = T.ieee_fmaf(
-                    h_pre[token, i], T.cast(x_frag[i, lane, c], T.float32), u[slot, lane, c]
-                )
+                u[slot, lane, c] = T.ieee_fmaf(h_pre[token, i], T.cast(x_frag[i, lane, c], T.float32), u[slot, lane, c])
 
 
 @T.macro

@@ -20,7 +20,7 @@ the aggregation in g_x is h_pre[i] · g_u. For that it is rounded to the stream'
 A block takes `tokens_per_block` tokens one after the other and keeps their sum for g_w, so that a row of partial sums
 is left per block and not per token; `partial_sums` adds the rows. What the first walk made of x and g stays in
 registers, and so do the sums for g_w. Where channels are too many for that (`kept` is off) x and g are read again,
-from the cache, and the sums for g_w are in their row of `partial` from the first token on.
+from the cache, and the sums for g_w are in their row of `partial` from the first token on, 8·C bytes a token of cache.
 
 Traffic per token: (n + 1)·C read, C written, (n + 1)·C more from the cache where nothing is kept; w twice from the
 cache. The partial sums cost 4·C bytes to write and as many to read, per block.
@@ -43,7 +43,10 @@ def load_gradient(g, g_frag, g_layer_input, token, step, slot, tile: NormTile):
 
 @T.macro
 def add_dots(dots, inner, squares, x_frag, u, g, weight_frag, num_streams: int, slot, tile: NormTile):
-    """Row i of dots: A[i]; row n + i: B[i]; inner: D; squares: Σ u². All of them lane by lane."""
+    """Row i of dots: A[i]; row n + i: B[i]; inner: D; squares: Σ u². All of them lane by lane.
+
+    Loops apart, since one takes a fragment by a single form of index.
+    """
     for lane in T.Parallel(tile.lanes):
         for c in T.unroll(tile.width):
             for i in T.unroll(num_streams):
@@ -79,6 +82,48 @@ def combine(g_h_pre, scale, pull, dot_sums, token, num_streams: int, hidden_size
     T.copy(combined, g_h_pre[token, 0])
 
 
+@T.macro
+def write_gradient(g_u, result, u, g, weight_frag, weight, scale, pull, token, step, slot, tile: NormTile):
+    """g_u of the step's channels."""
+    T.copy(weight[step * tile.lanes, 0], weight_frag)
+    for lane in T.Parallel(tile.lanes):
+        for c in T.unroll(tile.width):
+            result[lane, c] = T.ieee_fmaf(
+                -pull[0],
+                u[slot, lane, c],
+                scale[0] * T.cast(weight_frag[lane, c], T.float32) * T.cast(g[slot, lane, c], T.float32),
+            )
+    T.copy(result, g_u[token, step * tile.lanes, 0])
+
+
+@T.macro
+def add_weight_gradient(g_weight, u, g, scale, slot, tile: NormTile):
+    """g_weight[slot] += g · u · r."""
+    for lane in T.Parallel(tile.lanes):
+        for c in T.unroll(tile.width):
+            g_weight[slot, lane, c] = T.ieee_fmaf(
+                T.cast(g[slot, lane, c], T.float32), u[slot, lane, c] * scale[0], g_weight[slot, lane, c]
+            )
+
+
+@T.macro
+def load_partial(g_weight, partial, group, t, step, tile: NormTile):
+    """g_weight[0] = the block's sums of the step's channels so far: 0 before its first token."""
+    for lane in T.Parallel(tile.lanes):
+        for c in T.unroll(tile.width):
+            if step * tile.lanes + lane < partial.shape[1]:
+                g_weight[0, lane, c] = T.if_then_else(t > 0, partial[group, step * tile.lanes + lane, c], 0.0)
+
+
+@T.macro
+def store_partial(partial, g_weight, group, step, slot, tile: NormTile):
+    """The block's sums of the step's channels."""
+    for lane in T.Parallel(tile.lanes):
+        for c in T.unroll(tile.width):
+            if step * tile.lanes + lane < partial.shape[1]:
+                partial[group, step * tile.lanes + lane, c] = g_weight[slot, lane, c]
+
+
 def pre_norm_backward_kernel(
     num_streams: int, hidden_size: int, dtype: str, weight_dtype: str, eps: float, tile: NormTile, weights: bool
 ):
@@ -104,7 +149,7 @@ def pre_norm_backward_kernel(
         partial: T.Tensor[(num_partials, *row) if weights else (1,), T.float32],
         tokens_per_block: T.int32,
     ):
-        with T.Kernel(T.ceildiv(num_tokens, tokens_per_block), threads=lanes) as block:
+        with T.Kernel(T.ceildiv(num_tokens, tokens_per_block), threads=lanes) as group:
             x_frag = T.alloc_fragment((n, lanes, width), dtype)
             g_frag = T.alloc_fragment((lanes, width), dtype)
             weight_frag = T.alloc_fragment((lanes, width), weight_dtype)
@@ -120,7 +165,7 @@ def pre_norm_backward_kernel(
             pull = T.alloc_fragment((1,), T.float32)
             if weights:
                 T.clear(g_weight)
-            first = block * tokens_per_block
+            first = group * tokens_per_block
             for t in T.serial(T.min(tokens_per_block, num_tokens - first)):
                 T.clear(dots)
                 T.clear(inner)
@@ -140,38 +185,15 @@ def pre_norm_backward_kernel(
                     if not tile.kept:
                         aggregate_step(u, x_frag, x, h_pre, first + t, step, slot, tile)
                         load_gradient(g, g_frag, g_layer_input, first + t, step, slot, tile)
-                    T.copy(weight[step * lanes, 0], weight_frag)
-                    for lane in T.Parallel(lanes):
-                        for c in T.unroll(width):
-                            result[lane, c] = T.ieee_fmaf(
-                                -pull[0],
-                                u[slot, lane, c],
-                                scale[0] * T.cast(weight_frag[lane, c], T.float32) * T.cast(g[slot, lane, c], T.float32),
-                            )
-                    T.copy(result, g_u[first + t, step * lanes, 0])
+                    write_gradient(g_u, result, u, g, weight_frag, weight, scale, pull, first + t, step, slot, tile)
                     if weights:
                         if not tile.kept:
-                            for lane in T.Parallel(lanes):
-                                for c in T.unroll(width):
-                                    if step * lanes + lane < row[0]:
-                                        g_weight[slot, lane, c] = T.if_then_else(
-                                            t > 0, partial[block, step * lanes + lane, c], 0.0
-                                        )
-                        for lane in T.Parallel(lanes):
-                            for c in T.unroll(width):
-                                g_weight[slot, lane, c] = T.ieee_fmaf(
-                                    T.cast(g[slot, lane, c], T.float32), u[slot, lane, c] * scale[0], g_weight[slot, lane, c]
-                                )
+                            load_partial(g_weight, partial, group, t, step, tile)
+                        add_weight_gradient(g_weight, u, g, scale, slot, tile)
                         if not tile.kept:
-                            for lane in T.Parallel(lanes):
-                                for c in T.unroll(width):
-                                    if step * lanes + lane < row[0]:
-                                        partial[block, step * lanes + lane, c] = g_weight[slot, lane, c]
+                            store_partial(partial, g_weight, group, step, slot, tile)
             if weights and tile.kept:
                 for step in T.unroll(steps, unroll_factor=slots):
-                    for lane in T.Parallel(lanes):
-                        for c in T.unroll(width):
-                            if step * lanes + lane < row[0]:
-                                partial[block, step * lanes + lane, c] = g_weight[step, lane, c]
+                    store_partial(partial, g_weight, group, step, step, tile)
 
     return pre_norm_backward

@@ -115,14 +115,14 @@ class HyperConnection(SublayerModule):
         self, spec: MHCSpec, sublayer: int = 0, device: Device = None, layer_norm_eps: float | None = None
     ) -> None:
         super().__init__(spec, sublayer)
-        normed = layer_norm_eps is not None
-        self.layer_norm_eps = check_eps("HyperConnection", "layer_norm_eps", layer_norm_eps) if normed else None
+        self.layer_norm_eps = layer_norm_eps
         self.phi = make_parameter(spec.num_coefficients, spec.stream_size, device=device)
         self.alpha = make_parameter(3, device=device)
         self.bias = make_parameter(spec.num_coefficients, device=device)
-        self.register_parameter(
-            "layer_norm_weight", make_parameter(spec.hidden_size, device=device) if normed else None
-        )
+        self.layer_norm_weight = None
+        if layer_norm_eps is not None:
+            self.layer_norm_eps = check_eps("HyperConnection", "layer_norm_eps", layer_norm_eps)
+            self.layer_norm_weight = make_parameter(spec.hidden_size, device=device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

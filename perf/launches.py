@@ -20,7 +20,8 @@ from .cases import Case
 
 AGGREGATED = "project_backward_aggregated"
 BOUNDARY = ("post_pre", "post_pre_delayed", "post_head", "post_pre_backward", "post_pre_delayed_backward")
-UNTIMED = ("head_coefficients", "head_coefficients_backward", AGGREGATED, *BOUNDARY, *norm.NORM)  # `bench` has no case for them
+# `bench` has no case for them.
+UNTIMED = ("head_coefficients", "head_coefficients_backward", AGGREGATED, *BOUNDARY, *norm.NORM)
 
 STREAMS = {
     "expand": ("h", "x"),

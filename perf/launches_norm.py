@@ -1,4 +1,7 @@
-"""The kernels that aggregate and normalise, as `launches` has the others. `launch_norm` decides the same from tensors."""
+"""The kernels that aggregate and normalise, as `launches` has the others.
+
+`launch_norm` decides the same from tensors.
+"""
 
 from __future__ import annotations
 

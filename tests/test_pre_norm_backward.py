@@ -136,16 +136,12 @@ def test_the_aggregations_share_is_of_the_rounded_g_u():
     )
     got = torch.autograd.grad(layer_input, [*leaves.values(), arguments["weight"]], g)
     with torch.no_grad():
-        *_, h_pre, projected = torch.ops.mhc_tilelang.pre(
-            *vars_of(inputs), None, None, *constants_of(spec), EPS
-        )
+        *_, h_pre, projected = torch.ops.mhc_tilelang.pre(*vars_of(inputs), None, None, *constants_of(spec), EPS)
         g_u, g_h_pre, g_weight = launch_norm.pre_norm_backward(g, inputs.x, h_pre, arguments["weight"], EPS)
         g_projected, g_alpha, g_bias = launch_backward.coefficients_backward(
             g_h_pre, None, None, projected, inputs.alpha, inputs.bias, spec
         )
-        g_x, g_phi = launch_backward.project_backward(
-            g_projected, inputs.x, inputs.phi, h_pre=h_pre, g_layer_input=g_u
-        )
+        g_x, g_phi = launch_backward.project_backward(g_projected, inputs.x, inputs.phi, h_pre=h_pre, g_layer_input=g_u)
     assert_same_bits(got, [g_x, g_phi, g_alpha, g_bias, g_weight])
 
 

@@ -181,8 +181,7 @@ def _run_backward(
 
 
 pre = define(
-    f"pre({INPUTS}, {FORM}) "
-    "-> (Tensor layer_input, Tensor h_post, Tensor h_res, Tensor next_pre, Tensor projected)",
+    f"pre({INPUTS}, {FORM}) -> (Tensor layer_input, Tensor h_post, Tensor h_res, Tensor next_pre, Tensor projected)",
     _run,
     _allocate,
 )
