@@ -151,13 +151,16 @@ class HyperConnection(SublayerModule):
             )
         *written, h_pre = waiting if delayed else (*waiting, None)
         parameters = (self.phi, self.alpha, self.bias, self.spec)
-        form: dict[str, Any] = {"h_pre": h_pre}
-        if self.layer_norm_eps is not None:
-            form |= {"layer_norm_weight": self.layer_norm_weight, "layer_norm_eps": self.layer_norm_eps}
         if not written:
-            return ops.pre(x, *parameters, **form)
+            return ops.pre(x, *parameters, h_pre=h_pre, **self.layer_norm())
         layer_output, h_post, h_res = written
-        return ops.post_pre(x, layer_output, h_post, h_res, *parameters, **form)
+        return ops.post_pre(x, layer_output, h_post, h_res, *parameters, h_pre=h_pre, **self.layer_norm())
+
+    def layer_norm(self) -> dict[str, Any]:
+        """What `pre` and `post_pre` are told of the layer's norm: nothing without one."""
+        if self.layer_norm_eps is None:
+            return {}
+        return {"layer_norm_weight": self.layer_norm_weight, "layer_norm_eps": self.layer_norm_eps}
 
     def extra_repr(self) -> str:
         text = super().extra_repr() + (", delayed_pre=True" if self.spec.delayed_pre else "")

@@ -30,7 +30,9 @@ def projected(inputs, rows=None):
 FUNCTIONS = {
     "coefficients": lambda i, spec: ops.coefficients(*projected(i), spec),
     "pre": lambda i, spec: ops.pre(*projected(i), spec),
-    "pre-normed": lambda i, spec: ops.pre(*projected(i), spec, layer_norm_weight=torch.linspace(-1, 2, spec.hidden_size)),
+    "pre-normed": lambda i, spec: ops.pre(
+        *projected(i), spec, layer_norm_weight=torch.linspace(-1, 2, spec.hidden_size)
+    ),
     "post": lambda i, _: (ops.post(i.x, i.layer_output, i.h_post, i.h_res),),
     "post_pre": lambda i, spec: ops.post_pre(i.x, i.layer_output, i.h_post, i.h_res, *projected(i)[1:], spec),
     "sinkhorn": lambda i, spec: (ops.sinkhorn(i.logits, spec.sinkhorn_iters, spec.sinkhorn_eps),),

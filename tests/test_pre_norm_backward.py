@@ -13,7 +13,7 @@ from differentiable import NORMED, gradients, requiring, upstream
 from helpers import CPU, DTYPES, STREAMS, assert_matches_float64, assert_same_bits, named
 from helpers_backward import BACKWARD, assert_reads_nothing_else, assert_special_values_stay
 
-from mhc_tilelang import HyperConnection, MHCSpec, ResidualStream, launch_backward, launch_norm, ops
+from mhc_tilelang import HyperConnection, MHCSpec, ResidualStream, convert, launch_backward, launch_norm, ops
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
 from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.checking.norm import EPS
@@ -187,6 +187,17 @@ def test_a_stream_of_connections_with_norms(delayed):
     for one, other in zip(got[1], expected[1], strict=True):
         assert other.any()
         assert torch.linalg.vector_norm(one - other) <= 1e-5 * torch.linalg.vector_norm(other)
+
+
+@pytest.mark.parametrize("kind", [HyperConnection, convert.RowsFirstConnection])
+def test_every_connection_of_the_kind_normalises(kind):
+    """Catches a subclass that takes the option and ignores it."""
+    spec, x = MHCSpec(hidden_size=64), Inputs.of(Case(4, 64, torch.bfloat16, 6), CPU).x
+    layer_input, *mappings = kind(spec, layer_norm_eps=1e-5)(x)
+    u, *others = kind(spec)(x)
+    assert_same_bits([m.detach() for m in mappings], [o.detach() for o in others])
+    expected = torch.nn.functional.rms_norm(u.float(), (64,), eps=1e-5)
+    torch.testing.assert_close(layer_input.float(), expected, rtol=2.0**-7, atol=1e-6)  # two roundings against one
 
 
 def test_a_connection_owns_the_weight():
