@@ -14,6 +14,7 @@
     kernels    the TileLang code          reference   the same in numpy float64
     convert    other frameworks' weights and conventions      integrations   other frameworks' models
     checking   `mhc-tilelang check`       perf        `mhc-tilelang bench`
+    diagnostics   numbers of a model's mappings, and a watch over one that runs
     cli, doctor, toolchain, errors
 
 Importing this package loads neither TileLang nor PyTorch: `mhc-tilelang --help` and `mhc-tilelang doctor`
@@ -26,9 +27,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import convert, integrations
+    from . import convert, diagnostics, integrations
     from .connections import HyperConnection, HyperHead, ResidualConnection, UnconstrainedHyperConnection, connection
-    from .errors import CompilerError, GradientError, MHCError
+    from .errors import CompilerError, GradientError, MHCError, MHCWarning
     from .ops import coefficients, collapse, expand, first_pre, head, post, post_pre, pre, sinkhorn
     from .residual_stream import ResidualStream
     from .spec import MHCSpec
@@ -40,6 +41,7 @@ __all__ = [
     "HyperHead",
     "MHCError",
     "MHCSpec",
+    "MHCWarning",
     "ResidualConnection",
     "ResidualStream",
     "UnconstrainedHyperConnection",
@@ -47,6 +49,7 @@ __all__ = [
     "collapse",
     "connection",
     "convert",
+    "diagnostics",
     "expand",
     "first_pre",
     "head",
@@ -62,6 +65,7 @@ _HOMES = {
     "MHCError": "errors",
     "CompilerError": "errors",
     "GradientError": "errors",
+    "MHCWarning": "errors",
     "HyperConnection": "connections",
     "HyperHead": "connections",
     "ResidualConnection": "connections",
@@ -69,7 +73,7 @@ _HOMES = {
     "connection": "connections",
     "ResidualStream": "residual_stream",
 }
-_PACKAGES = ("convert", "integrations")
+_PACKAGES = ("convert", "diagnostics", "integrations")
 
 
 def __getattr__(name: str) -> Any:

@@ -34,6 +34,7 @@ COMMANDS = {
     "bench": Command("mhc_tilelang.perf.command", "measure the kernels: time, bandwidth, ratio to plain torch"),
     "traffic": Command("mhc_tilelang.perf.traffic_command", "count the bytes that the kernels move, from their code"),
     "inspect": Command("mhc_tilelang.perf.inspect.command", "build the CUDA kernels without a GPU, and study them"),
+    "study": Command("mhc_tilelang.perf.study.command", "run experiments: gain over depth, training, Sinkhorn"),
     "doctor": Command("mhc_tilelang.doctor", "report what this machine has and what is missing"),
 }
 

@@ -17,6 +17,10 @@ class GradientError(MHCError):
     """A gradient that there is none of: second derivatives, forward mode, calls with out=."""
 
 
+class MHCWarning(UserWarning):
+    """Something that goes on, but should be looked at: a model whose mappings have left their limits."""
+
+
 class LoweringError(MHCError):
     """A kernel uses something of TileLang that the CPU target does not know."""
 
