@@ -70,7 +70,8 @@ class Finding:
     limit: float
 
     def __str__(self) -> str:
-        return f"step {self.step}: {self.quantity} of {self.name} is {self.value:.4g}, beyond {self.limit:g}"
+        name = self.name or "the model"  # a watched connection has no name in itself
+        return f"step {self.step}: {self.quantity} of {name} is {self.value:.4g}, beyond {self.limit:g}"
 
 
 class Call(NamedTuple):
@@ -218,9 +219,10 @@ def _worst(rows: Sequence[Row], quantity: str, thresholds: Thresholds) -> Findin
     }.get(quantity, (quantity,))
     beyond = [
         Finding(int(row["step"] or 0), str(row["name"]), column, value, limit)
-        for row in rows
         for column in columns
+        for row in rows
         if isinstance(value := row.get(column), float) and not value <= limit
     ]
+    # The first that is none is where it came from; a composite gain backward is none at every connection before it.
     not_numbers = [finding for finding in beyond if finding.value != finding.value]
     return not_numbers[0] if not_numbers else max(beyond, key=lambda finding: finding.value, default=None)

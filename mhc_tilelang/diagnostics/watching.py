@@ -63,7 +63,9 @@ def watch(
         raise TypeError(f"watch: warn: expected Thresholds or None, got {type(warn).__name__}")
     if on_warning is not None and warn is None:
         raise ValueError("watch: on_warning: expected with warn, got it alone")
-    connections = {module: name for name, module in model.named_modules() if isinstance(module, WATCHED)}
+    connections: dict[nn.Module, str] = {
+        module: name for name, module in model.named_modules() if isinstance(module, WATCHED)
+    }
     if not connections:
         kinds = ", ".join(kind.__name__ for kind in WATCHED)
         raise ValueError(f"watch: model: expected a module with {kinds} in it, got {type(model).__name__} without")

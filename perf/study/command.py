@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from . import train
+from . import gain, sinkhorn, train
 
-STUDIES = {"train": train}
+STUDIES = {"gain": gain, "train": train, "sinkhorn": sinkhorn}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,7 +65,7 @@ class GPT(nn.Module):
         decayed = [weight for weight in self.layers.parameters() if weight.ndim > 1]
         chosen = set(decayed)
         rest = [parameter for parameter in self.parameters() if parameter not in chosen]
-        groups = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, rate, (0.9, 0.95), 1e-8, 0.1)
 
 

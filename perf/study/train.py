@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ...device import add_device_argument, pick_device
 from ...json_output import write_json
@@ -43,8 +44,10 @@ def run(args: argparse.Namespace) -> None:
     from . import runs, summary
     from .model import Sizes, read_text
 
-    chosen = {name: getattr(args, name) or value for name, value in (QUICK if args.quick else FULL).items()}
-    seeds = range(int(chosen.pop("seeds")))
+    chosen: dict[str, Any] = {
+        name: getattr(args, name) or value for name, value in (QUICK if args.quick else FULL).items()
+    }
+    seeds = range(chosen.pop("seeds"))
     sizes = Sizes(**chosen)
     check_sizes(sizes.width, sizes.heads)
     every = args.every or max(1, sizes.steps // 40)
@@ -91,8 +94,8 @@ def header(about: dict, parameters: dict[str, int]) -> str:
             f"{setup['depth']} layers, width {setup['width']}, {setup['heads']} heads, n = 4; parameters: {counts}",
             f"{setup['steps']} steps of {setup['batch']} windows of {setup['context']} bytes; AdamW at "
             f"{setup['rate']:g} after a warm-up of 20 steps, gradients clipped at norm 1",
-            f"{setup['seeds']} seeds: a seed fixes the layers' first weights and all batches, so that differences to "
-            "the plain residual are taken in pairs",
+            f"{setup['seeds']} seed{'s' if setup['seeds'] > 1 else ''}: each fixes the layers' first weights and all "
+            "batches, so that differences to the plain residual are taken in pairs",
             "losses in nats per byte; gains and activations on held-out text, gains as means over tokens, the largest "
             "over depth",
         )

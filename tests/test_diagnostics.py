@@ -1,0 +1,421 @@
+"""Diagnostics: the numbers against numpy, and a watch that sees what passes and changes nothing.
+
+Would catch: forward and backward gains swapped, a product over depth in the wrong order, x_next taken for the layer's
+input, hooks that stay, steps counted twice, a model that explodes without a warning.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from test_connections import process_group, randomize  # noqa: F401  # a fixture
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
+
+import mhc_tilelang as mhc
+from mhc_tilelang import reference
+from mhc_tilelang.checking.kernels import numpy64
+from mhc_tilelang.diagnostics import Thresholds, watch
+
+diagnostics = mhc.diagnostics
+SPEC = mhc.MHCSpec.deepseek_v4(hidden_size=24)
+KINDS = ("mhc", "hc", "residual")
+DEPTH = 3
+
+
+class Model(torch.nn.Module):
+    """Linear layers between connections; `fused` is how a ResidualStream runs them, else a function of x each."""
+
+    def __init__(self, kind="mhc", fused=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.fused = kind, fused
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(24, 24) for _ in range(DEPTH))
+        self.connections = torch.nn.ModuleList(randomize(mhc.connection(kind, SPEC, i), seed=i) for i in range(DEPTH))
+
+    def forward(self, h):
+        stream = mhc.ResidualStream(h, SPEC.num_streams, self.kind)
+        for connection, layer in zip(self.connections, self.layers, strict=True):
+            stream.write(layer(stream.read(connection)))
+            if not self.fused:
+                _ = stream.x
+        return stream.reduce("sum")
+
+
+def normal(*shape, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def embeddings(seed=1):
+    return normal(2, 5, 24, seed=seed)
+
+
+# Numbers of tensors
+
+
+def test_gains_are_not_swapped():
+    """By hand: rows sum to 3 and −7, columns to −2 and −2; then one whose signs cancel."""
+    gain = diagnostics.amax_gain(torch.tensor([[[1.0, 2.0], [-3.0, -4.0]], [[1.0, -1.0], [0.0, 0.5]]]))
+    assert gain.forward.tolist() == [7.0, 0.5]
+    assert gain.backward.tolist() == [2.0, 1.0]
+
+
+def test_composite_is_in_the_order_of_depth():
+    """Against numpy, and against the streams themselves: H_2 H_1 H_0 x."""
+    h_res, x = normal(3, 5, 4, 4).double(), normal(5, 4, 6, seed=2).double()
+    expected = h_res[2].numpy() @ h_res[1].numpy() @ h_res[0].numpy()
+    product = diagnostics.composite(h_res)
+    np.testing.assert_allclose(product.numpy(), expected, rtol=1e-12)
+    torch.testing.assert_close(product @ x, h_res[2] @ (h_res[1] @ (h_res[0] @ x)))
+    reversed_order = diagnostics.composite(h_res.flip(0)).numpy()
+    assert np.abs(reversed_order - expected).max() > 0.1
+
+
+def test_composite_gains():
+    """Forward counts from the embedding, backward from the last sublayer."""
+    h_res = normal(4, 5, 2, 2).double()
+    matrices = h_res.numpy()
+    gain = diagnostics.composite_gains(h_res)
+    assert gain.forward.shape == gain.backward.shape == (4, 5)
+    for depth in range(4):
+        first, last = np.eye(2), np.eye(2)
+        for k in range(depth + 1):
+            first = matrices[k] @ first
+        for k in range(depth, 4):
+            last = matrices[k] @ last
+        np.testing.assert_allclose(gain.forward[depth], np.abs(first.sum(-1)).max(-1), rtol=1e-12)
+        np.testing.assert_allclose(gain.backward[depth], np.abs(last.sum(-2)).max(-1), rtol=1e-12)
+
+
+def test_other_numbers_match_numpy():
+    h_res, x = torch.rand(7, 4, 4, generator=torch.Generator().manual_seed(3)).double(), normal(7, 4, 24)
+    matrices = h_res.numpy()
+    rows, columns = diagnostics.sum_deviation(h_res)
+    np.testing.assert_allclose(rows, np.abs(matrices.sum(2) - 1).max(1), rtol=1e-12)
+    np.testing.assert_allclose(columns, np.abs(matrices.sum(1) - 1).max(1), rtol=1e-12)
+    np.testing.assert_allclose(diagnostics.spectral_norm(h_res), np.linalg.norm(matrices, 2, axis=(1, 2)), rtol=1e-12)
+    shares = matrices / matrices.sum(2, keepdims=True)
+    np.testing.assert_allclose(diagnostics.row_entropy(h_res), -(shares * np.log(shares)).sum(2).mean(1), rtol=1e-12)
+    np.testing.assert_allclose(
+        diagnostics.stream_rms(x), np.sqrt((numpy64(x) ** 2).mean(2)), rtol=1e-6
+    )  # float32, sums of 24
+    logits = 20 * normal(7, 4, 4)
+    np.testing.assert_allclose(
+        diagnostics.logit_saturation(logits, 15.0), (np.abs(logits.numpy()) > 15).mean((1, 2)), rtol=1e-6
+    )
+
+
+def test_numbers_at_the_ends():
+    """The identity, the mean, a zero row, negative entries, bfloat16."""
+    identity, mean = torch.eye(4), torch.full((4, 4), 0.25)
+    assert diagnostics.row_entropy(identity) == 0
+    assert diagnostics.row_entropy(mean) == pytest.approx(math.log(4))
+    assert diagnostics.row_entropy(torch.zeros(4, 4)) == 0
+    assert diagnostics.row_entropy(-mean) == pytest.approx(math.log(4))
+    assert diagnostics.entry_saturation(identity) == 1
+    assert diagnostics.entry_saturation(-identity) == 0.75
+    assert diagnostics.entry_saturation(mean.bfloat16()) == 0
+    assert diagnostics.spectral_norm(mean) == pytest.approx(1)
+
+
+def test_res_logits_are_those_of_the_operator():
+    """Against float64, and Sinkhorn of them against the operator's h_res. Catches pre or post rows, a scaled bias."""
+    connection = randomize(mhc.HyperConnection(SPEC))
+    parameters = connection.phi.detach(), connection.alpha.detach(), connection.bias.detach()
+    x = normal(5, 4, 24)
+    logits = diagnostics.res_logits(x, *parameters, SPEC)
+    h_res = mhc.coefficients(x, *parameters, SPEC)[2]
+    expected = reference.sinkhorn(numpy64(logits))
+    np.testing.assert_allclose(h_res.numpy(), expected, atol=1e-5)  # float32 logits of about 3: 2e-7 each
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: diagnostics.amax_gain(torch.ones(3, 4)), ValueError, "amax_gain: h_res: expected square"),
+        (lambda: diagnostics.amax_gain(torch.eye(3).int()), TypeError, "amax_gain: h_res: expected a float tensor"),
+        (lambda: diagnostics.composite(torch.eye(3)), ValueError, "composite: h_res: expected shape"),
+        (lambda: diagnostics.composite_gains(torch.ones(0, 2, 2)), ValueError, "L ≥ 1"),
+        (lambda: diagnostics.logit_saturation(torch.eye(3), 0.0), ValueError, "limit: expected a positive"),
+        (lambda: diagnostics.entry_saturation(torch.eye(3), float("nan")), ValueError, "margin: expected a positive"),
+        (lambda: diagnostics.stream_rms(torch.ones(3)), ValueError, "stream_rms: x: expected shape"),
+        (lambda: Thresholds(composite_gain=0), ValueError, "Thresholds: composite_gain: expected a positive"),
+    ],
+)
+def test_bad_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+# A running model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fused", [True, False])
+def test_watching_changes_nothing(kind, fused):
+    """Values and every gradient, to the bit."""
+    results = []
+    for watched in (False, True):
+        model, h = Model(kind, fused), embeddings().requires_grad_()
+        if watched:
+            with watch(model, tokens=3) as report:
+                out = model(h)
+                out.backward(normal(*out.shape, seed=4))
+            assert len(report.rows) == DEPTH
+        else:
+            out = model(h)
+            out.backward(normal(*out.shape, seed=4))
+        results.append([out, h.grad, *(p.grad for p in model.parameters())])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", ["mhc", "hc"])
+def test_rows_are_what_passed(kind, fused):
+    """By hand, one connection after the other. Catches x_next or the waiting write's h_res in the wrong place."""
+    model, h = Model(kind, fused), embeddings()
+    with watch(model, tokens=10) as report, torch.no_grad():
+        model(h)
+    x, mappings, streams = mhc.expand(h, 4), [], []
+    with torch.no_grad():
+        for connection, layer in zip(model.connections, model.layers, strict=True):
+            streams.append(x.flatten(0, 1))
+            layer_input, h_post, h_res = connection(x)
+            mappings.append(h_res.flatten(0, 1))
+            x = connection.merge(x, layer(layer_input), h_post, h_res)
+    h_res = torch.stack(mappings)
+    assert torch.equal(report.h_res, h_res)
+    single, composite = diagnostics.amax_gain(h_res), diagnostics.composite_gains(h_res)
+    rows, columns = diagnostics.sum_deviation(h_res)
+    for depth, row in enumerate(report.rows):
+        assert (row["step"], row["depth"], row["kind"]) == (0, depth, kind)
+        assert row["name"] == f"connections.{depth}"
+        expected = {
+            "forward_gain": single.forward[depth].mean(),
+            "backward_gain": single.backward[depth].mean(),
+            "composite_forward_gain": composite.forward[depth].mean(),
+            "composite_backward_gain": composite.backward[depth].mean(),
+            "row_deviation": rows[depth].max(),
+            "column_deviation": columns[depth].max(),
+            "entropy": diagnostics.row_entropy(h_res[depth]).mean(),
+            "entry_saturation": diagnostics.entry_saturation(h_res[depth]).mean(),
+        }
+        for i in range(4):
+            expected[f"stream_rms_{i}"] = streams[depth][:, i].square().mean().sqrt()
+        if kind == "mhc":
+            p = connection = model.connections[depth]
+            logits = diagnostics.res_logits(streams[depth], p.phi, p.alpha, connection.bias, SPEC)
+            expected["logit_saturation"] = diagnostics.logit_saturation(logits).mean()
+        else:
+            assert row["logit_saturation"] is None
+        for name, value in expected.items():
+            assert row[name] == pytest.approx(float(value), rel=1e-6), name  # means in another order
+
+
+def test_a_plain_residual_gains_nothing():
+    model = Model("residual")
+    with watch(model) as report:
+        model(embeddings())
+    assert {row["composite_forward_gain"] for row in report.rows} == {1.0}
+    assert report.rows[0]["stream_rms_0"] == pytest.approx(float(embeddings().square().mean().sqrt()), rel=1e-6)
+    assert "stream_rms_1" not in report.rows[0]
+
+
+def hooks_of(model):
+    return [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+
+
+def test_hooks_go_and_a_broken_step_is_dropped():
+    """After the block, and after an exception out of it; a step that an exception ended leaves no row."""
+    model = Model("hc")
+    with pytest.raises(KeyError), watch(model):
+        raise KeyError
+    assert not any(hooks_of(model))
+    broken = torch.nn.Linear(24, 23)
+    with watch(model) as report:
+        whole, model.layers[1] = model.layers[1], broken
+        with pytest.raises(ValueError, match="layer_output"):
+            model(embeddings())
+        model.layers[1] = whole
+        model(embeddings())
+    assert [(row["step"], row["depth"]) for row in report.rows] == [(1, 0), (1, 1), (1, 2)]
+    assert not any(hooks_of(model))
+
+
+def test_every_and_tokens():
+    """The first step of three; evenly spaced tokens; other token counts; none at all."""
+    model = Model("hc")
+    with watch(model, every=3, tokens=2) as report:
+        for step in range(5):
+            model(normal(1, 6 + step, 24))
+    assert [row["step"] for row in report.rows] == [0] * DEPTH + [3] * DEPTH
+    assert report.h_res.shape == (DEPTH, 2, 4, 4)
+    h = normal(6, 24)
+    with torch.no_grad(), watch(model, tokens=2) as report:
+        model(h)
+    expected = model.connections[0](mhc.expand(h, 4))[2][[0, 3]]
+    assert torch.equal(report.h_res[0], expected)
+    with watch(model) as report:
+        model(normal(0, 24))
+        model(normal(1, 24))
+    assert {row["step"] for row in report.rows} == {1}
+
+
+def test_steps_without_a_model_around():
+    """Connections in a list, called by hand: a second call of the same begins a step."""
+    connections = torch.nn.ModuleList(mhc.connection("hc", SPEC, i) for i in range(2))
+    with watch(connections) as report:
+        for _ in range(3):
+            stream = mhc.ResidualStream(embeddings(), 4, "hc")
+            for connection in connections:
+                stream.write(stream.read(connection))
+    assert [(row["step"], row["depth"]) for row in report.rows] == [(s, d) for s in range(3) for d in range(2)]
+
+
+def test_recomputation_is_no_step():
+    """Activation checkpointing runs connections again in the backward pass."""
+    model = Model("mhc")
+
+    def sublayer(connection, layer, x):
+        layer_input, *mappings = connection(x)
+        return connection.merge(x, layer(layer_input), *mappings)
+
+    with watch(model.connections) as report:
+        x = mhc.expand(embeddings().requires_grad_(), 4)
+        for connection, layer in zip(model.connections, model.layers, strict=True):
+            x = checkpoint(sublayer, connection, layer, x, use_reentrant=False)
+        x.backward(normal(*x.shape))
+    assert [row["depth"] for row in report.rows] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_other_modes(mode):
+    model = Model("mhc")
+    with watch(model) as report:
+        with mode():
+            model(embeddings())
+        with torch.autocast("cpu", torch.bfloat16):
+            model(embeddings())
+    assert len(report.rows) == 2 * DEPTH
+    assert all(math.isfinite(row["composite_backward_gain"]) for row in report.rows)
+
+
+def test_compiled_code_is_not_watched():
+    """And computes what it did."""
+    model, h = Model("hc"), embeddings()
+    expected = model(h)
+    with watch(model) as report:
+        out = torch.compile(model, backend="eager")(h)
+    torch.testing.assert_close(out, expected)
+    assert report.rows == []
+
+
+@pytest.mark.usefixtures("process_group")
+def test_sharded_connections():
+    """FSDP2 gathers parameters for the call alone; the watch looks before they are gone."""
+    model = Model("mhc")
+    for connection in model.connections:
+        fully_shard(connection)
+    with watch(model) as report:
+        model(embeddings())
+    assert all(row["logit_saturation"] is not None for row in report.rows)
+
+
+# Warnings and files
+
+
+def exploding():
+    """Every stream takes 1.5 times the sum of all: HC gains a factor of 6 a sublayer."""
+    model = Model("hc")
+    with torch.no_grad():
+        for connection in model.connections:
+            connection.alpha.zero_()
+            connection.bias[8:] = 1.5
+    return model
+
+
+def test_an_exploding_model_warns_once_until_it_recovers():
+    model = exploding()
+    limits = Thresholds(composite_gain=10, stream_rms=1e6)
+    with watch(model, warn=limits) as report:
+        with pytest.warns(mhc.MHCWarning, match=r"step 0: composite_\w+_gain of connections\.[02] is 216, beyond 10"):
+            model(embeddings())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(embeddings())
+            with torch.no_grad():
+                for connection in model.connections:
+                    connection.bias[8:] = torch.eye(4).flatten()
+            model(embeddings())
+    assert [finding.step for finding in report.findings] == [0, 1]
+    assert report.findings[0].value == pytest.approx(216)
+
+
+def test_a_callback_takes_the_place_of_warnings():
+    """Of the quantities that have a limit."""
+    model, found = exploding(), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with watch(model, warn=Thresholds(sum_deviation=1, composite_gain=None), on_warning=found.append):
+            model(embeddings())
+    assert [(finding.quantity, finding.value) for finding in found] == [("row_deviation", 5.0)]
+
+
+def test_what_is_no_number_is_found():
+    model, found = exploding(), []
+    with torch.no_grad():
+        model.connections[1].bias[8] = math.nan
+    with watch(model, warn=Thresholds(), on_warning=found.append) as report:
+        model(embeddings())
+    assert [finding.name for finding in found] == ["connections.1"]
+    assert math.isnan(report.findings[0].value)
+
+
+def test_initial_mhc_gives_no_warning():
+    model = Model("mhc")
+    for connection in model.connections:
+        connection.reset_parameters()
+    limits = Thresholds(composite_gain=1.5, sum_deviation=0.01, logit_saturation=0.1, stream_rms=100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with watch(model, warn=limits) as report:
+            model(embeddings())
+    assert report.findings == []
+
+
+def test_csv_and_dict(tmp_path):
+    """As many lines as rows, the same numbers; an error by name."""
+    model = Model("hc")
+    with watch(model) as report:
+        model(embeddings())
+    path = tmp_path / "health.csv"
+    report.to_csv(path)
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    columns = report.to_dict()
+    assert list(lines[0]) == list(columns)
+    assert [float(line["composite_forward_gain"]) for line in lines] == columns["composite_forward_gain"]
+    assert {line["logit_saturation"] for line in lines} == {""}
+    with pytest.raises(mhc.MHCError, match="cannot write"):
+        report.to_csv(tmp_path / "absent" / "health.csv")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"model": 3}, TypeError, "watch: model: expected a torch.nn.Module, got int"),
+        ({"model": torch.nn.Linear(2, 2)}, ValueError, "watch: model: expected a module with HyperConnection"),
+        ({"every": 0}, ValueError, "watch: every: expected an int of at least 1, got 0"),
+        ({"tokens": True}, ValueError, "watch: tokens: expected an int"),
+        ({"warn": 3.0}, TypeError, "watch: warn: expected Thresholds or None, got float"),
+        ({"on_warning": print}, ValueError, "watch: on_warning: expected with warn"),
+    ],
+)
+def test_bad_arguments_of_a_watch(arguments, error, message):
+    with pytest.raises(error, match=message), watch(**{"model": mhc.ResidualConnection(), **arguments}):
+        pass
