@@ -315,6 +315,18 @@ def test_compiled_code_is_not_watched():
     assert report.rows == []
 
 
+def test_transforms_are_not_watched():
+    """torch.func's tensors must not outlive their transform."""
+    model, h = Model("hc"), embeddings()
+    layer_input = torch.func.vmap(lambda x: model.connections[0](x)[0])
+    expected = layer_input(mhc.expand(h, 4))
+    with watch(model) as report:
+        assert torch.equal(layer_input(mhc.expand(h, 4)), expected)
+        parameters = dict(model.named_parameters())
+        torch.func.grad(lambda p: torch.func.functional_call(model, p, (h,)).square().sum())(parameters)
+    assert report.rows == []
+
+
 @pytest.mark.usefixtures("process_group")
 def test_sharded_connections():
     """FSDP2 gathers parameters for the call alone; the watch looks before they are gone."""

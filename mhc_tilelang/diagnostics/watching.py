@@ -38,8 +38,8 @@ def watch(
 
     Values and gradients are what they are without it. Nothing waits for the device until rows are asked for. A step is
     a call of `model`; outside of one, where its connections are called by hand, a connection's second call begins the
-    next step. Not watched: recomputations in a backward pass, code compiled by torch.compile, replayed CUDA graphs,
-    and a step that an exception ends.
+    next step. Not watched: recomputations in a backward pass, code compiled by torch.compile or run by torch.func's
+    transforms, replayed CUDA graphs, and a step that an exception ends.
 
     Args:
         model: has connections of `mhc.connection`'s kinds, which read one stream a step.
@@ -121,7 +121,7 @@ class _Watcher:
 
     def called(self, module: nn.Module, inputs: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> None:
         """After a call of a connection."""
-        if not _runs_forward():
+        if not _runs_forward() or torch._C._functorch.is_functorch_wrapped_tensor(outputs[0]):
             return
         if not self._inside and module in self._seen:
             self.end_step()

@@ -29,7 +29,7 @@ def flow(logits: Matrices, eps: float, about: dict[str, Any]) -> Picture:
         f"float64. Row j is output stream j, column i input stream i. mhc-tilelang {about['versions']['mhc-tilelang']}",
     ]
     reached = dict(zip(order(), (h_res for _, h_res in islice(iterate(logits[None], eps), 40)), strict=True))
-    card = Card(title, "columns first, rows last: an iteration is both", notes, 5.0)
+    card = Card(title, "columns first, rows last: an iteration is both", notes, 4.65)
     panels = [("logits", logits)] + [(f"{name} of iteration {i}", reached[i, name][0]) for i, name in STEPS]
     side, across = 1.55, (WIDTH - 0.35) / 4
     for k, (name, matrix) in enumerate(panels):

@@ -103,7 +103,7 @@ def by_iterations(curves: list[Curve], mark: int) -> str:
     largest = max(abs(value - 1) for curve in constrained for value in curve.forward)
     return (
         f"{text}\n\nBackward gain; in parentheses the largest deviation of a single mapping's column sum from 1.\n"
-        f"The forward gain of every line is 1 to {largest:.0e}: rows are normalised last."
+        f"The forward gain of every line is 1, to {largest:.0e}: rows are normalised last."
     )
 
 

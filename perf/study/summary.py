@@ -28,9 +28,9 @@ PAIRED = tuple(name for name in QUANTITIES if "loss" in name)
 PUBLISHED = """\
 A public reproduction on enwik8 bytes (8 layers, width 256, n = 4, 2000 steps) states, for plain residual / HC / mHC:
 lowest loss 1.841 / 1.844 / 1.787, largest gradient norm 6.18 / 6.73 / 4.46, largest last / first activation ratio
-41.8 / 61.3 / 11.7. Its mappings are static, which the paper's are not, its losses are of training, and the final loss
-of its mHC, unlike the lowest, is worse than its plain residual's. The paper's own figure is of a 27B model: final loss
-0.021 below the baseline's, largest composite gain near 3000 under HC and about 1.6 under mHC."""
+41.8 / 61.3 / 11.7. Its mappings are static, which the paper's are not, and the final loss of its mHC, unlike the
+lowest, is worse than its plain residual's. The paper's own figure is of a 27B model: final loss 0.021 below the
+baseline's, largest composite gain near 3000 under HC and about 1.6 under mHC."""
 
 
 def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
