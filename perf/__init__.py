@@ -34,6 +34,10 @@ Bytes counted from the kernels' code:
     audit      the traffic of a kernel, from its TIR
     calls, launches_boundary   what `launches` is made of; the kernels that are fused across a boundary
 
+Experiments:
+
+    study      `mhc-tilelang study`: gain over depth, training, Sinkhorn
+
 CUDA without a GPU:
 
     inspect    what nvcc makes of every kernel, and a page to study each

@@ -9,7 +9,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from mhc_tilelang.perf.study import convergence, gradients, runs, summary
 from mhc_tilelang.perf.study.matrices import gains_by_depth, measure
 from mhc_tilelang.perf.study.model import Sizes, read_text
 
+ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 EPS = 1e-6
 SIZES = Sizes(width=24, depth=1, heads=2, context=16, batch=2, steps=3, rate=1e-3)
@@ -178,6 +181,27 @@ def test_summary_by_hand():
     rows = {(row["quantity"], row["connection"]): row for row in summary.compare(made)}
     assert math.isnan(rows["training loss, lowest", "mhc"]["mean"])
     assert "-0.2500" in summary.as_table(summary.compare(made[2:]))
+
+
+# The page of a stored run
+
+
+def test_page_shows_what_is_stored():
+    """Every picture is there and every stored file is named."""
+    page = ROOT / "docs" / "study" / "README.md"
+    text = page.read_text(encoding="utf-8")
+    pictures = {path.name for path in page.parent.glob("*.svg")}
+    assert set(re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)) == pictures
+    assert {path.stem for path in page.parent.glob("*.csv")} == {
+        "gain",
+        "sinkhorn-convergence",
+        "sinkhorn-cost",
+        "sinkhorn-gradients",
+        "train-curves",
+        "train-summary",
+    }
+    last = [line for line in lines_of(page.parent / "train-summary.csv") if line["quantity"] == "held-out loss, final"]
+    assert all(f"{float(line['mean']):.4f}" in text for line in last)
 
 
 # Errors

@@ -115,8 +115,12 @@ class Report:
     @property
     def rows(self) -> list[Row]:
         """Every row so far; waits for the device."""
-        self._read(wait=True)
+        self.wait()
         return self._rows
+
+    def wait(self) -> None:
+        """Read every step so far, which may warn; waits for the device."""
+        self._read(wait=True)
 
     def to_dict(self) -> dict[str, list[int | float | str | None]]:
         """A list per column; None where a row has no such number."""
@@ -154,12 +158,12 @@ class Report:
                 self._compare(rows, self._thresholds)
 
     def _compare(self, rows: Sequence[Row], thresholds: Thresholds) -> None:
-        """A finding per quantity that is beyond its limit; a warning where the step before was within it."""
-        found = [finding for field in fields(thresholds) if (finding := _worst(rows, field.name, thresholds))]
-        new = [finding for finding in found if finding.quantity not in self._beyond]
-        self._beyond = {finding.quantity for finding in found}
-        self.findings += found
-        for finding in new:
+        """A finding per limit that is crossed; a warning where the step before was within it."""
+        limits = [field.name for field in fields(thresholds)]
+        found = {name: finding for name in limits if (finding := _worst(rows, name, thresholds))}
+        before, self._beyond = self._beyond, set(found)
+        self.findings += found.values()
+        for finding in [finding for name, finding in found.items() if name not in before]:
             if self._on_warning is None:
                 warnings.warn(f"mhc.diagnostics.watch: {finding}", MHCWarning, stacklevel=2)
             else:

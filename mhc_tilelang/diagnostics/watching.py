@@ -42,7 +42,7 @@ def watch(
     transforms, replayed CUDA graphs, and a step that an exception ends.
 
     Args:
-        model: has connections of `mhc.connection`'s kinds, which read one stream a step.
+        model: has connections of `mhc.connection`'s kinds, which read one stream a step, on one device.
         every: watch one step in so many, beginning with the first.
         tokens: how many to look at, evenly spaced over a step's tokens.
         warn: what to warn of: an `MHCWarning` when a limit is crossed, again only after a step within it.
@@ -80,7 +80,7 @@ def watch(
         for handle in handles:
             handle.remove()
     watcher.end_step()
-    report._read(wait=True)
+    report.wait()
 
 
 class _Watcher:
