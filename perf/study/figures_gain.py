@@ -56,7 +56,7 @@ def draw_curves(axes: Axes, curves: list[Curve]) -> None:
     axes.set_ylim(0.5, HIGHEST)
     axes.set_yticks([10**power for power in range(0, 13, 3)])
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlim(1, len(curves[0].forward))
+    axes.set_xlim(1, max(2, len(curves[0].forward)))
     axes.grid(axis="y")
 
 

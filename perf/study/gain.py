@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 HELP = "show the composite gain over depth, forward and backward, of HC and of mHC at several iteration counts"
 SCALES = (0.01, 0.1, 0.3, 1.0, 3.0)
 ITERS = (1, 2, 3, 5, 10, 20)
-MAIN_ITERS = 20
 MARKS = (16, 64, 128)  # sublayers, in the table
 LARGE = 100
 SETUP = """\
