@@ -28,12 +28,12 @@ DEPTH = 3
 class Model(torch.nn.Module):
     """Linear layers between connections; `fused` is how a ResidualStream runs them, else a function of x each."""
 
-    def __init__(self, kind="mhc", fused=True):
+    def __init__(self, kind="mhc", fused=True, spec=SPEC):
         super().__init__()
         torch.manual_seed(0)
         self.kind, self.fused = kind, fused
         self.layers = torch.nn.ModuleList(torch.nn.Linear(24, 24) for _ in range(DEPTH))
-        self.connections = torch.nn.ModuleList(randomize(mhc.connection(kind, SPEC, i), seed=i) for i in range(DEPTH))
+        self.connections = torch.nn.ModuleList(randomize(mhc.connection(kind, spec, i), seed=i) for i in range(DEPTH))
 
     def forward(self, h):
         stream = mhc.ResidualStream(h, SPEC.num_streams, self.kind)
@@ -111,24 +111,21 @@ def test_rows_are_what_passed(kind, fused):
             assert row[name] == pytest.approx(float(value), rel=1e-4, abs=1e-5), name
 
 
-class Extended(mhc.HyperConnection):
-    """Returns one mapping more, as a delayed connection does."""
-
-    def forward(self, x, *waiting):
-        outputs = super().forward(x, *waiting)
-        return *outputs, outputs[-2].clone()
-
-
-def test_more_outputs_are_told_apart():
-    """With a waiting write or without. Catches outputs counted from either end."""
-    connection = randomize(Extended(SPEC))
-    x, layer_output = normal(5, 4, 24), normal(5, 24, seed=2)
-    with torch.no_grad(), watch(torch.nn.ModuleList([connection])) as report:
-        _, h_post, h_res, _ = connection(x)
-        x_next, _, _, next_res, _ = connection(x, layer_output, h_post, h_res)
-    assert torch.equal(report.h_res[0], next_res)
-    rms = diagnostics.stream_rms(x_next).square().mean(0).sqrt()
-    assert [report.rows[1][f"stream_rms_{i}"] for i in range(4)] == pytest.approx(rms.tolist(), rel=1e-6)
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_delayed_form_is_told_apart(fused):
+    """It returns one mapping more, the last. Catches outputs counted from the end."""
+    model, h = Model(fused=fused, spec=mhc.MHCSpec.deepseek_v4(24, delayed_pre=True)), embeddings()
+    with torch.no_grad():
+        with watch(model, tokens=10) as report:
+            model(h)
+        x = mhc.expand(h, 4)
+        h_pre = mhc.first_pre(x)
+        for depth, (connection, layer) in enumerate(zip(model.connections, model.layers, strict=True)):
+            rms = x.square().mean((0, 1, 3)).sqrt().tolist()
+            assert [report.rows[depth][f"stream_rms_{i}"] for i in range(4)] == pytest.approx(rms, rel=1e-4)
+            layer_input, h_post, h_res, h_pre = connection(x, h_pre)
+            torch.testing.assert_close(report.h_res[depth], h_res.flatten(0, 1), rtol=0, atol=1e-5)
+            x = connection.merge(x, layer(layer_input), h_post, h_res)
 
 
 def test_a_plain_residual_gains_nothing():
