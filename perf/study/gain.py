@@ -23,7 +23,7 @@ SETUP = """\
 The set-up. One draw g of standard normal numbers [sublayer, token, n, n] and one factor a serve both connections:
   HC    H = I + a·tanh(g)                 Eq. 5, with the bias that HC starts from
   mHC   H = Sinkhorn(a·g + 6·I − 3)       Eq. 7-9, with the bias that mHC starts from; float32, the kernel
-a stands for alpha, which both papers start at 0.01, times whatever the projection has grown to.
+a stands for alpha, which both papers start at 0.01, and g for the projections of a normalised stream.
 independent: g drawn anew for every sublayer. repeated: one g for all, as where sublayers learn the same direction.
 Gains: of the product H_{L−1} ··· H_0 in float64, forward the largest |row sum|, backward the largest |column sum|, each
 the mean over tokens, as the paper reports it. Two sublayers are a transformer layer. Nothing is trained here."""
