@@ -12,6 +12,7 @@ are run-time values, so one compilation serves every batch.
     post          Eq. 3       mix the streams, add the layer's output
     post_project  Eq. 3, 14   post, and the projection of what it made, from the same tile
     expand                    an embedding -> n equal streams
+    expand_project            expand, and the projection of what is the same in every stream
     head                      the coefficients of the last aggregation
     X_backward                the gradients of each, derived where it begins
     boundary_backward         that of post, and of the next projection and aggregation, from one read
@@ -34,6 +35,7 @@ FAMILIES = {
     "post": ("post", "post_kernel"),
     "post_project": ("post_project", "post_project_kernel"),
     "expand": ("expand", "expand_kernel"),
+    "expand_project": ("expand_project", "expand_project_kernel"),
     "project_backward": ("projection_backward", "project_backward_kernel"),
     "coefficients_backward": ("coefficients_backward", "coefficients_backward_kernel"),
     "head_coefficients_backward": ("head_backward", "head_coefficients_backward_kernel"),

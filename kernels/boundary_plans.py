@@ -56,6 +56,26 @@ def post_project_plan(
 
 
 @dataclass(frozen=True)
+class ExpandProjectPlan:
+    """What is compiled into `expand_project`: the projection's plan, and how many blocks shall find room on a
+    multiprocessor.
+    """
+
+    projection: ProjectionPlan
+    blocks_per_sm: int = 1
+
+
+@cache
+def expand_project_plan(rows: int, num_streams: int, hidden_size: int, dtype: str, target: str) -> ExpandProjectPlan:
+    """The plan for phi with `rows` rows: tiles and threads of `post_project`, whose chunks are the projection's.
+
+    256 threads instead of 128 halve the registers of a thread, and so hold twice the warps.
+    """
+    plan = post_project_plan(rows, num_streams, hidden_size, dtype, target)
+    return ExpandProjectPlan(plan.projection, plan.blocks_per_sm)
+
+
+@dataclass(frozen=True)
 class BoundarySchedule:
     """How a batch's tiles of tokens and chunks of channels are shared out: moves no bit of any result.
 
@@ -81,7 +101,11 @@ class BoundarySchedule:
 
 
 def boundary_schedule(
-    num_tokens: int, hidden_size: int, plan: PostProjectPlan, parallel_blocks: int, per_split: int | None = None
+    num_tokens: int,
+    hidden_size: int,
+    plan: PostProjectPlan | ExpandProjectPlan,
+    parallel_blocks: int,
+    per_split: int | None = None,
 ) -> BoundarySchedule:
     """The schedule for a batch on a device that runs `parallel_blocks` at a time; `per_split` chunks where given."""
     projection = plan.projection

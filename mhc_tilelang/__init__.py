@@ -30,7 +30,19 @@ if TYPE_CHECKING:
     from . import convert, diagnostics, integrations
     from .connections import HyperConnection, HyperHead, ResidualConnection, UnconstrainedHyperConnection, connection
     from .errors import CompilerError, GradientError, MHCError, MHCWarning
-    from .ops import coefficients, collapse, expand, first_pre, head, post, post_pre, pre, sinkhorn
+    from .ops import (
+        coefficients,
+        collapse,
+        expand,
+        expand_pre,
+        first_pre,
+        head,
+        post,
+        post_head,
+        post_pre,
+        pre,
+        sinkhorn,
+    )
     from .residual_stream import ResidualStream
     from .spec import MHCSpec
 
@@ -51,10 +63,12 @@ __all__ = [
     "convert",
     "diagnostics",
     "expand",
+    "expand_pre",
     "first_pre",
     "head",
     "integrations",
     "post",
+    "post_head",
     "post_pre",
     "pre",
     "sinkhorn",

@@ -194,6 +194,24 @@ def head_coefficients_backward(
     g_h_pre: torch.Tensor, projected: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor, spec: MHCSpec
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """g_h_pre [T, n], projected [n + 1, T], alpha [1], bias [n] -> g_projected [n + 1, T], g_alpha [1], g_bias [n]."""
+    g_projected, g_alpha, g_bias = (torch.empty_like(t) for t in (projected, alpha, bias))
+    partial = head_mapping_backward(g_h_pre, projected, alpha, bias, spec, out=g_projected)
+    split_parameters(partial, g_alpha, g_bias)
+    return g_projected, g_alpha, g_bias
+
+
+def head_mapping_backward(
+    g_h_pre: torch.Tensor,
+    projected: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    spec: MHCSpec,
+    *,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """The kernel of `head_coefficients_backward`: writes g_projected to `out`, returns the gradients of alpha and bias
+    with their sums over tokens still in parts, [blocks, 1 + n].
+    """
     target = compiler.target_of(projected.device)
     block = plans.tokens_per_block(target)
     kernel = compiler.kernel(
@@ -203,18 +221,16 @@ def head_coefficients_backward(
         hidden_size=spec.hidden_size,
         block=block,
     )
-    g_projected, g_alpha, g_bias = (torch.empty_like(t) for t in (projected, alpha, bias))
     partial = partial_sums(projected, block, alpha.numel() + bias.numel())
     kernel(
         g_h_pre=aligned(g_h_pre),
         projected=projected,
         alpha=aligned(alpha),
         bias=aligned(bias),
-        g_projected=g_projected,
+        g_projected=out,
         partial=partial,
     )
-    split_parameters(partial, g_alpha, g_bias)
-    return g_projected, g_alpha, g_bias
+    return partial
 
 
 def partial_sums(projected: torch.Tensor, block: int, elements: int) -> torch.Tensor:

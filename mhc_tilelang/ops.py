@@ -1,4 +1,5 @@
-"""The public functions: expand, collapse, coefficients, sinkhorn, pre, first_pre, post, post_pre, head.
+"""The public functions: expand, collapse, coefficients, sinkhorn, pre, first_pre, post, post_pre, head, and those of a
+stream's two ends, expand_pre and post_head.
 
 Each checks its arguments (`arguments`) and calls its operator (`operators`), which autograd differentiates and
 torch.compile keeps whole. n streams, C = hidden size, K = n·C, M = n² + 2n; "..." stands for any leading
@@ -326,6 +327,88 @@ def head(
     return out
 
 
+def expand_pre(
+    h: torch.Tensor,
+    phi: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    spec: MHCSpec,
+    *,
+    norm_weight: torch.Tensor | None = None,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Before the first sublayer: `expand`, then `pre` of n equal streams, from one projection of h (Eq. 3, 7-9).
+
+    With x[i] = h for every stream, x·phi = h · Σ_i phi[:, i], and layer_input = (Σ_i h_pre[i]) · h. So h is projected
+    on phi summed over streams, and the wide stream is written but not read: (n + 3)·C a token instead of (3n + 2)·C,
+    and (n + 9)·C instead of (7n + 3)·C in the backward. x is that of `expand`, to the bit. Everything else has its sums
+    in another order than `pre` of x, and differs from it within their rounding.
+
+    Args:
+        h: [..., C], stream dtype.
+        phi: [M, K], alpha: [3], bias: [M], norm_weight: [K] or None: of the first sublayer, as in `coefficients`.
+        spec: sizes and constants.
+        out: buffers for the results.
+
+    Returns:
+        x [..., n, C] and layer_input [..., C] in h's dtype; h_post [..., n] and h_res [..., n, n], float32.
+    """
+    arguments, phi = _check_projected("expand_pre", h, phi, alpha, bias, spec, norm_weight, expanded=False)
+    n, hidden_size = spec.num_streams, spec.hidden_size
+    inputs = (h, phi, alpha, bias, *_constants(spec))
+    if out is None:
+        return operators.expand_pre.expand_pre(*inputs)[:4]
+    shapes = {"x": (n, hidden_size), "layer_input": (hidden_size,), "h_post": (n,), "h_res": (n, n)}
+    buffers = _check_buffers(arguments, out, (h.dtype, h.dtype, torch.float32, torch.float32), **shapes)
+    operators.expand_pre.expand_pre_out(*inputs, **dict(zip(shapes, buffers, strict=True)))
+    return buffers
+
+
+def post_head(
+    x: torch.Tensor,
+    layer_output: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    phi: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    spec: MHCSpec,
+    *,
+    norm_weight: torch.Tensor | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """After the last sublayer: `post`, then `head` of what it wrote.
+
+    The stream is read and written once for both: (3n + 2)·C a token instead of (4n + 2)·C, and (4n + 4)·C instead of
+    (9n + 4)·C in the backward. Results are those of `post`, then `head`, to the bit; gradients are rounded less often
+    than theirs.
+
+    Args:
+        x: [..., n, C], stream dtype.
+        layer_output: [..., C], as in `post`.
+        h_post: [..., n], h_res: [..., n, n], float32: of the sublayer that ends.
+        phi: [n, K], alpha: [1], bias: [n], norm_weight: [K] or None: as in `head`.
+        spec: sizes and constants.
+        out: buffers for the results.
+
+    Returns:
+        x_next [..., n, C] and the head's output [..., C], in x's dtype.
+    """
+    arguments, phi = _check_projected("post_head", x, phi, alpha, bias, spec, norm_weight, head=True)
+    n, hidden_size = spec.num_streams, spec.hidden_size
+    layer_dtypes = STREAM_DTYPES if x.dtype == torch.float32 else (x.dtype,)
+    arguments.tensor("layer_output", layer_output, (hidden_size,), layer_dtypes, batched=True)
+    arguments.tensor("h_post", h_post, (n,), batched=True)
+    arguments.tensor("h_res", h_res, (n, n), batched=True)
+    inputs = (x, layer_output, h_post, h_res, phi, alpha, bias, spec.pre_eps, spec.rms_eps)
+    if out is None:
+        return operators.post_head.post_head(*inputs)[:2]
+    shapes = {"x_next": (n, hidden_size), "output": (hidden_size,)}
+    buffers = _check_buffers(arguments, out, (x.dtype, x.dtype), **shapes)
+    operators.post_head.post_head_out(*inputs, **dict(zip(shapes, buffers, strict=True)))
+    return buffers
+
+
 def _check_projected(
     function: str,
     x: torch.Tensor,
@@ -335,12 +418,19 @@ def _check_projected(
     spec: MHCSpec,
     norm_weight: torch.Tensor | None,
     head: bool = False,
+    expanded: bool = True,
 ) -> tuple[Arguments, torch.Tensor]:
-    """Check the arguments of a function that projects; return phi with norm_weight multiplied into it."""
+    """Check the arguments of a function that projects; return phi with norm_weight multiplied into it.
+
+    x is the h of streams that are not `expanded` yet.
+    """
     check_spec(function, spec)
     rows, groups = (spec.num_streams, 1) if head else (spec.num_coefficients, 3)
     arguments = Arguments(function)
-    arguments.tensor("x", x, (spec.num_streams, spec.hidden_size), STREAM_DTYPES, batched=True)
+    if expanded:
+        arguments.tensor("x", x, (spec.num_streams, spec.hidden_size), STREAM_DTYPES, batched=True)
+    else:
+        arguments.tensor("h", x, (spec.hidden_size,), STREAM_DTYPES, batched=True)
     arguments.tensor("phi", phi, (rows, spec.stream_size))
     arguments.tensor("alpha", alpha, (groups,))
     arguments.tensor("bias", bias, (rows,))

@@ -15,11 +15,15 @@ from .cases import Case
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel: its family, what it is compiled with, the sizes it is called with."""
+    """One kernel: its family, what it is compiled with, the sizes it is called with.
+
+    `of_streams` is off where a kernel of streams is used for small tensors.
+    """
 
     family: str
     parameters: dict[str, Any]
     sizes: dict[str, int]
+    of_streams: bool = True
 
 
 @dataclass(frozen=True)

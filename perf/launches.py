@@ -20,6 +20,7 @@ from .cases import Case
 
 AGGREGATED = "project_backward_aggregated"
 BOUNDARY = ("post_pre", "post_pre_delayed", "post_head", "post_pre_backward", "post_pre_delayed_backward")
+BOUNDARY += ("post_head_backward", "expand_pre", "expand_pre_backward")
 # `bench` has no case for them.
 UNTIMED = ("head_coefficients", "head_coefficients_backward", AGGREGATED, *BOUNDARY, *norm.NORM)
 
@@ -34,6 +35,7 @@ STREAMS = {
     "pre_backward": ("g_layer_input", "x"),
     "pre_norm_backward": ("g_layer_input", "x", "g_u"),
     "post_backward": ("g_x_next", "x", "layer_output", "g_x", "g_layer_output"),
+    "expand_project": ("h", "x"),
     "post_project": ("x", "layer_output", "x_next", "layer_input"),
     "boundary_backward": ("g_x_next", "g_layer_input", "x", "layer_output", "g_x", "g_layer_output"),
 }
@@ -162,16 +164,23 @@ def _token_backward(call: Call, family: str, parameters: dict[str, Any], element
     return launch, _sum_partials(num_partials, elements)
 
 
-def project_backward(call: Call, aggregated: bool = False) -> tuple[Launch, ...]:
-    """g_x, `aggregated` with what the aggregation adds, and g_phi, whose partial sums are added up if several."""
-    rows, num_tokens = call.spec.num_coefficients, call.case.shape.num_tokens
+def project_backward(
+    call: Call, aggregated: bool = False, rows: int | None = None, num_streams: int | None = None
+) -> tuple[Launch, ...]:
+    """g_x, `aggregated` with what the aggregation adds, and g_phi, whose partial sums are added up if several.
+
+    `rows` and `num_streams` where they are not those of a sublayer.
+    """
+    rows, num_tokens = rows or call.spec.num_coefficients, call.case.shape.num_tokens
+    num_streams = num_streams or call.spec.num_streams
     plan = plans.projection_backward_plan(rows, call.spec.hidden_size, call.case.shape.dtype, call.target)
     tokens_per_split = plans.tokens_per_split(num_tokens, plan)
     num_splits = -(-num_tokens // tokens_per_split)
     wanted = {"stream": True, "weights": True, "aggregated": aggregated}
     sizes = {**call.tokens, "num_splits": num_splits, "tokens_per_split": tokens_per_split}
-    launch = Launch("project_backward", {**call.stream, "plan": plan, **wanted}, sizes)
-    return (launch,) if num_splits == 1 else (launch, _sum_partials(num_splits, rows * call.spec.stream_size))
+    launch = Launch("project_backward", {**call.stream, "num_streams": num_streams, "plan": plan, **wanted}, sizes)
+    weights = rows * num_streams * call.spec.hidden_size
+    return (launch,) if num_splits == 1 else (launch, _sum_partials(num_splits, weights))
 
 
 def post_pre(call: Call) -> tuple[Launch, ...]:
@@ -209,6 +218,29 @@ def post_pre_delayed_backward(call: Call) -> tuple[Launch, ...]:
     return (mappings, *boundary.mixing_backward(call, mappings, delayed=True))
 
 
+def post_head_backward(call: Call) -> tuple[Launch, ...]:
+    """Every gradient of post_head."""
+    mappings, *sums = head_coefficients_backward(call)
+    if not boundary_plans.backward_is_fused(call.spec.num_streams, call.target):
+        through = project_backward(call, aggregated=True, rows=call.spec.num_streams)
+        return (*pre_backward(call), mappings, *sums, *through, *post_backward(call))
+    return (*pre_backward(call), mappings, *boundary.mixing_backward(call, mappings, delayed=False, head=True))
+
+
+def expand_pre(call: Call) -> tuple[Launch, ...]:
+    """expand, and pre of the first sublayer."""
+    [aggregate] = boundary.of_one_stream(pre(call))
+    return (boundary.expand_project(call), *coefficients(call), boundary.total_pre(call), aggregate)
+
+
+def expand_pre_backward(call: Call) -> tuple[Launch, ...]:
+    """Every gradient of expand_pre; the sum of both gradients of h is torch's."""
+    sums, mappings = boundary.of_one_stream(pre_backward(call)), coefficients_backward(call)
+    gradients = project_backward(call, aggregated=True, num_streams=1)
+    start = (*sums, boundary.total_pre(call), *mappings, boundary.total_phi(call))
+    return (*start, *gradients, *expand_backward(call), boundary.expand_phi(call))
+
+
 def _separate_backward(call: Call) -> tuple[Launch, ...]:
     return (*coefficients_backward(call), *project_backward(call, aggregated=True), *post_backward(call))
 
@@ -243,4 +275,7 @@ BUILDERS: dict[str, Callable[[Call], tuple[Launch, ...]]] = {
     "post_head": post_head,
     "post_pre_backward": post_pre_backward,
     "post_pre_delayed_backward": post_pre_delayed_backward,
+    "post_head_backward": post_head_backward,
+    "expand_pre": expand_pre,
+    "expand_pre_backward": expand_pre_backward,
 }

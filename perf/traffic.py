@@ -22,6 +22,9 @@ Fused across a boundary (delayed is the form whose h_pre is there already; at n 
     post_pre_delayed            reads n + 1   writes n + 1
     post_pre_backward           reads 3n + 3  writes n + 1
     post_pre_delayed_backward   reads 2n + 2  writes n + 1
+    post_head_backward          reads 3n + 3  writes n + 1
+    expand_pre                  reads 2       writes n + 1
+    expand_pre_backward         reads n + 4   writes 2, and torch adds the two, 3 more
 
 Everything else is small and counted apart: phi (and its halves, where it is split for tensor cores) and its
 gradient, partial sums, coefficients, logits. A workspace is written, then read.
@@ -88,6 +91,9 @@ def stream_elements(kernel: str, num_streams: int) -> tuple[int, int]:
         "post_pre_delayed": (n + 1, n + 1),
         "post_pre_backward": (3 * n + 3, n + 1),
         "post_pre_delayed_backward": (2 * n + 2, n + 1),
+        "post_head_backward": (3 * n + 3, n + 1),
+        "expand_pre": (2, n + 1),
+        "expand_pre_backward": (n + 4, 2),
     }.get(kernel, (0, 0))
 
 

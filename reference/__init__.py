@@ -5,8 +5,8 @@ Arguments of any float dtype become float64, and nothing is rounded to a narrowe
 shapes and conventions are those of `mhc_tilelang`.
 
 A family a file: `expand`, `projection` (Eq. 14, 15), `coefficients` (16 to 18), `sinkhorn` (9, 19), `pre` and
-`post` (3), `post_pre`, `delayed`, `head`, `layer_norm`, `residual` (1), `hyper_connections` (5), and `stream`, which
-carries an embedding through many sublayers (4).
+`post` (3), `post_pre`, `delayed`, `head`, `expand_pre`, `post_head`, `layer_norm`, `residual` (1), `hyper_connections`
+(5), and `stream`, which carries an embedding through many sublayers (4).
 
 What trains has its gradient beside it: X and X_backward. g_y is the gradient of a scalar loss by y.
 
@@ -35,6 +35,7 @@ from .delayed import (
     first_pre,
 )
 from .expand import collapse, collapse_backward, expand, expand_backward
+from .expand_pre import expand_pre, expand_pre_backward
 from .head import head, head_backward, head_coefficients, head_coefficients_backward
 from .hyper_connections import (
     hc_coefficients,
@@ -48,6 +49,7 @@ from .hyper_connections import (
 )
 from .layer_norm import layer_norm, layer_norm_backward
 from .post import post, post_backward
+from .post_head import post_head, post_head_backward
 from .post_pre import post_pre, post_pre_backward
 from .pre import aggregate, aggregate_backward, pre, pre_backward
 from .projection import (
@@ -82,6 +84,8 @@ __all__ = [
     "delayed_pre_backward",
     "expand",
     "expand_backward",
+    "expand_pre",
+    "expand_pre_backward",
     "first_pre",
     "gate_post",
     "gate_pre",
@@ -101,6 +105,8 @@ __all__ = [
     "normalize_streams_backward",
     "post",
     "post_backward",
+    "post_head",
+    "post_head_backward",
     "post_pre",
     "post_pre_backward",
     "pre",

@@ -45,8 +45,10 @@ def name_of(value: object) -> str:
 
 def takes_long(subject: Subject, arch: str) -> bool:
     """Builds that CI leaves to `make test-full`: 20 s for a boundary's kernel, and what architectures share."""
-    if subject.kernel in ("post_project", "boundary_backward", "pre_norm", "pre_norm_backward"):
-        return arch != matrix.MAIN or (subject.num_streams, subject.dtype) != (4, "bfloat16")
+    if subject.kernel in ("post_project", "boundary_backward", "expand_project", "pre_norm", "pre_norm_backward"):
+        return (
+            arch != matrix.MAIN or (subject.num_streams, subject.dtype) != (4, "bfloat16") or subject.variant == "head"
+        )
     return arch in ("sm_80", "sm_120a") and subject.kernel not in matrix.HEAVY
 
 

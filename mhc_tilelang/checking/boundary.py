@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from .. import launch_backward, launch_boundary, launch_boundary_backward, reference
+from .. import launch_backward, launch_boundary, launch_boundary_backward, launch_head, reference
 from ..compile import platform_of
 from ..kernel import dtype_name
 from ..kernels import boundary_plans
@@ -116,7 +116,7 @@ def compare_mixing(
     inputs: Inputs,
     upstream: Gradients,
     g_projected: torch.Tensor,
-    forward: launch_boundary.Boundary,
+    forward: launch_boundary.Boundary | launch_head.LastBoundary,
     got: launch_boundary_backward.BoundaryGradients,
     plain: tuple[torch.Tensor, ...],
 ) -> list[Comparison]:

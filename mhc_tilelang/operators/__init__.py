@@ -1,7 +1,7 @@
 """The functions as PyTorch operators, `torch.ops.mhc_tilelang.*`: what autograd and torch.compile see.
 
     library       how an operator is registered, and what the families share
-    expand, sinkhorn, post, coefficients, pre, head, boundary
+    expand, sinkhorn, post, coefficients, pre, head, boundary, expand_pre, post_head
                   a family a file: X, X_out, X_backward, each with its fake, and X's autograd
 
 The file of expand has collapse too: each is the other's backward.
@@ -15,6 +15,6 @@ their backward needs (`h_pre`, `projected`); `ops` drops that.
 Importing this package registers all of them.
 """
 
-from . import boundary, coefficients, expand, head, post, pre, sinkhorn
+from . import boundary, coefficients, expand, expand_pre, head, post, post_head, pre, sinkhorn
 
-__all__ = ["boundary", "coefficients", "expand", "head", "post", "pre", "sinkhorn"]
+__all__ = ["boundary", "coefficients", "expand", "expand_pre", "head", "post", "post_head", "pre", "sinkhorn"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import MHCError
-from ...kernels import FAMILIES, plans
+from ...kernels import FAMILIES, boundary_plans, plans
 from ..cases import Case, Shape
 from ..launches import BUILDERS, Launch, launches
 from ..options import DTYPES
@@ -40,6 +40,14 @@ VARIANTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ),
     ("project_backward", "g_x only", "bfloat16", {"weights": False}),
     ("project_backward", "g_phi only", "bfloat16", {"stream": False}),
+    ("project_backward", "one stream", "bfloat16", {"num_streams": 1, "aggregated": True}),
+    ("post_project", "head", "bfloat16", {"plan": boundary_plans.post_project_plan(4, 4, 2560, "bfloat16", "cuda")}),
+    (
+        "boundary_backward",
+        "head",
+        "bfloat16",
+        {"plan": boundary_plans.boundary_backward_plan(4, 4, 2560, "bfloat16", "cuda")},
+    ),
     ("post", "16-bit layer", "float32", {"layer_dtype": "bfloat16"}),
     ("post_backward", "16-bit layer", "float32", {"layer_dtype": "bfloat16"}),
     ("post_backward", "mixing only", "bfloat16", {"stream": False, "layer": False}),
@@ -106,7 +114,7 @@ def variants(kernels: Iterable[str] = FAMILIES) -> list[Subject]:
     for family, variant, dtype, changes in VARIANTS:
         if family in kernels:
             shape = replace(STUDIED, dtype=dtype)
-            base = next(subject.launch for subject in subjects(shape, [family]) if not subject.variant)
+            base = min(subjects(shape, [family]), key=lambda subject: bool(subject.variant)).launch
             launch = replace(base, parameters={**base.parameters, **changes})
             found.append(subject_of(launch, shape, variant))
     return found

@@ -1,0 +1,175 @@
+"""The checks of the stream's two ends: expand and pre in one before the first sublayer, post and head after the last.
+
+As in `boundary`, every output is compared from the numbers that the launch before it left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from .. import launch_backward, launch_expand, launch_head, reference
+from ..compile import platform_of
+from ..kernel import dtype_name
+from ..kernels import plans
+from . import plain_torch, tolerance
+from .boundary import compare_mixing, mixed
+from .coefficients_backward import Logits, comparisons, sublayer_mappings
+from .inputs import Case, Gradients, Inputs
+from .kernels import Array, Comparison, compare_head, compare_mappings, numpy64
+from .plain_torch import by_autograd
+
+Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def parameters(inputs: Inputs) -> Three:
+    """Of the sublayer that begins."""
+    return inputs.phi, inputs.alpha, inputs.bias
+
+
+def of_head(case: Case, inputs: Inputs) -> Inputs:
+    """The inputs with a head's parameters: the first rows of a sublayer's."""
+    n = case.num_streams
+    return replace(inputs, phi=inputs.phi[:n].contiguous(), alpha=inputs.alpha[:1], bias=inputs.bias[:n])
+
+
+def check_expand_pre(case: Case, inputs: Inputs) -> list[Comparison]:
+    """x as of expand; layer_input and the mappings as of pre at that x.
+
+    The bounds are those of a projection of all streams. Here phi is summed over them first, which leaves less to round,
+    of a phi whose streams are independent.
+    """
+    spec, dtype, n = case.spec, dtype_name(case.dtype), case.num_streams
+    got = launch_expand.expand_pre(inputs.h, *parameters(inputs), spec)
+    plain_x = plain_torch.expand(inputs.h, n)
+    plain = plain_torch.coefficients(plain_x, *parameters(inputs), spec)
+    plain_input = plain_torch.aggregate(plain_x, plain[0])
+    mappings = compare_mappings(case, replace(inputs, x=plain_x), (got.h_pre, got.h_post, got.h_res), plain)
+
+    x = reference.expand(numpy64(inputs.h), n)
+    h_pre = mappings[0].expected
+    magnitude = reference.aggregate(np.abs(x), h_pre)
+    bound = tolerance.combination(magnitude, n, dtype) + reference.aggregate(np.abs(x), mappings[0].bound)
+    return [
+        Comparison("x", numpy64(got.x), numpy64(plain_x), x, np.zeros_like(x), np.ones_like(x)),
+        Comparison(
+            "layer_input",
+            numpy64(got.layer_input),
+            numpy64(plain_input),
+            reference.aggregate(x, h_pre),
+            bound,
+            magnitude,
+        ),
+        *mappings,
+    ]
+
+
+def check_expand_pre_backward(case: Case, inputs: Inputs) -> list[Comparison]:
+    """All four gradients."""
+    spec, n, h = case.spec, case.num_streams, inputs.h
+    upstream = Gradients.of(case, h.device)
+    forward = launch_expand.expand_pre(h, *parameters(inputs), spec)
+    given = (upstream.g_x, upstream.g_h, upstream.g_h_post, upstream.g_h_res)
+    left = (forward.h_pre, forward.projected)
+    got = launch_expand.expand_pre_backward(*given, h, *parameters(inputs), *left, spec)
+
+    def outputs(*arguments: torch.Tensor) -> torch.Tensor:
+        x = plain_torch.expand(arguments[0], n)
+        results = (x, *plain_torch.pre(x, *arguments[1:], spec))
+        return torch.cat([result.float().flatten() for result in results])
+
+    gradient = torch.cat([each.float().flatten() for each in given])
+    plain = by_autograd(outputs, gradient, h, *parameters(inputs))
+    g_h_pre = launch_backward.pre_backward(upstream.g_h, forward.x)
+    g_mappings = (g_h_pre, *given[2:])
+    g_projected, *_ = launch_backward.coefficients_backward(
+        *g_mappings, forward.projected, inputs.alpha, inputs.bias, spec
+    )
+    at = Logits(g_mappings, forward.projected, inputs.alpha, inputs.bias, spec)
+    of_logits = comparisons(at, (g_projected, *got[2:]), sublayer_mappings(spec))[2:]
+    of_logits = [replace(one, torch=numpy64(p)) for one, p in zip(of_logits, plain[2:], strict=True)]
+
+    tensors = (upstream.g_x, g_projected[:-1], g_projected[-1], h, inputs.phi, forward.h_pre, upstream.g_h)
+    exact = [numpy64(tensor) for tensor in tensors]
+    expected, magnitude = gradient_of_h(*exact), gradient_of_h(*map(np.abs, exact))
+    g_dots, phi_sum = exact[1], exact[4].reshape(-1, n, case.hidden_size).sum(1)
+    dots_scale = np.sqrt(np.square(g_dots).T @ np.square(phi_sum))
+    plan = plans.projection_backward_plan(
+        spec.num_coefficients, case.hidden_size, dtype_name(case.dtype), platform_of(h.device)
+    )
+    split = tolerance.split_error(plan)
+    # The sum over g_x and the rest are rounded, then added and rounded again.
+    terms = spec.num_coefficients + 2 * n + 4
+    bound = 2 * tolerance.combination(magnitude, terms, dtype_name(case.dtype)) + split * dots_scale
+    g_phi = np.tile(g_dots @ exact[3], n)
+    phi_scale = np.tile(np.sqrt(np.square(g_dots) @ np.square(exact[3])), n)
+    phi_bound = tolerance.inner_products(phi_scale, max(case.num_tokens, 1)) + split * phi_scale
+    assert got[0] is not None
+    assert got[1] is not None
+    return [
+        Comparison("g_h", numpy64(got[0]), numpy64(plain[0]), expected, bound, magnitude),
+        Comparison("g_phi", numpy64(got[1]), numpy64(plain[1]), g_phi, phi_bound, phi_scale),
+        *of_logits,
+    ]
+
+
+def gradient_of_h(
+    g_x: Array, g_dots: Array, rho: Array, h: Array, phi: Array, h_pre: Array, g_layer_input: Array
+) -> Array:
+    """g_h from the gradients of x, of its projection and of the layer's input, stream by stream."""
+    x = reference.expand(h, g_x.shape[1])
+    through_dots, _ = reference.project_backward(g_dots.T, rho / 2, x, phi)
+    through_input, _ = reference.aggregate_backward(g_layer_input, x, h_pre)
+    return reference.expand_backward(g_x + through_dots + through_input, h, g_x.shape[1])
+
+
+def check_post_head(case: Case, inputs: Inputs) -> list[Comparison]:
+    """x_next as of post; the output as of head at that x_next."""
+    of_last = of_head(case, inputs)
+    got = launch_head.post_head(*mixed(inputs), *parameters(of_last), case.spec)
+    plain_next = plain_torch.post(*mixed(inputs))
+    exact = [numpy64(argument) for argument in mixed(inputs)]
+    magnitude = reference.post(*map(np.abs, exact))
+    bound = tolerance.combination(magnitude, case.num_streams + 1, dtype_name(case.dtype))
+    plain = plain_torch.head(plain_next, *parameters(of_last), case.spec)
+    return [
+        Comparison("x_next", numpy64(got.x_next), numpy64(plain_next), reference.post(*exact), bound, magnitude),
+        compare_head(case, replace(inputs, x=got.x_next), got.output, plain),
+    ]
+
+
+def check_post_head_backward(case: Case, inputs: Inputs) -> list[Comparison]:
+    """All seven gradients."""
+    spec, of_last, upstream = case.spec, of_head(case, inputs), Gradients.of(case, inputs.x.device)
+    forward = launch_head.post_head(*mixed(inputs), *parameters(of_last), spec)
+    left = (forward.x_next, forward.h_pre, forward.projected)
+    got = launch_head.post_head_backward(upstream.g_x, upstream.g_h, *mixed(inputs), *parameters(of_last), *left, spec)
+
+    def outputs(*arguments: torch.Tensor) -> torch.Tensor:
+        x, layer_output, h_post, h_res, *of_parameters = arguments
+        x_next = plain_torch.post(x, layer_output, h_post, h_res)
+        phi, alpha, bias = of_parameters
+        results = (x_next, plain_torch.head(x_next, phi, alpha, bias, spec))
+        return torch.cat([result.float().flatten() for result in results])
+
+    gradient = torch.cat([each.float().flatten() for each in (upstream.g_x, upstream.g_h)])
+    plain = by_autograd(outputs, gradient, *mixed(inputs), *parameters(of_last))
+    g_h_pre = launch_backward.pre_backward(upstream.g_h, forward.x_next)
+    rest = (forward.projected, of_last.alpha, of_last.bias, spec)
+    g_projected, *_ = launch_backward.head_coefficients_backward(g_h_pre, *rest)
+    of_logits = comparisons(
+        Logits((g_h_pre,), *rest), (g_projected, got.g_alpha, got.g_bias), lambda z: (torch.sigmoid(z),)
+    )[2:]
+    of_logits = [replace(one, torch=numpy64(p)) for one, p in zip(of_logits, plain[5:], strict=True)]
+    return [*compare_mixing(case, of_last, upstream, g_projected, forward, got, plain[:5]), *of_logits]
+
+
+CHECKS: dict[str, Callable[[Case, Inputs], list[Comparison]]] = {
+    "expand_pre": check_expand_pre,
+    "expand_pre_backward": check_expand_pre_backward,
+    "post_head": check_post_head,
+    "post_head_backward": check_post_head_backward,
+}
