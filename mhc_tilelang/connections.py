@@ -133,14 +133,15 @@ class HyperConnection(SublayerModule):
         if self.layer_norm_weight is not None:
             nn.init.ones_(self.layer_norm_weight)
 
-    def forward(self, x: torch.Tensor, *waiting: Any) -> tuple[torch.Tensor, ...]:
+    def forward(self, x: torch.Tensor, *waiting: Any, expands: bool = False) -> tuple[torch.Tensor, ...]:
         """x [..., n, C] -> layer_input [..., C], h_post [..., n], h_res [..., n, n], as `pre`.
 
         With what the sublayer before has not merged yet, its layer_output, h_post and h_res, the merge and the read
-        are one operator, `post_pre`, and x_next [..., n, C] comes before the other results.
+        are one operator, `post_pre`, and x_next [..., n, C] comes before the other results. Where it `expands`, x is an
+        embedding [..., C]: `expand_pre`, and the stream [..., n, C] comes before the other results.
 
         A spec with delayed_pre takes one more, last: the h_pre [..., n] that the sublayer before returned, also last,
-        or a first sublayer's, `first_pre(x)`. `merge` has no use for it.
+        or a first sublayer's, `first_pre(x)`. `merge` has no use for it. It does not expand.
         """
         delayed = self.spec.delayed_pre
         if len(waiting) not in ((1, 4) if delayed else (0, 3)):
@@ -149,8 +150,12 @@ class HyperConnection(SublayerModule):
                 f"HyperConnection: expected x{also}, or x, layer_output, h_post, h_res{also}, got x and {len(waiting)} "
                 f"more{first}"
             )
+        if expands and waiting:
+            raise TypeError(f"HyperConnection: expands: expected an embedding alone, got {len(waiting)} more")
         *written, h_pre = waiting if delayed else (*waiting, None)
         parameters = (self.phi, self.alpha, self.bias, self.spec)
+        if expands:
+            return ops.expand_pre(x, *parameters)
         if not written:
             return ops.pre(x, *parameters, h_pre=h_pre, **self.layer_norm())
         layer_output, h_post, h_res = written
@@ -269,6 +274,14 @@ class HyperHead(StreamModule):
         nn.init.constant_(self.alpha, INITIAL_ALPHA)
         nn.init.constant_(self.bias, -math.log(self.spec.num_streams - 1))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., n, C] -> [..., C] in x's dtype."""
-        return ops.head(x, self.phi, self.alpha, self.bias, self.spec)
+    def forward(self, x: torch.Tensor, *waiting: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """x [..., n, C] -> [..., C] in x's dtype.
+
+        With what the last sublayer has not merged yet, its layer_output, h_post and h_res, the merge and the head are
+        one operator, `post_head`, and x_next [..., n, C] comes before the result.
+        """
+        parameters = (self.phi, self.alpha, self.bias, self.spec)
+        if not waiting:
+            return ops.head(x, *parameters)
+        layer_output, h_post, h_res = waiting
+        return ops.post_head(x, layer_output, h_post, h_res, *parameters)

@@ -4,8 +4,8 @@
     post_head_backward   pre_backward, head_coefficients_backward, boundary_backward, boundary_sums: four launches;
                          at n = 8 on a GPU the separate kernels
 
-Tensors come flat, [T, …], checked and contiguous; `operators` sees to that. Results have the bits of `launch.post`, then
-the head's kernels. Sums over tokens and channels are taken in an order that the sizes fix.
+Tensors come flat, [T, …], checked and contiguous; `operators` sees to that. Results have the bits of `launch.post`,
+then the head's kernels. Sums over tokens and channels are taken in an order that the sizes fix.
 """
 
 from __future__ import annotations

@@ -6,9 +6,12 @@
     h = stream.reduce("sum")
 
 Reads and writes take turns. A write waits for the next read or reduction, which merges it first: between two
-mHC sublayers the merge of the one and the read of the next are one operator, `post_pre`. Values are those of the
-functions called one after the other, to the bit; gradients are rounded less often than theirs. A write is merged in
-the grad mode that it was made in, and a layer's output that was changed while it waited is refused.
+mHC sublayers the merge of the one and the read of the next are one operator, `post_pre`, and the merge of the last one
+and its reduction by a `HyperHead` are another, `post_head`. The embedding waits too: its
+expansion and the first read of an mHC stream are one operator, `expand_pre`. Values are those of these functions, and of the functions that they
+are made of, called one after the other, to the bit; but for what follows from the first read, whose mappings differ in
+the last bits from those of `pre` after `expand`. Gradients are rounded less often than theirs. What waits is merged or
+expanded in the grad mode that it was handed over in, and is refused if it was changed in the meantime.
 
 Connections whose spec has delayed_pre read with the h_pre of the connection that read before, the first with stream 0;
 the stream hands it on. All connections of a stream are delayed or none is.
@@ -30,12 +33,13 @@ A recomputation that uses a stream of the forward pass is refused.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from . import ops
-from .arguments import STREAM_DTYPES, check_streams, sizes_of
+from .arguments import STREAM_DTYPES, Arguments, check_streams, sizes_of
 from .connections import Connection, HyperConnection, HyperHead, check_kind
 
 
@@ -61,7 +65,11 @@ class ResidualStream:
         check_kind("ResidualStream", "connection", connection)
         self._kind = connection
         self._num_streams = 1 if connection == "residual" else num_streams
-        self._x = h if connection == "residual" else ops.expand(h, num_streams)
+        self._x = ops.expand(h, num_streams) if connection == "hc" else h
+        self._is_expanded = connection != "mhc"  # there the first read, or look, does it
+        if not self._is_expanded:
+            Arguments("ResidualStream").tensor("h", h, (self._hidden_size,), STREAM_DTYPES, batched=True)
+        self._given = (_version(h), *_modes())  # as of the layer's output
         self._reader: tuple[Connection, tuple[torch.Tensor, ...]] | None = None  # and its mappings, until merged
         self._layer_output: torch.Tensor | None = None
         self._delayed: bool | None = None  # whether connections are, from the first read on
@@ -74,15 +82,17 @@ class ResidualStream:
         self._check_turn("read", writes=False)
         self._check_connection(connection)
         self._delayed = _is_delayed(connection)
-        given_pre = self._given_pre()
         read: Any = connection  # which takes more than x where it is HyperConnection, or delayed
         if self._has_waiting_write() and self._written[1:] == _modes() and self._is_plain(connection):
             _, layer_output, written = self._take_waiting_write()
-            self._x, layer_input, *mappings = read(self._x, layer_output, *written, *given_pre)
+            self._x, layer_input, *mappings = read(self._x, layer_output, *written, *self._given_pre())
+        elif self._reads_embedding(connection):
+            self._x, layer_input, *mappings = read(self._embedding(), expands=True)
+            self._is_expanded = True
         else:
             self._merge()
-            layer_input, *mappings = read(self._x, *given_pre)
-        if given_pre:
+            layer_input, *mappings = read(self._x, *self._given_pre())
+        if self._delayed:
             self._h_pre = mappings.pop()
         self._reader = connection, tuple(mappings)
         return layer_input
@@ -130,9 +140,14 @@ class ResidualStream:
         """
         self._check_turn("reduce", writes=False)
         self._check_reduction(reduction)
-        x = self.x
         if isinstance(reduction, HyperHead):
-            return reduction(x)
+            if self._has_waiting_write() and self._written[1:] == _modes() and self._is_plain(reduction):
+                _, layer_output, written = self._take_waiting_write()
+                boundary: Any = reduction
+                self._x, output = boundary(self._x, layer_output, *written)
+                return output
+            return reduction(self.x)
+        x = self.x
         if self._kind == "residual":
             return x
         total = ops.collapse(x)
@@ -149,22 +164,32 @@ class ResidualStream:
         return self._x
 
     def _merge(self) -> None:
-        """Merge the waiting write, if there is one."""
-        if not self._has_waiting_write():
-            return
-        connection, layer_output, mappings = self._take_waiting_write()
-        _, with_grad, in_inference = self._written
-        if (with_grad, in_inference) == _modes():
-            self._x = connection.merge(self._x, layer_output, *mappings)
-        else:
-            with torch.inference_mode(in_inference), torch.set_grad_enabled(with_grad):
-                self._x = connection.merge(self._x, layer_output, *mappings)
+        """Expand the embedding if it waits; merge the waiting write, if there is one."""
+        if not self._is_expanded:
+            self._x = _in_modes(self._given[1:], ops.expand, self._embedding(), self._num_streams)
+            self._is_expanded = True
+        if self._has_waiting_write():
+            connection, layer_output, mappings = self._take_waiting_write()
+            self._x = _in_modes(self._written[1:], connection.merge, self._x, layer_output, *mappings)
 
-    def _is_plain(self, connection: Connection) -> bool:
-        """Whether the merge that waits and the read are HyperConnection's own: a class of yours keeps its methods."""
+    def _is_plain(self, reader: Connection | HyperHead) -> bool:
+        """Whether the merge that waits and the read are those of this package: a class of yours keeps its methods."""
         writer = self._reader[0] if self._reader else None
-        merges = getattr(type(writer), "merge", None) is HyperConnection.merge
-        return merges and getattr(type(connection), "forward", None) is HyperConnection.forward
+        return getattr(type(writer), "merge", None) is HyperConnection.merge and _has_own_forward(reader)
+
+    def _reads_embedding(self, connection: Connection) -> bool:
+        """Whether this read takes up the embedding as it waits. A delayed one aggregates with no projection of it."""
+        waits = not self._is_expanded and self._given[1:] == _modes()
+        return waits and not self._delayed and _has_own_forward(connection)
+
+    def _embedding(self) -> torch.Tensor:
+        """The h that waits to be expanded."""
+        if _version(self._x) != self._given[0]:
+            raise RuntimeError(
+                "ResidualStream: h: expected it as it was given, got one that was changed in place since; "
+                "give a clone, or change it after the first read"
+            )
+        return self._x
 
     def _given_pre(self) -> tuple[torch.Tensor, ...]:
         """What a delayed connection aggregates with; nothing for others."""
@@ -246,6 +271,21 @@ def _is_delayed(connection: Connection) -> bool:
 def _modes() -> tuple[bool, bool]:
     """Grad mode and inference mode, the latter not asked in traced code."""
     return torch.is_grad_enabled(), not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+
+
+def _in_modes(modes: tuple[bool, bool], call: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+    """The call in these modes, grad and inference."""
+    if modes == _modes():
+        return call(*arguments)
+    with_grad, in_inference = modes
+    with torch.inference_mode(in_inference), torch.set_grad_enabled(with_grad):
+        return call(*arguments)
+
+
+def _has_own_forward(reader: Connection | HyperHead) -> bool:
+    """Whether a module's forward is HyperConnection's or HyperHead's, which take what waits."""
+    own = HyperHead if isinstance(reader, HyperHead) else HyperConnection
+    return getattr(type(reader), "forward", None) is own.forward
 
 
 def _version(tensor: torch.Tensor) -> int:

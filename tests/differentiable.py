@@ -33,7 +33,7 @@ class Function:
         inputs, n = Inputs.of(case, CPU), case.num_streams
         norm_weight = 0.5 + torch.rand(case.spec.stream_size, generator=torch.Generator().manual_seed(case.seed))
         drawn = {**vars(inputs), "norm_weight": norm_weight, "layer_norm_weight": layer_norm_weight(case, CPU)}
-        if self.name == "head":
+        if "head" in self.name:
             drawn.update(phi=inputs.phi[:n].clone(), alpha=inputs.alpha[:1].clone(), bias=inputs.bias[:n].clone())
         if leading is not None:
             for name in {"h", "x", "layer_output", "h_pre", "h_post", "h_res", "logits"} & drawn.keys():
@@ -88,6 +88,8 @@ FUNCTIONS = {
         Function("head", _PROJECTED, lambda spec: {"spec": spec}),
         Function("post", _MIXED, lambda _: {}),
         Function("post_pre", (*_MIXED, *_PROJECTED[1:]), lambda spec: {"spec": spec}),
+        Function("expand_pre", ("h", *_PROJECTED[1:]), lambda spec: {"spec": spec}),
+        Function("post_head", (*_MIXED, *_PROJECTED[1:]), lambda spec: {"spec": spec}),
     )
 }
 # The delayed form of two of them, by the function's name.

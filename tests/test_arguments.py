@@ -32,13 +32,16 @@ def arguments_of(function):
         "head": {**projected, "phi": phi[:n], "alpha": alpha[:1], "bias": bias[:n]},
         "post": {"x": x, **mixed},
         "post_pre": {**projected, **mixed},
+        "expand_pre": {"h": torch.zeros(T, C), **{name: v for name, v in projected.items() if name != "x"}},
+        "post_head": {**projected, "phi": phi[:n], "alpha": alpha[:1], "bias": bias[:n], **mixed},
     }[function]
 
 
 FUNCTIONS = ("expand", "collapse", "sinkhorn", "coefficients", "pre", "post", "post_pre", "head")
-PROJECTING = ("coefficients", "pre", "post_pre", "head")
+FUNCTIONS += ("expand_pre", "post_head")
+PROJECTING = ("coefficients", "pre", "post_pre", "head", "expand_pre", "post_head")
 TENSORS = [(f, name) for f in FUNCTIONS for name, v in arguments_of(f).items() if isinstance(v, torch.Tensor)]
-TOKEN_TENSORS = [(f, name) for f in ("post", "post_pre") for name in ("layer_output", "h_post", "h_res")]
+TOKEN_TENSORS = [(f, name) for f in ("post", "post_pre", "post_head") for name in ("layer_output", "h_post", "h_res")]
 every_tensor = pytest.mark.parametrize(("function", "argument"), TENSORS)
 
 
@@ -104,7 +107,7 @@ def test_wrong_shape(function, argument):
     tensor = arguments_of(function)[argument]
     for axis in range(tensor.ndim):
         short = tensor.narrow(axis, 0, tensor.shape[axis] - 1).contiguous()
-        if argument == "h" or (argument in ("x", "logits") and axis == 0):
+        if (argument == "h" and (function == "expand" or axis == 0)) or (argument in ("x", "logits") and axis == 0):
             continue  # any C will do for h, and the first tensor says how many tokens there are
         if function == "collapse":
             if axis == 1:  # any C will do here too
@@ -122,7 +125,7 @@ def test_wrong_shape(function, argument):
 @pytest.mark.parametrize("function", PROJECTING)
 def test_transposed_phi(function):
     phi = arguments_of(function)["phi"].T.contiguous()
-    rows = n if function == "head" else M
+    rows = n if "head" in function else M
     parts = [f"expected shape [{rows}, {K}], got [{K}, {rows}]", "transposed?"]
     assert_refused(ValueError, function, "phi", parts, phi=phi)
 
@@ -131,6 +134,10 @@ def test_transposed_phi(function):
 def test_spec_of_other_sizes(function):
     """The spec rules: x is what disagrees."""
     for spec in (MHCSpec(65), MHCSpec(64, num_streams=2)):
+        if function == "expand_pre":  # h has no streams: phi is what disagrees in their number
+            argument = "h" if spec.hidden_size != C else "phi"
+            assert_refused(ValueError, function, argument, ["expected shape", "got"], spec=spec)
+            continue
         wanted = f"expected shape [..., {spec.num_streams}, {spec.hidden_size}], got [{T}, {n}, {C}]"
         assert_refused(ValueError, function, "x", [wanted], spec=spec)
 
@@ -212,6 +219,13 @@ BUFFERS = {
         "out[2] (h_post)": (T, n),
         "out[3] (h_res)": (T, n, n),
     },
+    "expand_pre": {
+        "out[0] (x)": (T, n, C),
+        "out[1] (layer_input)": (T, C),
+        "out[2] (h_post)": (T, n),
+        "out[3] (h_res)": (T, n, n),
+    },
+    "post_head": {"out[0] (x_next)": (T, n, C), "out[1] (output)": (T, C)},
 }
 every_buffer = pytest.mark.parametrize(("function", "buffer"), [(f, name) for f in FUNCTIONS for name in BUFFERS[f]])
 

@@ -36,6 +36,10 @@ FUNCTIONS = {
     "post": lambda i, _: (ops.post(i.x, i.layer_output, i.h_post, i.h_res),),
     "post_pre": lambda i, spec: ops.post_pre(i.x, i.layer_output, i.h_post, i.h_res, *projected(i)[1:], spec),
     "sinkhorn": lambda i, spec: (ops.sinkhorn(i.logits, spec.sinkhorn_iters, spec.sinkhorn_eps),),
+    "expand_pre": lambda i, spec: ops.expand_pre(i.h, *projected(i)[1:], spec),
+    "post_head": lambda i, spec: ops.post_head(
+        i.x, i.layer_output, i.h_post, i.h_res, *projected(i, spec.num_streams)[1:], spec
+    ),
     "head": lambda i, spec: (ops.head(*projected(i, spec.num_streams), spec),),
 }
 

@@ -34,6 +34,7 @@ def constants_of(function, spec):
         "expand": (spec.num_streams,),
         "sinkhorn": (spec.sinkhorn_iters, spec.sinkhorn_eps),
         "head": (spec.pre_eps, spec.rms_eps),
+        "post_head": (spec.pre_eps, spec.rms_eps),
         "post": (),
         "collapse": (),
         **dict.fromkeys(DELAYED, (*of_spec, EPS)),
@@ -58,11 +59,12 @@ def backward_arguments(function, case):
     count = len(arguments) - len(constants_of(function, case.spec))
     delayed, normed = (name in function.arguments for name in ("h_pre", "layer_norm_weight"))
     needs = {"sinkhorn": [], "post": [True] * 3, "post_pre": [normed], "pre": [True, True, delayed, normed]}
+    needs |= {"post_head": []}
     needs = needs.get(function.name, [True] * 2)
     if function.name in DELAYED and "h_pre" not in function.arguments:
         g_outputs = [*g_outputs, None]  # of the h_pre that is not returned
     kept = outputs[{"pre": 3, "post_pre": 4}.get(function.name, public) :]
-    if function.name == "post_pre":
+    if function.name in ("post_pre", "post_head"):
         kept = [outputs[0], *kept]
     return [*g_outputs, *arguments[:count], *kept, *arguments[count:], *needs]
 
@@ -70,7 +72,8 @@ def backward_arguments(function, case):
 def buffers_of(function, outputs):
     """X_out's buffers for these outputs, by name."""
     names = {"coefficients": ("h_pre", "h_post", "h_res"), "pre": ("layer_input", "h_post", "h_res")}
-    names |= {"post_pre": ("x_next", "layer_input", "next_post", "next_res")}
+    names |= {"post_pre": ("x_next", "layer_input", "next_post", "next_res"), "post_head": ("x_next", "output")}
+    names |= {"expand_pre": ("x", "layer_input", "h_post", "h_res")}
     names = names.get(function.name, ("out",)) + (("next_pre",) if "h_pre" in function.arguments else ())
     return {name: torch.zeros_like(output) for name, output in zip(names, outputs, strict=False)}
 
@@ -93,10 +96,12 @@ def test_backward_operators(function, num_tokens):
     arguments = backward_arguments(function, Case(4, 64, torch.bfloat16, num_tokens))
     check = operator(f"{function.name}_backward")
     torch.library.opcheck(check, tuple(arguments))
-    if function.name == "coefficients":
+    if function.name in ("coefficients", "expand_pre"):
         torch.library.opcheck(check, (None, None, *arguments[2:-2], False, True))
     if function.name == "pre":
         torch.library.opcheck(check, (None, None, *arguments[2:-4], False, True, False, False))
+    if function.name == "post_head":
+        torch.library.opcheck(check, (None, *arguments[1:]))
     if function.name == "post":
         torch.library.opcheck(check, (*arguments[:-3], False, True, False))
 

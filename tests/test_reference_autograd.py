@@ -86,6 +86,16 @@ def delayed_post_pre(x, layer_output, h_post, h_res, h_pre, *parameters):
     return x_next, *delayed_pre(x_next, h_pre, *parameters)
 
 
+def expand_pre(h, *parameters):
+    x = expand(h, parameters[-1].num_streams)
+    return x, *pre(x, *parameters)
+
+
+def post_head(x, layer_output, h_post, h_res, *parameters):
+    x_next = post(x, layer_output, h_post, h_res)
+    return x_next, aggregate(x_next, gate_head(x_next, *parameters))
+
+
 PARAMETERS = ("phi", "alpha", "bias", "norm_weight")
 HEAD_PARAMETERS = ("head_phi", "head_alpha", "head_bias", "norm_weight")
 HC_PARAMETERS = ("theta", "alpha", "bias", "hc_norm_weight")
@@ -101,6 +111,8 @@ EQUATIONS = {
     "post_pre": (post_pre, (*MAPPED, *PARAMETERS), ("spec",)),
     "delayed_pre": (delayed_pre, ("x", "h_pre", *PARAMETERS), ("spec",)),
     "delayed_post_pre": (delayed_post_pre, (*MAPPED, "h_pre", *PARAMETERS), ("spec",)),
+    "expand_pre": (expand_pre, ("h", *PARAMETERS), ("spec",)),
+    "post_head": (post_head, (*MAPPED, *HEAD_PARAMETERS), ("spec",)),
     "head_coefficients": (gate_head, ("x", *HEAD_PARAMETERS), ("spec",)),
     "head": (lambda x, *rest: aggregate(x, gate_head(x, *rest)), ("x", *HEAD_PARAMETERS), ("spec",)),
     "layer_norm": (lambda u, weight, eps: weight * normalize(u, eps), ("h", "layer_norm_weight"), ("eps",)),

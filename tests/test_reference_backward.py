@@ -28,6 +28,7 @@ CASES = {
     "delayed_post_pre": {**MAPPED, "h_pre": "Tn", **PARAMETERS},
     "delayed_pre": {"x": "TnC", "h_pre": "Tn", **PARAMETERS},
     "expand": {"h": "TC"},
+    "expand_pre": {"h": "TC", **PARAMETERS},
     "hc_coefficients": {"x": "TnC", **HC_PARAMETERS},
     "hc_post": MAPPED,
     "hc_pre": {"x": "TnC", **HC_PARAMETERS},
@@ -36,6 +37,7 @@ CASES = {
     "layer_norm": {"layer_input": "TC", "weight": "C"},
     "normalize_streams": {"x": "TnC"},
     "post": MAPPED,
+    "post_head": {**MAPPED, **HEAD_PARAMETERS},
     "post_pre": {**MAPPED, **PARAMETERS},
     "pre": {"x": "TnC", **PARAMETERS},
     "project": {"x": "TnC", "phi": "MK"},
@@ -182,7 +184,9 @@ def test_central_differences_reject_what_is_wrong(name, n):
 
 
 @pytest.mark.parametrize("n", [2, 4, 8])
-@pytest.mark.parametrize("name", ["sinkhorn", "coefficients", "pre", "post_pre", "hc_coefficients", "hc_pre"])
+@pytest.mark.parametrize(
+    "name", ["sinkhorn", "coefficients", "pre", "post_pre", "expand_pre", "hc_coefficients", "hc_pre"]
+)
 def test_central_differences_reject_a_transposed_upstream_gradient(name, n):
     """g_h_res is [out, in] as h_res is. It is the last output of each, and reaches every parameter's gradient."""
     case = Case(name, n)

@@ -56,6 +56,8 @@ CASES = {
     "first_pre": (STREAM, {}, {}),
     "delayed_pre": ({**STREAM, **random_arrays(h_pre=(T, n))}, PARAMETERS, {"spec": SPEC}),
     "delayed_post_pre": ({**MAPPED, **random_arrays(h_pre=(T, n))}, PARAMETERS, {"spec": SPEC}),
+    "expand_pre": (random_arrays(h=(T, C)), PARAMETERS, {"spec": SPEC}),
+    "post_head": (MAPPED, HEAD_PARAMETERS, {"spec": SPEC}),
     "head_coefficients": (STREAM, HEAD_PARAMETERS, {"spec": SPEC}),
     "head": (STREAM, HEAD_PARAMETERS, {"spec": SPEC}),
     "layer_norm": (random_arrays(layer_input=(T, C)), random_arrays(weight=(C,)), {"eps": 1e-6}),
