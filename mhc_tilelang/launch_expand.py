@@ -35,6 +35,15 @@ class FirstBoundary(NamedTuple):
     projected: torch.Tensor
 
 
+class FirstGradients(NamedTuple):
+    """Of what the first boundary takes; the first two are None where they are not needed."""
+
+    g_h: Gradient
+    g_phi: Gradient
+    g_alpha: torch.Tensor
+    g_bias: torch.Tensor
+
+
 def expand_pre(
     h: torch.Tensor,
     phi: torch.Tensor,
@@ -111,10 +120,10 @@ def expand_pre_backward(
     *,
     needs_h: bool = True,
     needs_phi: bool = True,
-) -> tuple[Gradient, Gradient, torch.Tensor, torch.Tensor]:
+) -> FirstGradients:
     """Gradients of x [T, n, C], layer_input [T, C], h_post [T, n], h_res [T, n, n] that `expand_pre` returned, its
     arguments, and h_pre and projected as it returned them
-    -> g_h [T, C] and g_phi [M, K], None unless needed, g_alpha [3], g_bias [M].
+    -> gradients of its arguments, g_h [T, C], g_phi [M, K], g_alpha [3], g_bias [M].
     """
     n, one_stream = spec.num_streams, h.unsqueeze(1)
     g_h_pre = total_pre = None
@@ -125,7 +134,7 @@ def expand_pre_backward(
         g_h_pre, g_h_post, g_h_res, projected, alpha, bias, spec
     )
     if not (needs_h or needs_phi):
-        return None, None, g_alpha, g_bias
+        return FirstGradients(None, None, g_alpha, g_bias)
     g_projected[-1] *= n  # ρ is that of each stream
     g_h, g_phi = launch_backward.project_backward(
         g_projected,
@@ -142,7 +151,7 @@ def expand_pre_backward(
             g_h += launch_backward.expand_backward(g_x)
     if g_phi is not None:
         g_phi = launch.expand(g_phi, n).view(phi.shape)
-    return g_h, g_phi, g_alpha, g_bias
+    return FirstGradients(g_h, g_phi, g_alpha, g_bias)
 
 
 def _total(h_pre: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from mhc_tilelang import launch, launch_backward, launch_boundary, launch_boundary_backward
+from mhc_tilelang import (
+    launch,
+    launch_backward,
+    launch_boundary,
+    launch_boundary_backward,
+    launch_expand,
+    launch_head,
+)
 from mhc_tilelang.checking import backward, real_stream, run
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
 from mhc_tilelang.checking.kernels import Comparison, compare
@@ -115,6 +122,13 @@ BOUNDARY = [
     ("post_pre_delayed", launch_boundary, "layer_input"),
     *(
         ("post_pre_backward", launch_boundary_backward, f"g_{name}")
+        for name in ("x", "layer_output", "h_post", "h_res", "phi", "alpha", "bias")
+    ),
+    *(("expand_pre", launch_expand, output) for output in ("x", "layer_input", "h_post", "h_res", "h_pre")),
+    *(("expand_pre_backward", launch_expand, f"g_{name}") for name in ("h", "phi", "alpha", "bias")),
+    *(("post_head", launch_head, output) for output in ("x_next", "output")),
+    *(
+        ("post_head_backward", launch_head, f"g_{name}")
         for name in ("x", "layer_output", "h_post", "h_res", "phi", "alpha", "bias")
     ),
 ]

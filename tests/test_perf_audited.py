@@ -15,7 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-from mhc_tilelang import cli, launch, launch_backward, launch_boundary, launch_boundary_backward, launch_norm
+from mhc_tilelang import (
+    cli,
+    launch,
+    launch_backward,
+    launch_boundary,
+    launch_boundary_backward,
+    launch_expand,
+    launch_head,
+    launch_norm,
+)
 from mhc_tilelang import compile as compiler
 from mhc_tilelang.kernels import FAMILIES, plans
 from mhc_tilelang.perf.audited import Audited, audited
@@ -51,7 +60,8 @@ SHAPES += [
 @pytest.mark.parametrize(("target", "shape"), SHAPES)
 def test_every_stream_tensor_moves_once(kernel: str, target: str, shape: Shape) -> None:
     """As the formulas say: but for g_layer_input, which the projection's backward reads for each stream."""
-    if kernel.startswith("post_pre") and "backward" in kernel and shape.num_streams == 8 and target == "cuda":
+    mixes = kernel in BOUNDARY and kernel.startswith("post_") and kernel.endswith("_backward")
+    if mixes and shape.num_streams == 8 and target == "cuda":
         pytest.skip("separate kernels, which have cases of their own")
     counted = audited(Case(kernel, shape), target, BLOCKS[target])
     unit = shape.num_tokens * shape.hidden_size * shape.itemsize
@@ -114,12 +124,16 @@ def test_a_sublayer_is_no_worse_than_the_papers_kernels() -> None:
         ("post_pre_delayed", 2, 10, 0.5),
         ("post_head", 3, 14, 0.5),
         ("post_pre_backward", 4, 21, 1.5),
+        ("post_head_backward", 4, 21, 1.5),
+        ("expand_pre", 4, 7, 0.5),
+        ("expand_pre_backward", 9, 10, 1.5),
     ],
 )
 def test_a_boundary_stays_within_its_limits(
     call: str, most_launches: int, most_stream: float, most_small: float
 ) -> None:
-    """At the paper's 27B width: launches, vectors of C a token (3n + 2, 2n + 2, 4n + 5), and everything small."""
+    """At the paper's 27B width: launches, vectors of C a token (3n + 2, 2n + 2, 4n + 5, n + 3, n + 6), and everything
+    small."""
     shape = Shape(4096, 4, 2560, "bfloat16")
     unit = shape.num_tokens * shape.hidden_size * shape.itemsize
     counted = audited(Case(call, shape), "cuda", BLOCKS["cuda"])
@@ -164,11 +178,18 @@ def boundary(kernel: str, stream: Stream) -> None:
     i, spec, n = stream.inputs, stream.spec, stream.spec.num_streams
     arguments = (i.x, i.layer_output, i.h_post, i.h_res, i.phi, i.alpha, i.bias)
     given = i.h_pre if "delayed" in kernel else None
+    head = (*arguments[:4], i.phi[:n], i.alpha[:1], i.bias[:n])
+    first = (i.h, *arguments[4:])
     if kernel == "post_head":
-        x_next, partial, _ = launch_boundary.post_project(*arguments[:4], i.phi[:n])
-        plan = launch.projection_plan(x_next, n)
-        h_pre, _ = launch.head_coefficients(partial, i.alpha[:1], i.bias[:n], spec, plan)
-        launch.aggregate(x_next, h_pre)
+        launch_head.post_head(*head, spec)
+    elif kernel == "post_head_backward":
+        projected = stream.projected()[: n + 1].contiguous()
+        launch_head.post_head_backward(i.x, i.h, *head, i.x, i.h_pre, projected, spec)
+    elif kernel == "expand_pre":
+        launch_expand.expand_pre(*first, spec)
+    elif kernel == "expand_pre_backward":
+        upstream, left = (i.x, i.h, i.h_post, i.h_res), (i.h_pre, stream.projected())
+        launch_expand.expand_pre_backward(*upstream, *first, *left, spec)
     elif kernel.endswith("backward"):
         upstream, left = (i.x, i.h, i.h_post, i.h_res), (i.x, i.h_pre, stream.projected())
         through = {"given_pre": given, "g_next_pre": i.h_pre if given is not None else None}

@@ -32,7 +32,7 @@ FULL = [
     Case(2, 72, FP32, 37),
     Case(8, 72, FP16, 37),
 ]
-OF_STREAMS = [kernel for kernel in CHECKS if kernel in STREAMS or kernel.startswith("post_pre")]
+OF_STREAMS = [kernel for kernel in CHECKS if kernel in STREAMS or kernel.startswith(("post_", "expand_pre"))]
 
 
 def runs() -> list:

@@ -26,6 +26,7 @@ CHECKED_BY = {
     "split_phi": "project",
     "head_coefficients": "head",
     "sum_partials": "coefficients_backward",
+    "expand_project": "expand_pre",
     "post_project": "post_pre",
     "boundary_backward": "post_pre_backward",
     "boundary_sums": "post_pre_backward",
@@ -85,6 +86,7 @@ MASKS = {
     "pre_backward": CHANNELS,
     "pre_norm_backward": CHANNELS,
     "post_backward": CHANNELS,
+    "expand_project": TOKENS,
     "post_project": TOKENS,
     "boundary_backward": TOKENS,
     "boundary_sums": TOKENS,
@@ -130,7 +132,7 @@ def test_a_transposed_element_of_h_res_is_caught(family: str, monkeypatch: pytes
 # Of boundary_backward's pairs around a tile of each stream, one of the two is enough.
 REDUNDANT = {"project_backward": 1, "post_backward": 1, "pre_norm_backward": 1, "boundary_backward": 7}
 SYNCHRONIZED = {"project": 8, "project_backward": 4, "post_backward": 1, "post_project": 8, "boundary_backward": 19}
-SYNCHRONIZED["pre_norm_backward"] = 1
+SYNCHRONIZED |= {"pre_norm_backward": 1, "expand_project": 2}
 """How many barriers and waits there are, besides those of reductions."""
 
 

@@ -73,7 +73,11 @@ def use_plain_torch(monkeypatch):
         x_next = ops.post(x, layer_output, h_post, h_res)
         return x_next, *ops.pre(x_next, *parameters)
 
-    monkeypatch.setattr(ops, "expand", lambda h, n: plain_torch.expand(h.flatten(0, -2), n).unflatten(0, h.shape[:-1]))
+    def expand_pre(h, *parameters):
+        x = plain_torch.expand(h.flatten(0, -2), parameters[-1].num_streams).unflatten(0, h.shape[:-1])
+        return x, *ops.pre(x, *parameters)
+
+    monkeypatch.setattr(ops, "expand_pre", expand_pre)
     monkeypatch.setattr(ops, "pre", pre)
     monkeypatch.setattr(ops, "post", post)
     monkeypatch.setattr(ops, "post_pre", post_pre)

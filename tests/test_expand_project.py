@@ -1,0 +1,144 @@
+"""expand_project and the boundary before the first sublayer: expand and pre of streams that are all equal.
+
+Would catch: a stream that is not h, phi summed over too few streams or after it was rounded, squares of one stream
+where those of all are meant, a tail that reads its neighbour, a token's bits that depend on how work is shared out.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import CPU, DTYPES, STREAMS, assert_matches_float64, assert_same_bits, named
+from helpers_backward import in_nan
+
+from mhc_tilelang import launch, launch_backward, launch_expand
+from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
+from mhc_tilelang.kernel import dtype_name
+from mhc_tilelang.kernels import boundary_plans
+from mhc_tilelang.kernels.plans import LANES
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+# A GPU's chunks have 128 channels for bfloat16, 64 and 32 for float16 and float32 at n = 4; its tiles 64 tokens.
+BUILT = [(4, dtype) for dtype in DTYPES] + [(n, torch.bfloat16) for n in (2, 8)]  # the rest of the cross is `full`
+CASES = [
+    named("every-n-and-dtype", Case(n, 192, d, 65), () if (n, d) in BUILT else pytest.mark.full)
+    for n in STREAMS
+    for d in DTYPES
+]
+WIDTHS = {1: "one-channel", 7: "below-a-vector", 333: "chunk-and-odd-tail"}
+CASES += [named(path, Case(4, size, torch.bfloat16, 65)) for size, path in WIDTHS.items()]
+CASES += [named("many-chunks", Case(4, 1280, torch.bfloat16, 65), pytest.mark.full)]
+TOKENS = [named("tokens", Case(4, 192, torch.bfloat16, tokens)) for tokens in (0, 1, 33, 770)]
+SMALL = Case(4, 333, torch.bfloat16, 70)
+
+
+def plan_of(case, target):
+    sizes = case.num_streams, case.hidden_size, dtype_name(case.dtype)
+    return boundary_plans.expand_project_plan(case.spec.num_coefficients, *sizes, target)
+
+
+def total_phi(inputs, case):
+    return launch_backward.expand_backward(inputs.phi.view(-1, case.num_streams, case.hidden_size))
+
+
+@pytest.mark.parametrize("case", CASES + TOKENS)
+def test_matches_float64(case):
+    """The whole boundary, forward and backward."""
+    assert_matches_float64("expand_pre", case)
+    assert_matches_float64("expand_pre_backward", case)
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+@pytest.mark.parametrize("case", CASES)
+def test_is_the_projection_of_one_stream(case, target):
+    """On phi summed over streams, to the bit, squares n times: by the CPU's plan, and by the GPU's run on the CPU."""
+    inputs, plan = Inputs.of(case, CPU), plan_of(case, target)
+    x, partial = launch_expand.expand_project(inputs.h, inputs.phi, plan)
+    assert_same_bits([x], [launch.expand(inputs.h, case.num_streams)])
+    chunks = plan.projection.num_chunks(case.hidden_size)
+    projected = [
+        launch.project(inputs.h.unsqueeze(1), total_phi(inputs, case), plan.projection, s) for s in (chunks, 1)
+    ]
+    [expected] = [each for each in projected if each.shape == partial.shape][:1]
+    expected[:, -LANES:] *= case.num_streams
+    assert_same_bits([partial], [expected])
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_no_schedule_moves_a_bit(target):
+    """One chunk a block up to all in one."""
+    case = Case(4, 1000, torch.bfloat16, 65)
+    inputs, plan = Inputs.of(case, CPU), plan_of(case, target)
+    chunks = plan.projection.num_chunks(1000)
+
+    def results(per_split):
+        schedule = boundary_plans.boundary_schedule(65, 1000, plan, 2, per_split)
+        x, partial = launch_expand.expand_project(inputs.h, inputs.phi, plan, schedule=schedule)
+        assert len(partial) == schedule.slabs
+        return x, *launch.coefficients(partial, inputs.alpha, inputs.bias, case.spec, plan.projection)
+
+    whole = results(chunks)
+    for per_split in range(1, chunks):
+        assert_same_bits(results(per_split), whole)
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_streams_of_phi_that_cancel(target):
+    """phi of stream 1 is minus that of stream 0, and the others are zero: every dot is 0. Catches halves that are made
+    before the sum."""
+    inputs = Inputs.of(SMALL, CPU)
+    phi = inputs.phi.view(-1, 4, SMALL.hidden_size).clone()
+    phi[:, 1], phi[:, 2:] = -phi[:, 0], 0
+    _, partial = launch_expand.expand_project(inputs.h, phi.view(inputs.phi.shape), plan_of(SMALL, target))
+    assert not partial[:, :-LANES].any()
+    assert partial[:, -LANES:].all()
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_reads_nothing_else(target):
+    """Both tensors inside a buffer of NaN, aligned and not. Catches a tail multiplied by zero."""
+    inputs, plan = Inputs.of(SMALL, CPU), plan_of(SMALL, target)
+    expected = launch_expand.expand_project(inputs.h, inputs.phi, plan)
+    for offset in (0, 1):
+        inside = (in_nan(inputs.h, offset), in_nan(inputs.phi, offset))
+        assert_same_bits(launch_expand.expand_project(*inside, plan), expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_special_values_stay_in_their_token(value):
+    """In one token: that token's outputs have it, and no bit of another token moves."""
+    inputs = Inputs.of(SMALL, CPU)
+    parameters = (inputs.phi, inputs.alpha, inputs.bias, SMALL.spec)
+    spoilt = inputs.h.clone()
+    spoilt[-1, 5] = value
+    clean, got = (launch_expand.expand_pre(h, *parameters) for h in (inputs.h, spoilt))
+    assert not torch.isfinite(got.h_post[-1]).all()
+    assert_same_bits([output[:-1] for output in got[:5]], [output[:-1] for output in clean[:5]])
+    assert_same_bits([got.projected[:, :-1]], [clean.projected[:, :-1]])
+
+
+def test_gradients_are_shared_by_the_streams():
+    """g_phi is the same for every stream; what is not asked for is not there, and changes nothing of the rest."""
+    inputs, upstream = Inputs.of(SMALL, CPU), Gradients.of(SMALL, CPU)
+    parameters = (inputs.phi, inputs.alpha, inputs.bias)
+    forward = launch_expand.expand_pre(inputs.h, *parameters, SMALL.spec)
+
+    def backward(**needs):
+        given = (upstream.g_x, upstream.g_h, upstream.g_h_post, upstream.g_h_res)
+        left = (forward.h_pre, forward.projected, SMALL.spec)
+        return launch_expand.expand_pre_backward(*given, inputs.h, *parameters, *left, **needs)
+
+    whole = backward()
+    streams = whole.g_phi.view(-1, 4, SMALL.hidden_size).unbind(1)
+    assert_same_bits(streams, [streams[0]] * 4)
+    for needs_h, needs_phi in ((True, False), (False, True), (False, False)):
+        part = backward(needs_h=needs_h, needs_phi=needs_phi)
+        assert (part.g_h is not None, part.g_phi is not None) == (needs_h, needs_phi)
+        found = [(p, w) for p, w in zip(part, whole, strict=True) if p is not None]
+        assert_same_bits([p for p, _ in found], [w for _, w in found])
+
+
+def test_no_token():
+    inputs = Inputs.of(replace(SMALL, num_tokens=0), CPU)
+    got = launch_expand.expand_pre(inputs.h, inputs.phi, inputs.alpha, inputs.bias, SMALL.spec)
+    assert [output.shape[0] for output in got[:5]] == [0] * 5
