@@ -44,12 +44,23 @@ FUNCTIONS = {
 }
 
 
+ENDS = ("expand_pre", "post_head")
+
+
 def run(function, inputs, case):
     return FUNCTIONS[function](inputs, case.spec)
 
 
 WITHOUT_OUT = ("head_coefficients_backward", "pre_norm_backward")  # no call hands them buffers
 every_function = pytest.mark.parametrize("function", FUNCTIONS)
+every_function_and_case = pytest.mark.parametrize(
+    ("function", "case"),
+    [  # the stream's two ends are made of kernels of other rows
+        pytest.param(f, c, id=f"{name}-{f}", marks=[pytest.mark.full] * (f in ENDS and name != "n4-bfloat16"))
+        for f in FUNCTIONS
+        for name, c in CASES.items()
+    ],
+)
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 every_backward = pytest.mark.parametrize("function", BACKWARD.values(), ids=BACKWARD)
 
@@ -68,8 +79,7 @@ def each_alone(function, inputs, case):
     return [torch.cat(outputs) for outputs in zip(*calls, strict=True)]
 
 
-@every_function
-@every_case
+@every_function_and_case
 def test_same_call_twice(case, function):
     """Also catches an argument that a kernel writes, and an output that shares memory with another one."""
     inputs = Inputs.of(case, CPU)
@@ -81,8 +91,7 @@ def test_same_call_twice(case, function):
     assert_same_bits(vars(inputs).values(), vars(Inputs.of(case, CPU)).values())
 
 
-@every_function
-@every_case
+@every_function_and_case
 def test_token_alone_and_in_batches(case, function):
     """In batches of 1 to 70 tokens, then at random places, many times over, in batches of 127 to 4097."""
     inputs = Inputs.of(case, CPU)
