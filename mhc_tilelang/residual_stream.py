@@ -6,12 +6,12 @@
     h = stream.reduce("sum")
 
 Reads and writes take turns. A write waits for the next read or reduction, which merges it first: between two
-mHC sublayers the merge of the one and the read of the next are one operator, `post_pre`, and the merge of the last one
-and its reduction by a `HyperHead` are another, `post_head`. The embedding waits too: its
-expansion and the first read of an mHC stream are one operator, `expand_pre`. Values are those of these functions, and of the functions that they
-are made of, called one after the other, to the bit; but for what follows from the first read, whose mappings differ in
-the last bits from those of `pre` after `expand`. Gradients are rounded less often than theirs. What waits is merged or
-expanded in the grad mode that it was handed over in, and is refused if it was changed in the meantime.
+mHC sublayers the merge of the one and the read of the next are one operator, `post_pre`; after the last one the merge
+and a reduction by a `HyperHead` are one, `post_head`. The embedding waits too: its expansion and the first read are
+one, `expand_pre`. Values are those of the functions called one after the other, to the bit, but for the first read: its
+mappings differ in their last bits from those of `pre` after `expand`, as they do where somebody looks at `x` before it.
+Gradients are rounded less often than those of the functions. What waits is merged or expanded in the grad mode that it
+was handed over in, and is refused if it was changed in the meantime.
 
 Connections whose spec has delayed_pre read with the h_pre of the connection that read before, the first with stream 0;
 the stream hands it on. All connections of a stream are delayed or none is.

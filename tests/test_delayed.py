@@ -60,8 +60,7 @@ def by_hand(model, h):
         else:
             x, layer_input, *mappings, h_pre = ops.post_pre(x, *waiting, *parameters, h_pre=h_pre)
         waiting = torch.tanh(layer(layer_input)), *mappings
-    x = ops.post(x, *waiting)
-    return ops.head(x, model.head.phi, model.head.alpha, model.head.bias, SPEC)
+    return ops.post_head(x, *waiting, model.head.phi, model.head.alpha, model.head.bias, SPEC)[1]
 
 
 def gradients(model, run, h):
