@@ -357,11 +357,13 @@ def expand_pre(
     n, hidden_size = spec.num_streams, spec.hidden_size
     inputs = (h, phi, alpha, bias, *_constants(spec))
     if out is None:
-        return operators.expand_pre.expand_pre(*inputs)[:4]
+        x, layer_input, h_post, h_res, *_ = operators.expand_pre.expand_pre(*inputs)
+        return x, layer_input, h_post, h_res
     shapes = {"x": (n, hidden_size), "layer_input": (hidden_size,), "h_post": (n,), "h_res": (n, n)}
     buffers = _check_buffers(arguments, out, (h.dtype, h.dtype, torch.float32, torch.float32), **shapes)
     operators.expand_pre.expand_pre_out(*inputs, **dict(zip(shapes, buffers, strict=True)))
-    return buffers
+    x, layer_input, h_post, h_res = buffers
+    return x, layer_input, h_post, h_res
 
 
 def post_head(
@@ -402,11 +404,13 @@ def post_head(
     arguments.tensor("h_res", h_res, (n, n), batched=True)
     inputs = (x, layer_output, h_post, h_res, phi, alpha, bias, spec.pre_eps, spec.rms_eps)
     if out is None:
-        return operators.post_head.post_head(*inputs)[:2]
+        x_next, output, *_ = operators.post_head.post_head(*inputs)
+        return x_next, output
     shapes = {"x_next": (n, hidden_size), "output": (hidden_size,)}
     buffers = _check_buffers(arguments, out, (x.dtype, x.dtype), **shapes)
     operators.post_head.post_head_out(*inputs, **dict(zip(shapes, buffers, strict=True)))
-    return buffers
+    x_next, output = buffers
+    return x_next, output
 
 
 def _check_projected(

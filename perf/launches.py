@@ -19,8 +19,10 @@ from .calls import Call, Launch
 from .cases import Case
 
 AGGREGATED = "project_backward_aggregated"
-BOUNDARY = ("post_pre", "post_pre_delayed", "post_head", "post_pre_backward", "post_pre_delayed_backward")
-BOUNDARY += ("post_head_backward", "expand_pre", "expand_pre_backward")
+BOUNDARY = (
+    *("post_pre", "post_pre_delayed", "post_head", "expand_pre"),
+    *("post_pre_backward", "post_pre_delayed_backward", "post_head_backward", "expand_pre_backward"),
+)
 # `bench` has no case for them.
 UNTIMED = ("head_coefficients", "head_coefficients_backward", AGGREGATED, *BOUNDARY, *norm.NORM)
 

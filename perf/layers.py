@@ -64,9 +64,9 @@ class EagerConnection(HyperConnection):
         super().__init__(connection.spec, connection.sublayer)
         self.phi, self.alpha, self.bias = connection.phi, connection.alpha, connection.bias
 
-    def forward(self, x: torch.Tensor, *waiting: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if waiting:
-            raise ValueError("EagerConnection: expected the merge before the read, got both")
+    def forward(self, x: torch.Tensor, *waiting: torch.Tensor, expands: bool = False) -> tuple[torch.Tensor, ...]:
+        if waiting or expands:
+            raise ValueError("EagerConnection: expected the merge or the expansion before the read, got both")
         tokens, leading = x.flatten(0, -3), x.shape[:-2]
         outputs = plain_torch.pre(tokens, self.phi, self.alpha, self.bias, self.spec)
         layer_input, h_post, h_res = (output.unflatten(0, leading) for output in outputs)

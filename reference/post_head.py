@@ -57,7 +57,6 @@ def post_head_backward(
     """
     x_next = post(x, layer_output, h_post, h_res)
     g_x_next = as_gradient("g_x_next", g_x_next, x_next.shape)
-    g_x_head, *g_parameters = head_backward(g_h, x_next, phi, alpha, bias, spec, norm_weight)
+    g_x_head, g_phi, g_alpha, g_bias, g_norm_weight = head_backward(g_h, x_next, phi, alpha, bias, spec, norm_weight)
     g_mapped = post_backward(g_x_next + g_x_head, x, layer_output, h_post, h_res)
-    g_phi, g_alpha, g_bias, g_norm_weight = g_parameters
     return *g_mapped, g_phi, g_alpha, g_bias, g_norm_weight

@@ -77,8 +77,9 @@ def check_expand_pre_backward(case: Case, inputs: Inputs) -> list[Comparison]:
     got = launch_expand.expand_pre_backward(*given, h, *parameters(inputs), *left, spec)
 
     def outputs(*arguments: torch.Tensor) -> torch.Tensor:
-        x = plain_torch.expand(arguments[0], n)
-        results = (x, *plain_torch.pre(x, *arguments[1:], spec))
+        given_h, phi, alpha, bias = arguments
+        x = plain_torch.expand(given_h, n)
+        results = (x, *plain_torch.pre(x, phi, alpha, bias, spec))
         return torch.cat([result.float().flatten() for result in results])
 
     gradient = torch.cat([each.float().flatten() for each in given])

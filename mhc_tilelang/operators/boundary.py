@@ -44,7 +44,8 @@ Seven = tuple[
 ]  # of INPUTS, all but h_pre and layer_norm_weight
 
 
-def _flat_inputs(inputs: Seven) -> Seven:
+def flat_inputs(inputs: Seven) -> Seven:
+    """Contiguous, and leading dimensions flattened to tokens; parameters have none."""
     x, layer_output, h_post, h_res = (flat(t, trailing) for t, trailing in zip(inputs[:4], TRAILING, strict=True))
     phi, alpha, bias = (tensor.contiguous() for tensor in inputs[4:])
     return x, layer_output, h_post, h_res, phi, alpha, bias
@@ -65,7 +66,7 @@ def _allocate(x: torch.Tensor, *rest: Any) -> Tensors:
 def _launch(*inputs_and_constants: Any, out: Any = None) -> launch_boundary.Boundary:
     inputs, (h_pre, layer_norm_weight, *constants, eps) = inputs_and_constants[:7], inputs_and_constants[7:]
     return launch_boundary.post_pre(
-        *_flat_inputs(inputs),
+        *flat_inputs(inputs),
         spec_of(inputs[0].shape[-1], inputs[0].shape[-2], *constants),
         h_pre=flat_or_none(h_pre, 1),
         layer_norm_weight=contiguous(layer_norm_weight),
@@ -130,7 +131,7 @@ def _run_backward(*arguments: Any) -> Tensors:
         g_layer_input,
         g_next_post,
         g_next_res,
-        *_flat_inputs(inputs),
+        *flat_inputs(inputs),
         flat(x_next, 2),
         flat(h_pre, 1),
         projected.contiguous(),

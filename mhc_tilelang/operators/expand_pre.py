@@ -89,8 +89,9 @@ def _run_out(
 
 
 def _allocate_backward(*arguments: Any) -> Tensors:
+    h, phi, alpha, bias = arguments[4:8]
     *_, needs_h, needs_phi = arguments
-    return allocate_gradients(*arguments[4:8], bool(needs_h), bool(needs_phi))
+    return allocate_gradients(h, phi, alpha, bias, bool(needs_h), bool(needs_phi))
 
 
 def _run_backward(*arguments: Any) -> Tensors:

@@ -13,7 +13,7 @@ import torch
 
 from .. import launch_head
 from ..spec import MHCSpec
-from .boundary import TRAILING, unflat
+from .boundary import Seven, flat_inputs, unflat
 from .coefficients import Tensors, allocate_projected
 from .library import (
     check_buffers,
@@ -33,11 +33,6 @@ NAMES = ("x", "layer_output", "h_post", "h_res", "phi", "alpha", "bias")
 CONSTANTS = "float pre_eps, float rms_eps"
 
 
-def _flat(inputs: Tensors) -> Tensors:
-    mixed = (flat(t, trailing) for t, trailing in zip(inputs[:4], TRAILING, strict=True))
-    return (*mixed, *(parameter.contiguous() for parameter in inputs[4:]))
-
-
 def _spec(x: torch.Tensor, pre_eps: float, rms_eps: float) -> MHCSpec:
     return spec_of(x.shape[-1], x.shape[-2], pre_eps=pre_eps, rms_eps=rms_eps)
 
@@ -51,22 +46,24 @@ def _allocate(x: torch.Tensor, *rest: Any) -> Tensors:
     return *_allocate_results(x), h_pre, allocate_projected(x, rest[3])
 
 
-def _write(inputs: Tensors, constants: tuple[float, float], results: tuple[torch.Tensor, torch.Tensor]) -> Tensors:
+def _write(inputs: Seven, constants: tuple[float, float], results: tuple[torch.Tensor, torch.Tensor]) -> Tensors:
     """Write x_next and output; return h_pre [T, n] and projected [n + 1, T]."""
     x_next, output = results
     out = (flat(x_next, 2), flat(output, 1))
-    found = launch_head.post_head(*_flat(inputs), _spec(inputs[0], *constants), out=out)  # type: ignore[call-arg, misc]
+    found = launch_head.post_head(*flat_inputs(inputs), _spec(inputs[0], *constants), out=out)
     return found.h_pre, found.projected
 
 
 def _run(*inputs_and_constants: Any) -> Tensors:
-    inputs, constants = inputs_and_constants[:7], inputs_and_constants[7:]
+    inputs: Any = inputs_and_constants[:7]
+    constants: Any = inputs_and_constants[7:]
     results = _allocate_results(inputs[0])
     return *results, *_write(inputs, constants, results)
 
 
 def _run_out(*inputs_and_constants: Any, x_next: torch.Tensor, output: torch.Tensor) -> None:
-    inputs, constants = inputs_and_constants[:7], inputs_and_constants[7:]
+    inputs: Any = inputs_and_constants[:7]
+    constants: Any = inputs_and_constants[7:]
     buffers = {"out[0] (x_next)": x_next, "out[1] (output)": output}
     check_buffers("post_head", buffers, dict(zip(NAMES, inputs, strict=True)), whole=tuple(buffers)[:1])
     _write(inputs, constants, (x_next, output))
@@ -77,11 +74,12 @@ def _allocate_backward(g_x_next: torch.Tensor | None, g_output: torch.Tensor, *r
 
 
 def _run_backward(g_x_next: torch.Tensor | None, g_output: torch.Tensor, *rest: Any) -> Tensors:
-    inputs, (x_next, h_pre, projected), constants = rest[:7], rest[7:10], rest[10:]
+    inputs: Any = rest[:7]
+    (x_next, h_pre, projected), constants = rest[7:10], rest[10:]
     *gradients, _ = launch_head.post_head_backward(
         flat_or_none(g_x_next, 2),
         flat(g_output, 1),
-        *_flat(inputs),
+        *flat_inputs(inputs),
         flat(x_next, 2),
         h_pre.contiguous(),
         projected.contiguous(),
