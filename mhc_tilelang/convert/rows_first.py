@@ -23,16 +23,17 @@ class RowsFirstConnection(HyperConnection):
     that must give the numbers of other code. Train new models with `HyperConnection`.
     """
 
-    def forward(self, x: torch.Tensor, *waiting: Any) -> tuple[torch.Tensor, ...]:
+    def forward(self, x: torch.Tensor, *waiting: Any, expands: bool = False) -> tuple[torch.Tensor, ...]:
         """x [..., n, C] -> layer_input [..., C], h_post [..., n], h_res [..., n, n] as [out, in].
 
         With delayed_pre x and an h_pre, and an h_pre after the other results, as `HyperConnection`. Raises TypeError
-        for a write that waits: `post_pre` has the other order.
+        for a write or an embedding that waits: `post_pre` and `expand_pre` have the other order.
         """
         delayed = self.spec.delayed_pre
-        if len(waiting) != int(delayed):
+        if expands or len(waiting) != int(delayed):
             wanted = "x and h_pre" if delayed else "x alone"
-            raise TypeError(f"RowsFirstConnection: expected {wanted}, got x and {len(waiting)} more")
+            got = "an embedding" if expands else f"x and {len(waiting)} more"
+            raise TypeError(f"RowsFirstConnection: expected {wanted}, got {got}")
         n = self.spec.num_streams
         phi, bias = swapped_rows(self.phi, n), swapped_rows(self.bias, n)
         h_pre = waiting[0] if delayed else None
