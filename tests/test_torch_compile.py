@@ -36,7 +36,9 @@ def every_function(h, layer_output, phi, alpha, bias, norm_weight):
     layer_input, h_post, h_res = mhc.pre(x, phi, alpha, bias, SPEC, norm_weight=norm_weight)
     x = mhc.post(x, layer_input + layer_output, h_post, h_res)
     h_pre, h_post, h_res = mhc.coefficients(x, phi, alpha, bias, SPEC)
-    return x, h_pre, h_post, mhc.sinkhorn(h_res), mhc.head(x, phi[:4], alpha[:1], bias[:4], SPEC)
+    head = (phi[:4], alpha[:1], bias[:4], SPEC)
+    ends = (*mhc.expand_pre(h, phi, alpha, bias, SPEC), *mhc.post_head(x, layer_output, h_post, h_res, *head))
+    return x, h_pre, h_post, mhc.sinkhorn(h_res), mhc.head(x, *head), *ends
 
 
 def arguments(*leading):
