@@ -141,7 +141,7 @@ class HyperConnection(SublayerModule):
         embedding [..., C]: `expand_pre`, and the stream [..., n, C] comes before the other results.
 
         A spec with delayed_pre takes one more, last: the h_pre [..., n] that the sublayer before returned, also last,
-        or a first sublayer's, `first_pre(x)`. `merge` has no use for it. It does not expand.
+        or a first sublayer's, `first_pre(x)`. `merge` has no use for it. It does not expand, nor with a norm.
         """
         delayed = self.spec.delayed_pre
         if len(waiting) not in ((1, 4) if delayed else (0, 3)):
@@ -150,8 +150,9 @@ class HyperConnection(SublayerModule):
                 f"HyperConnection: expected x{also}, or x, layer_output, h_post, h_res{also}, got x and {len(waiting)} "
                 f"more{first}"
             )
-        if expands and waiting:
-            raise TypeError(f"HyperConnection: expands: expected an embedding alone, got {len(waiting)} more")
+        if expands and (waiting or self.layer_norm()):
+            got = f"{len(waiting)} more" if waiting else f"a layer_norm_eps of {self.layer_norm_eps}"
+            raise TypeError(f"HyperConnection: expands: expected an embedding alone, and no layer norm, got {got}")
         *written, h_pre = waiting if delayed else (*waiting, None)
         parameters = (self.phi, self.alpha, self.bias, self.spec)
         if expands:

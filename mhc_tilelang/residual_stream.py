@@ -178,9 +178,11 @@ class ResidualStream:
         return getattr(type(writer), "merge", None) is HyperConnection.merge and _has_own_forward(reader)
 
     def _reads_embedding(self, connection: Connection) -> bool:
-        """Whether this read takes up the embedding as it waits. A delayed one aggregates with no projection of it."""
+        """Whether this read takes up the embedding as it waits: not one that is delayed, or has the layer's norm."""
         waits = not self._is_expanded and self._given[1:] == _modes()
-        return waits and not self._delayed and _has_own_forward(connection)
+        if not waits or self._delayed or not _has_own_forward(connection):
+            return False
+        return isinstance(connection, HyperConnection) and not connection.layer_norm()
 
     def _embedding(self) -> torch.Tensor:
         """The h that waits to be expanded."""

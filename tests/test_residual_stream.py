@@ -240,6 +240,15 @@ def test_an_embedding_is_expanded_in_the_mode_of_its_making():
         assert not stream.x.requires_grad
 
 
+def test_a_first_read_with_the_layers_norm():
+    """The norm is not lost: `expand`, then `pre`."""
+    connection, h = randomize(mhc.HyperConnection(SPEC, layer_norm_eps=1e-6)), normal(*TOKENS, C)
+    got = mhc.ResidualStream(h).read(connection)
+    assert torch.equal(got, connection(ops.expand(h, 4))[0])
+    with pytest.raises(TypeError, match="expands: expected an embedding alone, and no layer norm, got"):
+        connection(h, expands=True)
+
+
 def test_a_connection_of_yours_reads_the_stream():
     """A subclass with a forward of its own is called with the stream, the first time too."""
     shapes = []

@@ -76,7 +76,7 @@ def _allocate_backward(g_x_next: torch.Tensor | None, g_output: torch.Tensor, *r
 def _run_backward(g_x_next: torch.Tensor | None, g_output: torch.Tensor, *rest: Any) -> Tensors:
     inputs: Any = rest[:7]
     (x_next, h_pre, projected), constants = rest[7:10], rest[10:]
-    *gradients, _ = launch_head.post_head_backward(
+    found = launch_head.post_head_backward(
         flat_or_none(g_x_next, 2),
         flat(g_output, 1),
         *flat_inputs(inputs),
@@ -84,6 +84,15 @@ def _run_backward(g_x_next: torch.Tensor | None, g_output: torch.Tensor, *rest: 
         h_pre.contiguous(),
         projected.contiguous(),
         _spec(inputs[0], *constants),
+    )
+    gradients = (
+        found.g_x,
+        found.g_layer_output,
+        found.g_h_post,
+        found.g_h_res,
+        found.g_phi,
+        found.g_alpha,
+        found.g_bias,
     )
     return tuple(unflat(g, tensor.shape) for g, tensor in zip(gradients, inputs, strict=True))
 
