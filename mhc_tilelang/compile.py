@@ -7,11 +7,14 @@ A target is "cpu" (see `cpu`) or a CUDA architecture such as "sm_90a" (see `cuda
 in this process, and by the target on disk. Importing this module loads neither torch nor tilelang: both take
 seconds, and a CPU kernel found on disk needs no tilelang at all.
 
+With $MHC_TILELANG_BUNDLE set, kernels come from exported bundles (see `bundle`), and nothing is ever compiled.
+
 Within `emulating`, tensors on the CPU are taken by a GPU's kernels instead, which an emulator executes.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +26,7 @@ from .kernel import Kernel
 if TYPE_CHECKING:
     import torch
 
+BUNDLE_VARIABLE = "MHC_TILELANG_BUNDLE"
 _kernels: dict[tuple, Kernel] = {}
 _lock = threading.Lock()
 
@@ -35,11 +39,15 @@ class Emulator:
         target: its name as a target, which no other target has.
         load: the kernel of a family for these parameters.
         parallel_blocks: how many blocks of a projection the GPU runs at a time.
+        platform: whose plans the kernels follow, "cuda" or "cpu".
+        kernels: where those it has loaded are kept, if not with all others: a target may bear the name of a real one.
     """
 
     target: str
     load: Callable[[str, dict[str, Any]], Kernel]
     parallel_blocks: int
+    platform: str = "cuda"
+    kernels: dict[tuple, Kernel] | None = None
 
 
 _emulators: list[Emulator] = []  # those that are entered, the one in force last
@@ -63,22 +71,27 @@ def emulator_of(device: torch.device) -> Emulator | None:
 def kernel(family: str, target: str, **parameters: Any) -> Kernel:
     """The compiled kernel of `family` (see `mhc_tilelang.kernels.FAMILIES`) for `target`; compiles if it must.
 
-    Raises CompilerError (an MHCError) when a compiler is missing or refuses the code.
+    Raises CompilerError (an MHCError) when a compiler is missing or refuses the code, BundleError where
+    $MHC_TILELANG_BUNDLE names bundles and none has the kernel: then nothing is compiled.
     """
+    emulator = next((entered for entered in reversed(_emulators) if target == entered.target), None)
+    kernels = _kernels if emulator is None or emulator.kernels is None else emulator.kernels
     key = (family, target, *parameters.items())
-    found = _kernels.get(key)
+    found = kernels.get(key)
     if found is None:
         with _lock:  # two threads that ask first at the same time compile once
-            found = _kernels.get(key)
+            found = kernels.get(key)
             if found is None:
-                found = _kernels[key] = _load(family, target, parameters)
+                found = emulator.load(family, parameters) if emulator else _load(family, target, parameters)
+                kernels[key] = found
     return found
 
 
 def _load(family: str, target: str, parameters: dict[str, Any]) -> Kernel:
-    for emulator in _emulators:
-        if target == emulator.target:
-            return emulator.load(family, parameters)
+    if named := os.environ.get(BUNDLE_VARIABLE):
+        from .bundle import load
+
+        return load.kernel(named, family, target, parameters)
     if target == "cpu":
         from .cpu import build
 
@@ -90,7 +103,8 @@ def _load(family: str, target: str, parameters: dict[str, Any]) -> Kernel:
 
 def platform_of(device: torch.device) -> str:
     """Whose plans the kernels of a tensor's device follow: "cpu" or "cuda"."""
-    return "cuda" if emulator_of(device) else device.type
+    emulator = emulator_of(device)
+    return emulator.platform if emulator else device.type
 
 
 def target_of(device: torch.device) -> str:

@@ -14,7 +14,7 @@ from tvm.target import Target
 
 from .errors import CompilerError
 from .kernel import Kernel
-from .toolchain import find_nvcc
+from .toolchain import Tool, find_nvcc
 from .tracing import progress, signature_of, trace
 
 if TYPE_CHECKING:
@@ -56,10 +56,7 @@ def load(family: str, parameters: dict[str, Any], arch: str) -> Kernel:
 
 def build(func: Any, arch: str, family: str, parameters: dict[str, Any]) -> tilelang.JITKernel:
     """Compile a TIR function for `arch`; needs nvcc, but no GPU."""
-    if find_nvcc() is None:
-        raise CompilerError(
-            "no nvcc: CUDA kernels are built with it. Install the CUDA toolkit, or `pip install tilelang[nvcc]`"
-        )
+    nvcc()
     with progress(family, arch, parameters):
         return tilelang.compile(
             func,
@@ -67,3 +64,22 @@ def build(func: Any, arch: str, family: str, parameters: dict[str, Any]) -> tile
             pass_configs=PASS_CONFIGS,
             compile_flags=COMPILE_FLAGS,
         )
+
+
+def nvcc_command(arch: str, flags: tuple[str, ...] = tuple(COMPILE_FLAGS)) -> list[str]:
+    """nvcc as tilelang calls it for a cubin: its flags (`tilelang.contrib.nvcc`, `tilelang.cuda.backend`) and ours."""
+    from tilelang.contrib.cc import get_cplus_compiler
+    from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH
+
+    includes = [f"-I{TILELANG_TEMPLATE_PATH}", f"-I{CUTLASS_INCLUDE_DIR}"]
+    command = [nvcc().path, f"-ccbin={get_cplus_compiler()}", "--cubin", "-O3", "-lineinfo", f"-arch={arch}"]
+    return [*command, "-std=c++20", *includes, *flags]
+
+
+def nvcc() -> Tool:
+    """nvcc, or a CompilerError that says what to install."""
+    if tool := find_nvcc():
+        return tool
+    raise CompilerError(
+        "no nvcc: CUDA kernels are built with it. Install the CUDA toolkit, or `pip install tilelang[nvcc]`"
+    )

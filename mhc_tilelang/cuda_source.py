@@ -29,6 +29,7 @@ class CudaSource:
         grid: blocks along x, y and z, as Python expressions of the run-time sizes and scalars.
         threads: threads of a block along x, y and z.
         shared_bytes: shared memory that the launch asks for; static shared memory is declared in the code.
+        dtypes: of the arguments: "handle" for a buffer, "int32" or "int64" for a number.
     """
 
     entry: str
@@ -37,6 +38,7 @@ class CudaSource:
     grid: tuple[str, str, str]
     threads: tuple[int, int, int]
     shared_bytes: int
+    dtypes: tuple[str, ...] = ()
 
     def grid_at(self, sizes: Mapping[str, int]) -> tuple[int, int, int]:
         """The grid for run-time sizes and scalars, by name. Raises NameError for one that is missing."""
@@ -66,6 +68,7 @@ def generate_from(func: Any, arch: str) -> CudaSource:
         grid=(grid_x, grid_y, grid_z),
         threads=(threads_x, threads_y, threads_z),
         shared_bytes=int(device.attrs.get("dyn_shared_memory_buf", 0)),
+        dtypes=tuple(text_of(param.dtype) for param in device.params),
     )
 
 

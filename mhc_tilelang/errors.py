@@ -27,3 +27,7 @@ class LoweringError(MHCError):
 
 class ConversionError(MHCError):
     """Another framework's weights or code that nothing here is equal to, or a state dict with other keys than its."""
+
+
+class BundleError(MHCError):
+    """A bundle of exported kernels that is damaged, made for another machine, or lacks what was asked for."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 STREAM_COUNTS = (2, 4, 8)
 MAX_ITERS = 10_000  # far beyond convergence
+HIDDEN_SIZES = {"3b": 1280, "9b": 1920, "27b": 2560, "v4-flash": 4096, "v4-pro": 7168}  # the paper's, DeepSeek-V4's
 SMALLEST, LARGEST = 2.0**-126, 2.0**127  # constants are float32 in the kernels, and no subnormals there
 
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..spec import HIDDEN_SIZES
+
 SEQUENCE = 4096  # tokens of a training sequence in the paper
 
 
@@ -40,9 +42,9 @@ class LayerSizes:
 
 
 MODELS = {
-    "3b": LayerSizes(1280, 16, 8 * 896),
-    "9b": LayerSizes(1920, 24, 8 * 1280),
-    "27b": LayerSizes(2560, 32, 8 * 1536),
-    "v4-flash": LayerSizes(4096, 64, 7 * 2048),
-    "v4-pro": LayerSizes(7168, 128, 7 * 3072),
+    "3b": LayerSizes(HIDDEN_SIZES["3b"], 16, 8 * 896),
+    "9b": LayerSizes(HIDDEN_SIZES["9b"], 24, 8 * 1280),
+    "27b": LayerSizes(HIDDEN_SIZES["27b"], 32, 8 * 1536),
+    "v4-flash": LayerSizes(HIDDEN_SIZES["v4-flash"], 64, 7 * 2048),
+    "v4-pro": LayerSizes(HIDDEN_SIZES["v4-pro"], 128, 7 * 3072),
 }

@@ -164,10 +164,10 @@ def cxx() -> Tool:
 
 
 @cache
-def flags() -> tuple[str, ...]:
-    """The compiler's flags for this processor."""
+def flags(march: str = "native") -> tuple[str, ...]:
+    """The compiler's flags for this processor, or for another architecture of its kind."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    native = ["-march=native", "-mprefer-vector-width=512"] if x86 else ["-mcpu=native"]
+    chosen = [f"-march={march}", "-mprefer-vector-width=512"] if x86 else [f"-mcpu={march}"]
     # Apple's clang has no OpenMP: the pragma is skipped and kernels run on one thread.
     parallel = [] if platform.system() == "Darwin" else ["-fopenmp"]
-    return (*FLAGS, *native, *parallel)
+    return (*FLAGS, *chosen, *parallel)

@@ -13,9 +13,9 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ...cuda import COMPILE_FLAGS
+from ...cuda import COMPILE_FLAGS, nvcc, nvcc_command
 from ...errors import CompilerError
-from ...toolchain import Tool, find_nvcc, find_nvdisasm, version_of
+from ...toolchain import Tool, find_nvdisasm, version_of
 
 
 @dataclass(frozen=True)
@@ -55,23 +55,6 @@ def compile_source(code: str, arch: str, flags: tuple[str, ...] = tuple(COMPILE_
         named_barriers=total(r"used (\d+) barriers"),
         listing=listing,
     )
-
-
-def nvcc_command(arch: str, flags: tuple[str, ...]) -> list[str]:
-    """nvcc and the flags that decide about the machine code."""
-    from tilelang.contrib.cc import get_cplus_compiler
-    from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH
-
-    includes = [f"-I{TILELANG_TEMPLATE_PATH}", f"-I{CUTLASS_INCLUDE_DIR}"]
-    command = [nvcc().path, f"-ccbin={get_cplus_compiler()}", "--cubin", "-O3", "-lineinfo", f"-arch={arch}"]
-    return [*command, "-std=c++20", *includes, *flags]
-
-
-def nvcc() -> Tool:
-    """nvcc, or a CompilerError that says what to install."""
-    if tool := find_nvcc():
-        return tool
-    raise CompilerError("no nvcc: install the CUDA toolkit, or `pip install tilelang[nvcc]`")
 
 
 def nvdisasm() -> Tool:

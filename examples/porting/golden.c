@@ -1,0 +1,126 @@
+#include "golden.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { PATH = 4096 };
+
+int golden_open(const char *bundle, const char *target, FILE **index) {
+  char path[PATH];
+  int format = 0, count = -1;
+  snprintf(path, sizeof(path), "%s/golden/%s/index.txt", bundle, target);
+  *index = fopen(path, "r");
+  if (!*index) {
+    fprintf(stderr, "%s: expected the index of golden vectors, got no such file\n", path);
+    return -1;
+  }
+  if (fscanf(*index, "mhc-golden %d %d", &format, &count) != 2 || format != 1) {
+    fprintf(stderr, "%s: expected mhc-golden 1, got format %d\n", path, format);
+    return -1;
+  }
+  return count;
+}
+
+static int read_array(const char *bundle, struct golden_buffer *buffer) {
+  char path[PATH];
+  const size_t size = strcmp(buffer->dtype, "float32") == 0 ? 4 : 2;
+  buffer->bytes = buffer->elements * size;
+  buffer->content = calloc(buffer->elements, size);
+  if (!buffer->content) return -1;
+  if (strcmp(buffer->role, "unused") == 0) return 0;
+  snprintf(path, sizeof(path), "%s/%s", bundle, buffer->file);
+  FILE *file = fopen(path, "rb");
+  if (!file) {
+    fprintf(stderr, "%s: expected %zu bytes of %s, got no such file\n", path, buffer->bytes, buffer->name);
+    return -1;
+  }
+  const size_t got = fread(buffer->content, 1, buffer->bytes, file);
+  const int rest = fgetc(file);
+  fclose(file);
+  if (got == buffer->bytes && rest == EOF) return 0;
+  fprintf(stderr, "%s: expected %zu bytes of %s, got %s\n", path, buffer->bytes, buffer->name,
+          rest == EOF ? "fewer" : "more");
+  return -1;
+}
+
+int golden_next(FILE *index, const char *bundle, struct golden_vector *vector) {
+  memset(vector, 0, sizeof(*vector));
+  int buffers = 0, numbers = 0;
+  if (fscanf(index, " kernel %127s %d %d", vector->kernel, &buffers, &numbers) != 3 || buffers < 0 ||
+      buffers > GOLDEN_BUFFERS || numbers < 0 || numbers > GOLDEN_NUMBERS) {
+    fprintf(stderr, "golden vectors: expected a kernel after %s, got something else\n", vector->kernel);
+    return -1;
+  }
+  for (int k = 0; k < numbers; ++k) {
+    long long value;
+    if (fscanf(index, " number %127s %lld", vector->number_names[k], &value) != 2) return -1;
+    vector->numbers[k] = value;
+    vector->num_numbers = k + 1;
+  }
+  for (int k = 0; k < buffers; ++k) {
+    struct golden_buffer *b = &vector->buffers[k];
+    if (fscanf(index, " buffer %127s %127s %127s %zu %127s %lf %lf", b->name, b->dtype, b->role, &b->elements, b->file,
+               &b->atol, &b->rtol) != 7)
+      return -1;
+    vector->num_buffers = k + 1;
+    if (read_array(bundle, b) != 0) return -1;
+  }
+  return 0;
+}
+
+void golden_free(struct golden_vector *vector) {
+  for (int k = 0; k < vector->num_buffers; ++k) free(vector->buffers[k].content);
+  vector->num_buffers = 0;
+}
+
+int golden_number(const struct golden_vector *vector, const char *name, int64_t *value) {
+  for (int k = 0; k < vector->num_numbers; ++k)
+    if (strcmp(vector->number_names[k], name) == 0) {
+      *value = vector->numbers[k];
+      return 0;
+    }
+  fprintf(stderr, "%s: expected a number %s, got none\n", vector->kernel, name);
+  return -1;
+}
+
+static double value_at(const char *dtype, const void *content, size_t k) {
+  if (strcmp(dtype, "float32") == 0) return ((const float *)content)[k];
+  const uint32_t bits = ((const uint16_t *)content)[k];
+  if (strcmp(dtype, "bfloat16") == 0) {
+    const uint32_t word = bits << 16;
+    float value;
+    memcpy(&value, &word, sizeof(value));
+    return value;
+  }
+  const int exponent = (bits >> 10) & 31, fraction = bits & 1023; /* float16 */
+  double value = exponent == 0 ? ldexp(fraction, -24) : ldexp(1024 + fraction, exponent - 25);
+  if (exponent == 31) value = fraction ? NAN : INFINITY;
+  return bits & 0x8000u ? -value : value;
+}
+
+double golden_share(const struct golden_buffer *expected, const void *got) {
+  double worst = 0;
+  for (size_t k = 0; k < expected->elements; ++k) {
+    const double wanted = value_at(expected->dtype, expected->content, k), value = value_at(expected->dtype, got, k);
+    const double distance = fabs(value - wanted), tolerance = expected->atol + expected->rtol * fabs(wanted);
+    if (distance == 0) continue;
+    const double share = isfinite(value) && tolerance > 0 ? distance / tolerance : INFINITY;
+    if (share > worst) worst = share;
+  }
+  return worst;
+}
+
+void golden_word(const char *words, int k, char *word) {
+  while (k-- > 0) {
+    words = strchr(words, ' ');
+    if (!words++) {
+      word[0] = 0;
+      return;
+    }
+  }
+  size_t length = strcspn(words, " ");
+  if (length >= GOLDEN_NAME) length = GOLDEN_NAME - 1;
+  memcpy(word, words, length);
+  word[length] = 0;
+}

@@ -1,0 +1,128 @@
+"""A kernel in words: what a host must know to call it, and what a running program asks for it by.
+
+Parameters become JSON, plans and tiles with the name of their type; `key_of` turns what `compile.kernel` is asked for
+into the same text without loading tilelang.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any
+
+from ..kernel import Signature
+
+INPUT, OUTPUT, UNUSED = "in", "out", "unused"
+
+
+@dataclass(frozen=True)
+class Described:
+    """A kernel of a bundle.
+
+    Attributes:
+        name: within the bundle; the family, and what tells it from others of the family.
+        symbol: of its C function: the name, with the sizes that a bundle has in common.
+        family, parameters: as `compile.kernel` takes them.
+        signature: buffers, then run-time sizes, then scalars: the order of every call.
+        roles: of each buffer; "unused" are those that this kernel does not touch.
+        func: its TIR, which every target starts from.
+    """
+
+    name: str
+    symbol: str
+    family: str
+    parameters: dict[str, Any]
+    signature: Signature
+    roles: tuple[str, ...]
+    func: Any
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Run-time sizes and scalars, in the order of a call."""
+        return (*self.signature.sizes, *self.signature.scalars)
+
+
+def describe(family: str, parameters: dict[str, Any], prefix: str) -> Described:
+    """Trace a kernel, and say what it reads and writes. Loads tilelang."""
+    from ..tracing import signature_of, trace
+
+    func = trace(family, parameters)
+    from ..cpu.views import accesses_of  # after tilelang, which puts tvm on the path
+
+    signature = signature_of(func)
+    accesses = accesses_of(func.body)
+    written = {access.buffer.name for access in accesses if access.is_write}
+    touched = {access.buffer.name for access in accesses}
+    roles = tuple(
+        OUTPUT if buffer.name in written else INPUT if buffer.name in touched else UNUSED
+        for buffer in signature.buffers
+    )
+    name = name_of(family, parameters)
+    return Described(name, f"{prefix}{name}", family, parameters, signature, roles, func)
+
+
+def prefix_of(num_streams: int, hidden_size: int, dtype: str) -> str:
+    """What the C functions of a bundle have in common, so that two models can be linked into one program."""
+    return f"mhc_n{num_streams}_c{hidden_size}_{dtype}_"
+
+
+def name_of(family: str, parameters: dict[str, Any]) -> str:
+    """The family, then the parameters that its kernels at one width differ in: rows of phi, lanes, what is asked for."""
+    parts = [family]
+    for name, value in parameters.items():
+        if name == "plan":
+            parts.append(f"rows{getattr(value, 'projection', value).rows}")
+        elif name == "lanes":
+            parts.append(f"lanes{value}")
+        elif name == "layer_dtype" and value != parameters["dtype"]:
+            parts.append(f"layer_{value}")
+        elif value is True:
+            parts.append(name)
+    return "_".join(parts)
+
+
+def unique_names(kernels: list[Described]) -> list[Described]:
+    """The same kernels; those that would share a name get a digest of their parameters."""
+    names = [kernel.name for kernel in kernels]
+    found = []
+    for kernel in kernels:
+        if names.count(kernel.name) > 1:
+            suffix = "_" + hashlib.sha256(key_of(kernel.family, kernel.parameters).encode()).hexdigest()[:6]
+            values = {field.name: getattr(kernel, field.name) for field in fields(kernel)}
+            kernel = Described(**{**values, "name": kernel.name + suffix, "symbol": kernel.symbol + suffix})
+        found.append(kernel)
+    return found
+
+
+def encoded(value: Any) -> Any:
+    """A parameter as JSON."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"type": type(value).__name__, **{name: encoded(part) for name, part in vars(value).items()}}
+    return value
+
+
+def encoded_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
+    """All of them."""
+    return {name: encoded(value) for name, value in parameters.items()}
+
+
+def key_of(family: str, parameters: dict[str, Any]) -> str:
+    """The one text of a kernel and its parameters, encoded or not."""
+    return json.dumps([family, encoded_parameters(parameters)], sort_keys=True)
+
+
+def entry_of(kernel: Described) -> dict[str, Any]:
+    """The kernel in the manifest."""
+    buffers = [
+        {**asdict(buffer), "role": role} for buffer, role in zip(kernel.signature.buffers, kernel.roles, strict=True)
+    ]
+    return {
+        "name": kernel.name,
+        "symbol": kernel.symbol,
+        "family": kernel.family,
+        "parameters": encoded_parameters(kernel.parameters),
+        "buffers": buffers,
+        "sizes": list(kernel.signature.sizes),
+        "scalars": list(kernel.signature.scalars),
+    }

@@ -1,0 +1,129 @@
+"""A bundle as a whole: every target's kernels, golden vectors, and the manifest.
+
+It is made beside its place and moved there when it is whole, so that a bundle is never half there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from ..device import versions
+from ..errors import MHCError
+from ..spec import MHCSpec
+from . import cpu_target, cuda_target, golden, manifest, workload
+from .described import Described, describe, prefix_of, unique_names
+
+Tick = Callable[[], object]
+ALIGNMENT = {"cpu": "of an element", "cuda": 16}
+
+
+def kernels_for(spec: MHCSpec, dtype: str, target: str, forward_only: bool) -> list[Described]:
+    """The kernels that a model needs on a target, traced and named. Loads tilelang."""
+    prefix = prefix_of(spec.num_streams, spec.hidden_size, dtype)
+    wanted = workload.kernels_of(spec, dtype, target, forward_only)
+    return unique_names([describe(family, parameters, prefix) for family, parameters in wanted])
+
+
+def export(
+    spec: MHCSpec,
+    dtype: str,
+    targets: Sequence[str],
+    folder: Path,
+    *,
+    forward_only: bool = False,
+    march: str | None = None,
+    started: Callable[[int], Tick] = lambda _: lambda: None,
+) -> dict[str, Any]:
+    """Write a bundle to `folder`, which must not exist or be empty; returns its manifest.
+
+    Args:
+        spec, dtype: of the model.
+        targets: "cpu" and CUDA architectures.
+        forward_only: leave out what only a backward launches.
+        march: of the CPU's library; x86-64-v3 unless given.
+        started: is told how many steps there will be, and returns what is called after each.
+
+    Raises:
+        MHCError: a target or march that there is none of, a folder that has files or cannot be written.
+        CompilerError: a compiler is missing or refuses.
+    """
+    march = march or cpu_target.default_march()
+    for target in targets:
+        if target == "cpu":
+            cpu_target.features_of(march)
+        else:
+            cuda_target.check_arch(target)
+    kernels = {target: kernels_for(spec, dtype, target, forward_only) for target in targets}
+    tick = started(2 * sum(map(len, kernels.values())))
+    folder = folder.resolve()
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise MHCError(f"--out {folder}: expected a new or an empty folder, got one with files")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            made = Path(scratch) / "bundle"
+            made.mkdir()
+            facts = write(spec, dtype, kernels, forward_only, march, made, tick)
+            if folder.exists():
+                folder.rmdir()
+            os.replace(made, folder)
+    except OSError as error:
+        raise MHCError(f"--out {folder}: cannot be written: {error}") from error
+    return facts
+
+
+def write(
+    spec: MHCSpec,
+    dtype: str,
+    kernels: dict[str, list[Described]],
+    forward_only: bool,
+    march: str,
+    folder: Path,
+    tick: Tick,
+) -> dict[str, Any]:
+    """All files of a bundle; returns the manifest."""
+    targets = {}
+    for target, described in kernels.items():
+        if target == "cpu":
+            targets[target] = cpu_target.write(described, dtype, march, folder, tick)
+        else:
+            targets[target] = cuda_target.write(described, target, folder, tick)
+        golden.make(described, spec, dtype, target, forward_only, folder, tick)
+    save_arrays(folder)
+    facts = {
+        "format": manifest.FORMAT,
+        "versions": {**versions(), "sources": manifest.sources_hash()},
+        "spec": asdict(spec),
+        "dtype": dtype,
+        "forward_only": forward_only,
+        "layout": {"order": "row-major", "contiguous": True, "alignment": ALIGNMENT},
+        "targets": targets,
+        "golden": {target: f"golden/{target}/index.json" for target in targets},
+    }
+    manifest.write(folder, facts)
+    return manifest.read(folder)
+
+
+def save_arrays(folder: Path) -> None:
+    """`golden/vectors.npz`: the arrays of golden/data under their file's name, with shape; 16-bit floats as uint16."""
+    arrays = {}
+    for index in sorted((folder / "golden").glob("*/index.json")):
+        for vector in json.loads(index.read_text(encoding="utf-8")):
+            for buffer in vector["buffers"]:
+                if buffer["file"]:
+                    tensor = golden.tensor_of((folder / buffer["file"]).read_bytes(), buffer)
+                    arrays[Path(buffer["file"]).stem] = golden.bits_of(tensor)
+    np.savez_compressed(folder / "golden" / "vectors.npz", **arrays)
+
+
+def total_bytes(facts: dict[str, Any]) -> int:
+    """The size of a bundle's files."""
+    return sum(file["bytes"] for file in facts["files"].values())

@@ -1,0 +1,210 @@
+"""Golden vectors: for every kernel its inputs, the results in float64, and how far off a result may be.
+
+A result is what the kernel's own code gives in float64 (`float64.h`): the CPU lowering's C++ of the target's kernel,
+compiled with doubles for floats. Where a kernel rounds to 16 bits, it is rounded. So a golden vector says whether a
+port runs the kernel as it is; whether the kernel is right is what `mhc-tilelang check` says.
+
+The tolerance is the spread of results when every operation rounds 16 times as coarsely as float32, in RUNS runs: a
+float32 kernel with another order of sums, or an exp of a few ULPs, is well within; a product in TF32 or bfloat16 is
+512 or 4096 times as coarse and is not. One ULP of the stored dtype comes on top, as a share of the value:
+
+    |got − expected| ≤ atol + rtol · |expected|              atol = rtol = 0 where nothing is rounded
+
+Inputs are those that the kernels get when a model of five tokens runs; a kernel that only many tokens need gets
+random ones. Equal arrays are one file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import compile as compiler
+from ..cpu.build import cxx
+from ..errors import CompilerError
+from ..kernel import Kernel
+from ..spec import MHCSpec
+from . import manifest, workload
+from .described import OUTPUT, UNUSED, Described, key_of
+
+AMPLITUDE = 16 * 2.0**-24
+RUNS = 3
+ULP = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23}
+RANDOM_SIZE = 37  # of the run-time sizes of a kernel that a model of five tokens does not launch
+SEED = 1234
+HERE = Path(__file__).parent
+
+
+class Recorder:
+    """Computes kernels in float64 as a model launches them, and keeps the first call of each."""
+
+    def __init__(self, kernels: Sequence[Described], data: Path, scratch: Path, tick: Callable[[], object]) -> None:
+        self.kernels = {key_of(kernel.family, kernel.parameters): kernel for kernel in kernels}
+        self.data, self.scratch, self.tick = data, scratch, tick
+        self.vectors: dict[str, dict[str, Any]] = {}
+        self.data.mkdir(parents=True, exist_ok=True)
+
+    def load(self, family: str, parameters: dict[str, Any]) -> Kernel:
+        """A kernel as `compile.emulating` asks for it."""
+        kernel = self.kernels[key_of(family, parameters)]
+        library = compiled(kernel, self.scratch)
+
+        def launch(tensors: list[torch.Tensor], sizes: dict[str, int], scalars: list[int]) -> None:
+            numbers = {**sizes, **dict(zip(kernel.signature.scalars, scalars, strict=True))}
+            if kernel.name in self.vectors:
+                evaluate(library, kernel, tensors, numbers)
+            else:
+                self.vectors[kernel.name] = self.record(library, kernel, tensors, numbers)
+                self.tick()
+
+        return Kernel(family, kernel.signature, launch)
+
+    def record(
+        self, library: ctypes.CDLL, kernel: Described, tensors: list[torch.Tensor], numbers: Mapping[str, int]
+    ) -> dict[str, Any]:
+        """Compute a call, and write its arrays down."""
+        exact = evaluate(library, kernel, tensors, numbers)
+        rounds = library.mhc_operations() > 0
+        spread = dict.fromkeys(exact, 0.0)
+        for seed in range(RUNS if rounds else 0):
+            coarse = evaluate(library, kernel, [t.clone() for t in tensors], numbers, AMPLITUDE, seed + 1)
+            for name, values in coarse.items():
+                spread[name] = max(spread[name], float(np.abs(values - exact[name]).max(initial=0.0)))
+        buffers = []
+        for buffer, role, tensor in zip(kernel.signature.buffers, kernel.roles, tensors, strict=True):
+            facts: dict[str, Any] = {"name": buffer.name, "dtype": buffer.dtype, "role": role}
+            facts |= {"shape": list(tensor.shape), "file": None, "atol": 0.0, "rtol": 0.0}
+            if role != UNUSED:
+                facts["file"] = self.keep(tensor)
+            if role == OUTPUT and rounds:
+                facts |= {"atol": spread[buffer.name], "rtol": ULP[buffer.dtype]}
+            buffers.append(facts)
+        return {"kernel": kernel.name, "numbers": dict(numbers), "buffers": buffers}
+
+    def keep(self, tensor: torch.Tensor) -> str:
+        """Write an array's bytes to a file that is named by them."""
+        content = bits_of(tensor).tobytes()
+        path = self.data / f"{manifest.sha256(content)[:16]}.bin"
+        path.write_bytes(content)
+        return f"golden/data/{path.name}"
+
+
+def make(
+    kernels: Sequence[Described],
+    spec: MHCSpec,
+    dtype: str,
+    target: str,
+    forward_only: bool,
+    folder: Path,
+    tick: Callable[[], object],
+) -> None:
+    """Write `golden/TARGET/index.json` and `index.txt`, and what they name in `golden/data`; a tick per kernel."""
+    with TemporaryDirectory(prefix="mhc-golden-") as scratch, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        recorder = Recorder(kernels, folder / "golden" / "data", Path(scratch), tick)
+        with compiler.emulating(workload.emulator(target, recorder.load)):
+            workload.run(spec, workload.inputs_of(spec, dtype), forward_only)
+        for kernel in kernels:
+            if kernel.name not in recorder.vectors and not kernel.signature.scalars:
+                recorder.load(kernel.family, kernel.parameters)(**random_arguments(kernel))
+    index = [recorder.vectors[kernel.name] for kernel in kernels if kernel.name in recorder.vectors]
+    place = folder / "golden" / target
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    (place / "index.txt").write_text(as_text(index), encoding="utf-8")
+
+
+def random_arguments(kernel: Described) -> dict[str, torch.Tensor]:
+    """Standard normal buffers of a kernel that no other launch of the model feeds."""
+    sizes = dict.fromkeys(kernel.signature.sizes, RANDOM_SIZE) | {"num_tokens": workload.GOLDEN_TOKENS}
+    shapes = {b.name: [sizes[d] if isinstance(d, str) else d for d in b.shape] for b in kernel.signature.buffers}
+    return {b.name: torch.randn(shapes[b.name]).to(getattr(torch, b.dtype)) for b in kernel.signature.buffers}
+
+
+def compiled(kernel: Described, scratch: Path) -> ctypes.CDLL:
+    """A kernel in float64."""
+    from ..cpu.emit import emit
+
+    code = emit(kernel.func.with_attr("global_symbol", kernel.symbol)).replace("runtime.h", "float64.h")
+    source, library = scratch / f"{kernel.name}.cpp", scratch / f"{kernel.name}.so"
+    source.write_text(code, encoding="utf-8")
+    tool = cxx()
+    flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{HERE}"]
+    command = [tool.path, *tool.arguments, *flags, str(source), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise CompilerError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
+    found = ctypes.CDLL(str(library))
+    found.mhc_operations.restype = ctypes.c_uint64
+    found.mhc_arithmetic.argtypes = [ctypes.c_double, ctypes.c_uint64]
+    return found
+
+
+def evaluate(
+    library: ctypes.CDLL,
+    kernel: Described,
+    tensors: list[torch.Tensor],
+    numbers: Mapping[str, int],
+    amplitude: float = 0.0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Run a kernel in float64 on its tensors, write the results to its outputs; returned as they were before a last
+    rounding to 16 bits.
+    """
+    arrays = [doubles_of(tensor) for tensor in tensors]
+    function = getattr(library, kernel.symbol)
+    count = len(kernel.numbers)
+    function.argtypes = [ctypes.c_void_p] * len(arrays) + [ctypes.c_int64] * count + [ctypes.c_int]
+    library.mhc_arithmetic(amplitude, seed)
+    function(*(array.ctypes.data for array in arrays), *(numbers[name] for name in kernel.numbers), 1)
+    before = {}
+    for buffer, role, tensor, array in zip(kernel.signature.buffers, kernel.roles, tensors, arrays, strict=True):
+        if role == OUTPUT:
+            before[buffer.name] = array[..., -1]
+            tensor.copy_(torch.from_numpy(array[..., 0].copy()))
+    return before
+
+
+def doubles_of(tensor: torch.Tensor) -> Any:
+    """A tensor as float64.h has it, with a last axis: of one double, of two for what is stored in 16 bits."""
+    doubles = tensor.detach().double().numpy()[..., None]
+    return np.ascontiguousarray(np.repeat(doubles, 1 if tensor.dtype == torch.float32 else 2, axis=-1))
+
+
+def bits_of(tensor: torch.Tensor) -> Any:
+    """A tensor as numpy has it; 16-bit floats as their bits."""
+    tensor = tensor.detach().contiguous()
+    return tensor.numpy() if tensor.dtype == torch.float32 else tensor.view(torch.int16).numpy().view(np.uint16)
+
+
+def tensor_of(content: bytes, facts: Mapping[str, Any]) -> torch.Tensor:
+    """The tensor of a file's bytes."""
+    tensor = torch.frombuffer(bytearray(content), dtype=getattr(torch, facts["dtype"]))
+    return tensor.view(tuple(facts["shape"]))
+
+
+def as_text(index: Sequence[Mapping[str, Any]]) -> str:
+    """The index for a host without JSON: words with a space between them.
+
+        mhc-golden 1 KERNELS
+        kernel NAME BUFFERS NUMBERS
+        number NAME VALUE
+        buffer NAME DTYPE ROLE ELEMENTS FILE ATOL RTOL          FILE is - for a buffer that is not touched
+    """
+    lines = [f"mhc-golden 1 {len(index)}"]
+    for vector in index:
+        lines.append(f"kernel {vector['kernel']} {len(vector['buffers'])} {len(vector['numbers'])}")
+        lines += [f"number {name} {value}" for name, value in vector["numbers"].items()]
+        for b in vector["buffers"]:
+            elements = int(np.prod(b["shape"], dtype=np.int64))
+            words = (b["name"], b["dtype"], b["role"], elements, b["file"] or "-", repr(b["atol"]), repr(b["rtol"]))
+            lines.append(" ".join(map(str, ("buffer", *words))))
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,108 @@
+"""Which kernels a model needs: the package's functions are called, and what they launch is written down.
+
+Nothing is decided here a second time: `compile.emulating` takes every launch, so the kernels are those that a model
+asks for. They are the ones of a `ResidualStream` with each reduction, and of every public function, forward and
+backward, for all token counts; in training also with a frozen embedding and with frozen connections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+
+from .. import compile as compiler
+from .. import ops
+from ..checking.inputs import Case, Inputs
+from ..connections import HyperConnection, HyperHead
+from ..kernel import Kernel
+from ..residual_stream import ResidualStream
+from ..spec import MHCSpec
+
+# Token counts between which what is compiled may differ: partial sums are one or several, and added in 1 or 16 lanes.
+TOKEN_COUNTS = (1, 800, 2048)
+GPU_BLOCKS = 2 * 132  # of a projection on an H100 or H200; shares out work, and changes no kernel
+GOLDEN_TOKENS = 5
+Key = tuple[str, tuple[tuple[str, Any], ...]]
+
+
+def kernels_of(spec: MHCSpec, dtype: str, target: str, forward_only: bool = False) -> list[tuple[str, dict[str, Any]]]:
+    """Family and parameters of every kernel that a model of this width needs on "cpu" or a CUDA architecture."""
+    found: dict[Key, None] = {}
+
+    def load(family: str, parameters: dict[str, Any]) -> Kernel:
+        found.setdefault((family, tuple(parameters.items())))
+        return cast(Kernel, lambda **_: None)
+
+    with compiler.emulating(emulator(target, load)):
+        for num_tokens in TOKEN_COUNTS:
+            run(spec, unset(inputs_of(spec, dtype), num_tokens), forward_only)
+    return [(family, dict(parameters)) for family, parameters in found]
+
+
+def emulator(target: str, load: Any) -> compiler.Emulator:
+    """What takes every launch on CPU tensors as the target's."""
+    return compiler.Emulator(target, load, GPU_BLOCKS, "cpu" if target == "cpu" else "cuda", {})
+
+
+def inputs_of(spec: MHCSpec, dtype: str) -> Inputs:
+    """The arguments of GOLDEN_TOKENS tokens."""
+    return Inputs.of(Case(spec.num_streams, spec.hidden_size, getattr(torch, dtype), GOLDEN_TOKENS), torch.device("cpu"))
+
+
+def unset(inputs: Inputs, num_tokens: int) -> Inputs:
+    """Arguments of the same kind that nobody reads, for more tokens: memory that is not touched costs nothing."""
+    names = ("h", "x", "layer_output", "h_pre", "h_post", "h_res", "logits")
+    tensors = {name: getattr(inputs, name) for name in names}
+    return replace(inputs, **{name: t.new_empty(num_tokens, *t.shape[1:]) for name, t in tensors.items()})
+
+
+def run(spec: MHCSpec, inputs: Inputs, forward_only: bool) -> None:
+    """Call everything once, and its backward."""
+    for results in (*functions(spec, inputs), *streams(spec, inputs)):
+        if not forward_only:
+            gradients = [torch.randn_like(result) for result in results]
+            torch.autograd.backward(results, gradients)
+
+
+def streams(spec: MHCSpec, inputs: Inputs) -> Iterator[list[torch.Tensor]]:
+    """The output of a model of three sublayers: for each reduction, then with a part of it frozen."""
+    head = HyperHead(spec)
+    for reduction in ("sum", "mean", head):
+        yield stream(spec, inputs, reduction, True, True)
+    yield stream(spec, inputs, "sum", False, True)
+    yield stream(spec, inputs, "sum", True, False)
+
+
+def stream(
+    spec: MHCSpec, inputs: Inputs, reduction: str | HyperHead, embedding: bool, connections: bool
+) -> list[torch.Tensor]:
+    """The output of one, and which parts of it are trained."""
+    h = inputs.h.clone().requires_grad_(embedding)
+    stream = ResidualStream(h, spec.num_streams)
+    for sublayer in range(3):
+        connection = HyperConnection(spec, sublayer).requires_grad_(connections)
+        with torch.no_grad():
+            connection.phi.copy_(inputs.phi)
+        stream.write(stream.read(connection) * 0.5)
+    return [stream.reduce(reduction)]
+
+
+def functions(spec: MHCSpec, inputs: Inputs) -> Iterator[list[torch.Tensor]]:
+    """The results of every public function."""
+    n = spec.num_streams
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in vars(inputs).items()}
+    parameters = (leaves["phi"], leaves["alpha"], leaves["bias"], spec)
+    mixed = (leaves["x"], leaves["layer_output"], leaves["h_post"], leaves["h_res"])
+    yield [ops.expand(leaves["h"], n)]
+    yield [ops.collapse(leaves["x"])]
+    yield [ops.sinkhorn(leaves["logits"], spec.sinkhorn_iters, spec.sinkhorn_eps)]
+    yield [*ops.coefficients(leaves["x"], *parameters)]
+    yield [*ops.pre(leaves["x"], *parameters)]
+    yield [ops.post(*mixed)]
+    yield [*ops.post_pre(*mixed, *parameters)]
+    yield [*ops.post_pre(*mixed, *parameters, h_pre=leaves["h_pre"])]
+    rows = (leaves["phi"][:n].contiguous(), leaves["alpha"][:1], leaves["bias"][:n])
+    yield [ops.head(leaves["x"], *rows, spec)]
