@@ -8,6 +8,8 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable, Mapping
+from functools import cache
+from typing import TypeVar
 
 from ..errors import BundleError
 
@@ -18,6 +20,7 @@ OPERATORS: dict[type, tuple[str, Callable[[int, int], int]]] = {
     ast.FloorDiv: ("/", operator.floordiv),
     ast.Mod: ("%", operator.mod),
 }
+Value = TypeVar("Value", int, str)
 FUNCTIONS: dict[str, tuple[str, Callable[[int, int], int]]] = {"min": ("MHC_MIN", min), "max": ("MHC_MAX", max)}
 
 
@@ -47,12 +50,18 @@ def c_of(expression: str) -> str:
     return walked(expression, walk)
 
 
-def walked(expression: str, walk: Callable[[ast.AST], object]):  # type: ignore[no-untyped-def]
+def walked(expression: str, walk: Callable[[ast.AST], Value]) -> Value:
     """What a walk makes of the expression; its errors named."""
     try:
-        return walk(ast.parse(expression, mode="eval").body)
+        return walk(parsed(expression))
     except (KeyError, TypeError, ValueError, SyntaxError, ZeroDivisionError) as error:
         raise BundleError(f"launch: {expression!r}: expected arithmetic of known sizes, got {error!r}") from None
+
+
+@cache
+def parsed(expression: str) -> ast.expr:
+    """Once per expression: a launch is a matter of microseconds."""
+    return ast.parse(expression, mode="eval").body
 
 
 def function_of(node: ast.Call) -> str:

@@ -1,0 +1,120 @@
+"""A bundle against its own word: every file's hash, and its kernels on the golden vectors where this machine can run them.
+
+Neither tilelang nor a compiler is needed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..compile import target_of
+from ..errors import BundleError
+from . import cpu_target, manifest
+from .described import OUTPUT
+from .golden import tensor_of
+from .load import Bundle
+
+
+@dataclass(frozen=True)
+class Result:
+    """An output of a kernel: the largest share of its tolerance that an element takes, 1 being the limit.
+
+    Where the kernel did not run, `note` says why.
+    """
+
+    target: str
+    kernel: str
+    output: str
+    share: float
+    ran: bool
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Within the tolerance, or not run."""
+        return not self.ran or self.share <= 1
+
+
+def check_files(folder: Path) -> dict[str, Any]:
+    """The manifest of a bundle whose files are all as they were exported. Raises BundleError for the first that is not.
+
+    The golden vectors that the indices name must be among them.
+    """
+    facts = manifest.read(folder)
+    for name in facts["files"]:
+        manifest.content_of(folder, facts, name)
+    for target in facts["targets"]:
+        for vector in vectors_of(folder, facts, target):
+            for buffer in vector["buffers"]:
+                if buffer["file"] is not None and buffer["file"] not in facts["files"]:
+                    raise BundleError(f"{folder}: {vector['kernel']}: {buffer['file']}: expected a file, got none")
+    return facts
+
+
+def vectors_of(folder: Path, facts: dict[str, Any], target: str) -> list[dict[str, Any]]:
+    """The golden vectors of a target."""
+    name = facts["golden"].get(target)
+    if name is None:
+        raise BundleError(f"{folder}: golden: expected an index for {target}, got none")
+    vectors: list[dict[str, Any]] = json.loads(manifest.content_of(folder, facts, name))
+    return vectors
+
+
+def results(folder: Path, facts: dict[str, Any]) -> Iterator[Result]:
+    """Every output of every kernel that has a golden vector."""
+    bundle = Bundle(folder)
+    for target, part in facts["targets"].items():
+        entries = {entry["name"]: entry for entry in part["kernels"]}
+        reason = why_not(target, part, folder)
+        for vector in vectors_of(folder, facts, target):
+            outputs = [buffer for buffer in vector["buffers"] if buffer["role"] == OUTPUT]
+            if reason:
+                yield from (Result(target, vector["kernel"], b["name"], 0.0, False, reason) for b in outputs)
+                continue
+            got = run(bundle, target, entries[vector["kernel"]], vector)
+            for buffer in outputs:
+                yield Result(target, vector["kernel"], buffer["name"], share_of(bundle, buffer, got[buffer["name"]]), True)
+
+
+def why_not(target: str, part: dict[str, Any], folder: Path) -> str:
+    """Why this machine cannot run a target's kernels; empty if it can."""
+    if part["kind"] == "cpu":
+        try:
+            cpu_target.check_machine(part, str(folder))
+        except BundleError:
+            return "not for this processor"
+        return ""
+    if not torch.cuda.is_available():
+        return "no GPU here"
+    here = target_of(torch.device("cuda", 0))
+    return "" if here == target else f"the GPU here is {here}"
+
+
+def run(bundle: Bundle, target: str, entry: dict[str, Any], vector: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Call a kernel on its golden inputs, with outputs that are NaN before."""
+    device = torch.device("cpu" if bundle.manifest["targets"][target]["kind"] == "cpu" else "cuda")
+    tensors = {}
+    for buffer in vector["buffers"]:
+        if buffer["role"] == "in":
+            content = manifest.content_of(bundle.folder, bundle.manifest, buffer["file"])
+            tensors[buffer["name"]] = tensor_of(content, buffer).to(device)
+        else:
+            dtype = getattr(torch, buffer["dtype"])
+            tensors[buffer["name"]] = torch.full(buffer["shape"], torch.nan, dtype=dtype, device=device)
+    scalars = {name: vector["numbers"][name] for name in entry["scalars"]}
+    bundle.kernel(target, entry)(**tensors, **scalars)
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+def share_of(bundle: Bundle, buffer: dict[str, Any], got: torch.Tensor) -> float:
+    """The largest share of the tolerance; infinite for a NaN, and for any difference where none is allowed."""
+    expected = tensor_of(manifest.content_of(bundle.folder, bundle.manifest, buffer["file"]), buffer).double()
+    distance = (got.double() - expected).abs().nan_to_num(nan=torch.inf)
+    share = distance / (buffer["atol"] + buffer["rtol"] * expected.abs())
+    return float(torch.where(distance == 0, 0.0, share).max()) if share.numel() else 0.0
