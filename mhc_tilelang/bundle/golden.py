@@ -111,7 +111,7 @@ def make(
         torch.manual_seed(SEED)
         recorder = Recorder(kernels, folder / "golden" / "data", Path(scratch), tick)
         with compiler.emulating(workload.emulator(target, recorder.load)):
-            workload.run(spec, workload.inputs_of(spec, dtype), forward_only)
+            workload.run(spec, workload.inputs_of(spec, dtype), forward_only, torch.randn_like)
         for kernel in kernels:
             if kernel.name not in recorder.vectors and not kernel.signature.scalars:
                 recorder.load(kernel.family, kernel.parameters)(**random_arguments(kernel))

@@ -7,8 +7,9 @@ backward, for all token counts; in training also with a frozen embedding and wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -21,8 +22,9 @@ from ..kernel import Kernel
 from ..residual_stream import ResidualStream
 from ..spec import MHCSpec
 
-# Token counts between which what is compiled may differ: partial sums are one or several, and added in 1 or 16 lanes.
-TOKEN_COUNTS = (1, 800, 2048)
+# Token counts between which what is compiled may differ: gradients of parameters are one partial sum or several, and
+# added in 1 or 16 lanes, each from some number between 512 and 1024 tokens on.
+TOKEN_COUNTS = (1, 520, 640, 800, 2048)
 GPU_BLOCKS = 2 * 132  # of a projection on an H100 or H200; shares out work, and changes no kernel
 GOLDEN_TOKENS = 5
 Key = tuple[str, tuple[tuple[str, Any], ...]]
@@ -38,7 +40,7 @@ def kernels_of(spec: MHCSpec, dtype: str, target: str, forward_only: bool = Fals
 
     with compiler.emulating(emulator(target, load)):
         for num_tokens in TOKEN_COUNTS:
-            run(spec, unset(inputs_of(spec, dtype), num_tokens), forward_only)
+            run(spec, unset(inputs_of(spec, dtype), num_tokens), forward_only, torch.empty_like)
     return [(family, dict(parameters)) for family, parameters in found]
 
 
@@ -59,12 +61,13 @@ def unset(inputs: Inputs, num_tokens: int) -> Inputs:
     return replace(inputs, **{name: t.new_empty(num_tokens, *t.shape[1:]) for name, t in tensors.items()})
 
 
-def run(spec: MHCSpec, inputs: Inputs, forward_only: bool) -> None:
-    """Call everything once, and its backward."""
-    for results in (*functions(spec, inputs), *streams(spec, inputs)):
+def run(
+    spec: MHCSpec, inputs: Inputs, forward_only: bool, gradient: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """Call everything once, and its backward with these gradients of results."""
+    for results in chain(functions(spec, inputs), streams(spec, inputs)):
         if not forward_only:
-            gradients = [torch.randn_like(result) for result in results]
-            torch.autograd.backward(results, gradients)
+            torch.autograd.backward(results, [gradient(result) for result in results])
 
 
 def streams(spec: MHCSpec, inputs: Inputs) -> Iterator[list[torch.Tensor]]:
