@@ -35,7 +35,7 @@ COMMANDS = {
     "traffic": Command("mhc_tilelang.perf.traffic_command", "count the bytes that the kernels move, from their code"),
     "inspect": Command("mhc_tilelang.perf.inspect.command", "build the CUDA kernels without a GPU, and study them"),
     "study": Command("mhc_tilelang.perf.study.command", "run experiments: gain over depth, training, Sinkhorn"),
-    "export": Command("mhc_tilelang.bundle.command", "write a model's kernels as a bundle for hosts without a compiler"),
+    "export": Command("mhc_tilelang.bundle.command", "write a model's kernels as a bundle, for use without a compiler"),
     "warmup": Command("mhc_tilelang.bundle.warmup_command", "compile or load every kernel that a model needs"),
     "doctor": Command("mhc_tilelang.doctor", "report what this machine has and what is missing"),
 }

@@ -34,7 +34,7 @@ def make(folder: Path, targets: list[str], functions=few_functions) -> Path:
     """A bundle of what these functions launch forward."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workload, "functions", functions)
-        patch.setattr(workload, "streams", lambda spec, inputs: [])
+        patch.setattr(workload, "streams", lambda *_: [])
         patch.setattr(workload, "TOKEN_COUNTS", (1,))
         export.export(SPEC, DTYPE, targets, folder, forward_only=True)
     return folder

@@ -76,9 +76,16 @@ def test_no_compiler_is_needed(tmp_path: Path) -> None:
     exec(RUN, names)
     compiled = names["results"]()
     code = blocked_imports("tilelang", "tvm") + RUN + f"torch.save(results(), {str(tmp_path / 'results')!r})"
-    environment = {"MHC_TILELANG_BUNDLE": str(small_bundle()), "CXX": "/bogus", "PATH": "", "HOME": str(tmp_path / "no")}
+    environment = {
+        "MHC_TILELANG_BUNDLE": str(small_bundle()),
+        "CXX": "/bogus",
+        "PATH": "",
+        "HOME": str(tmp_path / "no"),
+    }
     environment |= {"PYTHONPATH": str(ROOT), "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
-    done = subprocess.run([PYTHON, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [PYTHON, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     loaded = torch.load(tmp_path / "results")
     assert all(torch.equal(got, wanted) for got, wanted in zip(loaded, compiled, strict=True))
@@ -117,9 +124,15 @@ def changed_bytes(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: changed_bytes(folder, cpu_target.LIBRARY), r"libmhc_kernels\.so: expected sha256 .*was changed"),
+        (
+            lambda folder: changed_bytes(folder, cpu_target.LIBRARY),
+            r"libmhc_kernels\.so: expected sha256 .*was changed",
+        ),
         (lambda folder: (folder / cpu_target.LIBRARY).unlink(), r"libmhc_kernels\.so: expected \d+ bytes, got No such"),
-        (lambda folder: (folder / manifest.SEAL).unlink(), r"expected a bundle with manifest\.json and manifest\.sha256"),
+        (
+            lambda folder: (folder / manifest.SEAL).unlink(),
+            r"expected a bundle with manifest\.json and manifest\.sha256",
+        ),
         (
             lambda folder: (folder / manifest.MANIFEST).write_text(
                 (folder / manifest.MANIFEST).read_text().replace('"threads"', '"thread"').replace("1e-06", "2e-06")
@@ -182,7 +195,7 @@ def test_warmup_loads_a_bundle(
     """`warmup` gets every kernel of the model before the first call, here without compiling one."""
     bundle(small_bundle())
     monkeypatch.setattr(workload, "functions", few_functions)
-    monkeypatch.setattr(workload, "streams", lambda spec, inputs: [])
+    monkeypatch.setattr(workload, "streams", lambda *_: [])
     options = ["--model", "custom", "--hidden-size", "64", "--forward-only", "--device", "cpu"]
     assert cli.main(["warmup", *options, "--json", str(tmp_path / "warm.json")]) == 0
     assert "4 kernels for cpu in" in capsys.readouterr().out
@@ -274,7 +287,7 @@ def test_a_cuda_bundle(bundle: Callable[..., None], tmp_path: Path) -> None:
     (entry,) = facts["targets"]["sm_90a"]["kernels"]
     cubin = folder / entry["launch"]["cubin"]
     assert cubin.read_bytes()[:4] == b"\x7fELF"
-    assert f'extern "C" __global__ void __launch_bounds__' in (folder / entry["source"]).read_text()
+    assert 'extern "C" __global__ void __launch_bounds__' in (folder / entry["source"]).read_text()
     assert f"{entry['launch']['function']}(" in (folder / entry["source"]).read_text()
     assert "-fmad=false" in facts["targets"]["sm_90a"]["flags"]
     (vector,) = json.loads((folder / "golden/sm_90a/index.json").read_text())

@@ -7,6 +7,7 @@ not what the reference says, a tolerance that lets a wrong result pass, a bundle
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -28,12 +29,11 @@ from mhc_tilelang.spec import HIDDEN_SIZES, MHCSpec
 
 
 def arrays(folder: Path, kernel: str) -> dict[str, np.ndarray]:
-    """A kernel's golden vector, as float64."""
+    """A kernel's golden vector, as float64 in shape."""
     index = json.loads((folder / "golden/cpu/index.json").read_text(encoding="utf-8"))
     (vector,) = (each for each in index if each["kernel"] == kernel)
-    return {
-        b["name"]: golden.tensor_of((folder / b["file"]).read_bytes(), b).double().numpy() for b in vector["buffers"]
-    }
+    stored = golden.arrays_of((folder / golden.ARRAYS).read_bytes())
+    return {b["name"]: golden.tensor_of(stored, b).view(b["shape"]).double().numpy() for b in vector["buffers"]}
 
 
 @pytest.mark.parametrize("target", ["cpu", "sm_90a"])
@@ -84,8 +84,12 @@ def test_a_bundle_is_whole() -> None:
     assert [(b["name"], b["role"]) for b in post["buffers"]][-2:] == [("h_res", "in"), ("x_next", "out")]
     assert post["sizes"] == ["num_tokens"]
     assert facts["spec"]["hidden_size"] == SPEC.hidden_size
-    with np.load(folder / "golden/vectors.npz") as stored:
-        assert set(stored) == {Path(name).stem for name in golden_files if name.startswith("golden/data/")}
+    with np.load(folder / golden.ARRAYS) as stored:
+        index = json.loads((folder / "golden/cpu/index.json").read_text(encoding="utf-8"))
+        assert set(stored) == {b["array"] for vector in index for b in vector["buffers"]}
+        content = (folder / golden.ARRAYS).read_bytes()
+        for b in (b for vector in index for b in vector["buffers"]):  # as a host without numpy reads them
+            assert content[b["offset"] :].startswith(stored[b["array"]].tobytes())
 
 
 def test_the_header_is_plain_c(tmp_path: Path) -> None:
@@ -125,13 +129,13 @@ def test_golden_vectors_are_the_references() -> None:
     ],
 )
 def test_a_tolerance_tells_right_from_wrong(change, passes: bool) -> None:
-    """h_res off by a rounding passes; zero, 1 % off, transposed, one token on, with a NaN, or in bfloat16 it does not."""
+    """h_res off by a rounding passes; zero, 1 % off, transposed, a token late, with a NaN or in bfloat16 not."""
     folder = small_bundle()
     facts = manifest.read(folder)
     vector = next(v for v in verify.vectors_of(folder, facts, "cpu") if v["kernel"] == "sinkhorn")
     output = vector["buffers"][1]
-    expected = golden.tensor_of((folder / output["file"]).read_bytes(), output)
-    share = verify.share_of(verify.Bundle(folder), output, change(expected))
+    expected = golden.tensor_of(golden.arrays_of((folder / golden.ARRAYS).read_bytes()), output)
+    share = verify.share_of(output, expected, change(expected.view(output["shape"])))
     assert (share <= 1) == passes
 
 
@@ -145,7 +149,7 @@ def test_verify_runs_the_kernels(capsys: pytest.CaptureFixture[str], tmp_path: P
 
     damaged = tmp_path / "bundle"
     shutil.copytree(small_bundle(), damaged)
-    victim = next((damaged / "golden/data").iterdir())
+    victim = damaged / golden.ARRAYS
     content = victim.read_bytes()
     victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert cli.main(["export", "--verify", str(damaged)]) == 1
@@ -192,6 +196,14 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(MHCError, match="failed"):
         make(tmp_path / "new", ["cpu"], small)
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize("elements", [0, 1, golden.MANY, golden.MANY + 1, 24 * 28672, 5 * 28672, 3 * 2**20])
+def test_a_step_visits_every_place(elements: int) -> None:
+    """About MANY elements are kept, of every row and channel alike."""
+    step = golden.step_of(elements)
+    assert -(-elements // step) <= golden.MANY
+    assert step == 1 or (elements // step > golden.MANY // 4 and math.gcd(step, elements) == 1)
 
 
 @pytest.mark.skipif(not cpu_target.is_x86(), reason="levels of x86-64")

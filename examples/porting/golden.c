@@ -22,25 +22,30 @@ int golden_open(const char *bundle, const char *target, FILE **index) {
   return count;
 }
 
+static size_t size_of(const char *dtype) { return strcmp(dtype, "float32") == 0 ? 4 : 2; }
+
 static int read_array(const char *bundle, struct golden_buffer *buffer) {
   char path[PATH];
-  const size_t size = strcmp(buffer->dtype, "float32") == 0 ? 4 : 2;
+  const size_t size = size_of(buffer->dtype);
   buffer->bytes = buffer->elements * size;
-  buffer->content = calloc(buffer->elements, size);
-  if (!buffer->content) return -1;
   if (strcmp(buffer->role, "unused") == 0) return 0;
-  snprintf(path, sizeof(path), "%s/%s", bundle, buffer->file);
-  FILE *file = fopen(path, "rb");
-  if (!file) {
-    fprintf(stderr, "%s: expected %zu bytes of %s, got no such file\n", path, buffer->bytes, buffer->name);
+  if (buffer->step < 1) {
+    fprintf(stderr, "%s: expected a step of 1 or more, got %zu\n", buffer->name, buffer->step);
     return -1;
   }
-  const size_t got = fread(buffer->content, 1, buffer->bytes, file);
-  const int rest = fgetc(file);
+  const size_t kept = (buffer->elements + buffer->step - 1) / buffer->step;
+  snprintf(path, sizeof(path), "%s/golden/vectors.npz", bundle);
+  FILE *file = fopen(path, "rb");
+  if (!file) {
+    fprintf(stderr, "%s: expected the arrays of the golden vectors, got no such file\n", path);
+    return -1;
+  }
+  buffer->content = malloc(kept * size + 1);
+  const size_t got =
+      buffer->content && fseek(file, buffer->offset, SEEK_SET) == 0 ? fread(buffer->content, size, kept, file) : 0;
   fclose(file);
-  if (got == buffer->bytes && rest == EOF) return 0;
-  fprintf(stderr, "%s: expected %zu bytes of %s, got %s\n", path, buffer->bytes, buffer->name,
-          rest == EOF ? "fewer" : "more");
+  if (got == kept) return 0;
+  fprintf(stderr, "%s: expected %zu elements of %s at %ld, got %zu\n", path, kept, buffer->name, buffer->offset, got);
   return -1;
 }
 
@@ -60,8 +65,8 @@ int golden_next(FILE *index, const char *bundle, struct golden_vector *vector) {
   }
   for (int k = 0; k < buffers; ++k) {
     struct golden_buffer *b = &vector->buffers[k];
-    if (fscanf(index, " buffer %127s %127s %127s %zu %127s %lf %lf", b->name, b->dtype, b->role, &b->elements, b->file,
-               &b->atol, &b->rtol) != 7)
+    if (fscanf(index, " buffer %127s %127s %127s %zu %ld %zu %lf %lf", b->name, b->dtype, b->role, &b->elements,
+               &b->offset, &b->step, &b->atol, &b->rtol) != 8)
       return -1;
     vector->num_buffers = k + 1;
     if (read_array(bundle, b) != 0) return -1;
@@ -102,7 +107,10 @@ static double value_at(const char *dtype, const void *content, size_t k) {
 double golden_share(const struct golden_buffer *expected, const void *got) {
   double worst = 0;
   for (size_t k = 0; k < expected->elements; ++k) {
-    const double wanted = value_at(expected->dtype, expected->content, k), value = value_at(expected->dtype, got, k);
+    const double value = value_at(expected->dtype, got, k);
+    if (isnan(value)) return INFINITY;
+    if (k % expected->step != 0) continue;
+    const double wanted = value_at(expected->dtype, expected->content, k / expected->step);
     const double distance = fabs(value - wanted), tolerance = expected->atol + expected->rtol * fabs(wanted);
     if (distance == 0) continue;
     const double share = isfinite(value) && tolerance > 0 ? distance / tolerance : INFINITY;

@@ -1,4 +1,6 @@
-/* Golden vectors of a bundle: reads golden/TARGET/index.txt and its arrays, compares results. Plain C11, no globals. */
+/* Golden vectors of a bundle: reads golden/TARGET/index.txt and the arrays in golden/vectors.npz, compares results.
+
+   Plain C11, no globals. An array's bytes lie at its offset in the file: nothing in it is compressed. */
 #pragma once
 
 #include <stddef.h>
@@ -12,10 +14,12 @@ extern "C" {
 enum { GOLDEN_NAME = 128, GOLDEN_BUFFERS = 32, GOLDEN_NUMBERS = 16 };
 
 struct golden_buffer {
-  char name[GOLDEN_NAME], dtype[GOLDEN_NAME], role[GOLDEN_NAME], file[GOLDEN_NAME];
-  size_t elements, bytes;
+  char name[GOLDEN_NAME], dtype[GOLDEN_NAME], role[GOLDEN_NAME];
+  size_t elements, bytes; /* of the buffer */
+  long offset;
+  size_t step; /* of an output, elements 0, step, 2 step, … are expected values */
   double atol, rtol;
-  void *content; /* an input's values or an output's expected ones; a zeroed element for an unused buffer */
+  void *content; /* an input's values or an output's expected ones; NULL for an unused buffer */
 };
 
 struct golden_vector {
@@ -36,7 +40,8 @@ void golden_free(struct golden_vector *vector);
 /* The number of a name; -1 after a message where the vector has none. */
 int golden_number(const struct golden_vector *vector, const char *name, int64_t *value);
 
-/* The largest share of its tolerance that an element of `got` takes, 1 being the limit; infinite for a NaN. */
+/* The largest share of its tolerance that an element of `got`, the whole buffer, takes, 1 being the limit; infinite
+   for a NaN anywhere. */
 double golden_share(const struct golden_buffer *expected, const void *got);
 
 /* The k-th of the words in `words`, copied to `word`, which has GOLDEN_NAME bytes. */

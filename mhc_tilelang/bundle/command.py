@@ -73,7 +73,7 @@ def run_verify(args: argparse.Namespace) -> int:
     facts = check_files(args.verify)
     rows = list(tqdm(results(args.verify, facts), desc="verify", unit="result", leave=False))
     shown = [
-        (row.target, row.kernel, row.output, f"{row.share:.3f}" if row.ran else row.note, "ok" if row.passed else "WRONG")
+        (row.target, row.kernel, row.output, f"{row.share:.3f}" if row.ran else row.note, "" if row.passed else "WRONG")
         for row in rows
     ]
     if shown:

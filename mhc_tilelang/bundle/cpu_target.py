@@ -110,7 +110,9 @@ def check_machine(facts: dict[str, Any], where: str) -> None:
         )
 
 
-def write(kernels: Sequence[Described], dtype: str, march: str, folder: Path, tick: Callable[[], object]) -> dict[str, Any]:
+def write(
+    kernels: Sequence[Described], dtype: str, march: str, folder: Path, tick: Callable[[], object]
+) -> dict[str, Any]:
     """Write the target's files; returns its part of the manifest. A tick per kernel.
 
     Raises CompilerError where there is no C++ compiler, or it refuses.

@@ -68,7 +68,7 @@ def prefix_of(num_streams: int, hidden_size: int, dtype: str) -> str:
 
 
 def name_of(family: str, parameters: dict[str, Any]) -> str:
-    """The family, then the parameters that its kernels at one width differ in: rows of phi, lanes, what is asked for."""
+    """The family, then what its kernels at one width differ in: rows of phi, lanes, what is asked for."""
     parts = [family]
     for name, value in parameters.items():
         if name == "plan":

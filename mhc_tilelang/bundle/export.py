@@ -5,15 +5,12 @@ It is made beside its place and moved there when it is whole, so that a bundle i
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-
-import numpy as np
 
 from ..device import versions
 from ..errors import MHCError
@@ -90,14 +87,16 @@ def write(
     tick: Tick,
 ) -> dict[str, Any]:
     """All files of a bundle; returns the manifest."""
-    targets = {}
+    targets: dict[str, Any] = {}
+    arrays: dict[str, Any] = {}
+    vectors: dict[str, Any] = {}
     for target, described in kernels.items():
         if target == "cpu":
             targets[target] = cpu_target.write(described, dtype, march, folder, tick)
         else:
             targets[target] = cuda_target.write(described, target, folder, tick)
-        golden.make(described, spec, dtype, target, forward_only, folder, tick)
-    save_arrays(folder)
+        vectors[target] = golden.make(described, spec, dtype, target, forward_only, arrays, tick)
+    golden.write(folder, arrays, vectors)
     facts = {
         "format": manifest.FORMAT,
         "versions": {**versions(), "sources": manifest.sources_hash()},
@@ -110,18 +109,6 @@ def write(
     }
     manifest.write(folder, facts)
     return manifest.read(folder)
-
-
-def save_arrays(folder: Path) -> None:
-    """`golden/vectors.npz`: the arrays of golden/data under their file's name, with shape; 16-bit floats as uint16."""
-    arrays = {}
-    for index in sorted((folder / "golden").glob("*/index.json")):
-        for vector in json.loads(index.read_text(encoding="utf-8")):
-            for buffer in vector["buffers"]:
-                if buffer["file"]:
-                    tensor = golden.tensor_of((folder / buffer["file"]).read_bytes(), buffer)
-                    arrays[Path(buffer["file"]).stem] = golden.bits_of(tensor)
-    np.savez_compressed(folder / "golden" / "vectors.npz", **arrays)
 
 
 def total_bytes(facts: dict[str, Any]) -> int:

@@ -10,15 +10,22 @@ float32 kernel with another order of sums, or an exp of a few ULPs, is well with
 
     |got − expected| ≤ atol + rtol · |expected|              atol = rtol = 0 where nothing is rounded
 
-Inputs are those that the kernels get when a model of five tokens runs; a kernel that only many tokens need gets
-random ones. Equal arrays are one file.
+Inputs are those that the kernels get when a model of a few tokens runs; a kernel that only many tokens need gets
+random ones. Of an output of many elements every STEP-th is kept, STEP having no divisor in common with its sizes.
+
+All arrays lie in golden/vectors.npz, equal ones once, and none compressed: numpy loads them by name, and a host without
+numpy finds an array's bytes at its offset in the file.
 """
 
 from __future__ import annotations
 
 import ctypes
+import io
 import json
+import math
+import struct
 import subprocess
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,17 +47,26 @@ RUNS = 3
 ULP = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23}
 RANDOM_SIZE = 37  # of the run-time sizes of a kernel that a model of five tokens does not launch
 SEED = 1234
+MANY = 1 << 15  # elements of an output that are kept, about
+ARRAYS = "golden/vectors.npz"
 HERE = Path(__file__).parent
 
 
 class Recorder:
     """Computes kernels in float64 as a model launches them, and keeps the first call of each."""
 
-    def __init__(self, kernels: Sequence[Described], data: Path, scratch: Path, tick: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        kernels: Sequence[Described],
+        target: str,
+        arrays: dict[str, Any],
+        scratch: Path,
+        tick: Callable[[], object],
+    ) -> None:
         self.kernels = {key_of(kernel.family, kernel.parameters): kernel for kernel in kernels}
-        self.data, self.scratch, self.tick = data, scratch, tick
+        self.target, self.arrays, self.scratch, self.tick = target, arrays, scratch, tick
+        self.names = {manifest.sha256(array.tobytes()): name for name, array in arrays.items()}
         self.vectors: dict[str, dict[str, Any]] = {}
-        self.data.mkdir(parents=True, exist_ok=True)
 
     def load(self, family: str, parameters: dict[str, Any]) -> Kernel:
         """A kernel as `compile.emulating` asks for it."""
@@ -70,7 +86,7 @@ class Recorder:
     def record(
         self, library: ctypes.CDLL, kernel: Described, tensors: list[torch.Tensor], numbers: Mapping[str, int]
     ) -> dict[str, Any]:
-        """Compute a call, and write its arrays down."""
+        """Compute a call, and keep its arrays."""
         exact = evaluate(library, kernel, tensors, numbers)
         rounds = library.mhc_operations() > 0
         spread = dict.fromkeys(exact, 0.0)
@@ -81,20 +97,30 @@ class Recorder:
         buffers = []
         for buffer, role, tensor in zip(kernel.signature.buffers, kernel.roles, tensors, strict=True):
             facts: dict[str, Any] = {"name": buffer.name, "dtype": buffer.dtype, "role": role}
-            facts |= {"shape": list(tensor.shape), "file": None, "atol": 0.0, "rtol": 0.0}
+            step = step_of(tensor.numel()) if role == OUTPUT else 1
+            facts |= {"shape": list(tensor.shape), "array": None, "step": step, "atol": 0.0, "rtol": 0.0}
             if role != UNUSED:
-                facts["file"] = self.keep(tensor)
+                facts["array"] = self.keep(f"{self.target}.{kernel.name}.{buffer.name}", tensor.flatten()[::step])
             if role == OUTPUT and rounds:
                 facts |= {"atol": spread[buffer.name], "rtol": ULP[buffer.dtype]}
             buffers.append(facts)
         return {"kernel": kernel.name, "numbers": dict(numbers), "buffers": buffers}
 
-    def keep(self, tensor: torch.Tensor) -> str:
-        """Write an array's bytes to a file that is named by them."""
-        content = bits_of(tensor).tobytes()
-        path = self.data / f"{manifest.sha256(content)[:16]}.bin"
-        path.write_bytes(content)
-        return f"golden/data/{path.name}"
+    def keep(self, name: str, tensor: torch.Tensor) -> str:
+        """An array's name: of the first one that is equal to the bit."""
+        array = bits_of(tensor).copy()
+        known = self.names.setdefault(manifest.sha256(array.tobytes()), name)
+        if known == name:
+            self.arrays[name] = array
+        return known
+
+
+def step_of(elements: int) -> int:
+    """1 where all elements of an output are kept; else a step that visits every channel, stream and token alike."""
+    step = 1
+    while elements > step * MANY or math.gcd(step, elements) > 1:
+        step += 1
+    return step
 
 
 def make(
@@ -103,23 +129,47 @@ def make(
     dtype: str,
     target: str,
     forward_only: bool,
-    folder: Path,
+    arrays: dict[str, Any],
     tick: Callable[[], object],
-) -> None:
-    """Write `golden/TARGET/index.json` and `index.txt`, and what they name in `golden/data`; a tick per kernel."""
+) -> list[dict[str, Any]]:
+    """The golden vectors of a target's kernels, their arrays added to `arrays`; a tick per kernel."""
     with TemporaryDirectory(prefix="mhc-golden-") as scratch, torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        recorder = Recorder(kernels, folder / "golden" / "data", Path(scratch), tick)
+        recorder = Recorder(kernels, target, arrays, Path(scratch), tick)
         with compiler.emulating(workload.emulator(target, recorder.load)):
             workload.run(spec, workload.inputs_of(spec, dtype), forward_only, torch.randn_like)
         for kernel in kernels:
             if kernel.name not in recorder.vectors and not kernel.signature.scalars:
                 recorder.load(kernel.family, kernel.parameters)(**random_arguments(kernel))
-    index = [recorder.vectors[kernel.name] for kernel in kernels if kernel.name in recorder.vectors]
-    place = folder / "golden" / target
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    (place / "index.txt").write_text(as_text(index), encoding="utf-8")
+    return [recorder.vectors[kernel.name] for kernel in kernels if kernel.name in recorder.vectors]
+
+
+def write(folder: Path, arrays: Mapping[str, Any], vectors: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+    """Write `golden/vectors.npz`, and each target's `golden/TARGET/index.json` and `index.txt`."""
+    (folder / ARRAYS).parent.mkdir()
+    np.savez(folder / ARRAYS, **arrays)
+    offsets = offsets_in(folder / ARRAYS)
+    for target, index in vectors.items():
+        for buffer in (buffer for vector in index for buffer in vector["buffers"]):
+            buffer["offset"] = offsets.get(buffer["array"])
+        place = folder / "golden" / target
+        place.mkdir()
+        (place / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        (place / "index.txt").write_text(as_text(index), encoding="utf-8")
+
+
+def offsets_in(path: Path) -> dict[str, int]:
+    """Where the bytes of each array begin in an uncompressed .npz file."""
+    offsets = {}
+    with path.open("rb") as file, zipfile.ZipFile(path) as members:
+        for member in members.infolist():
+            file.seek(member.header_offset + 26)  # of the member's own header: the lengths of name and extra field
+            name, extra = struct.unpack("<HH", file.read(4))
+            file.seek(member.header_offset + 30 + name + extra)
+            np.lib.format.read_magic(file)
+            np.lib.format.read_array_header_1_0(file)
+            offsets[member.filename.removesuffix(".npy")] = file.tell()
+    return offsets
 
 
 def random_arguments(kernel: Described) -> dict[str, torch.Tensor]:
@@ -185,26 +235,34 @@ def bits_of(tensor: torch.Tensor) -> Any:
     return tensor.numpy() if tensor.dtype == torch.float32 else tensor.view(torch.int16).numpy().view(np.uint16)
 
 
-def tensor_of(content: bytes, facts: Mapping[str, Any]) -> torch.Tensor:
-    """The tensor of a file's bytes."""
-    tensor = torch.frombuffer(bytearray(content), dtype=getattr(torch, facts["dtype"]))
-    return tensor.view(tuple(facts["shape"]))
+def arrays_of(content: bytes) -> Mapping[str, Any]:
+    """The arrays of a vectors.npz."""
+    loaded: Mapping[str, Any] = np.load(io.BytesIO(content))
+    return loaded
+
+
+def tensor_of(arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> torch.Tensor:
+    """An input in its shape; of an output the elements that were kept, flat."""
+    array = arrays[facts["array"]]
+    bits = torch.from_numpy(array if array.dtype == np.float32 else array.view(np.int16))
+    tensor = bits.view(getattr(torch, facts["dtype"]))
+    return tensor if facts["role"] == OUTPUT else tensor.view(tuple(facts["shape"]))
 
 
 def as_text(index: Sequence[Mapping[str, Any]]) -> str:
     """The index for a host without JSON: words with a space between them.
 
-        mhc-golden 1 KERNELS
-        kernel NAME BUFFERS NUMBERS
-        number NAME VALUE
-        buffer NAME DTYPE ROLE ELEMENTS FILE ATOL RTOL          FILE is - for a buffer that is not touched
+    mhc-golden 1 KERNELS
+    kernel NAME BUFFERS NUMBERS
+    number NAME VALUE
+    buffer NAME DTYPE ROLE ELEMENTS OFFSET STEP ATOL RTOL          OFFSET is -1 for a buffer that is not touched
     """
     lines = [f"mhc-golden 1 {len(index)}"]
     for vector in index:
         lines.append(f"kernel {vector['kernel']} {len(vector['buffers'])} {len(vector['numbers'])}")
         lines += [f"number {name} {value}" for name, value in vector["numbers"].items()]
         for b in vector["buffers"]:
-            elements = int(np.prod(b["shape"], dtype=np.int64))
-            words = (b["name"], b["dtype"], b["role"], elements, b["file"] or "-", repr(b["atol"]), repr(b["rtol"]))
+            elements, offset = math.prod(b["shape"]), -1 if b["offset"] is None else b["offset"]
+            words = (b["name"], b["dtype"], b["role"], elements, offset, b["step"], repr(b["atol"]), repr(b["rtol"]))
             lines.append(" ".join(map(str, ("buffer", *words))))
     return "\n".join(lines) + "\n"

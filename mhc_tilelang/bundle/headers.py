@@ -65,7 +65,7 @@ def c_arguments(kernel: Described) -> list[str]:
 def table(kernels: Sequence[Described]) -> str:
     """`mhc_table.h` of the CPU target."""
     parts = [
-        """/* The kernels of mhc_kernels.h as a table: `call` takes buffers and numbers as arrays, in the order of the names. */
+        """/* The kernels of mhc_kernels.h as a table; `call` takes buffers and numbers in the names' order. */
 #pragma once
 
 #include <stddef.h>
