@@ -22,7 +22,18 @@ from helpers_bundle import PYTHON, SPEC, blocked_imports, few_functions, make, s
 import mhc_tilelang as mhc
 from mhc_tilelang import cli
 from mhc_tilelang import compile as compiler
-from mhc_tilelang.bundle import cpu_target, cuda_target, driver, launch_size, load, manifest, workload
+from mhc_tilelang.bundle import (
+    cpu_target,
+    cuda_target,
+    driver,
+    export,
+    golden,
+    launch_size,
+    load,
+    manifest,
+    verify,
+    workload,
+)
 from mhc_tilelang.errors import BundleError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -317,3 +328,40 @@ def test_a_cuda_bundle_on_a_gpu(bundle: Callable[..., None], tmp_path: Path) -> 
     finally:
         torch.set_default_device(None)
     assert all(torch.equal(got, wanted) for got, wanted in zip(loaded, compiled, strict=True))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_cuda_sources_give_the_golden_vectors(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every CUDA source of a bundle, launched as its manifest says by the SIMT executor, is within its tolerances.
+
+    Catches golden vectors or tolerances that a GPU's order of sums does not fit, and a launch that is written down
+    wrong: the executor watches every access.
+    """
+    from mhc_tilelang.cuda_source import CudaSource
+    from mhc_tilelang.perf.simt import launch
+
+    monkeypatch.setattr(cuda_target, "call", lambda command: Path(command[-2]).write_bytes(b"no cubin"))
+    facts = export.export(SPEC, dtype, ["sm_80"], tmp_path / "bundle")
+    arrays = golden.arrays_of((tmp_path / "bundle" / golden.ARRAYS).read_bytes())
+    entries = {entry["name"]: entry for entry in facts["targets"]["sm_80"]["kernels"]}
+    vectors = verify.vectors_of(tmp_path / "bundle", facts, "sm_80")
+    assert {vector["kernel"] for vector in vectors} == set(entries)
+    wrong = {}
+    for vector in vectors:
+        entry = entries[vector["kernel"]]
+        how, code = entry["launch"], (tmp_path / "bundle" / entry["source"]).read_text(encoding="utf-8")
+        names, kinds = zip(*how["arguments"], strict=True)
+        grid, threads = tuple(how["grid"]), tuple(how["threads"])
+        source = CudaSource(how["function"], code, names, grid, threads, how["shared_bytes"], kinds)
+        tensors = {}
+        for b in vector["buffers"]:
+            unset = torch.full(b["shape"], torch.nan, dtype=getattr(torch, b["dtype"]))
+            tensors[b["name"]] = golden.tensor_of(arrays, b).clone() if b["role"] == "in" else unset
+        launch(source, "sm_80", {n: t for n, t in tensors.items() if n in names}, vector["numbers"])
+        for b in (b for b in vector["buffers"] if b["role"] == "out"):
+            share = verify.share_of(b, golden.tensor_of(arrays, b), tensors[b["name"]])
+            print(f"{vector['kernel']:60} {b['name']:16} {share:.3f}")
+            if share > 1:
+                wrong[vector["kernel"], b["name"]] = share
+    assert wrong == {}
