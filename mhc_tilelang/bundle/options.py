@@ -10,7 +10,7 @@ from ..spec import HIDDEN_SIZES, STREAM_COUNTS, MHCSpec
 
 CUSTOM = "custom"
 DTYPES = ("bfloat16", "float16", "float32")
-CONSTANTS = {"deepseek-v4": MHCSpec.deepseek_v4, "paper": MHCSpec.paper}
+CONSTANTS = {"deepseek-v4": MHCSpec.deepseek_v4, "deepseek-v4.1": MHCSpec.deepseek_v4_1, "paper": MHCSpec.paper}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -21,7 +21,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool) -> N
     parser.add_argument("--hidden-size", type=int, metavar="C", help=f"of --model {CUSTOM}")
     parser.add_argument("--num-streams", type=int, default=4, choices=STREAM_COUNTS, help="n (default: 4)")
     parser.add_argument("--sinkhorn-iters", type=int, default=20, metavar="N", help="default: 20")
-    help_text = "eps and scales of the released code or of the paper's equations (default: deepseek-v4)"
+    help_text = "eps and scales of released code or of the paper's equations (default: deepseek-v4)"
     parser.add_argument("--constants", choices=tuple(CONSTANTS), default="deepseek-v4", help=help_text)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the stream (default: bfloat16)")
     parser.add_argument("--forward-only", action="store_true", help="leave out what only a backward launches")

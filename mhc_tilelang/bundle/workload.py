@@ -1,8 +1,9 @@
 """Which kernels a model needs: the package's functions are called, and what they launch is written down.
 
 Nothing is decided here a second time: `compile.emulating` takes every launch, so the kernels are those that a model
-asks for. They are the ones of a `ResidualStream` with each reduction, and of every public function, forward and
-backward, for all token counts; in training also with a frozen embedding and with frozen connections.
+asks for. They are the ones of a `ResidualStream` with each reduction, plain and delayed, and of every public
+function, forward and backward, for all token counts; in training also with a frozen embedding and with frozen
+connections.
 """
 
 from __future__ import annotations
@@ -71,11 +72,12 @@ def run(spec: MHCSpec, inputs: Inputs, forward_only: bool, gradient: Callable[[t
 
 def streams(spec: MHCSpec, inputs: Inputs) -> Iterator[list[torch.Tensor]]:
     """The output of a model of three sublayers: for each reduction, then with a part of it frozen."""
-    head = HyperHead(spec)
-    for reduction in ("sum", "mean", head):
+    for reduction in ("sum", "mean", HyperHead(spec)):
         yield stream(spec, inputs, reduction, True, True)
-    yield stream(spec, inputs, "sum", False, True)
-    yield stream(spec, inputs, "sum", True, False)
+    for each in (spec, replace(spec, delayed_pre=True)):
+        yield stream(each, inputs, "sum", False, True)
+        yield stream(each, inputs, "sum", True, False)
+        yield stream(each, inputs, "sum", True, True)
 
 
 def stream(
@@ -96,13 +98,14 @@ def functions(spec: MHCSpec, inputs: Inputs) -> Iterator[list[torch.Tensor]]:
     """The results of every public function."""
     n = spec.num_streams
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in vars(inputs).items()}
-    parameters = (leaves["phi"], leaves["alpha"], leaves["bias"], spec)
+    parameters = (leaves["phi"], leaves["alpha"], leaves["bias"], replace(spec, delayed_pre=False))
     mixed = (leaves["x"], leaves["layer_output"], leaves["h_post"], leaves["h_res"])
     yield [ops.expand(leaves["h"], n)]
     yield [ops.collapse(leaves["x"])]
     yield [ops.sinkhorn(leaves["logits"], spec.sinkhorn_iters, spec.sinkhorn_eps)]
     yield [*ops.coefficients(leaves["x"], *parameters)]
     yield [*ops.pre(leaves["x"], *parameters)]
+    yield [*ops.pre(leaves["x"], *parameters, h_pre=leaves["h_pre"])]
     yield [ops.post(*mixed)]
     yield [*ops.post_pre(*mixed, *parameters)]
     yield [*ops.post_pre(*mixed, *parameters, h_pre=leaves["h_pre"])]
