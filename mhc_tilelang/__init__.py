@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import convert, diagnostics, integrations
     from .connections import HyperConnection, HyperHead, ResidualConnection, UnconstrainedHyperConnection, connection
-    from .errors import CompilerError, GradientError, MHCError, MHCWarning
+    from .errors import BundleError, CompilerError, GradientError, MHCError, MHCWarning
     from .ops import (
         coefficients,
         collapse,
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .spec import MHCSpec
 
 __all__ = [
+    "BundleError",
     "CompilerError",
     "GradientError",
     "HyperConnection",
@@ -78,6 +79,7 @@ _HOMES = {
     "MHCSpec": "spec",
     "MHCError": "errors",
     "CompilerError": "errors",
+    "BundleError": "errors",
     "GradientError": "errors",
     "MHCWarning": "errors",
     "HyperConnection": "connections",
