@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -13,13 +14,30 @@ from pathlib import Path
 import pytest
 import torch
 
+from mhc_tilelang import compile as compiler
 from mhc_tilelang import launch, ops
-from mhc_tilelang.bundle import export, workload
+from mhc_tilelang.bundle import export, load, workload
 from mhc_tilelang.checking.inputs import Inputs
 from mhc_tilelang.spec import MHCSpec
 
 SPEC = MHCSpec(64)
 DTYPE = "bfloat16"
+RUN = """
+import torch
+import mhc_tilelang as mhc
+from mhc_tilelang import launch
+
+def results():
+    torch.manual_seed(3)
+    T = 37
+    x, f = torch.randn(T, 4, 64).bfloat16(), torch.randn(T, 64).bfloat16()
+    return [
+        mhc.expand(f, 4),
+        mhc.sinkhorn(torch.randn(T, 4, 4)),
+        mhc.post(x, f, torch.rand(T, 4), torch.rand(T, 4, 4)),
+        launch.project(x, torch.randn(24, 256) / 8),
+    ]
+"""
 
 
 def few_functions(spec: MHCSpec, inputs: Inputs) -> Iterator[list[torch.Tensor]]:
@@ -61,3 +79,17 @@ sys.meta_path.insert(0, Refusing())
 
 
 PYTHON = sys.executable
+
+
+def use(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
+    """Kernels come from these bundles, and none is loaded yet."""
+    monkeypatch.setattr(compiler, "_kernels", {})
+    monkeypatch.setenv(compiler.BUNDLE_VARIABLE, os.pathsep.join(map(str, folders)))
+    load.opened.cache_clear()
+
+
+def changed_bytes(folder: Path, name: str) -> None:
+    """Change a byte in the middle of a file."""
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    (folder / name).write_bytes(content)
