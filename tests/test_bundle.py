@@ -21,8 +21,10 @@ from helpers_bundle import PYTHON, RUN, blocked_imports, changed_bytes, few_func
 import mhc_tilelang as mhc
 from mhc_tilelang import cli
 from mhc_tilelang import compile as compiler
-from mhc_tilelang.bundle import cpu_target, manifest, workload
+from mhc_tilelang.bundle import cpu_target, export, manifest, workload
+from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.errors import BundleError
+from mhc_tilelang.spec import MHCSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -167,3 +169,34 @@ def test_warmup_loads_a_bundle(
     assert len(compiler._kernels) == len(json.loads((tmp_path / "warm.json").read_text())["kernels"]) == 4
     assert cli.main(["warmup", "--model", "3b", "--device", "cpu", "--forward-only"]) == 1
     assert "no bundle has the kernel" in capsys.readouterr().err
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("march", ["x86-64-v3", "native"])
+def test_a_model_has_the_bits_of_the_jit(march: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that a bundle is made for, forward and backward, at 700 tokens: from the bundle and compiled here."""
+    spec = MHCSpec(96)
+    case = Case(spec.num_streams, spec.hidden_size, torch.bfloat16, 700)
+
+    def results() -> list[torch.Tensor]:
+        found: list[torch.Tensor] = []
+        torch.manual_seed(5)
+
+        def gradient(result: torch.Tensor) -> torch.Tensor:
+            found.append(result.detach().clone())
+            return torch.randn_like(result)
+
+        inputs = Inputs.of(case, torch.device("cpu"))
+        leaf = torch.Tensor.requires_grad_
+        leaves: list[torch.Tensor] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "requires_grad_", lambda t, on=True: leaves.append(t) or leaf(t, on))
+            workload.run(spec, inputs, False, gradient)
+        return [*found, *(tensor.grad for tensor in leaves if tensor.grad is not None)]
+
+    compiled = results()
+    export.export(spec, "bfloat16", ["cpu"], tmp_path / "bundle", march=march)
+    use(monkeypatch, tmp_path / "bundle")
+    loaded = results()
+    assert len(loaded) == len(compiled) > 60
+    assert all(torch.equal(got, wanted) for got, wanted in zip(loaded, compiled, strict=True))

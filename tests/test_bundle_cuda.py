@@ -16,7 +16,7 @@ from helpers_bundle import RUN, SPEC, changed_bytes, make, use
 
 import mhc_tilelang as mhc
 from mhc_tilelang import compile as compiler
-from mhc_tilelang.bundle import cuda_target, driver, export, golden, launch_size, manifest, verify, workload
+from mhc_tilelang.bundle import cuda_target, driver, export, golden, launch_size, verify, workload
 from mhc_tilelang.errors import BundleError
 
 
@@ -97,9 +97,10 @@ def test_without_a_driver_the_error_says_so() -> None:
 
 @pytest.mark.nvcc
 def test_a_cuda_bundle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One kernel through nvcc: its files, golden vectors of its own plan, and a cubin that is refused once changed."""
-    folder = make(tmp_path / "bundle", ["sm_90a"], lambda spec, inputs: [[mhc.expand(inputs.h, spec.num_streams)]])
-    facts = manifest.read(folder)
+    """One kernel through nvcc, beside the CPU's: its files, its golden vectors, a changed cubin that is refused."""
+    targets = ["cpu", "sm_90a"]
+    folder = make(tmp_path / "bundle", targets, lambda spec, inputs: [[mhc.expand(inputs.h, spec.num_streams)]])
+    facts = verify.check_files(folder)
     (entry,) = facts["targets"]["sm_90a"]["kernels"]
     cubin = folder / entry["launch"]["cubin"]
     assert cubin.read_bytes()[:4] == b"\x7fELF"
@@ -108,6 +109,10 @@ def test_a_cuda_bundle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "-fmad=false" in facts["targets"]["sm_90a"]["flags"]
     (vector,) = json.loads((folder / "golden/sm_90a/index.json").read_text())
     assert vector["kernel"] == "expand"
+    rows = [(row.target, row.passed, row.note) for row in verify.results(folder, facts)]
+    assert rows[0] == ("cpu", True, "")
+    assert rows[1][:2] == ("sm_90a", True)
+    assert rows[1][2] or torch.cuda.is_available()
 
     parameters = dict(workload.kernels_of(SPEC, "bfloat16", "sm_90a", forward_only=True))["expand"]
     use(monkeypatch, folder)

@@ -12,6 +12,7 @@ import ctypes
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BundleError
@@ -89,13 +90,18 @@ def start(function: ctypes.c_void_p, at: Launch, stream: int) -> None:
 
 def call(name: str, *arguments: Any) -> None:
     """A function of the driver. Raises BundleError with its error's name."""
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise BundleError(f"{name}: expected the CUDA driver's libcuda.so.1, got {error}") from None
-    status = getattr(library, name)(*arguments)
+    status = getattr(library(), name)(*arguments)
     if status != 0:
         text = ctypes.c_char_p()
-        library.cuGetErrorName(status, ctypes.byref(text))
+        library().cuGetErrorName(status, ctypes.byref(text))
         got = (text.value or b"no name").decode()
         raise BundleError(f"{name}: expected CUDA_SUCCESS, got {got} ({status})")
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The driver. Raises BundleError where there is none."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise BundleError(f"expected the CUDA driver's libcuda.so.1, got {error}") from None
