@@ -50,7 +50,14 @@ def run_export(args: argparse.Namespace) -> int:
 
     try:
         facts = export(
-            spec, args.dtype, targets, args.out, forward_only=args.forward_only, march=args.march, started=started
+            spec,
+            args.dtype,
+            targets,
+            args.out,
+            forward_only=args.forward_only,
+            layer_norm_eps=args.layer_norm_eps,
+            march=args.march,
+            started=started,
         )
     finally:
         if bar is not None:

@@ -31,8 +31,13 @@ GOLDEN_TOKENS = 3
 Key = tuple[str, tuple[tuple[str, Any], ...]]
 
 
-def kernels_of(spec: MHCSpec, dtype: str, target: str, forward_only: bool = False) -> list[tuple[str, dict[str, Any]]]:
-    """Family and parameters of every kernel that a model of this width needs on "cpu" or a CUDA architecture."""
+def kernels_of(
+    spec: MHCSpec, dtype: str, target: str, forward_only: bool = False, layer_norm_eps: float | None = None
+) -> list[tuple[str, dict[str, Any]]]:
+    """Family and parameters of every kernel that a model of this width needs on "cpu" or a CUDA architecture.
+
+    With layer_norm_eps also those of connections that normalise the layer's input.
+    """
     found: dict[Key, None] = {}
 
     def load(family: str, parameters: dict[str, Any]) -> Kernel:
@@ -41,7 +46,8 @@ def kernels_of(spec: MHCSpec, dtype: str, target: str, forward_only: bool = Fals
 
     with compiler.emulating(emulator(target, load)):
         for num_tokens in TOKEN_COUNTS:
-            run(spec, unset(inputs_of(spec, dtype), num_tokens), forward_only, torch.empty_like)
+            inputs = unset(inputs_of(spec, dtype), num_tokens)
+            run(spec, inputs, forward_only, torch.empty_like, layer_norm_eps)
     return [(family, dict(parameters)) for family, parameters in found]
 
 
@@ -63,31 +69,38 @@ def unset(inputs: Inputs, num_tokens: int) -> Inputs:
     return replace(inputs, **{name: t.new_empty(num_tokens, *t.shape[1:]) for name, t in tensors.items()})
 
 
-def run(spec: MHCSpec, inputs: Inputs, forward_only: bool, gradient: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def run(
+    spec: MHCSpec,
+    inputs: Inputs,
+    forward_only: bool,
+    gradient: Callable[[torch.Tensor], torch.Tensor],
+    layer_norm_eps: float | None = None,
+) -> None:
     """Call everything once, and its backward with these gradients of results."""
-    for results in chain(functions(spec, inputs), streams(spec, inputs)):
+    norms = (None,) if layer_norm_eps is None else (None, layer_norm_eps)
+    for results in chain(functions(spec, inputs), *(streams(spec, inputs, eps) for eps in norms)):
         if not forward_only:
             torch.autograd.backward(results, [gradient(result) for result in results])
 
 
-def streams(spec: MHCSpec, inputs: Inputs) -> Iterator[list[torch.Tensor]]:
+def streams(spec: MHCSpec, inputs: Inputs, eps: float | None) -> Iterator[list[torch.Tensor]]:
     """The output of a model of three sublayers: for each reduction, then with a part of it frozen."""
     for reduction in ("sum", "mean", HyperHead(spec)):
-        yield stream(spec, inputs, reduction, True, True)
+        yield stream(spec, inputs, reduction, True, True, eps)
     for each in (spec, replace(spec, delayed_pre=True)):
-        yield stream(each, inputs, "sum", False, True)
-        yield stream(each, inputs, "sum", True, False)
-        yield stream(each, inputs, "sum", True, True)
+        yield stream(each, inputs, "sum", False, True, eps)
+        yield stream(each, inputs, "sum", True, False, eps)
+        yield stream(each, inputs, "sum", True, True, eps)
 
 
 def stream(
-    spec: MHCSpec, inputs: Inputs, reduction: str | HyperHead, embedding: bool, connections: bool
+    spec: MHCSpec, inputs: Inputs, reduction: str | HyperHead, embedding: bool, connections: bool, eps: float | None
 ) -> list[torch.Tensor]:
-    """The output of one, and which parts of it are trained."""
+    """The output of one; which parts of it are trained, and the eps of its layers' norms."""
     h = inputs.h.clone().requires_grad_(embedding)
     stream = ResidualStream(h, spec.num_streams)
     for sublayer in range(3):
-        connection = HyperConnection(spec, sublayer).requires_grad_(connections)
+        connection = HyperConnection(spec, sublayer, layer_norm_eps=eps).requires_grad_(connections)
         with torch.no_grad():
             connection.phi.copy_(inputs.phi)
         stream.write(stream.read(connection) * 0.5)
