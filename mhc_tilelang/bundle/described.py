@@ -14,6 +14,7 @@ from typing import Any
 from ..kernel import Signature
 
 INPUT, OUTPUT, UNUSED = "in", "out", "unused"
+ABBREVIATED = {"num_streams": "n", "hidden_size": "c", "dtype": ""}
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Described:
         return (*self.signature.sizes, *self.signature.scalars)
 
 
-def describe(family: str, parameters: dict[str, Any], prefix: str) -> Described:
-    """Trace a kernel, and say what it reads and writes. Loads tilelang."""
+def describe(family: str, parameters: dict[str, Any], common: dict[str, Any]) -> Described:
+    """Trace a kernel, and say what it reads and writes; `common` are the sizes of its bundle. Loads tilelang."""
     from ..tracing import signature_of, trace
 
     func = trace(family, parameters)
@@ -58,8 +59,8 @@ def describe(family: str, parameters: dict[str, Any], prefix: str) -> Described:
         OUTPUT if buffer.name in written else INPUT if buffer.name in touched else UNUSED
         for buffer in signature.buffers
     )
-    name = name_of(family, parameters)
-    return Described(name, f"{prefix}{name}", family, parameters, signature, roles, func)
+    name = name_of(family, parameters, common)
+    return Described(name, f"{prefix_of(**common)}{name}", family, parameters, signature, roles, func)
 
 
 def prefix_of(num_streams: int, hidden_size: int, dtype: str) -> str:
@@ -67,8 +68,11 @@ def prefix_of(num_streams: int, hidden_size: int, dtype: str) -> str:
     return f"mhc_n{num_streams}_c{hidden_size}_{dtype}_"
 
 
-def name_of(family: str, parameters: dict[str, Any]) -> str:
-    """The family, then what its kernels at one width differ in: rows of phi, lanes, what is asked for."""
+def name_of(family: str, parameters: dict[str, Any], common: dict[str, Any]) -> str:
+    """The family, then what its kernels in one bundle differ in: rows of phi, lanes, what is asked for.
+
+    A first sublayer's kernels have other sizes than `common`: one stream, or float32.
+    """
     parts = [family]
     for name, value in parameters.items():
         if name == "plan":
@@ -79,6 +83,8 @@ def name_of(family: str, parameters: dict[str, Any]) -> str:
             parts.append(f"layer_{value}")
         elif value is True:
             parts.append(name)
+        elif name in common and value != common[name]:
+            parts.append(f"{ABBREVIATED[name]}{value}")
     return "_".join(parts)
 
 

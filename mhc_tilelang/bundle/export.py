@@ -16,7 +16,7 @@ from ..device import versions
 from ..errors import MHCError
 from ..spec import MHCSpec
 from . import cpu_target, cuda_target, golden, manifest, workload
-from .described import Described, describe, prefix_of, unique_names
+from .described import Described, describe, unique_names
 
 Tick = Callable[[], object]
 ALIGNMENT = {"cpu": "of an element", "cuda": 16}
@@ -26,9 +26,9 @@ def kernels_for(
     spec: MHCSpec, dtype: str, target: str, forward_only: bool, layer_norm_eps: float | None
 ) -> list[Described]:
     """The kernels that a model needs on a target, traced and named. Loads tilelang."""
-    prefix = prefix_of(spec.num_streams, spec.hidden_size, dtype)
+    common = {"num_streams": spec.num_streams, "hidden_size": spec.hidden_size, "dtype": dtype}
     wanted = workload.kernels_of(spec, dtype, target, forward_only, layer_norm_eps)
-    return unique_names([describe(family, parameters, prefix) for family, parameters in wanted])
+    return unique_names([describe(family, parameters, common) for family, parameters in wanted])
 
 
 def export(

@@ -124,3 +124,5 @@ def functions(spec: MHCSpec, inputs: Inputs) -> Iterator[list[torch.Tensor]]:
     yield [*ops.post_pre(*mixed, *parameters, h_pre=leaves["h_pre"])]
     rows = (leaves["phi"][:n].contiguous(), leaves["alpha"][:1], leaves["bias"][:n])
     yield [ops.head(leaves["x"], *rows, spec)]
+    yield [*ops.expand_pre(leaves["h"], *parameters)]
+    yield [*ops.post_head(*mixed, *rows, spec)]
