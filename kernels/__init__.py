@@ -10,6 +10,7 @@ are run-time values, so one compilation serves every batch.
     pre           Eq. 3       n streams -> the layer's input
     pre_norm      Eq. 3       the same, and the layer's own RMSNorm
     post          Eq. 3       mix the streams, add the layer's output
+    replay        Eq. 3       post and pre of a block of sublayers again, without a projection, for the backward
     post_project  Eq. 3, 14   post, and the projection of what it made, from the same tile
     expand                    an embedding -> n equal streams
     expand_project            expand, and the projection of what is the same in every stream
@@ -33,6 +34,7 @@ FAMILIES = {
     "pre": ("pre", "pre_kernel"),
     "pre_norm": ("pre_norm", "pre_norm_kernel"),
     "post": ("post", "post_kernel"),
+    "replay": ("replay", "replay_kernel"),
     "post_project": ("post_project", "post_project_kernel"),
     "expand": ("expand", "expand_kernel"),
     "expand_project": ("expand_project", "expand_project_kernel"),

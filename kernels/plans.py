@@ -72,6 +72,9 @@ def cpu_channels(hidden_size: int) -> int:
     return max(divisors, default=min(hidden_size, CPU_CHANNELS))
 
 
+MAX_SUBLAYERS = 8  # that one launch replays: their tensors are its arguments, their code stands one after the other
+
+
 @dataclass(frozen=True)
 class ReductionTile:
     """A step of a block's walk over a token's channels: `lanes` sums, each of `width` consecutive channels."""

@@ -18,6 +18,17 @@ import tilelang.language as T
 from .plans import ChannelTile
 
 
+@T.macro
+def mix_streams(acc, x_frag, layer_output_frag, h_post, h_res, token):
+    """acc[j, c] = h_post[token, j] · layer_output_frag[c] + Σ_i h_res[token, j, i] · x_frag[i, c], in post's order."""
+    n, block = x_frag.shape
+    for c in T.Parallel(block):
+        for j in T.unroll(n):
+            acc[j, c] = h_post[token, j] * T.cast(layer_output_frag[c], T.float32)
+            for i in T.unroll(n):
+                acc[j, c] = T.ieee_fmaf(h_res[token, j, i], T.cast(x_frag[i, c], T.float32), acc[j, c])
+
+
 def post_kernel(num_streams: int, hidden_size: int, dtype: str, layer_dtype: str, tile: ChannelTile):
     """x [T, n, C], layer_output [T, C], h_post [T, n], h_res [T, n, n] -> x_next [T, n, C]."""
     n, block = num_streams, tile.channels
@@ -41,11 +52,7 @@ def post_kernel(num_streams: int, hidden_size: int, dtype: str, layer_dtype: str
             acc = T.alloc_fragment((n, block), T.float32)
             T.copy(x[token, 0, first], x_frag)
             T.copy(layer_output[token, first], layer_output_frag)
-            for c in T.Parallel(block):
-                for j in T.unroll(n):
-                    acc[j, c] = h_post[token, j] * T.cast(layer_output_frag[c], T.float32)
-                    for i in T.unroll(n):
-                        acc[j, c] = T.ieee_fmaf(h_res[token, j, i], T.cast(x_frag[i, c], T.float32), acc[j, c])
+            mix_streams(acc, x_frag, layer_output_frag, h_post, h_res, token)
             T.copy(acc, x_next[token, 0, first])
 
     return post

@@ -13,6 +13,16 @@ import tilelang.language as T
 from .plans import ChannelTile
 
 
+@T.macro
+def aggregate_streams(acc, x_frag, h_pre, token):
+    """acc[c] = Σ_i h_pre[token, i] · x_frag[i, c], in pre's order."""
+    n, block = x_frag.shape
+    for c in T.Parallel(block):
+        acc[c] = 0.0
+        for i in T.unroll(n):
+            acc[c] = T.ieee_fmaf(h_pre[token, i], T.cast(x_frag[i, c], T.float32), acc[c])
+
+
 def pre_kernel(num_streams: int, hidden_size: int, dtype: str, tile: ChannelTile):
     """x [T, n, C], h_pre [T, n] -> layer_input [T, C]."""
     n, block = num_streams, tile.channels
@@ -32,10 +42,7 @@ def pre_kernel(num_streams: int, hidden_size: int, dtype: str, tile: ChannelTile
             x_frag = T.alloc_fragment((n, block), dtype)
             acc = T.alloc_fragment((block,), T.float32)
             T.copy(x[token, 0, first], x_frag)
-            for c in T.Parallel(block):
-                acc[c] = 0.0
-                for i in T.unroll(n):
-                    acc[c] = T.ieee_fmaf(h_pre[token, i], T.cast(x_frag[i, c], T.float32), acc[c])
+            aggregate_streams(acc, x_frag, h_pre, token)
             T.copy(acc, layer_input[token, first])
 
     return pre

@@ -6,6 +6,8 @@ are functions of sizes and target, and the split of a projection moves no bits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from . import compile as compiler
@@ -17,14 +19,14 @@ from .spec import MHCSpec
 def expand(h: torch.Tensor, num_streams: int, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """h [T, C] -> [T, n, C]."""
     x = h.new_empty(h.shape[0], num_streams, h.shape[1]) if out is None else out
-    _apply_kernel("expand", x, h, x)(h=h, x=x)
+    apply_kernel("expand", x, h, x)(h=h, x=x)
     return x
 
 
 def aggregate(x: torch.Tensor, h_pre: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """x [T, n, C], h_pre [T, n] -> layer_input [T, C]."""
     layer_input = x.new_empty(x.shape[0], x.shape[2]) if out is None else out
-    _apply_kernel("pre", x, x, layer_input)(x=x, h_pre=aligned(h_pre), layer_input=layer_input)
+    apply_kernel("pre", x, x, layer_input)(x=x, h_pre=aligned(h_pre), layer_input=layer_input)
     return layer_input
 
 
@@ -39,7 +41,7 @@ def post(
     """x [T, n, C], layer_output [T, C], h_post [T, n], h_res [T, n, n] -> x_next [T, n, C]."""
     x_next = torch.empty_like(x) if out is None else out
     layer_dtype = dtype_name(layer_output.dtype)
-    kernel = _apply_kernel("post", x, x, layer_output, x_next, layer_dtype=layer_dtype)
+    kernel = apply_kernel("post", x, x, layer_output, x_next, layer_dtype=layer_dtype)
     kernel(x=x, layer_output=layer_output, h_post=aligned(h_post), h_res=aligned(h_res), x_next=x_next)
     return x_next
 
@@ -190,7 +192,7 @@ def parallel_blocks(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _apply_kernel(family: str, stream: torch.Tensor, *accessed: torch.Tensor, **parameters: str) -> Kernel:
+def apply_kernel(family: str, stream: torch.Tensor, *accessed: torch.Tensor, **parameters: Any) -> Kernel:
     """The kernel of a family that walks over channels, for vectors that all `accessed` pointers allow."""
     _, num_streams, hidden_size = stream.shape
     copies = family == "expand"

@@ -55,7 +55,8 @@ def audited(case: Case, target: str, parallel_blocks: int) -> Audited:
     total = Audited()
     for launch in launches(case, target, parallel_blocks):
         buffers = audit(launch.family, launch.parameters, launch.sizes)
-        streams = [buffers.pop(name) for name in STREAMS.get(launch.family, ()) if launch.of_streams]
+        names = STREAMS.get(launch.family, ()) if launch.of_streams else ()
+        streams = [buffers.pop(name) for name in names if name in buffers]
         small = buffers.values()
         total += Audited(
             stream_read=sum(traffic.read.accessed for traffic in streams),

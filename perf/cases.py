@@ -17,6 +17,7 @@ SUBLAYER_INPUT = "project+coefficients+pre"
 TOKEN_KERNELS = ("coefficients", "sinkhorn", "coefficients_backward", "sinkhorn_backward")  # never see the stream
 WIDTHS = (1280, 1920, 2560, 4096, 7168)  # the paper's 3B, 9B and 27B models, then DeepSeek-V4's two
 GPU_TOKENS = (4096, 16384)  # the batch of one sequence, and of four
+REPLAYED = 4  # sublayers of the block that is replayed where its traffic is counted: L_r* of the paper's 3B model
 CPU_STREAM_BYTES = 64 << 20
 
 

@@ -16,7 +16,7 @@ from ..kernels import boundary_plans, plans
 from . import launches_boundary as boundary
 from . import launches_norm as norm
 from .calls import Call, Launch
-from .cases import Case
+from .cases import REPLAYED, Case
 
 AGGREGATED = "project_backward_aggregated"
 BOUNDARY = (
@@ -24,7 +24,7 @@ BOUNDARY = (
     *("post_pre_backward", "post_pre_delayed_backward", "post_head_backward", "expand_pre_backward"),
 )
 # `bench` has no case for them.
-UNTIMED = ("head_coefficients", "head_coefficients_backward", AGGREGATED, *BOUNDARY, *norm.NORM)
+UNTIMED = ("head_coefficients", "head_coefficients_backward", AGGREGATED, "replay", *BOUNDARY, *norm.NORM)
 
 STREAMS = {
     "expand": ("h", "x"),
@@ -39,6 +39,9 @@ STREAMS = {
     "post_backward": ("g_x_next", "x", "layer_output", "g_x", "g_layer_output"),
     "expand_project": ("h", "x"),
     "post_project": ("x", "layer_output", "x_next", "layer_input"),
+    "replay": tuple(
+        f"{name}_{k}" for k in range(plans.MAX_SUBLAYERS + 1) for name in ("x", "layer_output", "layer_input")
+    ),
     "boundary_backward": ("g_x_next", "g_layer_input", "x", "layer_output", "g_x", "g_layer_output"),
 }
 """The buffers of each family that are as wide as the stream or a layer; all others are small."""
@@ -120,6 +123,13 @@ def post(call: Call) -> tuple[Launch, ...]:
     """x, layer_output, h_post, h_res -> x_next."""
     parameters = {**call.stream, "layer_dtype": call.case.shape.dtype, **call.channels()}
     return (Launch("post", parameters, call.tokens),)
+
+
+def replay(call: Call) -> tuple[Launch, ...]:
+    """A block's start, the outputs of all layers but the last -> the block's other streams, every layer's input."""
+    block = {"sublayers": REPLAYED - 1, "inputs": tuple(range(REPLAYED))}
+    parameters = {**call.stream, "layer_dtype": call.case.shape.dtype, **block, **call.channels()}
+    return (Launch("replay", parameters, call.tokens),)
 
 
 def expand_backward(call: Call) -> tuple[Launch, ...]:
@@ -262,6 +272,7 @@ BUILDERS: dict[str, Callable[[Call], tuple[Launch, ...]]] = {
     "sinkhorn": sinkhorn,
     "pre": pre,
     "post": post,
+    "replay": replay,
     "pre_norm": norm.pre_norm,
     "expand_backward": expand_backward,
     "project_backward": project_backward,

@@ -26,6 +26,8 @@ Fused across a boundary (delayed is the form whose h_pre is there already; at n 
     expand_pre                  reads 2       writes n + 1
     expand_pre_backward         reads n + 4   writes 2, and torch adds the two, 3 more
 
+    replay  reads n + L − 1  writes n·(L − 1) + L     of a block of L sublayers, 4 where it is counted
+
 Everything else is small and counted apart: phi (and its halves, where it is split for tensor cores) and its
 gradient, partial sums, coefficients, logits. A workspace is written, then read.
 
@@ -40,7 +42,7 @@ from dataclasses import dataclass
 from ..kernels import plans
 from ..kernels.plans import BYTES, ProjectionPlan
 from ..spec import MHCSpec
-from .cases import SUBLAYER_INPUT, Case
+from .cases import REPLAYED, SUBLAYER_INPUT, Case
 
 FLOAT32 = 4
 
@@ -86,6 +88,7 @@ def stream_elements(kernel: str, num_streams: int) -> tuple[int, int]:
         "pre_norm": (n, 1),
         "pre_norm_backward": (n + 1, 1),
         "post_backward": (2 * n + 1, n + 1),
+        "replay": (n + REPLAYED - 1, n * (REPLAYED - 1) + REPLAYED),
         "post_pre": (2 * n + 1, n + 1),
         "post_head": (2 * n + 1, n + 1),
         "post_pre_delayed": (n + 1, n + 1),

@@ -44,8 +44,9 @@ def name_of(value: object) -> str:
 
 
 def takes_long(subject: Subject, arch: str) -> bool:
-    """Builds that CI leaves to `make test-full`: 20 s for a boundary's kernel, and what architectures share."""
-    if subject.kernel in ("post_project", "boundary_backward", "expand_project", "pre_norm", "pre_norm_backward"):
+    """Builds that CI leaves to `make test-full`: 20 s for a boundary's kernel, 6 for a replay, and what is shared."""
+    heavy = ("post_project", "boundary_backward", "expand_project", "pre_norm", "pre_norm_backward", "replay")
+    if subject.kernel in heavy:
         return (
             arch != matrix.MAIN or (subject.num_streams, subject.dtype) != (4, "bfloat16") or subject.variant == "head"
         )

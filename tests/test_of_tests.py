@@ -42,6 +42,7 @@ OUTPUTS = {
     "expand_pre_backward": ("g_h", "g_phi", "g_alpha", "g_bias"),
     "post_head": ("x_next", "h"),
     "post_head_backward": ("g_x", "g_layer_output", "g_h_post", "g_h_res", "g_phi", "g_alpha", "g_bias"),
+    "replay": ("x_next", "layer_input"),
 }
 STREAM_OUTPUTS = ("x", "layer_input", "x_next", "h", "g_h", "g_x", "g_layer_output", "g_u")  # the rest is float32
 EVERY_OUTPUT = [(kernel, output) for kernel, outputs in OUTPUTS.items() for output in outputs]

@@ -24,12 +24,13 @@ from mhc_tilelang import (
     launch_expand,
     launch_head,
     launch_norm,
+    launch_replay,
 )
 from mhc_tilelang import compile as compiler
 from mhc_tilelang.kernels import FAMILIES, plans
 from mhc_tilelang.perf.audited import Audited, audited
 from mhc_tilelang.perf.calls import Call, Launch
-from mhc_tilelang.perf.cases import BACKWARD_KERNELS, KERNELS, Case, Shape
+from mhc_tilelang.perf.cases import BACKWARD_KERNELS, KERNELS, REPLAYED, Case, Shape
 from mhc_tilelang.perf.launches import AGGREGATED, BOUNDARY, BUILDERS, STREAMS, UNTIMED, launches
 from mhc_tilelang.perf.launches_norm import EPS, NORM
 from mhc_tilelang.perf.traffic import stream_elements, traffic
@@ -167,6 +168,9 @@ def untimed(kernel: str, stream: Stream) -> None:
     elif kernel == AGGREGATED:
         arguments = {"h_pre": inputs.h_pre, "g_layer_input": inputs.h}
         launch_backward.project_backward(stream.projected(), inputs.x, inputs.phi, **arguments)
+    elif kernel == "replay":
+        written = launch_replay.Written(inputs.layer_output, inputs.h_post, inputs.h_res)
+        launch_replay.replay(inputs.x, [written] * (REPLAYED - 1), dict.fromkeys(range(REPLAYED), inputs.h_pre))
     elif kernel == "head_coefficients":
         launch.head_coefficients(launch.project(inputs.x, inputs.phi[:n], plan), alpha, bias, spec, plan)
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mhc_tilelang import launch, launch_backward
+from mhc_tilelang import launch, launch_backward, launch_replay
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.checking.run import CHECKS, check_case
 from mhc_tilelang.cuda_source import generate
@@ -99,7 +99,8 @@ def test_the_same_bits_as_on_the_cpu_target() -> None:
         g_x, g_layer_output, _, _ = launch_backward.post_backward(g, x, h, h_post, h_res)
         applied = [launch.expand(h, 4), launch.aggregate(x, h_pre), launch.post(x, h, h_post, h_res)]
         sums = [launch_backward.sum_partials(partial), launch_backward.expand_backward(g)]
-        return [*applied, *sums, g_x, g_layer_output]  # type: ignore[list-item]
+        streams, inputs = launch_replay.replay(x, [launch_replay.Written(h, h_post, h_res)] * 2, {0: h_pre, 2: h_pre})
+        return [*applied, *sums, *streams, *inputs.values(), g_x, g_layer_output]  # type: ignore[list-item]
 
     with executing():
         executed = results()

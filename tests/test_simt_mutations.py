@@ -76,6 +76,7 @@ MASKS = {
     "pre": CHANNELS,
     "pre_norm": CHANNELS,
     "post": CHANNELS,
+    "replay": CHANNELS,
     "expand": CHANNELS,
     "expand_backward": CHANNELS,
     "project_backward": TOKENS,
@@ -101,13 +102,13 @@ def test_a_wrong_mask_is_caught(family: str, monkeypatch: pytest.MonkeyPatch) ->
     assert outcome(monkeypatch, family, lambda code: re.sub(pattern, replacement, code)) != "passed"
 
 
-MIXING = ("coefficients", "sinkhorn", "post", "coefficients_backward", "sinkhorn_backward", "post_backward")
+MIXING = ("coefficients", "sinkhorn", "post", "replay", "coefficients_backward", "sinkhorn_backward", "post_backward")
 
 
 @pytest.mark.parametrize("family", MIXING)
 def test_swapped_rows_of_h_res_are_caught(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever a kernel takes a row of H_res, of its logits or their gradients, it takes another one."""
-    row = r"(\b(?:g_)?(?:h_res|logits)(?: \+|\[).*?)\(\(int64_t\)(\w+)\) \* \(int64_t\)4\)"
+    row = r"(\b(?:g_)?(?:h_res(?:_\d)?|logits)(?: \+|\[).*?)\(\(int64_t\)(\w+)\) \* \(int64_t\)4\)"
 
     def swapped(code: str) -> str:  # once: all of a matrix's rows in another order are another matrix, treated right
         return re.sub(row, r"\1((int64_t)(3 - \2)) * (int64_t)4)", code, count=1)

@@ -5,7 +5,7 @@
     plain_torch  the same functions in plain torch, whose error stands beside the kernels'
     kernels      one check per forward kernel: what it computed, what it should have, how far it may be off
     backward, coefficients_backward   the same per backward kernel
-    boundary, norm   the same of what is fused across a boundary, and with the layer's own RMSNorm
+    boundary, norm, replay   what is fused across a boundary, the layer's own RMSNorm, a block of sublayers again
     run          which cases are run; rows of results
     real_stream  the bytes of a text through sublayers with small MLPs
     command      the command line

@@ -10,11 +10,11 @@ import torch
 from ..arguments import STREAM_DTYPES
 from ..kernel import dtype_name
 from ..spec import STREAM_COUNTS
-from . import backward, boundary, ends, kernels, norm
+from . import backward, boundary, ends, kernels, norm, replay
 from .inputs import Case, Inputs
 from .kernels import compare
 
-CHECKS = {**kernels.CHECKS, **backward.CHECKS, **boundary.CHECKS, **norm.CHECKS, **ends.CHECKS}
+CHECKS = {**kernels.CHECKS, **backward.CHECKS, **boundary.CHECKS, **norm.CHECKS, **ends.CHECKS, **replay.CHECKS}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,61 @@
+"""The check of the replay: each stream and layer input of a block from the stream before, as it was rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from .. import launch_replay, reference
+from ..kernel import dtype_name
+from ..launch_replay import Written
+from . import plain_torch, tolerance
+from .inputs import Case, Inputs
+from .kernels import Array, Comparison, numpy64
+
+SUBLAYERS = 3  # of the block, of which the last one's output is not replayed
+
+
+def check_replay(case: Case, inputs: Inputs) -> list[Comparison]:
+    """x_1 and x_2 as of post, and the inputs of all three layers as of pre; one sublayer's tokens after another's."""
+    n, dtype = case.num_streams, dtype_name(case.dtype)
+    of_sublayer = [Inputs.of(replace(case, seed=case.seed + k), inputs.x.device) for k in range(SUBLAYERS)]
+    written = [Written(i.layer_output, i.h_post, i.h_res) for i in of_sublayer[:-1]]
+    h_pre = [i.h_pre for i in of_sublayer]
+    streams, layer_inputs = launch_replay.replay(inputs.x, written, dict(enumerate(h_pre)))
+    starts, plain = [inputs.x, *streams], [inputs.x]
+    for one in written:
+        plain.append(plain_torch.post(plain[-1], *one))
+
+    mixed = [joined(starts[:-1]), *map(joined, zip(*written, strict=True))]
+    mixed_magnitude = reference.post(*map(np.abs, mixed))
+    gathered = joined(starts), joined(h_pre)
+    gathered_magnitude = reference.aggregate(*map(np.abs, gathered))
+    return [
+        Comparison(
+            "x_next",
+            joined(streams),
+            joined(plain[1:]),
+            reference.post(*mixed),
+            tolerance.combination(mixed_magnitude, n + 1, dtype),
+            mixed_magnitude,
+        ),
+        Comparison(
+            "layer_input",
+            joined([layer_inputs[k] for k in range(SUBLAYERS)]),
+            joined([plain_torch.aggregate(x, h) for x, h in zip(plain, h_pre, strict=True)]),
+            reference.aggregate(*gathered),
+            tolerance.combination(gathered_magnitude, n, dtype),
+            gathered_magnitude,
+        ),
+    ]
+
+
+def joined(tensors: Sequence[torch.Tensor]) -> Array:
+    """The tokens of all, exactly."""
+    return numpy64(torch.cat(tuple(tensors)))
+
+
+CHECKS: dict[str, Callable[[Case, Inputs], list[Comparison]]] = {"replay": check_replay}

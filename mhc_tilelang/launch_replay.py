@@ -1,0 +1,77 @@
+"""The replay of a block of sublayers, launched: its streams and layer inputs again, as `post` and `pre` made them.
+
+Tensors come flat, [T, …], and contiguous; `recompute` sees to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+
+from . import launch
+from .kernel import dtype_name
+from .kernels.plans import MAX_SUBLAYERS
+
+
+class Written(NamedTuple):
+    """What `post` added to a stream, and how: layer_output [T, C], h_post [T, n], h_res [T, n, n]."""
+
+    layer_output: torch.Tensor
+    h_post: torch.Tensor
+    h_res: torch.Tensor
+
+
+def replay(
+    x: torch.Tensor, written: Sequence[Written], h_pre: Mapping[int, torch.Tensor]
+) -> tuple[list[torch.Tensor], dict[int, torch.Tensor]]:
+    """x_0 [T, n, C], what was written to it one after the other, and h_pre_k [T, n] for each k whose layer input is
+    wanted, 0 for that of x_0 itself -> x_1, x_2, … [T, n, C], and layer_input_k [T, C] for these k.
+
+    Bits are those of `launch.post` and `launch.aggregate`. A launch takes eight sublayers whose layers agree in dtype.
+    """
+    streams, layer_inputs = [x], dict[int, torch.Tensor]()
+    for first, part in parts(written):
+        last = first + len(part)
+        asked = tuple(k for k in range(first + (first > 0), last + 1) if k in h_pre)
+        made = [torch.empty_like(x) for _ in part]
+        layer_inputs |= {k: x.new_empty(x.shape[0], x.shape[2]) for k in asked}
+        _launch(streams[-1], part, made, {k - first: (h_pre[k], layer_inputs[k]) for k in asked})
+        streams += made
+    return streams[1:], layer_inputs
+
+
+def parts(written: Sequence[Written]) -> list[tuple[int, Sequence[Written]]]:
+    """Runs of at most eight sublayers with one dtype of layer outputs, and where each begins; one of none for none."""
+    found: list[tuple[int, Sequence[Written]]] = []
+    first = 0
+    for _, run in groupby(written, key=lambda one: one.layer_output.dtype):
+        same = list(run)
+        found += [(first + at, same[at : at + MAX_SUBLAYERS]) for at in range(0, len(same), MAX_SUBLAYERS)]
+        first += len(same)
+    return found or [(0, ())]
+
+
+def _launch(
+    x: torch.Tensor,
+    written: Sequence[Written],
+    made: Sequence[torch.Tensor],
+    inputs: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    """One launch: `made` are the streams that it writes, `inputs` h_pre and layer input by their place in it."""
+    layer_outputs = [one.layer_output for one in written]
+    wide = [x, *made, *layer_outputs, *(layer_input for _, layer_input in inputs.values())]
+    layer_dtype = dtype_name(layer_outputs[0].dtype if written else x.dtype)
+    sizes = {"layer_dtype": layer_dtype, "sublayers": len(written), "inputs": tuple(inputs)}
+    named = {f"x_{k}": tensor for k, tensor in enumerate([x, *made])}
+    for k, one in enumerate(written):
+        named |= {
+            f"layer_output_{k}": one.layer_output,
+            f"h_post_{k}": launch.aligned(one.h_post),
+            f"h_res_{k}": launch.aligned(one.h_res),
+        }
+    for k, (h_pre, layer_input) in inputs.items():
+        named |= {f"h_pre_{k}": launch.aligned(h_pre), f"layer_input_{k}": layer_input}
+    launch.apply_kernel("replay", x, *wide, **sizes)(**named)
