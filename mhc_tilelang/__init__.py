@@ -6,6 +6,7 @@
     h = stream.reduce("sum")
 
     residual_stream, connections   what a model uses; `stream_module` has what the modules share
+    recompute, blocks   what a stream need not keep for its backward; `saved` counts what it does
     spec       the sizes and constants
     ops        the functions; they check with `arguments` and call `operators`
     operators  what autograd and torch.compile see; they run kernels through `launch` and `launch_backward`
@@ -43,7 +44,9 @@ if TYPE_CHECKING:
         pre,
         sinkhorn,
     )
+    from .recompute import recompute_length
     from .residual_stream import ResidualStream
+    from .saved import saved_bytes
     from .spec import MHCSpec
 
 __all__ = [
@@ -72,6 +75,8 @@ __all__ = [
     "post_head",
     "post_pre",
     "pre",
+    "recompute_length",
+    "saved_bytes",
     "sinkhorn",
 ]
 
@@ -88,6 +93,8 @@ _HOMES = {
     "UnconstrainedHyperConnection": "connections",
     "connection": "connections",
     "ResidualStream": "residual_stream",
+    "recompute_length": "recompute",
+    "saved_bytes": "saved",
 }
 _PACKAGES = ("convert", "diagnostics", "integrations")
 

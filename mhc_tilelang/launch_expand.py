@@ -65,7 +65,7 @@ def expand_pre(
     if h_pre is not None and h_post is not None and h_res is not None:
         mappings = (h_pre, h_post, h_res)
     h_pre, h_post, h_res, projected = launch.coefficients(partial, alpha, bias, spec, plan, out=mappings)
-    layer_input = launch.aggregate(h.unsqueeze(1), _total(h_pre), out=layer_input)
+    layer_input = launch.aggregate(h.unsqueeze(1), total(h_pre), out=layer_input)
     return FirstBoundary(x, layer_input, h_post, h_res, h_pre, projected)
 
 
@@ -129,7 +129,7 @@ def expand_pre_backward(
     g_h_pre = total_pre = None
     if g_layer_input is not None:
         g_h_pre = launch_backward.pre_backward(g_layer_input, one_stream).expand(-1, n).contiguous()
-        total_pre = _total(h_pre) if needs_h else None
+        total_pre = total(h_pre) if needs_h else None
     g_projected, g_alpha, g_bias = launch_backward.coefficients_backward(
         g_h_pre, g_h_post, g_h_res, projected, alpha, bias, spec
     )
@@ -154,6 +154,6 @@ def expand_pre_backward(
     return FirstGradients(g_h, g_phi, g_alpha, g_bias)
 
 
-def _total(h_pre: torch.Tensor) -> torch.Tensor:
+def total(h_pre: torch.Tensor) -> torch.Tensor:
     """h_pre [T, n] -> Σ_j h_pre[j] [T, 1], streams in ascending order: what adds up streams adds up weights too."""
     return launch_backward.expand_backward(h_pre.unsqueeze(-1))

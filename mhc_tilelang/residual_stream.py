@@ -19,6 +19,10 @@ the stream hands it on. All connections of a stream are delayed or none is.
 A plain residual has no streams of its own: it keeps the tensor that it was given, reads hand it out, and a sum
 returns it. So layers that work in place on their input change it there, and nowhere else.
 
+With `recompute=L` only the stream at the start of every L sublayers is kept; the backward makes the others again:
+
+    stream = mhc.ResidualStream(h, recompute=mhc.recompute_length(num_sublayers))
+
 Activation checkpointing runs a region again in the backward pass, when a stream from outside the region has
 moved on. So checkpoint the layer alone, or a region that makes its own stream, or a function of x:
 
@@ -41,6 +45,7 @@ import torch
 from . import ops
 from .arguments import STREAM_DTYPES, Arguments, check_streams, sizes_of
 from .connections import Connection, HyperConnection, HyperHead, check_kind
+from .recompute import make_recorder
 
 
 class ResidualStream:
@@ -50,19 +55,25 @@ class ResidualStream:
         h: [..., C], bfloat16, float16 or float32, which is the stream's dtype from here on.
         num_streams: n. A plain residual has one stream whatever it says.
         connection: the kind of connection that will read: "mhc", "hc" or "residual".
+        recompute: sublayers a block, where the backward shall make streams and layer inputs again instead of keeping
+            them; `recompute_length` has the length that needs least memory. For "mhc" only, outside of torch.compile
+            and of saved-tensor hooks: compile or checkpoint the layers. See `recompute`. No value depends on it.
 
     Raises:
         ValueError, TypeError: an argument of the wrong kind, dtype or size; the message names it.
         RuntimeError: a read, write or reduction out of turn, or one by an activation checkpoint's recomputation.
     """
 
-    def __init__(self, h: torch.Tensor, num_streams: int = 4, connection: str = "mhc") -> None:
+    def __init__(
+        self, h: torch.Tensor, num_streams: int = 4, connection: str = "mhc", *, recompute: int | None = None
+    ) -> None:
         (self._hidden_size,) = sizes_of("ResidualStream", "h", h, ("C",))
         if h.dtype not in STREAM_DTYPES:
             wanted = " or ".join(str(dtype) for dtype in STREAM_DTYPES)
             raise TypeError(f"ResidualStream: h: expected dtype {wanted}, got {h.dtype}")
         check_streams("ResidualStream", "num_streams", num_streams)
         check_kind("ResidualStream", "connection", connection)
+        self._recorder = make_recorder(recompute, h, connection)
         self._kind = connection
         self._num_streams = 1 if connection == "residual" else num_streams
         self._x = ops.expand(h, num_streams) if connection == "hc" else h
@@ -85,15 +96,22 @@ class ResidualStream:
         read: Any = connection  # which takes more than x where it is HyperConnection, or delayed
         if self._has_waiting_write() and self._written[1:] == _modes() and self._is_plain(connection):
             _, layer_output, written = self._take_waiting_write()
-            self._x, layer_input, *mappings = read(self._x, layer_output, *written, *self._given_pre())
+            x, given_pre = self._x, self._given_pre()
+            self._x, layer_input, *mappings = read(x, layer_output, *written, *given_pre)
+            if self._recorder:
+                self._recorder.merged(x, (layer_output, *written), self._x)
         elif self._reads_embedding(connection):
+            given_pre = ()
             self._x, layer_input, *mappings = read(self._embedding(), expands=True)
             self._is_expanded = True
         else:
             self._merge()
-            layer_input, *mappings = read(self._x, *self._given_pre())
+            given_pre = self._given_pre()
+            layer_input, *mappings = read(self._x, *given_pre)
         if self._delayed:
             self._h_pre = mappings.pop()
+        if self._recorder:
+            self._recorder.read(read, self._x, layer_input, *given_pre)
         self._reader = connection, tuple(mappings)
         return layer_input
 
@@ -128,6 +146,8 @@ class ResidualStream:
             )
         self._layer_output = layer_output
         self._written = (_version(layer_output), *_modes())
+        if self._recorder:
+            self._recorder.written(layer_output)
 
     def reduce(self, reduction: str | HyperHead = "sum") -> torch.Tensor:
         """The streams as one, [..., C] in the stream's dtype; merges a waiting write first.
@@ -144,9 +164,15 @@ class ResidualStream:
             if self._has_waiting_write() and self._written[1:] == _modes() and self._is_plain(reduction):
                 _, layer_output, written = self._take_waiting_write()
                 boundary: Any = reduction
-                self._x, output = boundary(self._x, layer_output, *written)
-                return output
-            return reduction(self.x)
+                x = self._x
+                self._x, output = boundary(x, layer_output, *written)
+                if self._recorder:
+                    self._recorder.merged(x, (layer_output, *written), self._x)
+            else:
+                output = reduction(self.x)
+            if self._recorder:
+                self._recorder.reduced(output)
+            return output
         x = self.x
         if self._kind == "residual":
             return x
@@ -170,12 +196,15 @@ class ResidualStream:
             self._is_expanded = True
         if self._has_waiting_write():
             connection, layer_output, mappings = self._take_waiting_write()
-            self._x = _in_modes(self._written[1:], connection.merge, self._x, layer_output, *mappings)
+            x = self._x
+            self._x = _in_modes(self._written[1:], connection.merge, x, layer_output, *mappings)
+            if self._recorder:
+                self._recorder.merged(x, (layer_output, *mappings), self._x)
 
     def _is_plain(self, reader: Connection | HyperHead) -> bool:
         """Whether the merge that waits and the read are those of this package: a class of yours keeps its methods."""
         writer = self._reader[0] if self._reader else None
-        return getattr(type(writer), "merge", None) is HyperConnection.merge and _has_own_forward(reader)
+        return _has_own_merge(writer) and _has_own_forward(reader)
 
     def _reads_embedding(self, connection: Connection) -> bool:
         """Whether this read takes up the embedding as it waits: not one that is delayed, or has the layer's norm."""
@@ -244,6 +273,11 @@ class ResidualStream:
                 f"ResidualStream.read: connection: expected a spec with delayed_pre={self._delayed}, as those before "
                 f"have, got {delayed}"
             )
+        if self._recorder and not (_has_own_forward(connection) and _has_own_merge(connection)):
+            raise TypeError(
+                "ResidualStream.read: connection: expected HyperConnection's own forward and merge for recompute, got "
+                f"{type(connection).__name__}"
+            )
 
     def _check_reduction(self, reduction: str | HyperHead) -> None:
         if isinstance(reduction, HyperHead):
@@ -268,6 +302,11 @@ class ResidualStream:
 
 def _is_delayed(connection: Connection) -> bool:
     return connection.kind == "mhc" and connection.spec is not None and connection.spec.delayed_pre
+
+
+def _has_own_merge(connection: Connection | None) -> bool:
+    """Whether a connection's merge is HyperConnection's."""
+    return getattr(type(connection), "merge", None) is HyperConnection.merge
 
 
 def _modes() -> tuple[bool, bool]:

@@ -1,0 +1,204 @@
+"""Recomputation (Section 4.3.2): of a block of sublayers, keep the stream at its start and what the layers returned.
+
+    stream = mhc.ResidualStream(h, recompute=mhc.recompute_length(num_sublayers))
+
+The backward needs the stream x of every sublayer, n·C a token, and the layer saves its input u, another C. Within a
+block of L_r sublayers neither is kept: the first backward step that asks for one makes all of them again by one kernel
+(`kernels.replay`), from the block's first x, the layers' outputs F, and the coefficients, with the bits that they had.
+Layers run once. Of L sublayers the graph keeps
+
+    n·C·⌈L / L_r⌉ + C·L        a token: x at every block's start, and every F; and the embedding, C
+
+beside the coefficients (4·(n² + 2n) bytes) and whatever else layers save. For the time that the backward spends in a
+block there are, made again, n·C·(L_r − 1) + C·L_r.
+
+**How.** After every operator, and at every write for the layer's graph, the nodes that were made meanwhile are walked,
+and where one saved the storage of an x or u of the block, a pair of hooks is registered on that `SavedTensor`: it packs
+a `Handle`, which says what to make again. There are no hooks around anybody's code, so nothing is left behind by an
+exception. A handle owns its block, which holds no node of the graph: what the graph drops, goes.
+
+What is kept after all: an input that its layer changed in place; one that the layer saved for more than its output, as
+for an auxiliary loss; that of a checkpointed layer, which needs it to run again; one that is held by other code; one
+that a connection normalised whose weights FSDP2 shards. No value depends on any of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+
+from . import launch, launch_expand, launch_norm
+from .arguments import check_streams
+from .blocks import Block, Watched, Workspace
+from .connections import HyperConnection
+from .saved import PLAIN, is_untouched, nodes, saved_by, sequence_number
+
+COMPILED = (
+    "ResidualStream: recompute: expected a stream outside of torch.compile, got compiled code; compile the layers"
+)
+# Nodes of the operators that read, and how many tensors they save, h_pre last but one. One that saves more aggregates
+# in some way that is not known here.
+EXPANDS = "expand_preBackward"
+READS = {EXPANDS: 6, "preBackward": 8, "post_preBackward": 12}
+
+
+def recompute_length(num_sublayers: int, num_streams: int = 4) -> int:
+    """L_r*, the length of blocks that needs the least memory: argmin of n·C·⌈L/L_r⌉ + (n + 2)·C·L_r.
+
+    Args:
+        num_sublayers: L; attention and MLP count one each. In a pipeline those of a stage: a block does not cross it.
+        num_streams: n.
+
+    Returns:
+        About √(n·L/(n + 2)); of lengths that need the same, the shortest, which makes least again at a time.
+    """
+    if isinstance(num_sublayers, bool) or not isinstance(num_sublayers, int):
+        raise TypeError(f"recompute_length: num_sublayers: expected an int, got {type(num_sublayers).__name__}")
+    if num_sublayers < 1:
+        raise ValueError(f"recompute_length: num_sublayers: expected at least 1, got {num_sublayers}")
+    check_streams("recompute_length", "num_streams", num_streams)
+    n = num_streams
+    return min(range(1, num_sublayers + 1), key=lambda length: n * -(-num_sublayers // length) + (n + 2) * length)
+
+
+def make_recorder(recompute: int | None, h: torch.Tensor, kind: str) -> Recorder | None:
+    """What a ResidualStream of h is followed by; nothing unless `recompute` has a block's length.
+
+    Raises ValueError, TypeError, RuntimeError where it cannot be.
+    """
+    if recompute is None:
+        return None
+    if isinstance(recompute, bool) or not isinstance(recompute, int):
+        raise TypeError(f"ResidualStream: recompute: expected None or an int, got {type(recompute).__name__}")
+    if recompute < 1:
+        raise ValueError(f"ResidualStream: recompute: expected at least 1 sublayer a block, got {recompute}")
+    if kind != "mhc":
+        raise ValueError(f"ResidualStream: recompute: expected None for connections of kind {kind!r}, got {recompute}")
+    if torch.compiler.is_compiling():
+        raise RuntimeError(COMPILED)
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError("ResidualStream: recompute: expected None within torch.func, whose graphs take no hooks")
+    if not hasattr(torch._C._autograd.SavedTensor, "unpack_hook"):
+        raise RuntimeError(
+            f"ResidualStream: recompute: expected a PyTorch that shows saved tensors, got {torch.__version__}"
+        )
+    if type(h) not in PLAIN:
+        raise TypeError(f"ResidualStream: h: expected a plain torch.Tensor for recompute, got {type(h).__name__}")
+    return Recorder(recompute)
+
+
+class Recorder:
+    """Follows one stream: begins its blocks, and registers handles for what is not to be kept.
+
+    A method is called after what it is named for has happened.
+
+    Args:
+        length: L_r, at least 1.
+    """
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self._workspace = Workspace()
+        self._block: Block | None = None  # none where nothing has a gradient
+        self._sublayer = 0  # of the block, at the stream as it stands
+        self._x: Watched | None = None
+        self._input: Watched | None = None
+        self._since = 0  # sequence number of the first node after the last read or write
+
+    def read(
+        self,
+        connection: HyperConnection,
+        x: torch.Tensor,
+        layer_input: torch.Tensor,
+        given_pre: torch.Tensor | None = None,
+    ) -> None:
+        """`connection` read x, to make `layer_input`; with `given_pre` in the delayed form."""
+        if torch.compiler.is_compiling():
+            raise RuntimeError(COMPILED)
+        if layer_input.requires_grad:
+            reading, own_pre = _own_pre_of(layer_input, self._since)
+            if self._block is None or self._sublayer == self._length or not self._stands_at(x):
+                self._block, self._sublayer = Block(Watched(x), self._workspace), 0
+            self._x = Watched(x)
+            self._block.h_pre[self._sublayer] = Watched(own_pre if given_pre is None else given_pre)
+            self._register(layer_input)
+            self._input = Watched(layer_input)
+            if reading == EXPANDS:
+                self._block.makers[self._sublayer] = _of_equal_streams
+            if connection.layer_norm_eps is not None:
+                weight: Any = connection.layer_norm_weight
+                if type(weight) in PLAIN:  # C numbers, as they are now
+                    self._block.makers[self._sublayer] = partial(
+                        launch_norm.pre_norm, weight=weight.detach().clone(), eps=connection.layer_norm_eps
+                    )
+                else:  # sharded again by now, and still so when its layer asks for the input
+                    self._input = None
+        else:
+            self._block = self._x = None
+        self._since = sequence_number()
+
+    def written(self, layer_output: torch.Tensor) -> None:
+        """The layer of the last read has run."""
+        self._register(layer_output, self._input)
+        self._input = None
+        self._since = sequence_number()
+
+    def merged(self, x: torch.Tensor, mixed: Iterable[torch.Tensor], x_next: torch.Tensor) -> None:
+        """A layer's output, h_post and h_res were `mixed` with x, which made x_next."""
+        if self._block is None or not x_next.requires_grad or not self._stands_at(x):
+            self._block = self._x = None
+            return
+        self._register(x_next)
+        self._block.written.append(tuple(map(Watched, mixed)))
+        self._sublayer += 1
+        self._x = Watched(x_next)
+        if self._sublayer < self._length:  # otherwise x_next starts a block, and stays
+            self._register(x_next)
+
+    def reduced(self, result: torch.Tensor) -> None:
+        """The stream was reduced to `result`."""
+        self._register(result)
+
+    def _stands_at(self, x: torch.Tensor) -> bool:
+        """Whether x is the stream that was last seen, unchanged."""
+        known = self._x
+        return known is not None and known.is_unchanged and known.tensor.data_ptr() == x.data_ptr()
+
+    def _register(self, result: torch.Tensor, layer_input: Watched | None = None) -> None:
+        """Handles for the stream, unless it starts the block, and for the layer's input, where the graph of `result`
+        saved them since the last read or write.
+        """
+        if self._block is None:
+            return
+        candidates = [("x", self._x)] * (self._sublayer > 0) + [("u", layer_input)]
+        wanted = {one.storage: (name, one) for name, one in candidates if one and one.is_unchanged and one.storage}
+        if not wanted:
+            return
+        for node in nodes([result], self._since):
+            for saved in filter(is_untouched, saved_by(node)):
+                name, original = wanted.get(saved.data.untyped_storage().data_ptr(), ("", None))
+                if original is not None and saved.data.dtype == original.tensor.dtype:
+                    self._block.forget(saved, (name, self._sublayer), original.tensor)
+
+
+def _own_pre_of(layer_input: torch.Tensor, since: int) -> tuple[str, torch.Tensor]:
+    """The node of the operator that read, and the h_pre of the sublayer, which it saved."""
+    for node in nodes([layer_input], since):
+        if len(getattr(node, "_raw_saved_tensors", ())) == READS.get(node.name()):
+            h_pre = node._raw_saved_tensors[-2]
+            if not is_untouched(h_pre):
+                raise RuntimeError(
+                    "ResidualStream.read: recompute: expected no saved-tensor hooks around the stream, got some; an "
+                    "activation checkpoint, or offloading, belongs around the layer alone"
+                )
+            tensor: torch.Tensor = h_pre.data
+            return node.name(), tensor
+    raise RuntimeError(COMPILED)
+
+
+def _of_equal_streams(x: torch.Tensor, h_pre: torch.Tensor) -> torch.Tensor:
+    """The first layer's input as `expand_pre` makes it, from one stream and the sum of h_pre."""
+    return launch.aggregate(x[:, :1].contiguous(), launch_expand.total(h_pre))
