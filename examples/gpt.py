@@ -2,6 +2,7 @@
 
 python examples/gpt.py --connection mhc        # or hc, or residual; two to three minutes on two cores
 python examples/gpt.py --text my.txt --steps 1000
+python examples/gpt.py --recompute                 # the backward makes streams and layer inputs again
 """
 
 import argparse
@@ -42,11 +43,12 @@ class GPT(nn.Module):
         self.token, self.position = nn.Embedding(256, width), nn.Embedding(context, width)
         self.layers = nn.ModuleList(layer for _ in range(depth) for layer in (Attention(width, heads), mlp(width)))
         self.connections = nn.ModuleList(mhc.connection(kind, self.spec, i) for i in range(2 * depth))
+        self.recompute: int | None = None  # sublayers a block
         self.norm, self.unembed = nn.RMSNorm(width), nn.Linear(width, 256, bias=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         h = (self.token(tokens) + self.position.weight[: tokens.shape[1]]).to(self.dtype)
-        stream = mhc.ResidualStream(h, self.spec.num_streams, self.kind)
+        stream = mhc.ResidualStream(h, self.spec.num_streams, self.kind, recompute=self.recompute)
         for connection, layer in zip(self.connections, self.layers, strict=True):
             stream.write(layer(stream.read(connection)))
         return self.unembed(self.norm(stream.reduce("mean")))
@@ -69,6 +71,7 @@ def optimizer_of(model: GPT, rate: float) -> torch.optim.Optimizer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--connection", choices=("residual", "hc", "mhc"), default="mhc")
+    parser.add_argument("--recompute", action="store_true", help="keep the stream of every few sublayers only")
     parser.add_argument("--text", type=Path, help="a file to learn (the Python standard library)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of stream and layers")
     for name, value in (("steps", 200), ("batch", 8), ("context", 256), ("width", 128), ("depth", 4), ("heads", 4)):
@@ -81,6 +84,8 @@ def main() -> None:
     device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), getattr(torch, args.dtype)
     data = read_bytes(args.text)
     model = GPT(args.connection, args.width, args.depth, args.heads, args.context, dtype).to(device)
+    if args.recompute:
+        model.recompute = mhc.recompute_length(len(model.layers), model.spec.num_streams)
     optimizer = optimizer_of(model, args.rate)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
     size = sum(parameter.numel() for parameter in model.parameters())

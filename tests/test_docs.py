@@ -31,7 +31,7 @@ COMMANDS = [
     *(f"porting/{path.name}" for path in sorted((ROOT / "examples" / "porting").glob("*.py"))),
     f"{GPT} --connection residual",
     f"{GPT} --connection hc",
-    f"{GPT} --connection mhc --dtype bfloat16 --text README.md",
+    f"{GPT} --connection mhc --recompute --dtype bfloat16 --text README.md",
 ]
 
 
