@@ -9,9 +9,12 @@ torch.compile traces through here. Sizes that it leaves open must not be compare
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .errors import GradientError
+from .operators import sharding
 from .spec import STREAM_COUNTS, MHCSpec
 
 STREAM_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -25,6 +28,7 @@ class Arguments:
         self.device: torch.device | None = None
         self.leading: torch.Size | None = None
         self.differentiated: str | None = None
+        self.distributed: bool | None = None
 
     def tensor(
         self,
@@ -49,12 +53,15 @@ class Arguments:
             raise ValueError(f"{self.function}: {name}: expected device {self.device}, got {value.device}")
         if not torch.compiler.is_compiling():
             self._check_layout(name, value)
+            self._check_distributed(name, value, len(trailing))
         if value.requires_grad and torch.is_grad_enabled():
             self.differentiated = self.differentiated or name
 
     def buffer(self, name: str, value: torch.Tensor, trailing: tuple[int, ...], dtype: torch.dtype) -> None:
         """Check a tensor that the caller wants a result in. After the inputs: it has their leading dimensions."""
         self.tensor(name, value, trailing, (dtype,), batched=True)
+        if self.distributed:
+            raise TypeError(f"{self.function}: {name}: expected no buffers for DTensors, got one; leave out= away")
         if self.differentiated is not None:
             raise GradientError(
                 f"{self.function}: {self.differentiated} requires a gradient, and a call with out= gives none; "
@@ -96,6 +103,17 @@ class Arguments:
                 f"{self.function}: {name} has a tangent, and there are no forward-mode gradients; "
                 "use reverse mode, or pass a detached tensor"
             )
+
+    def _check_distributed(self, name: str, value: Any, trailing: int) -> None:
+        distributed = sharding.is_dtensor(value)
+        if self.distributed is None:  # the first tensor, whose tokens decide how the others lie
+            self.distributed = distributed
+            if distributed:
+                sharding.register_if_loaded()  # in inference mode no autograd does
+                sharding.check_tokens(self.function, name, value.placements, value.ndim - trailing)
+        elif distributed != self.distributed:
+            kinds = ("a DTensor", "a plain tensor") if self.distributed else ("a plain tensor", "a DTensor")
+            raise TypeError(f"{self.function}: {name}: expected {kinds[0]}, like those before it, got {kinds[1]}")
 
 
 def check_spec(function: str, spec: MHCSpec) -> None:

@@ -1,4 +1,4 @@
-"""Two processes: DDP and FSDP2 train as one process does, and two first compilations do not collide.
+"""Several processes: DDP and FSDP2 train as one process does, and two first compilations do not collide.
 
 Would catch: gradients that the wrappers' hooks do not see, parameters that a wrapper swaps while a backward still needs
 them, a kernel that is loaded before it is written.
@@ -6,7 +6,6 @@ them, a kernel that is loaded before it is written.
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import subprocess
 import sys
@@ -14,8 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import run_ranks
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,7 +21,7 @@ import mhc_tilelang as mhc
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = mhc.MHCSpec.deepseek_v4(64)
-RANKS, STEPS, TOKENS = 2, 2, 12
+STEPS, TOKENS = 2, 12
 
 
 class Sublayer(torch.nn.Module):
@@ -68,36 +66,31 @@ def parameters_of(module: torch.nn.Module) -> list[torch.Tensor]:
     return [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in module.parameters()]
 
 
-def run_rank(rank: int, wrapper: str, rendezvous: str) -> None:
-    """One process of the test below; an error here fails the test, and so does waiting for the other rank for ever."""
-    faulthandler.dump_traceback_later(120, exit=True)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=RANKS)
+def train_wrapped(rank: int, ranks: int, wrapper: str) -> None:
+    """One rank of the test below."""
     alone, together = model(), model()
     train(alone)
     if wrapper == "ddp":
         together = DistributedDataParallel(together)
     else:
-        mesh = torch.distributed.init_device_mesh("cpu", (RANKS,))
+        mesh = torch.distributed.init_device_mesh("cpu", (ranks,))
         for sublayer in together:
             fully_shard(sublayer, mesh=mesh)
         fully_shard(together, mesh=mesh)
-    train(together, rank, RANKS)
+    train(together, rank, ranks)
     for start, got, expected in zip(parameters_of(model()), parameters_of(together), parameters_of(alone), strict=True):
-        # A batch's gradient is the sum of two halves, in another order than alone. Training moves a parameter by 4e-4
+        # A batch's gradient is the sum of its parts, in another order than alone. Training moves a parameter by 4e-4
         # of itself or more, of which float32's 6e-8 is 1.5e-4; measured: 6e-6. A missing average would be 1.
         moved = (expected - start).norm()
         assert moved > 0
         assert (got - expected).norm() <= 1.5e-4 * moved
-    dist.barrier()
-    # No teardown: PyTorch may free DDP's process group with the GIL held, and wait for a thread that wants it.
-    os._exit(0)
 
 
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.full)])
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
-def test_two_ranks_train_as_one(wrapper: str, tmp_path: Path) -> None:
+def test_ranks_train_as_one(wrapper: str, ranks: int, tmp_path: Path) -> None:
     train(model())  # compiles the kernels once
-    mp.spawn(run_rank, (wrapper, str(tmp_path / "rendezvous")), nprocs=RANKS)
+    run_ranks(train_wrapped, ranks, tmp_path, wrapper)
 
 
 def test_two_processes_compile_at_once(tmp_path: Path) -> None:

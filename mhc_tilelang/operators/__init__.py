@@ -3,6 +3,7 @@
     library       how an operator is registered, and what the families share
     expand, sinkhorn, post, coefficients, pre, head, boundary, expand_pre, post_head
                   a family a file: X, X_out, X_backward, each with its fake, and X's autograd
+    sharding      how DTensors lie before and after each of them
 
 The file of expand has collapse too: each is the other's backward.
 

@@ -15,6 +15,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from ..errors import GradientError
 from ..kernels.plans import MAX_ACCESS_BYTES
 from ..spec import MHCSpec
+from . import sharding
 
 NAMESPACE = "mhc_tilelang"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -77,6 +78,7 @@ def differentiate(
     function: Any = type(name, (base,), {key: staticmethod(method) for key, method in methods.items()})
 
     def apply(*arguments: Any) -> Any:
+        sharding.register_if_loaded()
         if torch._C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():
                 return function.apply(*arguments)
