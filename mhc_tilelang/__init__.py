@@ -7,6 +7,7 @@
 
     residual_stream, connections   what a model uses; `stream_module` has what the modules share
     recompute, blocks   what a stream need not keep for its backward; `saved` counts what it does
+    overlap, pipeline              merging a write on a CUDA stream of its own; what crosses between stages
     spec       the sizes and constants
     ops        the functions; they check with `arguments` and call `operators`
     operators  what autograd and torch.compile see; they run kernels through `launch` and `launch_backward`
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         pre,
         sinkhorn,
     )
+    from .pipeline import wire_bytes
     from .recompute import recompute_length
     from .residual_stream import ResidualStream
     from .saved import saved_bytes
@@ -78,6 +80,7 @@ __all__ = [
     "recompute_length",
     "saved_bytes",
     "sinkhorn",
+    "wire_bytes",
 ]
 
 _HOMES = {
@@ -95,6 +98,7 @@ _HOMES = {
     "ResidualStream": "residual_stream",
     "recompute_length": "recompute",
     "saved_bytes": "saved",
+    "wire_bytes": "pipeline",
 }
 _PACKAGES = ("convert", "diagnostics", "integrations")
 

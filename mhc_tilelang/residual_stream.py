@@ -33,6 +33,11 @@ moved on. So checkpoint the layer alone, or a region that makes its own stream, 
         return connection.merge(x, layer(layer_input), *mappings)
 
 A recomputation that uses a stream of the forward pass is refused.
+
+Between pipeline stages the wide stream crosses, as a plain tensor, and each stage has a stream of its own:
+
+    return stream.hand_over()                                     the end of a stage
+    stream = mhc.ResidualStream.from_streams(x)                   the beginning of the next
 """
 
 from __future__ import annotations
@@ -45,6 +50,7 @@ import torch
 from . import ops
 from .arguments import STREAM_DTYPES, Arguments, check_streams, sizes_of
 from .connections import Connection, HyperConnection, HyperHead, check_kind
+from .overlap import SideStream
 from .recompute import make_recorder
 
 
@@ -58,6 +64,10 @@ class ResidualStream:
         recompute: sublayers a block, where the backward shall make streams and layer inputs again instead of keeping
             them; `recompute_length` has the length that needs least memory. For "mhc" only, outside of torch.compile
             and of saved-tensor hooks: compile or checkpoint the layers. See `recompute`. No value depends on it.
+        overlap: on a GPU, merge a write as soon as it is made, on a CUDA stream of high priority beside the current
+            one, so that it runs while the model does something else before the next read. True takes one stream per
+            device; or give a stream. Values are the same to the bit; the next read is then a `pre` of its own instead
+            of half a `post_pre`. On a CPU, which has no streams, writes wait as ever. Not under torch.compile.
 
     Raises:
         ValueError, TypeError: an argument of the wrong kind, dtype or size; the message names it.
@@ -65,12 +75,16 @@ class ResidualStream:
     """
 
     def __init__(
-        self, h: torch.Tensor, num_streams: int = 4, connection: str = "mhc", *, recompute: int | None = None
+        self,
+        h: torch.Tensor,
+        num_streams: int = 4,
+        connection: str = "mhc",
+        *,
+        recompute: int | None = None,
+        overlap: torch.cuda.Stream | bool = False,
     ) -> None:
         (self._hidden_size,) = sizes_of("ResidualStream", "h", h, ("C",))
-        if h.dtype not in STREAM_DTYPES:
-            wanted = " or ".join(str(dtype) for dtype in STREAM_DTYPES)
-            raise TypeError(f"ResidualStream: h: expected dtype {wanted}, got {h.dtype}")
+        _check_stream_dtype("ResidualStream", "h", h)
         check_streams("ResidualStream", "num_streams", num_streams)
         check_kind("ResidualStream", "connection", connection)
         self._recorder = make_recorder(recompute, h, connection)
@@ -80,7 +94,35 @@ class ResidualStream:
         self._is_expanded = connection != "mhc"  # there the first read, or look, does it
         if not self._is_expanded:
             Arguments("ResidualStream").tensor("h", h, (self._hidden_size,), STREAM_DTYPES, batched=True)
-        self._given = (_version(h), *_modes())  # as of the layer's output
+        self._begin(overlap)
+
+    @classmethod
+    def from_streams(
+        cls, x: torch.Tensor, connection: str = "mhc", *, overlap: torch.cuda.Stream | bool = False
+    ) -> ResidualStream:
+        """Go on with streams that another part of the model handed over: the beginning of a pipeline stage.
+
+        Args:
+            x: [..., n, C], bfloat16, float16 or float32; for a plain residual [..., C]. Contiguous.
+            connection, overlap: as for the class.
+        """
+        function = "ResidualStream.from_streams"
+        check_kind(function, "connection", connection)
+        sizes = sizes_of(function, "x", x, ("C",) if connection == "residual" else ("n", "C"))
+        _check_stream_dtype(function, "x", x)
+        if connection != "residual":
+            check_streams(function, "x", sizes[0])
+        stream = cls.__new__(cls)
+        stream._kind, stream._x, stream._is_expanded = connection, x, True
+        stream._num_streams, stream._hidden_size = (1, *sizes)[-2:]
+        stream._begin(overlap)
+        return stream
+
+    def _begin(self, overlap: torch.cuda.Stream | bool) -> None:
+        """Nothing is read or written yet."""
+        self._given = (_version(self._x), *_modes())  # as of the layer's output
+        self._side = SideStream.of(self._x, overlap)
+        self._merged_early: torch.Tensor | None = None  # on the side stream, and not waited for
         self._reader: tuple[Connection, tuple[torch.Tensor, ...]] | None = None  # and its mappings, until merged
         self._layer_output: torch.Tensor | None = None
         self._delayed: bool | None = None  # whether connections are, from the first read on
@@ -94,7 +136,7 @@ class ResidualStream:
         self._check_connection(connection)
         self._delayed = _is_delayed(connection)
         read: Any = connection  # which takes more than x where it is HyperConnection, or delayed
-        if self._has_waiting_write() and self._written[1:] == _modes() and self._is_plain(connection):
+        if self._can_fuse(connection):
             _, layer_output, written = self._take_waiting_write()
             x, given_pre = self._x, self._given_pre()
             self._x, layer_input, *mappings = read(x, layer_output, *written, *given_pre)
@@ -115,12 +157,13 @@ class ResidualStream:
         self._reader = connection, tuple(mappings)
         return layer_input
 
-    def write(self, layer_output: torch.Tensor) -> None:
+    def write(self, layer_output: torch.Tensor, *, overlap: bool = True) -> None:
         """Hand back what the layer made of the input that was read.
 
         Args:
             layer_output: [..., C] in the stream's dtype; in a float32 stream bfloat16 or float16 too, as
                 layers return under autocast.
+            overlap: False leaves this write to the next read, in a stream whose writes are merged beside it.
         """
         self._check_turn("write", writes=True)
         if not isinstance(layer_output, torch.Tensor):
@@ -148,6 +191,17 @@ class ResidualStream:
         self._written = (_version(layer_output), *_modes())
         if self._recorder:
             self._recorder.written(layer_output)
+        if self._side is not None and overlap:
+            connection, mappings = self._reader  # type: ignore[misc]
+            self._merged_early = self._side.run(connection.merge, self._x, layer_output, *mappings)
+
+    def hand_over(self) -> torch.Tensor:
+        """The streams for the next part of the model, a pipeline stage: [..., n, C], for a plain residual [..., C].
+
+        Merges a waiting write first. Between a read and its write there is nothing to hand over.
+        """
+        self._check_turn("hand_over", writes=False)
+        return self.x
 
     def reduce(self, reduction: str | HyperHead = "sum") -> torch.Tensor:
         """The streams as one, [..., C] in the stream's dtype; merges a waiting write first.
@@ -161,7 +215,7 @@ class ResidualStream:
         self._check_turn("reduce", writes=False)
         self._check_reduction(reduction)
         if isinstance(reduction, HyperHead):
-            if self._has_waiting_write() and self._written[1:] == _modes() and self._is_plain(reduction):
+            if self._can_fuse(reduction):
                 _, layer_output, written = self._take_waiting_write()
                 boundary: Any = reduction
                 x = self._x
@@ -197,9 +251,17 @@ class ResidualStream:
         if self._has_waiting_write():
             connection, layer_output, mappings = self._take_waiting_write()
             x = self._x
-            self._x = _in_modes(self._written[1:], connection.merge, x, layer_output, *mappings)
+            if self._side is not None and self._merged_early is not None:
+                self._x, self._merged_early = self._side.wait_for(self._merged_early), None
+            else:
+                self._x = _in_modes(self._written[1:], connection.merge, x, layer_output, *mappings)
             if self._recorder:
                 self._recorder.merged(x, (layer_output, *mappings), self._x)
+
+    def _can_fuse(self, reader: Connection | HyperHead) -> bool:
+        """Whether a write waits that the reader can merge in its own operator."""
+        waits = self._has_waiting_write() and self._merged_early is None
+        return waits and self._written[1:] == _modes() and self._is_plain(reader)
 
     def _is_plain(self, reader: Connection | HyperHead) -> bool:
         """Whether the merge that waits and the read are those of this package: a class of yours keeps its methods."""
@@ -307,6 +369,12 @@ def _is_delayed(connection: Connection) -> bool:
 def _has_own_merge(connection: Connection | None) -> bool:
     """Whether a connection's merge is HyperConnection's."""
     return getattr(type(connection), "merge", None) is HyperConnection.merge
+
+
+def _check_stream_dtype(function: str, name: str, value: torch.Tensor) -> None:
+    if value.dtype not in STREAM_DTYPES:
+        wanted = " or ".join(str(dtype) for dtype in STREAM_DTYPES)
+        raise TypeError(f"{function}: {name}: expected dtype {wanted}, got {value.dtype}")
 
 
 def _modes() -> tuple[bool, bool]:

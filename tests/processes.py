@@ -13,19 +13,22 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-SECONDS = 120  # after which a rank is taken for hung
-
 
 def run_ranks(function: Callable[..., None], ranks: int, folder: Path, *arguments: Any) -> None:
     """Run function(rank, ranks, *arguments) in as many processes, joined by gloo; an error in one fails the test."""
-    mp.spawn(_run_rank, (function, ranks, str(folder / "rendezvous"), arguments), nprocs=ranks)
+    mp.spawn(_run_rank, (function, ranks, folder, arguments), nprocs=ranks)
 
 
-def _run_rank(rank: int, function: Callable[..., None], ranks: int, rendezvous: str, arguments: tuple) -> None:
-    faulthandler.dump_traceback_later(SECONDS, exit=True)
+def start_rank(rank: int, ranks: int, folder: Path, seconds: int = 120) -> None:
+    """Join the others. Waiting for one of them for that long is an error; hanging for longer ends the process."""
+    faulthandler.dump_traceback_later(2 * seconds, exit=True)
     torch.set_num_threads(1)
-    timeout = timedelta(seconds=SECONDS)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks, timeout=timeout)
+    meeting, timeout = f"file://{folder / 'rendezvous'}", timedelta(seconds=seconds)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=timeout)
+
+
+def _run_rank(rank: int, function: Callable[..., None], ranks: int, folder: Path, arguments: tuple) -> None:
+    start_rank(rank, ranks, folder)
     function(rank, ranks, *arguments)
     dist.barrier()
     # No teardown: PyTorch may free a process group with the GIL held, and wait for a thread that wants it.
