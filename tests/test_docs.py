@@ -32,6 +32,7 @@ COMMANDS = [
     f"{GPT} --connection residual",
     f"{GPT} --connection hc",
     f"{GPT} --connection mhc --recompute --dtype bfloat16 --text README.md",
+    *(pytest.param(f"{GPT} --world 2{more}", marks=pytest.mark.full) for more in ("", " --parallel ddp")),
 ]
 
 
@@ -56,10 +57,17 @@ def test_porting_page_runs(page: Path) -> None:
     exec(compile(example, page.name, "exec"), {})
 
 
-PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *PORTING]
+PAGES = [str(path.relative_to(ROOT)) for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *PORTING)]
 
 
-@pytest.mark.parametrize("page", [str(path.relative_to(ROOT)) for path in PAGES])
+@pytest.mark.parametrize("page", PAGES)
+def test_snippets_are_python(page: str) -> None:
+    """Blocks of code are whole: catches one that was cut off, or left half edited."""
+    for snippet in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL):
+        compile(snippet, page, "exec")
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     """Relative links only; catches a file that was moved, and a placeholder that was left."""
     text = (ROOT / page).read_text(encoding="utf-8")
