@@ -145,6 +145,7 @@ def check_two(rank: int, ranks: int) -> None:
             assert close(gradient, expected[name]), name
     with torch.inference_mode():
         assert close(every_function(shard(mesh, Shard(1))), every_function(inputs()))
+    check_other_placements(mesh, expected)
 
     h, g = inputs()["h"], inputs()["g"]
     start = Model()
@@ -153,6 +154,23 @@ def check_two(rank: int, ranks: int) -> None:
         model = tensor_parallel(copy.deepcopy(start), mesh, output)
         train(model, *(distribute_tensor(t, mesh, [Shard(1)]) for t in (h, g)))
         assert_trained_alike(model, alone, start)
+
+
+def check_other_placements(mesh: dist.DeviceMesh, expected: dict[str, torch.Tensor]) -> None:
+    """What lies otherwise is brought to the stream: parameters, upstream gradients, an embedding that is a sum."""
+    given = shard(mesh, Shard(1))
+    given["phi"] = given["phi"].redistribute(placements=[Shard(0)])
+    upstream = given["g"]
+    for placement in (Replicate(), Shard(0)):
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in given.items() if name != "g"}
+        out = every_function(leaves)
+        g = upstream.redistribute(placements=[placement])
+        for name, gradient in zip(leaves, torch.autograd.grad(out, list(leaves.values()), g), strict=True):
+            assert close(gradient, expected[name]), (placement, name)
+    h = inputs()["h"] / mesh.size()
+    x = mhc.expand(DTensor.from_local(h, mesh, [Partial()]), 4)
+    assert x.placements == (Replicate(),)
+    assert close(mhc.collapse(x), 4 * inputs()["h"])
 
 
 def check_four(rank: int, ranks: int) -> None:
