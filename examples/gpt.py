@@ -78,7 +78,7 @@ class GPT(nn.Module):
                 h = (self.token(x) + self.position.weight[: x.shape[1]]).to(self.dtype)
                 stream = mhc.ResidualStream(h, self.spec.num_streams, self.kind, recompute=self.recompute)
             else:
-                stream = mhc.ResidualStream.from_streams(x, self.kind, recompute=self.recompute)
+                stream = mhc.ResidualStream.from_streams(x, connection=self.kind, recompute=self.recompute)
             for connection, layer in zip(self.connections, self.layers, strict=True):
                 stream.write(layer(stream.read(connection)))
             return self.unembed(self.norm(stream.reduce("mean"))) if self.last else stream.hand_over()

@@ -20,6 +20,7 @@ import torch
 
 from . import operators
 from .arguments import STREAM_DTYPES, Arguments, check_eps, check_spec, check_streams, sizes_of
+from .operators import sharding
 from .spec import MHCSpec
 
 Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -197,6 +198,8 @@ def first_pre(x: torch.Tensor) -> torch.Tensor:
     """
     num_streams, _ = sizes_of("first_pre", "x", x, ("n", "C"))
     check_streams("first_pre", "x", num_streams)
+    if sharding.is_dtensor(x):
+        return sharding.lay_like(first_pre(x.to_local()), x, x.shape[:-1])  # type: ignore[attr-defined]
     row = torch.eye(num_streams, device=x.device, dtype=torch.float32)[0]
     return row.expand(x.shape[:-1]).contiguous()
 

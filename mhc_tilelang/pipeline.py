@@ -1,4 +1,4 @@
-"""What crosses between pipeline stages: the wide stream, n times as much as of a plain residual.
+"""What crosses between pipeline stages: the wide stream, n times as much as a plain residual's.
 
 `ResidualStream.hand_over` and `ResidualStream.from_streams` are the two ends of it.
 """
@@ -16,7 +16,7 @@ def wire_bytes(spec: MHCSpec, tokens: int, dtype: torch.dtype = torch.bfloat16, 
     """Bytes that one stage sends to the next for so many tokens: the streams. Their gradient comes back, as large.
 
     Args:
-        spec: sizes; n·C elements of the stream's dtype per token.
+        spec: sizes; n·C elements of the stream's dtype per token, and with delayed_pre n of h_pre in float32.
         tokens: of a micro-batch, or of all that a step sends.
         dtype: the stream's.
         connection: "mhc" or "hc"; "residual" for a plain one, with C elements per token.
@@ -30,4 +30,7 @@ def wire_bytes(spec: MHCSpec, tokens: int, dtype: torch.dtype = torch.bfloat16, 
     if dtype not in STREAM_DTYPES:
         wanted = " or ".join(str(known) for known in STREAM_DTYPES)
         raise TypeError(f"wire_bytes: dtype: expected {wanted}, got {dtype}")
-    return tokens * (spec.hidden_size if connection == "residual" else spec.stream_size) * dtype.itemsize
+    if connection == "residual":
+        return tokens * spec.hidden_size * dtype.itemsize
+    h_pre = 4 * spec.num_streams if spec.delayed_pre else 0
+    return tokens * (spec.stream_size * dtype.itemsize + h_pre)

@@ -37,7 +37,7 @@ A recomputation that uses a stream of the forward pass is refused.
 Between pipeline stages the wide stream crosses, as a plain tensor, and each stage has a stream of its own:
 
     return stream.hand_over()                                     the end of a stage
-    stream = mhc.ResidualStream.from_streams(x)                   the beginning of the next
+    stream = mhc.ResidualStream.from_streams(x)                   the beginning of the next; delayed: (x, h_pre)
 """
 
 from __future__ import annotations
@@ -98,12 +98,19 @@ class ResidualStream:
 
     @classmethod
     def from_streams(
-        cls, x: torch.Tensor, connection: str = "mhc", *, overlap: torch.cuda.Stream | bool = False
+        cls,
+        x: torch.Tensor,
+        h_pre: torch.Tensor | None = None,
+        *,
+        connection: str = "mhc",
+        overlap: torch.cuda.Stream | bool = False,
     ) -> ResidualStream:
-        """Go on with streams that another part of the model handed over: the beginning of a pipeline stage.
+        """Go on with what another part of the model handed over: the beginning of a pipeline stage.
 
         Args:
             x: [..., n, C], bfloat16, float16 or float32; for a plain residual [..., C]. Contiguous.
+            h_pre: [..., n], float32: with delayed_pre, what the last sublayer left for the next one. Without it, a
+                delayed connection is refused; with it, any other.
             connection, overlap: as for the class.
         """
         function = "ResidualStream.from_streams"
@@ -112,10 +119,13 @@ class ResidualStream:
         _check_stream_dtype(function, "x", x)
         if connection != "residual":
             check_streams(function, "x", sizes[0])
+        if h_pre is not None:
+            _check_h_pre(function, h_pre, x, connection)
         stream = cls.__new__(cls)
         stream._kind, stream._x, stream._is_expanded = connection, x, True
         stream._num_streams, stream._hidden_size = (1, *sizes)[-2:]
         stream._begin(overlap)
+        stream._delayed, stream._h_pre = h_pre is not None, h_pre
         return stream
 
     def _begin(self, overlap: torch.cuda.Stream | bool) -> None:
@@ -195,13 +205,14 @@ class ResidualStream:
             connection, mappings = self._reader  # type: ignore[misc]
             self._merged_early = self._side.run(connection.merge, self._x, layer_output, *mappings)
 
-    def hand_over(self) -> torch.Tensor:
+    def hand_over(self) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """The streams for the next part of the model, a pipeline stage: [..., n, C], for a plain residual [..., C].
 
+        With delayed_pre a tuple: the streams, and the h_pre [..., n] that its first sublayer aggregates with.
         Merges a waiting write first. Between a read and its write there is nothing to hand over.
         """
         self._check_turn("hand_over", writes=False)
-        return self.x
+        return self.x if self._h_pre is None else (self.x, self._h_pre)
 
     def reduce(self, reduction: str | HyperHead = "sum") -> torch.Tensor:
         """The streams as one, [..., C] in the stream's dtype; merges a waiting write first.
@@ -375,6 +386,14 @@ def _check_stream_dtype(function: str, name: str, value: torch.Tensor) -> None:
     if value.dtype not in STREAM_DTYPES:
         wanted = " or ".join(str(dtype) for dtype in STREAM_DTYPES)
         raise TypeError(f"{function}: {name}: expected dtype {wanted}, got {value.dtype}")
+
+
+def _check_h_pre(function: str, h_pre: torch.Tensor, x: torch.Tensor, connection: str) -> None:
+    if connection != "mhc":
+        raise ValueError(f"{function}: h_pre: expected none for connections of kind {connection!r}, got one")
+    arguments = Arguments(function)
+    arguments.tensor("x", x, x.shape[-2:], STREAM_DTYPES, batched=True)
+    arguments.tensor("h_pre", h_pre, (x.shape[-2],), batched=True)
 
 
 def _modes() -> tuple[bool, bool]:

@@ -23,8 +23,9 @@ from torch.distributed import pipelining
 
 import mhc_tilelang as mhc
 
+SPECS = {"delayed": mhc.MHCSpec.deepseek_v4_1(64)}
 SPEC = mhc.MHCSpec.deepseek_v4(64)
-KINDS = ("mhc", "hc", "residual")
+KINDS = ("mhc", "delayed", "hc", "residual")  # "delayed" is "mhc" of another spec
 MICRO_BATCHES, TOKENS, SUBLAYERS = 4, 6, 8
 
 
@@ -34,7 +35,8 @@ class Model(nn.Module):
     def __init__(self, kind: str, dtype: torch.dtype, stage: int = 0, stages: int = 1) -> None:
         super().__init__()
         torch.manual_seed(1)
-        connections = [mhc.connection(kind, SPEC, k) for k in range(SUBLAYERS)]
+        spec, kind = SPECS.get(kind, SPEC), kind.replace("delayed", "mhc")
+        connections = [mhc.connection(kind, spec, k) for k in range(SUBLAYERS)]
         layers = [nn.Sequential(nn.Linear(64, 64, dtype=dtype), nn.Tanh()) for _ in range(SUBLAYERS)]
         with torch.no_grad():
             for parameter in nn.ModuleList(connections).parameters():
@@ -43,8 +45,9 @@ class Model(nn.Module):
         self.connections, self.layers = nn.ModuleList(connections[mine]), nn.ModuleList(layers[mine])
         self.kind, self.first, self.last = kind, stage == 0, stage == stages - 1
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        stream = mhc.ResidualStream(x, 4, self.kind) if self.first else mhc.ResidualStream.from_streams(x, self.kind)
+    def forward(self, *x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        begin = mhc.ResidualStream if self.first else mhc.ResidualStream.from_streams
+        stream = begin(*x, connection=self.kind)
         for connection, layer in zip(self.connections, self.layers, strict=True):
             stream.write(layer(stream.read(connection)))
         return stream.reduce("sum") if self.last else stream.hand_over()
@@ -64,9 +67,11 @@ def alone(kind: str, dtype: torch.dtype, stages: int) -> list[Model]:
     """The stages one after the other in this process, micro-batch by micro-batch, their gradients added up."""
     parts = [Model(kind, dtype, stage, stages) for stage in range(stages)]
     for x, g in zip(*(tensor.chunk(MICRO_BATCHES) for tensor in batch(dtype)), strict=True):
+        crossing = (x,)
         for part in parts:
-            x = part(x)
-        loss_of(x, g).backward()
+            out = part(*crossing)
+            crossing = out if isinstance(out, tuple) else (out,)
+        loss_of(out, g).backward()
     return parts
 
 
@@ -105,25 +110,30 @@ def counted() -> Iterator[list[int]]:
         yield sent
 
 
+def wire(kind: str, tokens: int, dtype: torch.dtype) -> int:
+    return mhc.wire_bytes(SPECS.get(kind, SPEC), tokens, dtype, kind.replace("delayed", "mhc"))
+
+
 def check_schedules(rank: int, ranks: int, schedules: tuple[tuple, ...]) -> None:
     for schedule, kind, dtype, per_rank in schedules:
         total = torch.tensor(in_pipeline(rank, ranks, schedule, kind, dtype, per_rank))
         dist.all_reduce(total)
         # The turn of a V lies within a rank. Every other boundary carries the streams, and their gradient back.
         crossings = ranks * per_rank - 1 - (schedule == "ScheduleDualPipeV")
-        assert total == 2 * crossings * mhc.wire_bytes(SPEC, 2 * MICRO_BATCHES * TOKENS, dtype, kind), schedule
+        assert total == 2 * crossings * wire(kind, 2 * MICRO_BATCHES * TOKENS, dtype), schedule
 
 
 F32, BF16 = torch.float32, torch.bfloat16
 SCHEDULES = (  # name, connections, dtype, stages per rank
     ("Schedule1F1B", "mhc", BF16, 1),
     ("ScheduleInterleaved1F1B", "hc", F32, 2),
-    ("ScheduleDualPipeV", "mhc", F32, 2),
+    ("ScheduleDualPipeV", "delayed", F32, 2),
 )
 MORE = (
     ("Schedule1F1B", "mhc", F32, 1),
     ("Schedule1F1B", "residual", BF16, 1),
     ("ScheduleInterleaved1F1B", "mhc", BF16, 2),
+    ("ScheduleInterleaved1F1B", "delayed", BF16, 2),
     ("ScheduleDualPipeV", "mhc", BF16, 2),
 )
 
@@ -171,15 +181,17 @@ def test_streams_go_on_where_they_were_handed_over(kind: str) -> None:
     """After any number of sublayers, the same bits as in one piece; a waiting write is merged once."""
     whole, x = Model(kind, F32), batch(F32)[0]
     for cut in (0, 1, 5, SUBLAYERS):
-        first = mhc.ResidualStream(x, 4, kind)
+        if cut == 0 and kind == "delayed":
+            continue  # nothing has been read: there is no h_pre yet
+        first = mhc.ResidualStream(x, connection=whole.kind)
         for k in range(cut):
             first.write(whole.layers[k](first.read(whole.connections[k])))
         handed = first.hand_over()
-        second = mhc.ResidualStream.from_streams(handed, kind)
+        crossing = handed if isinstance(handed, tuple) else (handed,)
+        second = mhc.ResidualStream.from_streams(*crossing, connection=whole.kind)
         for k in range(cut, SUBLAYERS):
             second.write(whole.layers[k](second.read(whole.connections[k])))
         assert torch.equal(second.reduce("sum"), whole(x))
-        assert first.hand_over() is handed
 
 
 def test_what_cannot_cross_is_refused() -> None:
@@ -195,7 +207,21 @@ def test_what_cannot_cross_is_refused() -> None:
     with pytest.raises(TypeError, match=r"ResidualStream.from_streams: x: expected dtype .*, got torch.float64"):
         mhc.ResidualStream.from_streams(x.double())
     with pytest.raises(ValueError, match=r"ResidualStream.from_streams: connection: expected one of"):
-        mhc.ResidualStream.from_streams(x, "plain")
+        mhc.ResidualStream.from_streams(x, connection="plain")
+
+
+def test_an_h_pre_crosses_with_delayed_streams_and_no_others() -> None:
+    """Would catch a stage that begins with stream 0 again, as the model's first sublayer does."""
+    delayed, other = mhc.HyperConnection(SPECS["delayed"]), mhc.HyperConnection(SPEC)
+    x, h_pre = torch.randn(2, 4, 64), torch.rand(2, 4)
+    with pytest.raises(ValueError, match="connection: expected a spec with delayed_pre=False"):
+        mhc.ResidualStream.from_streams(x).read(delayed)
+    with pytest.raises(ValueError, match="connection: expected a spec with delayed_pre=True"):
+        mhc.ResidualStream.from_streams(x, h_pre).read(other)
+    with pytest.raises(ValueError, match=r"from_streams: h_pre: expected shape \[..., 4\], got \[2, 3\]"):
+        mhc.ResidualStream.from_streams(x, h_pre[:, :3])
+    with pytest.raises(ValueError, match="from_streams: h_pre: expected none for connections of kind 'hc'"):
+        mhc.ResidualStream.from_streams(x, h_pre, connection="hc")
 
 
 def test_bytes_on_the_wire() -> None:
@@ -203,6 +229,7 @@ def test_bytes_on_the_wire() -> None:
     spec = mhc.MHCSpec.deepseek_v4(2560)
     assert mhc.wire_bytes(spec, 4096) == 4096 * 4 * 2560 * 2
     assert mhc.wire_bytes(spec, 4096, connection="residual") == 4096 * 2560 * 2
+    assert mhc.wire_bytes(mhc.MHCSpec.deepseek_v4_1(2560), 4096) == 4096 * 4 * (2560 * 2 + 4)
     assert mhc.wire_bytes(spec, 0, F32) == 0
     with pytest.raises(ValueError, match=r"wire_bytes: tokens: expected an int of at least 0, got -1"):
         mhc.wire_bytes(spec, -1)

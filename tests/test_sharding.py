@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import mhc_tilelang as mhc
 from mhc_tilelang.operators import sharding
 
-SPEC = mhc.MHCSpec.deepseek_v4(64)
+SPEC, DELAYED = mhc.MHCSpec.deepseek_v4(64), mhc.MHCSpec.deepseek_v4_1(64)
 BATCH, SEQUENCE = 3, 5  # which two ranks cannot share equally
 # Parameters' gradients are sums over 15 tokens in another order: 15 · 6e-8 of the terms' sizes. Measured: 2e-7, and
 # 2e-6 for the head's alpha, whose terms cancel to a tenth. A gradient of one rank's tokens alone would be off by 1.
@@ -53,12 +53,14 @@ TOKENS = ("h", "layer_output", "g", "logits")
 
 def every_function(t: dict[str, torch.Tensor]) -> torch.Tensor:
     """An output [..., C] that goes through every public function."""
-    parameters = (t["phi"], t["alpha"], t["bias"], SPEC)
+    parameters, delayed = ((t["phi"], t["alpha"], t["bias"], spec) for spec in (SPEC, DELAYED))
     x = mhc.expand(t["h"], 4)
     h_pre, h_post, _ = mhc.coefficients(x, *parameters)
     layer_input, _, h_res = mhc.pre(x, *parameters)
     x = mhc.post(x, layer_input * t["layer_output"], h_post, h_res * mhc.sinkhorn(t["logits"]))
     x, layer_input, h_post, h_res = mhc.post_pre(x, t["layer_output"], h_pre, h_res, *parameters)
+    layer_input, _, _, h_pre = mhc.pre(x, *delayed, h_pre=mhc.first_pre(x) + h_post)
+    x, layer_input, h_post, h_res, _ = mhc.post_pre(x, layer_input, h_post, h_res, *delayed, h_pre=h_pre)
     x = mhc.post(x, layer_input * t["layer_output"], h_post, h_res)
     return mhc.head(x, t["head_phi"], t["head_alpha"], t["head_bias"], SPEC) + mhc.collapse(x)
 
@@ -85,7 +87,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(2)
-        self.connections = nn.ModuleList(mhc.HyperConnection(SPEC, k) for k in range(2))
+        self.connections = nn.ModuleList(mhc.HyperConnection(DELAYED, k) for k in range(2))
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)) for _ in range(2))
         self.head = mhc.HyperHead(SPEC)
         with torch.no_grad():

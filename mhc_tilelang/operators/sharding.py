@@ -37,7 +37,7 @@ RESULTS = {
     "coefficients": "tttd",
     "coefficients_backward": "tggg",
     "pre": "ttttd",
-    "pre_backward": "tggg",
+    "pre_backward": "tgggt",
     "post": "t",
     "post_backward": "tttt",
     "post_pre": "tttttd",
@@ -61,6 +61,14 @@ def register_if_loaded() -> None:
     """Register the rules, once, as soon as there can be a DTensor."""
     if not _registered and hasattr(sys.modules.get("torch.distributed.tensor"), "DTensor"):
         _register()
+
+
+def lay_like(local: torch.Tensor, x: Any, shape: torch.Size) -> torch.Tensor:
+    """A rank's part of a tensor of that shape as a DTensor, whose tokens lie as those of the stream x do."""
+    from torch.distributed.tensor import DTensor
+
+    placements, stride = _placements(x.placements)["t"], torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, x.device_mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def _register() -> None:
