@@ -26,7 +26,7 @@ import mhc_tilelang as mhc
 SPECS = {"delayed": mhc.MHCSpec.deepseek_v4_1(64)}
 SPEC = mhc.MHCSpec.deepseek_v4(64)
 KINDS = ("mhc", "delayed", "hc", "residual")  # "delayed" is "mhc" of another spec
-MICRO_BATCHES, TOKENS, SUBLAYERS = 4, 6, 8
+SEQUENCES, TOKENS, SUBLAYERS = 8, 6, 8
 
 
 class Model(nn.Module):
@@ -55,8 +55,13 @@ class Model(nn.Module):
 
 def batch(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
-    x, g = (torch.randn(MICRO_BATCHES * 2, TOKENS, 64, generator=generator) for _ in range(2))
+    x, g = (torch.randn(SEQUENCES, TOKENS, 64, generator=generator) for _ in range(2))
     return x.to(dtype), g
+
+
+def micro_batches(stages: int) -> int:
+    """At least one per stage, which DualPipeV asks for."""
+    return max(4, stages)
 
 
 def loss_of(out: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
@@ -66,7 +71,7 @@ def loss_of(out: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
 def alone(kind: str, dtype: torch.dtype, stages: int) -> list[Model]:
     """The stages one after the other in this process, micro-batch by micro-batch, their gradients added up."""
     parts = [Model(kind, dtype, stage, stages) for stage in range(stages)]
-    for x, g in zip(*(tensor.chunk(MICRO_BATCHES) for tensor in batch(dtype)), strict=True):
+    for x, g in zip(*(tensor.chunk(micro_batches(stages)) for tensor in batch(dtype)), strict=True):
         crossing = (x,)
         for part in parts:
             out = part(*crossing)
@@ -83,7 +88,7 @@ def in_pipeline(rank: int, ranks: int, schedule: str, kind: str, dtype: torch.dt
     parts = {k: Model(kind, dtype, k, stages) for k in mine}
     built = [pipelining.PipelineStage(part, k, stages, torch.device("cpu")) for k, part in parts.items()]
     make = getattr(pipelining.schedules, schedule)
-    run = make(built if per_rank > 1 else built[0], MICRO_BATCHES, loss_fn=loss_of, scale_grads=False)
+    run = make(built if per_rank > 1 else built[0], micro_batches(stages), loss_fn=loss_of, scale_grads=False)
     x, g = batch(dtype)
     with counted() as sent:
         run.step(*([x] if 0 in parts else []), **({"target": g} if stages - 1 in parts else {}))
@@ -120,7 +125,7 @@ def check_schedules(rank: int, ranks: int, schedules: tuple[tuple, ...]) -> None
         dist.all_reduce(total)
         # The turn of a V lies within a rank. Every other boundary carries the streams, and their gradient back.
         crossings = ranks * per_rank - 1 - (schedule == "ScheduleDualPipeV")
-        assert total == 2 * crossings * wire(kind, 2 * MICRO_BATCHES * TOKENS, dtype), schedule
+        assert total == 2 * crossings * wire(kind, SEQUENCES * TOKENS, dtype), schedule
 
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -158,7 +163,7 @@ def die_or_wait(rank: int, ranks: int, folder: str) -> None:
     if rank == 1:
         part.forward = lambda _: os._exit(7)
     stage = pipelining.PipelineStage(part, rank, ranks, torch.device("cpu"))
-    run = pipelining.Schedule1F1B(stage, MICRO_BATCHES, loss_fn=loss_of)
+    run = pipelining.Schedule1F1B(stage, micro_batches(ranks), loss_fn=loss_of)
     x, g = batch(F32)
     try:
         run.step(*([x] if rank == 0 else []), **({"target": g} if rank == 1 else {}))
