@@ -4,8 +4,8 @@ stream's two ends, expand_pre and post_head.
 Each checks its arguments (`arguments`) and calls its operator (`operators`), which autograd differentiates and
 torch.compile keeps whole. n streams, C = hidden size, K = n·C, M = n² + 2n; "..." stands for any leading
 dimensions, none and empty ones included. Streams are bfloat16, float16 or float32; everything else is float32.
-Tensors are contiguous and on one device. Gradients have the dtype of what they belong to; there are no second
-derivatives and no forward mode.
+Tensors are contiguous and on one device; DTensors may be sharded over tokens (`operators.sharding`). Gradients have
+the dtype of what they belong to; there are no second derivatives and no forward mode.
 
 `out=` writes the results into given buffers, and returns those. Buffers are contiguous, have the results' shapes
 and dtypes, and overlap no input. No gradient flows through such a call.

@@ -233,6 +233,15 @@ def test_plain_tensors_beside_dtensors_are_refused(mesh: dist.DeviceMesh) -> Non
         mhc.expand(t["h"], 4, out=torch.empty_like(x))
 
 
+def test_another_mesh_is_refused(mesh: dist.DeviceMesh) -> None:
+    """Would catch a gradient that is summed over the ranks of the wrong one."""
+    t, named = shard(mesh, Shard(0)), dist.init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "model"))["model"]
+    x = mhc.expand(t["h"], 4)
+    t["phi"] = distribute_tensor(inputs()["phi"], named, [Replicate()])
+    with pytest.raises(RuntimeError, match="pre: phi: expected the device mesh of x"):
+        mhc.pre(x, t["phi"], t["alpha"], t["bias"], SPEC)
+
+
 def test_what_is_needed_is_part_of_the_key(mesh: dist.DeviceMesh) -> None:
     """The placements found for a call are kept: those of one without a gradient of x are not those of one with it."""
     t = shard(mesh, Shard(0))

@@ -101,6 +101,10 @@ def _strategy(schema: Any) -> Any:
     tokens, trailing = next((key, TOKENS[key]) for key in TOKENS if key in given)
     spec = given[tokens].strategies[0].output_spec
     check_tokens(name, tokens, spec.placements, spec.ndim - trailing)
+    for key, value in given.items():
+        mesh = value.strategies[0].output_spec.mesh
+        if mesh != spec.mesh:  # replicated on another one it might pass for replicated on this
+            raise ValueError(f"{name}: {key}: expected the device mesh of {tokens}, {spec.mesh}, got {mesh}")
     placements = _placements(spec.placements)
 
     def lies(role: str) -> DTensorSpec:
