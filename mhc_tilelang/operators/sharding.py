@@ -4,8 +4,8 @@ A stream may be sharded over tokens, by any of its leading dimensions: batch, se
 mesh. Every token is a computation of its own, so that each rank runs the kernels on its part, and nothing is sent:
 
     stream, layer's input and output, mappings, and their gradients   as the stream lies
-    phi, alpha, bias                                                  replicated
-    gradients of phi, alpha, bias                                     Partial(sum) where tokens are sharded
+    phi, alpha, bias, layer_norm_weight                               replicated
+    their gradients                                                   Partial(sum) where tokens are sharded
     projected [rows + 1, T]                                           Shard(1) where tokens are sharded
 
 The stream, `x`, decides. Whatever else lies otherwise is redistributed: a layer's output that is Partial is reduced and
@@ -37,15 +37,15 @@ RESULTS = {
     "coefficients": "tttd",
     "coefficients_backward": "tggg",
     "pre": "ttttd",
-    "pre_backward": "tgggt",
+    "pre_backward": "tgggtg",
     "post": "t",
     "post_backward": "tttt",
     "post_pre": "tttttd",
-    "post_pre_backward": "ttttgggt",
+    "post_pre_backward": "ttttgggtg",
     "head": "ttd",
     "head_backward": "tggg",
 }
-PARAMETERS = ("phi", "alpha", "bias")
+PARAMETERS = ("phi", "alpha", "bias", "layer_norm_weight")
 TOKENS = {"x": 2, "h": 1, "logits": 2}  # the input that decides, and its dimensions that are not tokens
 
 _registered = False
