@@ -30,13 +30,13 @@ BATCH, SEQUENCE = 3, 5  # which two ranks cannot share equally
 TOLERANCE = 1e-5
 
 
-def inputs() -> dict[str, torch.Tensor]:
+def inputs(batch: int = BATCH) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     shapes = {
-        "h": (BATCH, SEQUENCE, 64),
-        "layer_output": (BATCH, SEQUENCE, 64),
-        "g": (BATCH, SEQUENCE, 64),
-        "logits": (BATCH, SEQUENCE, 4, 4),
+        "h": (batch, SEQUENCE, 64),
+        "layer_output": (batch, SEQUENCE, 64),
+        "g": (batch, SEQUENCE, 64),
+        "logits": (batch, SEQUENCE, 4, 4),
         "phi": (24, 256),
         "bias": (24,),
         "layer_norm_weight": (64,),
@@ -73,9 +73,10 @@ def gradients(t: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
 
-def shard(mesh: dist.DeviceMesh, *placements: Shard) -> dict[str, torch.Tensor]:
+def shard(mesh: dist.DeviceMesh, *placements: Shard, batch: int = BATCH) -> dict[str, torch.Tensor]:
     whole = [Replicate()] * mesh.ndim
-    return {n: distribute_tensor(t, mesh, placements if n in TOKENS else whole) for n, t in inputs().items()}
+    given = inputs(batch).items()
+    return {name: distribute_tensor(t, mesh, placements if name in TOKENS else whole) for name, t in given}
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -150,6 +151,7 @@ def check_two(rank: int, ranks: int) -> None:
     with torch.inference_mode():
         assert close(every_function(shard(mesh, Shard(1))), every_function(inputs()))
     check_other_placements(mesh, expected)
+    check_a_rank_without_tokens(mesh)
 
     h, g = inputs()["h"], inputs()["g"]
     start = Model()
@@ -158,6 +160,13 @@ def check_two(rank: int, ranks: int) -> None:
         model = tensor_parallel(copy.deepcopy(start), mesh, output)
         train(model, *(distribute_tensor(t, mesh, [Shard(1)]) for t in (h, g)))
         assert_trained_alike(model, alone, start)
+
+
+def check_a_rank_without_tokens(mesh: dist.DeviceMesh) -> None:
+    """Its part of a parameter's gradient is zero, and not what memory held."""
+    expected = gradients(inputs(batch=1))
+    for name, gradient in gradients(shard(mesh, Shard(0), batch=1)).items():
+        assert close(gradient, expected[name]), name
 
 
 def check_other_placements(mesh: dist.DeviceMesh, expected: dict[str, torch.Tensor]) -> None:
@@ -258,6 +267,20 @@ def test_what_is_needed_is_part_of_the_key(mesh: dist.DeviceMesh) -> None:
         for leaf, gradient in zip(needs, torch.autograd.grad(loss, needs), strict=True):
             assert gradient.shape == leaf.shape
             assert gradient.to_local().norm() > 0
+
+
+@pytest.mark.full
+def test_compiled_code_takes_dtensors(mesh: dist.DeviceMesh) -> None:
+    """Whole, in one graph, with the values and gradients of eager code."""
+    model, h = Model(), shard(mesh, Shard(1))["h"].requires_grad_()
+    for module in (*model.connections, *model.layers, model.head):
+        distribute_module(module, mesh)
+    leaves = [h, *model.parameters()]
+    expected, got = model(h), torch.compile(model, backend="aot_eager", fullgraph=True)(h)
+    g = shard(mesh, Shard(1))["g"]
+    assert torch.equal(got.to_local(), expected.to_local())
+    for a, b in zip(torch.autograd.grad(got, leaves, g), torch.autograd.grad(expected, leaves, g), strict=True):
+        assert torch.equal(a.to_local(), b.to_local())
 
 
 def test_every_operator_has_a_rule() -> None:
