@@ -55,7 +55,8 @@ TOKENS = ("h", "layer_output", "g", "logits")
 def every_function(t: dict[str, torch.Tensor]) -> torch.Tensor:
     """An output [..., C] that goes through every public function."""
     parameters, delayed = ((t["phi"], t["alpha"], t["bias"], spec) for spec in (SPEC, DELAYED))
-    x = mhc.expand(t["h"], 4)
+    x, first_input, _, _ = mhc.expand_pre(t["h"], *parameters)
+    x = x + mhc.expand(first_input, 4)
     h_pre, h_post, _ = mhc.coefficients(x, *parameters)
     layer_input, _, h_res = mhc.pre(x, *parameters)
     x = mhc.post(x, layer_input * t["layer_output"], h_post, h_res * mhc.sinkhorn(t["logits"]))
@@ -64,7 +65,9 @@ def every_function(t: dict[str, torch.Tensor]) -> torch.Tensor:
     layer_input, _, _, h_pre = mhc.pre(x, *delayed, h_pre=mhc.first_pre(x) + h_post, **norm)
     x, layer_input, h_post, h_res, _ = mhc.post_pre(x, layer_input, h_post, h_res, *delayed, h_pre=h_pre, **norm)
     x = mhc.post(x, layer_input * t["layer_output"], h_post, h_res)
-    return mhc.head(x, t["head_phi"], t["head_alpha"], t["head_bias"], SPEC) + mhc.collapse(x)
+    head = (t["head_phi"], t["head_alpha"], t["head_bias"], SPEC)
+    x, out = mhc.post_head(x, layer_input, h_post, h_res, *head)
+    return out + mhc.head(x, *head) + mhc.collapse(x)
 
 
 def gradients(t: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

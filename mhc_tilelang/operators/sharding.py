@@ -28,7 +28,8 @@ from typing import Any
 
 import torch
 
-# What each operator returns: t as the tokens lie, d `projected`, g the gradient of a parameter.
+# What each operator returns: t as the tokens lie, f with the tokens flattened to one dimension, d `projected`, g the
+# gradient of a parameter. Of the inputs, p are parameters.
 RESULTS = {
     "expand": "t",
     "collapse": "t",
@@ -42,10 +43,15 @@ RESULTS = {
     "post_backward": "tttt",
     "post_pre": "tttttd",
     "post_pre_backward": "ttttgggtg",
+    "expand_pre": "tttttd",
+    "expand_pre_backward": "tggg",
+    "post_head": "ttfd",
+    "post_head_backward": "ttttggg",
     "head": "ttd",
     "head_backward": "tggg",
 }
-PARAMETERS = ("phi", "alpha", "bias", "layer_norm_weight")
+INPUTS = {"phi": "p", "alpha": "p", "bias": "p", "layer_norm_weight": "p", "projected": "d"}  # all others: t
+FLAT = {"post_head_backward": "h_pre"}  # but for these: f
 TOKENS = {"x": 2, "h": 1, "logits": 2}  # the input that decides, and its dimensions that are not tokens
 
 _registered = False
@@ -111,7 +117,7 @@ def _strategy(schema: Any) -> Any:
         return DTensorSpec(spec.mesh, placements[role])
 
     results = tuple(lies(role) for role in RESULTS[name])
-    inputs = [lies("p" if key in PARAMETERS else "d" if key == "projected" else "t") for key in given]
+    inputs = [lies("f" if key == FLAT.get(name) else INPUTS.get(key, "t")) for key in given]
     return OpStrategy([OpSpec(results if len(results) > 1 else results[0], inputs)])
 
 
@@ -140,6 +146,7 @@ def _placements(placements: tuple[Any, ...]) -> dict[str, tuple[Any, ...]]:
 
     return {
         "t": tuple(p if here else Replicate() for p, here in zip(placements, sharded, strict=True)),
+        "f": where_sharded(Shard(0)),
         "d": where_sharded(Shard(1)),
         "g": where_sharded(Partial()),
         "p": where_sharded(Replicate()),
