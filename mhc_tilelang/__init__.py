@@ -5,7 +5,8 @@
     stream.write(layer(stream.read(connection)))          connection = mhc.HyperConnection(spec, sublayer=0)
     h = stream.reduce("sum")
 
-    residual_stream, connections   what a model uses; `stream_module` has what the modules share
+    residual_stream, connections   what a model uses; `stream_module` has what the modules share, `stream_arguments` and
+                                   `stream_state` what the stream checks and remembers
     recompute, blocks   what a stream need not keep for its backward; `saved` counts what it does
     overlap, pipeline              merging a write on a CUDA stream of its own; what crosses between stages
     spec       the sizes and constants

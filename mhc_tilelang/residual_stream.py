@@ -42,7 +42,6 @@ Between pipeline stages the wide stream crosses, as a plain tensor, and each sta
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,6 +51,8 @@ from .arguments import STREAM_DTYPES, Arguments, check_streams, sizes_of
 from .connections import Connection, HyperConnection, HyperHead, check_kind
 from .overlap import SideStream
 from .recompute import make_recorder
+from .stream_arguments import check_h_pre, check_layer_output, check_reduction, check_spec, check_stream_dtype
+from .stream_state import backward_pass, has_own_forward, has_own_merge, in_modes, is_delayed, modes, version
 
 
 class ResidualStream:
@@ -64,6 +65,7 @@ class ResidualStream:
         recompute: sublayers a block, where the backward shall make streams and layer inputs again instead of keeping
             them; `recompute_length` has the length that needs least memory. For "mhc" only, outside of torch.compile
             and of saved-tensor hooks: compile or checkpoint the layers. See `recompute`. No value depends on it.
+            Not together with overlap.
         overlap: on a GPU, merge a write as soon as it is made, on a CUDA stream of high priority beside the current
             one, so that it runs while the model does something else before the next read. True takes one stream per
             device; or give a stream. Values are the same to the bit; the next read is then a `pre` of its own instead
@@ -84,17 +86,16 @@ class ResidualStream:
         overlap: torch.cuda.Stream | bool = False,
     ) -> None:
         (self._hidden_size,) = sizes_of("ResidualStream", "h", h, ("C",))
-        _check_stream_dtype("ResidualStream", "h", h)
+        check_stream_dtype("ResidualStream", "h", h)
         check_streams("ResidualStream", "num_streams", num_streams)
         check_kind("ResidualStream", "connection", connection)
-        self._recorder = make_recorder(recompute, h, connection)
         self._kind = connection
         self._num_streams = 1 if connection == "residual" else num_streams
         self._x = ops.expand(h, num_streams) if connection == "hc" else h
         self._is_expanded = connection != "mhc"  # there the first read, or look, does it
         if not self._is_expanded:
             Arguments("ResidualStream").tensor("h", h, (self._hidden_size,), STREAM_DTYPES, batched=True)
-        self._begin(overlap)
+        self._begin(recompute, overlap)
 
     @classmethod
     def from_streams(
@@ -103,6 +104,7 @@ class ResidualStream:
         h_pre: torch.Tensor | None = None,
         *,
         connection: str = "mhc",
+        recompute: int | None = None,
         overlap: torch.cuda.Stream | bool = False,
     ) -> ResidualStream:
         """Go on with what another part of the model handed over: the beginning of a pipeline stage.
@@ -111,26 +113,29 @@ class ResidualStream:
             x: [..., n, C], bfloat16, float16 or float32; for a plain residual [..., C]. Contiguous.
             h_pre: [..., n], float32: with delayed_pre, what the last sublayer left for the next one. Without it, a
                 delayed connection is refused; with it, any other.
-            connection, overlap: as for the class.
+            connection, recompute, overlap: as for the class.
         """
         function = "ResidualStream.from_streams"
         check_kind(function, "connection", connection)
         sizes = sizes_of(function, "x", x, ("C",) if connection == "residual" else ("n", "C"))
-        _check_stream_dtype(function, "x", x)
+        check_stream_dtype(function, "x", x)
         if connection != "residual":
             check_streams(function, "x", sizes[0])
         if h_pre is not None:
-            _check_h_pre(function, h_pre, x, connection)
+            check_h_pre(function, h_pre, x, connection)
         stream = cls.__new__(cls)
         stream._kind, stream._x, stream._is_expanded = connection, x, True
         stream._num_streams, stream._hidden_size = (1, *sizes)[-2:]
-        stream._begin(overlap)
+        stream._begin(recompute, overlap)
         stream._delayed, stream._h_pre = h_pre is not None, h_pre
         return stream
 
-    def _begin(self, overlap: torch.cuda.Stream | bool) -> None:
+    def _begin(self, recompute: int | None, overlap: torch.cuda.Stream | bool) -> None:
         """Nothing is read or written yet."""
-        self._given = (_version(self._x), *_modes())  # as of the layer's output
+        if recompute is not None and overlap is not False:
+            raise ValueError(f"ResidualStream: overlap: expected False beside recompute={recompute}, got {overlap}")
+        self._recorder = make_recorder(recompute, self._x, self._kind)
+        self._given = (version(self._x), *modes())  # as of the layer's output
         self._side = SideStream.of(self._x, overlap)
         self._merged_early: torch.Tensor | None = None  # on the side stream, and not waited for
         self._reader: tuple[Connection, tuple[torch.Tensor, ...]] | None = None  # and its mappings, until merged
@@ -138,13 +143,13 @@ class ResidualStream:
         self._delayed: bool | None = None  # whether connections are, from the first read on
         self._h_pre: torch.Tensor | None = None  # what a delayed connection read last left for the next one
         self._written = (0, True, False)  # version of the layer's output, grad mode, inference mode
-        self._backward_pass = _backward_pass()
+        self._backward_pass = backward_pass()
 
     def read(self, connection: Connection) -> torch.Tensor:
         """The next layer's input, [..., C] in the stream's dtype; merges a waiting write first."""
         self._check_turn("read", writes=False)
         self._check_connection(connection)
-        self._delayed = _is_delayed(connection)
+        self._delayed = is_delayed(connection)
         read: Any = connection  # which takes more than x where it is HyperConnection, or delayed
         if self._can_fuse(connection):
             _, layer_output, written = self._take_waiting_write()
@@ -176,29 +181,9 @@ class ResidualStream:
             overlap: False leaves this write to the next read, in a stream whose writes are merged beside it.
         """
         self._check_turn("write", writes=True)
-        if not isinstance(layer_output, torch.Tensor):
-            got = type(layer_output).__name__
-            raise TypeError(f"ResidualStream.write: layer_output: expected a torch.Tensor, got {got}")
-        shape = self._x.shape if self._kind == "residual" else (*self._x.shape[:-2], self._hidden_size)
-        if layer_output.shape != torch.Size(shape):
-            raise ValueError(
-                f"ResidualStream.write: layer_output: expected shape {list(shape)}, got {list(layer_output.shape)}"
-            )
-        dtypes = STREAM_DTYPES if self._x.dtype == torch.float32 else (self._x.dtype,)
-        if layer_output.dtype not in dtypes:
-            wanted = " or ".join(str(dtype) for dtype in dtypes)
-            raise TypeError(f"ResidualStream.write: layer_output: expected dtype {wanted}, got {layer_output.dtype}")
-        if not torch.compiler.is_compiling() and not layer_output.is_contiguous():
-            raise ValueError(
-                "ResidualStream.write: layer_output: expected a contiguous tensor, got strides "
-                f"{tuple(layer_output.stride())} for shape {list(layer_output.shape)}; call .contiguous() first"
-            )
-        if layer_output.device != self._x.device:
-            raise ValueError(
-                f"ResidualStream.write: layer_output: expected device {self._x.device}, got {layer_output.device}"
-            )
+        check_layer_output(layer_output, self._x, self._kind)
         self._layer_output = layer_output
-        self._written = (_version(layer_output), *_modes())
+        self._written = (version(layer_output), *modes())
         if self._recorder:
             self._recorder.written(layer_output)
         if self._side is not None and overlap:
@@ -224,7 +209,7 @@ class ResidualStream:
         The stream stays as it is: it can be read on, for outputs between layers.
         """
         self._check_turn("reduce", writes=False)
-        self._check_reduction(reduction)
+        check_reduction(reduction, self._kind, self._sizes())
         if isinstance(reduction, HyperHead):
             if self._can_fuse(reduction):
                 _, layer_output, written = self._take_waiting_write()
@@ -257,7 +242,7 @@ class ResidualStream:
     def _merge(self) -> None:
         """Expand the embedding if it waits; merge the waiting write, if there is one."""
         if not self._is_expanded:
-            self._x = _in_modes(self._given[1:], ops.expand, self._embedding(), self._num_streams)
+            self._x = in_modes(self._given[1:], ops.expand, self._embedding(), self._num_streams)
             self._is_expanded = True
         if self._has_waiting_write():
             connection, layer_output, mappings = self._take_waiting_write()
@@ -265,30 +250,30 @@ class ResidualStream:
             if self._side is not None and self._merged_early is not None:
                 self._x, self._merged_early = self._side.wait_for(self._merged_early), None
             else:
-                self._x = _in_modes(self._written[1:], connection.merge, x, layer_output, *mappings)
+                self._x = in_modes(self._written[1:], connection.merge, x, layer_output, *mappings)
             if self._recorder:
                 self._recorder.merged(x, (layer_output, *mappings), self._x)
 
     def _can_fuse(self, reader: Connection | HyperHead) -> bool:
         """Whether a write waits that the reader can merge in its own operator."""
         waits = self._has_waiting_write() and self._merged_early is None
-        return waits and self._written[1:] == _modes() and self._is_plain(reader)
+        return waits and self._written[1:] == modes() and self._is_plain(reader)
 
     def _is_plain(self, reader: Connection | HyperHead) -> bool:
         """Whether the merge that waits and the read are those of this package: a class of yours keeps its methods."""
         writer = self._reader[0] if self._reader else None
-        return _has_own_merge(writer) and _has_own_forward(reader)
+        return has_own_merge(writer) and has_own_forward(reader)
 
     def _reads_embedding(self, connection: Connection) -> bool:
         """Whether this read takes up the embedding as it waits: not one that is delayed, or has the layer's norm."""
-        waits = not self._is_expanded and self._given[1:] == _modes()
-        if not waits or self._delayed or not _has_own_forward(connection):
+        waits = not self._is_expanded and self._given[1:] == modes()
+        if not waits or self._delayed or not has_own_forward(connection):
             return False
         return isinstance(connection, HyperConnection) and not connection.layer_norm()
 
     def _embedding(self) -> torch.Tensor:
         """The h that waits to be expanded."""
-        if _version(self._x) != self._given[0]:
+        if version(self._x) != self._given[0]:
             raise RuntimeError(
                 "ResidualStream: h: expected it as it was given, got one that was changed in place since; "
                 "give a clone, or change it after the first read"
@@ -309,13 +294,16 @@ class ResidualStream:
         assert self._reader is not None
         assert self._layer_output is not None
         (connection, mappings), layer_output = self._reader, self._layer_output
-        if _version(layer_output) != self._written[0]:
+        if version(layer_output) != self._written[0]:
             raise RuntimeError(
                 "ResidualStream: layer_output: expected it as it was written, got one that was changed in place since; "
                 "write a clone, or change it after the next read or reduce"
             )
         self._reader = self._layer_output = None
         return connection, layer_output, mappings
+
+    def _sizes(self) -> tuple[int, int]:
+        return self._num_streams, self._hidden_size
 
     def _check_turn(self, call: str, *, writes: bool) -> None:
         self._check_pass(call)
@@ -328,7 +316,7 @@ class ResidualStream:
             )
 
     def _check_pass(self, call: str) -> None:
-        current = _backward_pass()
+        current = backward_pass()
         if None not in (current, self._backward_pass) and current != self._backward_pass:
             raise RuntimeError(
                 f"ResidualStream.{call}: expected a stream of this pass, got one of the forward pass in an activation "
@@ -339,88 +327,15 @@ class ResidualStream:
         kind = getattr(connection, "kind", type(connection).__name__)
         if kind != self._kind:
             raise TypeError(f"ResidualStream.read: connection: expected one of kind {self._kind!r}, got {kind!r}")
-        self._check_spec("read", "connection", connection)
-        delayed = _is_delayed(connection)
+        check_spec("read", "connection", connection, self._sizes())
+        delayed = is_delayed(connection)
         if self._delayed not in (None, delayed):
             raise ValueError(
                 f"ResidualStream.read: connection: expected a spec with delayed_pre={self._delayed}, as those before "
                 f"have, got {delayed}"
             )
-        if self._recorder and not (_has_own_forward(connection) and _has_own_merge(connection)):
+        if self._recorder and not (has_own_forward(connection) and has_own_merge(connection)):
             raise TypeError(
                 "ResidualStream.read: connection: expected HyperConnection's own forward and merge for recompute, got "
                 f"{type(connection).__name__}"
             )
-
-    def _check_reduction(self, reduction: str | HyperHead) -> None:
-        if isinstance(reduction, HyperHead):
-            if self._kind == "residual":
-                raise ValueError(
-                    "ResidualStream.reduce: reduction: expected 'sum' or 'mean' for a plain residual, got a HyperHead"
-                )
-            self._check_spec("reduce", "reduction", reduction)
-        elif reduction not in ("sum", "mean"):
-            raise ValueError(
-                f"ResidualStream.reduce: reduction: expected 'sum', 'mean' or a HyperHead, got {reduction!r}"
-            )
-
-    def _check_spec(self, call: str, name: str, module: Connection | HyperHead) -> None:
-        spec = module.spec
-        if spec is not None and (spec.num_streams, spec.hidden_size) != (self._num_streams, self._hidden_size):
-            raise ValueError(
-                f"ResidualStream.{call}: {name}: expected {self._num_streams} streams of {self._hidden_size} channels, "
-                f"got a spec of {spec.num_streams} streams of {spec.hidden_size}"
-            )
-
-
-def _is_delayed(connection: Connection) -> bool:
-    return connection.kind == "mhc" and connection.spec is not None and connection.spec.delayed_pre
-
-
-def _has_own_merge(connection: Connection | None) -> bool:
-    """Whether a connection's merge is HyperConnection's."""
-    return getattr(type(connection), "merge", None) is HyperConnection.merge
-
-
-def _check_stream_dtype(function: str, name: str, value: torch.Tensor) -> None:
-    if value.dtype not in STREAM_DTYPES:
-        wanted = " or ".join(str(dtype) for dtype in STREAM_DTYPES)
-        raise TypeError(f"{function}: {name}: expected dtype {wanted}, got {value.dtype}")
-
-
-def _check_h_pre(function: str, h_pre: torch.Tensor, x: torch.Tensor, connection: str) -> None:
-    if connection != "mhc":
-        raise ValueError(f"{function}: h_pre: expected none for connections of kind {connection!r}, got one")
-    arguments = Arguments(function)
-    arguments.tensor("x", x, x.shape[-2:], STREAM_DTYPES, batched=True)
-    arguments.tensor("h_pre", h_pre, (x.shape[-2],), batched=True)
-
-
-def _modes() -> tuple[bool, bool]:
-    """Grad mode and inference mode, the latter not asked in traced code."""
-    return torch.is_grad_enabled(), not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-
-
-def _in_modes(modes: tuple[bool, bool], call: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
-    """The call in these modes, grad and inference."""
-    if modes == _modes():
-        return call(*arguments)
-    with_grad, in_inference = modes
-    with torch.inference_mode(in_inference), torch.set_grad_enabled(with_grad):
-        return call(*arguments)
-
-
-def _has_own_forward(reader: Connection | HyperHead) -> bool:
-    """Whether a module's forward is HyperConnection's or HyperHead's, which take what waits."""
-    own = HyperHead if isinstance(reader, HyperHead) else HyperConnection
-    return getattr(type(reader), "forward", None) is own.forward
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """How often a tensor was changed in place; traced code and inference tensors do not count."""
-    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
-
-
-def _backward_pass() -> int | None:
-    """The backward pass that runs in this thread, as autograd numbers them; -1 outside of any, None in traced code."""
-    return None if torch.compiler.is_compiling() else torch._C._current_graph_task_id()

@@ -152,3 +152,11 @@ def test_what_is_no_stream_is_refused() -> None:
     elsewhere.device = torch.device("cuda", 1)
     with pytest.raises(ValueError, match="ResidualStream: overlap: expected a stream on cpu, got one on cuda:1"):
         mhc.ResidualStream(torch.randn(3, 64), overlap=elsewhere)
+
+
+def test_overlap_and_recomputation_exclude_each_other() -> None:
+    """A replay would run on one stream and be read on another, without a wait."""
+    x = torch.zeros(3, 4, 8)
+    for make, value in ((mhc.ResidualStream, x[:, 0].contiguous()), (mhc.ResidualStream.from_streams, x)):
+        with pytest.raises(ValueError, match="overlap: expected False beside recompute=2, got True"):
+            make(value, recompute=2, overlap=True)

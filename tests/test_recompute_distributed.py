@@ -6,28 +6,21 @@ are freed after the forward and gathered again for the backward.
 
 from __future__ import annotations
 
-import faulthandler
-import os
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import run_ranks
 from recomputed import DEPTH, TOKENS, C, Model
 from test_connections import normal
-from test_distributed import RANKS
 from torch.distributed.fsdp import fully_shard
 
 import mhc_tilelang as mhc
 
 
-def run_rank(rank: int, rendezvous: str, eps: float | None) -> None:
-    """One process; an error here fails the test, and so does waiting for the other rank for ever."""
-    faulthandler.dump_traceback_later(120, exit=True)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=RANKS)
-    mesh = torch.distributed.init_device_mesh("cpu", (RANKS,))
+def train_sharded(rank: int, ranks: int, eps: float | None) -> None:
+    """One rank of the test below."""
+    mesh = torch.distributed.init_device_mesh("cpu", (ranks,))
     model = Model(eps=eps)
     for module in (*model.connections, *model.layers, model):
         fully_shard(module, mesh=mesh)
@@ -44,12 +37,10 @@ def run_rank(rank: int, rendezvous: str, eps: float | None) -> None:
     assert [layer.calls for layer in model.layers] == [2] * DEPTH
     fewer = 4 * (DEPTH - 3) + (DEPTH if eps is None else 0)  # streams, and layers' inputs unless normalised
     assert found[None, "kept"] - found[3, "kept"] == 4 * C * 10 * fewer
-    dist.barrier()
-    os._exit(0)  # no teardown, as in test_distributed
 
 
 @pytest.mark.parametrize("eps", [None, pytest.param(1e-5, marks=pytest.mark.full)])
 def test_sharded_models_train_the_same(eps: float | None, tmp_path: Path) -> None:
     """With norms of the connections, inputs are kept: their weights are not there when a layer asks for its input."""
     Model(eps=eps)(normal(*TOKENS, C)).sum().backward()  # compiles the kernels once
-    mp.spawn(run_rank, (str(tmp_path / "rendezvous"), eps), nprocs=RANKS)
+    run_ranks(train_sharded, 2, tmp_path, eps)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..connections import HyperConnection, ResidualConnection, UnconstrainedHyperConnection
-from ..residual_stream import _backward_pass
+from ..stream_state import backward_pass
 from .measures import res_logits, stream_rms
 from .report import Call, Finding, Report, Thresholds
 
@@ -156,4 +156,4 @@ class _Watcher:
 
 def _runs_forward() -> bool:
     """Neither traced code nor a recomputation within a backward pass."""
-    return _backward_pass() == -1
+    return backward_pass() == -1
