@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.mhc-ready
 
 .DELETE_ON_ERROR:
-.PHONY: help bench check doctor inspect-full docs-kernels test test-full lint format clean
+.PHONY: help bench check doctor inspect-full docs docs-guide docs-kernels test test-full lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' Makefile
@@ -37,6 +37,13 @@ doctor: $(READY) ## report what this machine has and what is missing
 
 inspect-full: $(READY) ## build every kernel at every size for every CUDA architecture, and keep what came out
 	$(BIN)/mhc-tilelang inspect --full --json perf/results/inspect/kernels.json $(ARGS)
+
+docs: $(READY) ## build the documentation as a site in build/site; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+docs-guide: $(READY) ## take the excerpts and figures of docs/guide from their sources again
+	$(BIN)/python -m mhc_tilelang.perf.guide docs/guide
+	$(BIN)/python -m mhc_tilelang.perf.figures_guide docs/guide/figures
 
 docs-kernels: $(READY) ## write the pages of docs/kernels
 	$(BIN)/python -m mhc_tilelang.perf.inspect.pages docs/kernels
