@@ -1,4 +1,8 @@
-"""What the README and the examples show must run as it stands."""
+"""What the README, the pages and the examples show must run as it stands, and lead somewhere.
+
+Would catch: a snippet that fails; an exercise of the guide whose answer is wrong; an excerpt or a picture that is not
+what its source says now; a file or a heading that was renamed while a link to it was not.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +13,65 @@ from pathlib import Path
 
 import pytest
 
+from mhc_tilelang.perf import guide
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+GUIDE = [page for page in PAGES if page.startswith("docs/guide/")]
+FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+
+
+def examples(page: str) -> list[str]:
+    """The Python blocks of a page that are no excerpts."""
+    text = guide.EXCERPT.sub("", (ROOT / page).read_text(encoding="utf-8"))
+    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize(("place", "hidden_size"), [(0, 256), (1, 1280)], ids=["stream", "functions"])
 def test_readme_example_runs(place: int, hidden_size: int) -> None:
     """Word for word."""
-    example = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[place]
+    example = examples("README.md")[place]
     names: dict = {}
     exec(compile(example, "README.md", "exec"), names)
     assert names["out"].shape == (2, 512, hidden_size)
     if place == 0:
         assert all(p.grad is not None for c in names["connections"] for p in c.parameters())
+
+
+PORTING = [page for page in PAGES if page.startswith("docs/porting/")]
+
+
+@pytest.mark.parametrize("page", [*GUIDE, *PORTING, "docs/executor.md"])
+def test_page_examples_run(page: str) -> None:
+    """Word for word, from top to bottom, where the package that it ports from is installed; exercises assert."""
+    example = "\n".join(examples(page))
+    for package in re.findall(r"^from (transformers|hyper_connections)\b", example, re.MULTILINE):
+        pytest.importorskip(package, minversion="5.23" if package == "transformers" else None)
+    exec(compile(example, page, "exec"), {})
+
+
+def test_every_chapter_has_an_exercise() -> None:
+    chapters = [page for page in GUIDE if not page.endswith("README.md")]
+    assert [page for page in chapters if not any("assert" in one for one in examples(page))] == []
+
+
+@pytest.mark.parametrize("page", GUIDE)
+def test_excerpts_are_fresh(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert guide.refreshed(text, ROOT) == text, "stale: run make docs-guide"
+
+
+def test_figures_are_fresh(tmp_path: Path) -> None:
+    """The same bytes, where matplotlib is the version that drew them."""
+    matplotlib = pytest.importorskip("matplotlib")
+    from mhc_tilelang.perf import figures_guide
+
+    for path in figures_guide.write(tmp_path):
+        stored = (ROOT / "docs" / "guide" / "figures" / path.name).read_bytes()
+        if f"Matplotlib v{matplotlib.__version__},".encode() not in stored:
+            pytest.skip("drawn by another version of matplotlib")
+        assert path.read_bytes() == stored, f"{path.name} is stale: run make docs-guide"
 
 
 # Three steps of a small model: without arguments the example trains for minutes.
@@ -45,32 +95,25 @@ def test_example_runs(command: str) -> None:
     assert done.stdout
 
 
-PORTING = sorted((ROOT / "docs" / "porting").glob("*.md"))
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as code hosts and docs/site.py make them."""
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", re.sub(r"\]\(.*?\)", "]", one).lower()).replace(" ", "-") for one in headings}
 
 
-@pytest.mark.parametrize("page", PORTING, ids=lambda page: page.stem)
-def test_porting_page_runs(page: Path) -> None:
-    """The Python of a page, from top to bottom and word for word, where the package that it ports from is installed."""
-    example = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
-    for package in re.findall(r"^from (transformers|hyper_connections)\b", example, re.MULTILINE):
-        pytest.importorskip(package, minversion="5.23" if package == "transformers" else None)
-    exec(compile(example, page.name, "exec"), {})
-
-
-PAGES = [str(path.relative_to(ROOT)) for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *PORTING)]
-
-
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
 def test_snippets_are_python(page: str) -> None:
     """Blocks of code are whole: catches one that was cut off, or left half edited."""
-    for snippet in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL):
+    for snippet in examples(page):
         compile(snippet, page, "exec")
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
 def test_links_lead_somewhere(page: str) -> None:
-    """Relative links only; catches a file that was moved, and a placeholder that was left."""
+    """Relative links only, and their anchors; catches a placeholder that was left, too."""
     text = (ROOT / page).read_text(encoding="utf-8")
     assert "@@" not in text
-    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
-        assert ((ROOT / page).parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]*))?\)", FENCED.sub("", text)):
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
