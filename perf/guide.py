@@ -18,7 +18,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-EXCERPT = re.compile(r"^<!-- (from|rows of) (\S+): (.+) -->\n(?:```python\n.*?^```\n|(?:\|.*\n)*)", re.M | re.S)
+EXCERPT = re.compile(r"^<!-- (from|rows of) (\S+): (.+) -->\n(?:```python\n(?:.*\n)*?```\n|(?:\|.*\n)*)", re.M)
 
 
 def refreshed(page: str, root: Path) -> str:
@@ -45,9 +45,11 @@ def code(source: str, what: str, path: str) -> str:
                 first = min([node.lineno, *(one.lineno for one in node.decorator_list)])
                 return textwrap.dedent("\n".join(lines[first - 1 : node.end_lineno]))
         raise LookupError(f"{path}: no function {what[4:]}")
-    start, end = re.fullmatch(r"`(.+)` to `(.+)`", what).groups()  # type: ignore[union-attr]
-    first = line_with(lines, start, 0, path)
-    last = line_with(lines, end, first, path)
+    quoted = re.fullmatch(r"`(.+)` to `(.+)`", what)
+    if quoted is None:
+        raise LookupError(f"{path}: expected `…` to `…` or def NAME, got {what}")
+    first = line_with(lines, quoted[1], 0, path)
+    last = line_with(lines, quoted[2], first, path)
     return textwrap.dedent("\n".join(lines[first : last + 1]))
 
 
