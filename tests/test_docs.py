@@ -59,7 +59,21 @@ def test_every_chapter_has_an_exercise() -> None:
 @pytest.mark.parametrize("page", GUIDE)
 def test_excerpts_are_fresh(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
+    assert len(guide.EXCERPT.findall(text)) == text.count("<!--"), "a comment that is no excerpt's"
     assert guide.refreshed(text, ROOT) == text, "stale: run make docs-guide"
+
+
+def test_excerpts_that_are_not_their_source_are_noticed() -> None:
+    """A changed line of code, a changed number in a row, a comment that names nothing."""
+    page = (ROOT / "docs" / "guide" / "sinkhorn.md").read_text(encoding="utf-8")
+    for old, new in (("T.reduce_sum(P", "T.reduce_max(P"), ("| sm_90a |", "| sm_80 |")):
+        assert old in page
+        assert guide.refreshed(page.replace(old, new), ROOT) == page
+    for what in ("def nothing", "`for k` to `nothing`", "nothing"):
+        with pytest.raises(LookupError, match=r"kernels/pre\.py"):
+            guide.refreshed(f"<!-- from kernels/pre.py: {what} -->\n", ROOT)
+    with pytest.raises(LookupError, match=r"no row nothing"):
+        guide.refreshed("<!-- rows of docs/kernels/README.md: nothing -->\n", ROOT)
 
 
 def test_figures_are_fresh(tmp_path: Path) -> None:
