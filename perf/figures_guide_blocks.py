@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from ..kernels.plans import num_slabs, projection_plan
+from ..kernels.plans import ProjectionPlan, num_slabs, projection_plan
 from .figures import BLUE, GREEN, GREY, INK, ORANGE, PALE_BLUE, PAPER, Card
 
 NUM_STREAMS, HIDDEN_SIZE = 4, 2560
@@ -17,7 +17,6 @@ def projection() -> Card:
     n, rows = NUM_STREAMS, NUM_STREAMS**2 + 2 * NUM_STREAMS
     plan = projection_plan(rows, HIDDEN_SIZE, "bfloat16", "cuda")
     chunks, size = plan.num_chunks(HIDDEN_SIZE), plan.chunks_per_group
-    groups = -(-chunks // size)
     card = Card(
         "The projection: tile, chunk, group, slab",
         f"n = {n}, C = {HIDDEN_SIZE}, bfloat16, on a GPU",
@@ -58,7 +57,7 @@ def projection() -> Card:
     axes.text(
         left, 4.62, f"outlined: one chunk, {plan.channels} channels of all {n} streams, in stream order", fontsize=8.5
     )
-    draw_slabs(axes, chunks, size, groups, plan)
+    draw_slabs(axes, plan)
     return card
 
 
@@ -68,13 +67,15 @@ def draw_chunk(axes: Axes, x: float, y: float, width: float, group: int, lit: bo
     axes.add_patch(Rectangle((x, y), width, 0.72, fc=face, ec=PAPER, lw=0.8, alpha=0.75 if lit else 1))
 
 
-def draw_slabs(axes: Axes, chunks: int, size: int, groups: int, plan: object) -> None:
-    """What reaches memory with one split, with a group a split, and with less than a group a split."""
-    cases = [(chunks, "one block a tile"), (size, f"{groups} blocks a tile"), (5, f"{-(-chunks // 5)} blocks a tile")]
+def draw_slabs(axes: Axes, plan: ProjectionPlan) -> None:
+    """What reaches memory with one split, with a group a split, and with half a group a split."""
+    chunks, size = plan.num_chunks(HIDDEN_SIZE), plan.chunks_per_group
+    groups = -(-chunks // size)
     left, width = 4.2, 10.6
-    for row, (per_split, name) in enumerate(cases):
+    for row, per_split in enumerate((chunks, size, size // 2)):
         y = 3.35 - row * 1.25
-        slabs = num_slabs(per_split, chunks, plan)  # type: ignore[arg-type]
+        blocks, slabs = -(-chunks // per_split), num_slabs(per_split, chunks, plan)
+        name = f"{blocks} block{'s' * (blocks > 1)} a tile"
         what = {1: "the total", groups: "a slab a group", chunks: "a slab a chunk"}[slabs]
         axes.text(left - 0.15, y + 0.3, name, ha="right", va="center", fontsize=8.5)
         for chunk in range(chunks):
