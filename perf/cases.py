@@ -14,6 +14,10 @@ KERNELS = ("expand", "project", "coefficients", "sinkhorn", "pre", "post")
 BACKWARD_KERNELS = tuple(f"{kernel}_backward" for kernel in KERNELS)
 # All that precedes a layer, as one measurement: implementations that do not split it up are compared with the sum.
 SUBLAYER_INPUT = "project+coefficients+pre"
+# Fused across a boundary: post of one sublayer and pre of the next, and as one measurement forward and backward.
+POST_PRE, POST_PRE_DELAYED, POST_PRE_BACKWARD = "post_pre", "post_pre_delayed", "post_pre_backward"
+BOUNDARY_STEP = "post_pre+post_pre_backward"
+BOUNDARY_KERNELS = (POST_PRE, POST_PRE_DELAYED, POST_PRE_BACKWARD)
 TOKEN_KERNELS = ("coefficients", "sinkhorn", "coefficients_backward", "sinkhorn_backward")  # never see the stream
 WIDTHS = (1280, 1920, 2560, 4096, 7168)  # the paper's 3B, 9B and 27B models, then DeepSeek-V4's two
 GPU_TOKENS = (4096, 16384)  # the batch of one sequence, and of four

@@ -7,7 +7,7 @@ sums, phi's halves and what is recomputed because tiles overlap are left out, so
 
 from __future__ import annotations
 
-from .cases import KERNELS, SUBLAYER_INPUT
+from .cases import BOUNDARY_STEP, KERNELS, POST_PRE, POST_PRE_BACKWARD, POST_PRE_DELAYED, SUBLAYER_INPUT
 
 SINKHORN_ITERS = 20  # of MHCSpec, which `bench` measures with
 
@@ -42,7 +42,19 @@ def per_token(num_streams: int, hidden_size: int) -> dict[str, int]:
     )
     names = (*KERNELS, *(f"{kernel}_backward" for kernel in KERNELS))
     counts = dict(zip(names, (*forward, *backward), strict=True))
-    return {**counts, SUBLAYER_INPUT: sum(counts[kernel] for kernel in SUBLAYER_INPUT.split("+"))}
+    before = sum(counts[kernel] for kernel in SUBLAYER_INPUT.split("+"))
+    boundary = counts["post"] + before
+    parts = ("pre", "coefficients", "project", "post")
+    # The gradient of x_next is a sum of three: what came in, through phi, and h_pre·g_layer_input.
+    boundary_backward = sum(counts[f"{kernel}_backward"] for kernel in parts) + 3 * n * C
+    return {
+        **counts,
+        SUBLAYER_INPUT: before,
+        POST_PRE: boundary,
+        POST_PRE_DELAYED: boundary,
+        POST_PRE_BACKWARD: boundary_backward,
+        BOUNDARY_STEP: boundary + boundary_backward,
+    }
 
 
 def softmax(n: int) -> int:

@@ -39,10 +39,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..kernels import plans
+from ..kernels import boundary_plans, plans
 from ..kernels.plans import BYTES, ProjectionPlan
 from ..spec import MHCSpec
-from .cases import REPLAYED, SUBLAYER_INPUT, Case
+from .cases import POST_PRE, POST_PRE_BACKWARD, POST_PRE_DELAYED, REPLAYED, Case
 
 FLOAT32 = 4
 
@@ -101,7 +101,10 @@ def stream_elements(kernel: str, num_streams: int) -> tuple[int, int]:
 
 
 def small_bytes(case: Case, plan: ProjectionPlan, num_slabs: int) -> int:
-    """Bytes of everything that is not a stream tensor; `plan` and `num_slabs` are the projection's."""
+    """Bytes of everything that is not a stream tensor; `plan` and `num_slabs` are the projection's.
+
+    Of a boundary `num_slabs` are those of its schedule.
+    """
     n, tokens = case.shape.num_streams, case.shape.num_tokens
     rows = n * n + 2 * n
     partial = num_slabs * plan.slab_rows * tokens * FLOAT32
@@ -114,6 +117,11 @@ def small_bytes(case: Case, plan: ProjectionPlan, num_slabs: int) -> int:
     if case.kernel == "coefficients_backward":  # g_h_*, and what is projected in and out; alpha, bias in and out
         token_sums = 2 * num_token_sums(case, plan) * (3 + rows)
         return ((3 * rows + 2) * tokens + 2 * (3 + rows) + token_sums) * FLOAT32
+    if case.kernel in (POST_PRE, POST_PRE_DELAYED):  # h_pre, h_post, h_res and phi, then what `coefficients` moves
+        read = (2 * n + n * n) * tokens + rows * n * case.shape.hidden_size
+        return read * FLOAT32 + partial + small_bytes(Case("coefficients", case.shape), plan, num_slabs)
+    if case.kernel == POST_PRE_BACKWARD:
+        return boundary_backward_bytes(case, plan)
     if case.kernel == "project_backward":  # phi in and out
         phi = rows * n * case.shape.hidden_size
         return (2 * phi + (rows + 1) * tokens) * FLOAT32 + g_phi_slab_bytes(case, plan)
@@ -126,6 +134,31 @@ def small_bytes(case: Case, plan: ProjectionPlan, num_slabs: int) -> int:
         "post_backward": 2 * (n + n * n),
     }.get(case.kernel, 0)
     return per_token * tokens * FLOAT32
+
+
+def boundary_backward_bytes(case: Case, plan: ProjectionPlan) -> int:
+    """Of `post_pre_backward`, four kernels: h_pre's gradient, the mappings', the mixing's and phi's, then the sums."""
+    shape, rows = case.shape, plan.rows
+    n, tokens, mixing = shape.num_streams, shape.num_tokens, shape.num_streams * (shape.num_streams + 1)
+    backward = boundary_plans.boundary_backward_plan(rows, n, shape.hidden_size, shape.dtype, target_of(plan))
+    num_ranges = -(-tokens // (boundary_plans.tiles_per_range(tokens, backward) * backward.tokens))
+    blocks = -(-shape.hidden_size // backward.channels)
+    phi = rows * n * shape.hidden_size
+    ranges = 2 * num_ranges * phi if num_ranges > 1 else 0  # partial sums in and out; a single range's is g_phi itself
+    token_sums = 2 * num_token_sums(case, plan) * (3 + rows)
+    parameters = 2 * (3 + rows)  # alpha and bias in, their gradients out
+    per_token = n + (3 * rows + 2) + (rows + 1 + n + mixing) + mixing  # pre, mappings, what the mixing reads, sums out
+    elements = (per_token + 2 * blocks * mixing) * tokens + 2 * phi + ranges + token_sums + parameters
+    return elements * FLOAT32
+
+
+def separate_backward(case: Case, plan: ProjectionPlan) -> Traffic:
+    """Of `post_pre_backward` where the separate kernels run it: theirs, and g_layer_input and h_pre on the way."""
+    shape = case.shape
+    n, unit = shape.num_streams, shape.num_tokens * shape.hidden_size * shape.itemsize
+    kernels = ("pre_backward", "coefficients_backward", "project_backward", "post_backward")
+    parts = (traffic(Case(kernel, shape), plan, num_slabs=1) for kernel in kernels)
+    return sum(parts, start=Traffic(unit, 0, n * shape.num_tokens * FLOAT32))
 
 
 def num_token_sums(case: Case, plan: ProjectionPlan) -> int:
@@ -150,9 +183,11 @@ def target_of(plan: ProjectionPlan) -> str:
 
 def traffic(case: Case, plan: ProjectionPlan, num_slabs: int) -> Traffic:
     """The bytes of one call of the case's kernel, or of the kernels that its name joins."""
-    if case.kernel == SUBLAYER_INPUT:
-        kernels = SUBLAYER_INPUT.split("+")
+    n, kernels = case.shape.num_streams, case.kernel.split("+")
+    if case.kernel == POST_PRE_BACKWARD and not boundary_plans.backward_is_fused(n, target_of(plan)):
+        return separate_backward(case, plan)
+    if len(kernels) > 1:
         return sum((traffic(Case(kernel, case.shape), plan, num_slabs) for kernel in kernels), start=Traffic())
     unit = case.shape.num_tokens * case.shape.hidden_size * case.shape.itemsize
-    read, written = stream_elements(case.kernel, case.shape.num_streams)
+    read, written = stream_elements(case.kernel, n)
     return Traffic(read * unit, written * unit, small_bytes(case, plan, num_slabs))
