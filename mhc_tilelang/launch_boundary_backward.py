@@ -65,12 +65,13 @@ def post_pre_backward(
     layer_norm_weight: torch.Tensor | None = None,
     layer_norm_eps: float = 1e-6,
     needs_weight: bool = False,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> BoundaryGradients:
     """Gradients of x_next [T, n, C], layer_input [T, C], h_post [T, n], h_res [T, n, n] that `launch_boundary.post_pre`
     returned, its arguments, and x_next, h_pre and projected as it returned them -> gradients of its arguments.
 
     In the delayed form `given_pre` is the h_pre that it was given, and g_next_pre the gradient of the one that it
-    returned. `needs_weight` asks for the gradient of the norm's weight.
+    returned. `needs_weight` asks for the gradient of the norm's weight. `out` has g_x and g_layer_output.
     """
     num_tokens, num_streams, _ = x.shape
     weights, g_weights, g_norm = h_pre if given_pre is None else given_pre, None, None
@@ -90,7 +91,7 @@ def post_pre_backward(
             g_next_pre, g_next_post, g_next_res, projected, alpha, bias, spec
         )
         g_mixed, g_phi = separate_backward(
-            g_x_next, g_layer_input, g_projected, x, layer_output, weights, h_post, h_res, phi, x_next
+            g_x_next, g_layer_input, g_projected, x, layer_output, weights, h_post, h_res, phi, x_next, out=out
         )
         if delayed and g_layer_input is not None:
             g_weights = launch_backward.pre_backward(g_layer_input, x_next)
@@ -100,7 +101,7 @@ def post_pre_backward(
         g_next_pre, g_next_post, g_next_res, projected, alpha, bias, spec, out=g_projected
     )
     g_x, g_layer_output, partial_phi, partial_mixing = mixing_backward(
-        g_x_next, g_layer_input, g_projected, x, layer_output, weights, h_post, h_res, phi, delayed=delayed
+        g_x_next, g_layer_input, g_projected, x, layer_output, weights, h_post, h_res, phi, delayed=delayed, out=out
     )
     g_phi, g_post, g_res, g_pre, g_parameters = boundary_sums(
         partial_phi, partial_mixing, partial_parameters, num_streams, delayed
@@ -130,9 +131,11 @@ def separate_backward(
     h_res: torch.Tensor,
     phi: torch.Tensor,
     x_next: torch.Tensor,
+    *,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     """As `mixing_backward` and its sums, by the separate kernels: the gradients of x, layer_output, h_post and h_res,
-    then of phi.
+    then of phi. `out` has the first two.
     """
     g_next, g_phi = torch.empty_like(x), torch.empty_like(phi)
     weights = None if g_layer_input is None else h_pre
@@ -141,11 +144,11 @@ def separate_backward(
     )
     if g_x_next is not None:
         g_next += g_x_next
-    g_x, g_layer_output = torch.empty_like(x), torch.empty_like(layer_output)
+    g_x, g_layer_output = out or (torch.empty_like(x), torch.empty_like(layer_output))
     g_post, g_res = (torch.empty_like(each, memory_format=torch.contiguous_format) for each in (h_post, h_res))
-    out = (g_x, g_layer_output, g_post, g_res)
-    launch_backward.post_backward(g_next, x, layer_output, h_post, h_res, out=out)
-    return out, g_phi
+    of_mixing = (g_x, g_layer_output, g_post, g_res)
+    launch_backward.post_backward(g_next, x, layer_output, h_post, h_res, out=of_mixing)
+    return of_mixing, g_phi
 
 
 def mixing_backward(
@@ -161,11 +164,12 @@ def mixing_backward(
     *,
     delayed: bool = False,
     plan: boundary_plans.BoundaryBackwardPlan | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The kernel `boundary_backward`: gradients of the stream and the layer's output, g_projected [M + 1, T] as of
     `coefficients_backward`, what was mixed, the h_pre of the aggregation, phi [M, K]
     -> g_x [T, n, C], g_layer_output [T, C], and partial sums: of g_phi [ranges, M·K], and [channel blocks, n² + n, T]
-    of g_h_post[j], g_h_res[j] for each j; n² + 2n where `delayed`, with g_h_pre[j].
+    of g_h_post[j], g_h_res[j] for each j; n² + 2n where `delayed`, with g_h_pre[j]. `out` has g_x and g_layer_output.
     """
     num_tokens, n, hidden_size = x.shape
     rows, dtype = phi.shape[0], dtype_name(x.dtype)
@@ -175,7 +179,7 @@ def mixing_backward(
     partial_phi = phi.new_empty(ranges, rows, n, hidden_size)
     num_sums = n + n * n + (n if delayed else 0)
     partial_mixing = phi.new_empty(-(-hidden_size // plan.channels), num_sums, num_tokens)
-    g_x, g_layer_output = torch.empty_like(x), torch.empty_like(layer_output)
+    g_x, g_layer_output = out or (torch.empty_like(x), torch.empty_like(layer_output))
     kernel = compiler.kernel(
         "boundary_backward",
         compiler.target_of(x.device),

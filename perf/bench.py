@@ -8,14 +8,23 @@ from itertools import groupby
 
 import torch
 
-from . import backward_post_forms, backward_stream_forms, backward_token_forms, stream_forms, token_forms
-from .baselines import MODES, Baseline, applicable, prepare
-from .cases import SUBLAYER_INPUT, Case
+from . import (
+    backward_post_forms,
+    backward_stream_forms,
+    backward_token_forms,
+    boundary_forms,
+    boundary_parts,
+    boundary_workloads,
+    stream_forms,
+    token_forms,
+)
+from .baselines import MODES, Baseline, applicable, prepare, verify
+from .cases import BOUNDARY_KERNELS, BOUNDARY_STEP, SUBLAYER_INPUT, Case
 from .machine import last_level_cache
 from .peers.prepare import Loaded, PeerResult, compare
-from .timing import Statistics, clock_for, measure
+from .timing import REPLAYED_TOKENS, GraphReplay, Statistics, capturable, clock_for, measure
 from .traffic import Traffic
-from .workloads import Stream, workload
+from .workloads import Stream, Workload, workload
 
 FORMS = {
     **stream_forms.FORMS,
@@ -24,23 +33,35 @@ FORMS = {
     **backward_post_forms.FORMS,
     **backward_token_forms.FORMS,
 }
-COMPOSED_FORMS = {SUBLAYER_INPUT: stream_forms.SUBLAYER_INPUT_FORMS}
-KERNEL, COPY = "kernel", "copy"
+COMPOSED_FORMS = {SUBLAYER_INPUT: stream_forms.SUBLAYER_INPUT_FORMS, **boundary_forms.FORMS}
+KERNEL, COPY, SEPARATE = "kernel", "copy", boundary_workloads.SEPARATE
 
 
 @dataclass(frozen=True)
 class FormResult:
-    """A form of plain torch: its time, and its relative distance from the kernel's output."""
+    """A form of plain torch: its time, its relative distance from the kernel's output, the forms of its parts if any."""
 
     form: str
     mode: str
+    error: float
+    time: Statistics
+    parts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SeparateResult:
+    """Of a fused kernel, the separate ones: their time, and their relative distance from its output."""
+
     error: float
     time: Statistics
 
 
 @dataclass(frozen=True)
 class Result:
-    """A case's times. `copy_bytes` are read and written together; `in_cache` when one call's bytes fit the cache."""
+    """A case's times. `copy_bytes` are read and written together; `in_cache` when one call's bytes fit the cache.
+
+    `replayed` when the calls were replays of CUDA graphs, without launches from Python.
+    """
 
     case: Case
     traffic: Traffic
@@ -50,6 +71,8 @@ class Result:
     copy_bytes: int
     torch: tuple[FormResult, ...]
     peers: tuple[PeerResult, ...] = ()
+    separate: SeparateResult | None = None
+    replayed: bool = False
 
     @property
     def bandwidth(self) -> float:
@@ -70,7 +93,7 @@ class Result:
         """The fastest form of plain torch, of one mode or of all that ran."""
         return min((form for form in self.torch if mode in (None, form.mode)), key=lambda form: form.time.median)
 
-    def speedup(self, form: FormResult) -> float:
+    def speedup(self, form: FormResult | SeparateResult) -> float:
         """The form's time in units of the kernel's: above 1 where the kernel is faster."""
         return form.time.median / self.kernel.median
 
@@ -80,29 +103,68 @@ def run_cases(
 ) -> Iterator[Result]:
     """Measure the cases one by one; those of one shape, which are neighbours, share their inputs."""
     cache_bytes = last_level_cache(device)
-    clock = clock_for(device, cache_bytes)
+    events = clock_for(device, cache_bytes)
+    modes = MODES[baselines]
     for shape, group in groupby(cases, key=lambda case: case.shape):
         stream = Stream.of(shape, device)
+        replayed = device.type == "cuda" and shape.num_tokens <= REPLAYED_TOKENS
+        clock = GraphReplay(events) if replayed else events
+        selection = boundary_parts.Selection(shape, stream, modes, clock)
         for case in group:
             load = workload(case, stream)
             load.run()
-            forms = applicable((FORMS | COMPOSED_FORMS)[case.kernel], device, shape.dtype)
-            verified = prepare(case.kernel, forms, MODES[baselines], load.arguments, load.outputs())
+            verified = torch_forms(case, load, modes, selection)
             copy, copy_bytes = make_copy(load.traffic.total, device)
             calls = [compare(peer, case.kernel, load.arguments, load.outputs()) for peer in peers]
             candidates = {KERNEL: load.run, COPY: copy, **{form.name: form.run for form in verified}}
             candidates |= {call.name: call.run for call in calls if call.run is not None}
-            times = measure(candidates, clock, repeats)
+            error = verify_separate(case, load)
+            if load.separate:
+                candidates[SEPARATE] = load.separate[0]
+            times = measure(capturable(candidates, clock, needed=(KERNEL, COPY, SEPARATE)), clock, repeats)
             in_cache = load.traffic.total <= cache_bytes
-            torch_results = tuple(form_result(form, times) for form in verified)
+            torch_results = tuple(form_result(form, times) for form in verified if form.name in times)
             peer_results = tuple(PeerResult(call, times.get(call.name)) for call in calls)
             kernel_and_copy = (times[KERNEL], times[COPY], copy_bytes)
-            yield Result(case, load.traffic, in_cache, *kernel_and_copy, torch_results, peer_results)
+            separate = SeparateResult(error, times[SEPARATE]) if SEPARATE in times else None
+            more = (torch_results, peer_results, separate, replayed)
+            yield Result(case, load.traffic, in_cache, *kernel_and_copy, *more)
+
+
+def torch_forms(
+    case: Case, load: Workload, modes: tuple[str, ...], selection: boundary_parts.Selection
+) -> list[Baseline]:
+    """The forms of plain torch, verified; of a boundary also those put together from the fastest parts."""
+    x, expected = selection.stream.inputs.x, load.outputs()
+    forms = applicable((FORMS | COMPOSED_FORMS)[case.kernel], x.device, case.shape.dtype)
+    if case.kernel not in (*BOUNDARY_KERNELS, BOUNDARY_STEP):
+        return prepare(case.kernel, forms, modes, load.arguments, expected)
+    allowed = boundary_forms.allowed(case.kernel, x.dtype)
+    selection.complete(case)
+    whole = prepare(case.kernel, forms, modes, load.arguments, expected, allowed)
+    return [*whole, *boundary_parts.prepare_parts(case, selection, load.arguments, expected, allowed)]
+
+
+def verify_separate(case: Case, load: Workload) -> float:
+    """How far the separate kernels are from the fused one. Raises MHCError where that is too far to time them."""
+    if load.separate is None:
+        return 0.0
+    run, outputs = load.separate
+    run()
+    expected, allowed = load.outputs(), boundary_forms.allowed(case.kernel, getattr(torch, case.shape.dtype))
+    got = outputs()
+    buffers = {name: torch.empty_like(tensor) for name, tensor in expected.items()}
+
+    def copy_over() -> None:
+        for name, buffer in buffers.items():
+            buffer.copy_(got[name])
+
+    return verify(f"{case.kernel}: {SEPARATE}", copy_over, buffers, expected, allowed)
 
 
 def form_result(baseline: Baseline, times: dict[str, Statistics]) -> FormResult:
     """What is reported of a baseline."""
-    return FormResult(baseline.form, baseline.mode, baseline.error, times[baseline.name])
+    return FormResult(baseline.form, baseline.mode, baseline.error, times[baseline.name], baseline.parts)
 
 
 def make_copy(num_bytes: int, device: torch.device) -> tuple[Callable[[], object], int]:

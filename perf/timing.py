@@ -8,11 +8,14 @@ the last-level cache is emptied: else whoever shares a buffer with its neighbour
                 with other work, a sample measures the scheduler (a kernel of 0.6 ms was seen to take 4 and 8,
                 one and two time slices of Linux).
     CudaClock   time between two events around the call.
+    GraphReplay the same of a CUDA graph that was captured from the call: for a few tokens, whose kernels take less
+                time than Python takes to launch them.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +26,7 @@ import torch
 
 WARMUP_ROUNDS = 2
 WAITING_SHARE = 0.05  # of a call's time; quiet machines stay below it
+REPLAYED_TOKENS = 128  # up to so many, calls on a GPU are captured and replayed
 THREADS = Path("/proc/self/task")
 
 
@@ -151,3 +155,59 @@ class CudaClock:
             self.end.record()
             self.end.synchronize()
         return Sample(self.start.elapsed_time(self.end) / 1e3)
+
+
+class GraphReplay:
+    """A clock for what a CUDA graph replays: each call is captured once, by `capture` or when it is first timed.
+
+    What runs in the graph is what the call launched, at the addresses that it had: a call must use the same tensors
+    every time, and what it allocates stays the graph's own.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.graphs: dict[Run, torch.cuda.CUDAGraph] = {}
+
+    def capture(self, run: Run) -> None:
+        """Capture a call, after running it on a stream of its own, which compiles and allocates what it needs.
+
+        Raises RuntimeError for a call that cannot be captured.
+        """
+        own = torch.cuda.Stream()
+        own.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(own):
+            run()
+        torch.cuda.current_stream().wait_stream(own)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        self.graphs[run] = graph
+
+    def __call__(self, run: Run) -> Sample:
+        """Time one replay."""
+        if run not in self.graphs:
+            self.capture(run)
+        return self.clock(self.graphs[run].replay)
+
+
+def capturable(candidates: Mapping[str, Run], clock: Clock, needed: Sequence[str] = ()) -> dict[str, Run]:
+    """Those that a clock which replays graphs can capture; what it cannot is said and left out, unless it is `needed`.
+
+    Autograd that was recorded outside of a graph cannot be captured, nor can what waits for the GPU. Other clocks take
+    everything.
+    """
+    if not isinstance(clock, GraphReplay):
+        return dict(candidates)
+    found = {}
+    for name, run in candidates.items():
+        try:
+            clock.capture(run)
+        except RuntimeError as error:
+            if name in needed:
+                raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            print(f"mhc-tilelang bench: {name}: no CUDA graph takes it, left out: {reason}", file=sys.stderr)
+        else:
+            found[name] = run
+    return found

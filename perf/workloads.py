@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from .. import launch, launch_backward
+from .. import launch, launch_backward, launch_boundary
 from ..checking import inputs as checking
 from ..checking.inputs import Inputs
 from ..kernels.plans import ProjectionPlan
 from ..spec import MHCSpec
-from .cases import SUBLAYER_INPUT, Case, Shape
+from .cases import BOUNDARY_KERNELS, BOUNDARY_STEP, SUBLAYER_INPUT, Case, Shape
 from .traffic import Traffic, traffic
 
 SEED = 1  # of upstream gradients; the inputs' is 0
@@ -34,12 +34,14 @@ class Workload:
         outputs: what it wrote, by name, as the forms of plain torch write it.
         arguments: what those forms read, by name.
         traffic: bytes of one call.
+        separate: of a fused kernel the separate ones, as `run` and `outputs`.
     """
 
     run: Callable[[], object]
     outputs: Callable[[], Tensors]
     arguments: dict[str, Any]
     traffic: Traffic
+    separate: tuple[Callable[[], object], Callable[[], Tensors]] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,12 @@ class Stream:
 
 def workload(case: Case, stream: Stream) -> Workload:
     """The case's kernel on this stream."""
+    if case.kernel in (*BOUNDARY_KERNELS, BOUNDARY_STEP):
+        from . import boundary_workloads
+
+        run, outputs, arguments, separate = boundary_workloads.BUILDERS[case.kernel](stream)
+        slabs = launch_boundary.schedule(stream.inputs.x, stream.spec.num_coefficients).slabs
+        return Workload(run, outputs, arguments, traffic(case, stream.plan, num_slabs=slabs), separate)
     run, outputs, arguments = BUILDERS[case.kernel](stream)
     return Workload(run, outputs, arguments, traffic(case, stream.plan, num_slabs=stream.partial.shape[0]))
 
