@@ -39,7 +39,7 @@ KERNEL, COPY, SEPARATE = "kernel", "copy", boundary_workloads.SEPARATE
 
 @dataclass(frozen=True)
 class FormResult:
-    """A form of plain torch: its time, its relative distance from the kernel's output, the forms of its parts if any."""
+    """A form of plain torch: its time, its relative distance from the kernel's output, and the forms of its parts."""
 
     form: str
     mode: str
@@ -108,7 +108,7 @@ def run_cases(
     for shape, group in groupby(cases, key=lambda case: case.shape):
         stream = Stream.of(shape, device)
         replayed = device.type == "cuda" and shape.num_tokens <= REPLAYED_TOKENS
-        clock = GraphReplay(events) if replayed else events
+        clock = GraphReplay(events, device) if replayed else events
         selection = boundary_parts.Selection(shape, stream, modes, clock)
         for case in group:
             load = workload(case, stream)

@@ -88,12 +88,13 @@ def step_vjp(spec: MHCSpec, **tensors: Tensor) -> None:
 
 
 def allowed(kernel: str, dtype: torch.dtype) -> dict[str, float]:
-    """The relative difference by output that a right result may have from the fused kernels', where `TOLERANCE` is less.
+    """By output, the relative difference that a right result may have from the fused kernels', beyond `TOLERANCE`.
 
     Forward, a few elements of x_next are rounded the other way, 2e-5 of it in bfloat16, and the mappings follow by as
     much: δ is half of TOLERANCE, which still tells phi in TF32. A layer_input that was off by δ before it is rounded is
-    off by √(δ·u) afterwards. Backward, torch and the separate kernels round the gradient of x_next up to three times on its
-    way (through phi, the aggregation's share, the sum), each by u/√3 at most: u in all, where the kernels keep float32.
+    off by √(δ·u) afterwards. Backward, torch and the separate kernels round the gradient of x_next up to three times on
+    its way (through phi, the aggregation's share, the sum), each by u/√3 at most: u in all, where the kernels keep
+    float32.
     """
     unit, delta = UNIT_ROUNDOFF[dtype_name(dtype)], TOLERANCE[dtype] / 2
     mappings = dict.fromkeys(("next_pre", "next_post", "next_res"), delta)

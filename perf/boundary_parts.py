@@ -85,7 +85,7 @@ class Selection:
         """The fastest form, of all modes where `mode` is COMPILED."""
         if part not in self.ranked:
             self.ranked[part] = self.rank(part)
-        return next(one for one in self.ranked[part] if COMPILED == mode or one[1] == EAGER)
+        return next(one for one in self.ranked[part] if mode == COMPILED or one[1] == EAGER)
 
     def rank(self, part: str) -> list[Part]:
         """Verify, then time."""

@@ -32,12 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `mhc-tilelang bench`."""
     add_device_argument(parser)
     add = parser.add_argument
-    every = cases.KERNELS + cases.BACKWARD_KERNELS
-    text = f"any of {', '.join(every)} (default: all), or {cases.SUBLAYER_INPUT} (default with peers)"
-    add("--kernels", nargs="+", choices=(*every, cases.SUBLAYER_INPUT), metavar="KERNEL", help=text)
+    every = cases.KERNELS + cases.BACKWARD_KERNELS + cases.BOUNDARY_KERNELS
+    text = (
+        f"any of {', '.join(every)} (default: all), {cases.SUBLAYER_INPUT} (default with peers), or "
+        f"{cases.BOUNDARY_STEP}, both passes of a boundary by autograd"
+    )
+    choices = (*every, cases.SUBLAYER_INPUT, cases.BOUNDARY_STEP)
+    add("--kernels", nargs="+", choices=choices, metavar="KERNEL", help=text)
     text = f"hidden sizes (default: {', '.join(map(str, cases.WIDTHS))})"
     add("--widths", nargs="+", type=positive, default=cases.WIDTHS, metavar="C", help=text)
-    text = "token counts (default: 4096 and 16384 on a GPU; on a CPU so many that the stream misses the cache)"
+    text = (
+        "token counts (default: 4096 and 16384 on a GPU, where up to 128 are timed as CUDA graphs; on a CPU so many "
+        "that the stream misses the cache)"
+    )
     add("--tokens", nargs="+", type=positive, metavar="T", help=text)
     add("--streams", type=int, choices=STREAM_COUNTS, default=4, help="residual streams, n (default: 4)")
     add("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="of the stream (default: bfloat16)")
@@ -105,7 +112,8 @@ def measure_kernels(args: argparse.Namespace) -> int:
         "method": report.method(device.type, repeats, WARMUP_ROUNDS, args.baselines, peer_facts(wanted)),
     }
     print(report.header(facts) + "\n")
-    kernels = args.kernels or (*cases.KERNELS, *cases.BACKWARD_KERNELS, *([cases.SUBLAYER_INPUT] if running else []))
+    every = (*cases.KERNELS, *cases.BACKWARD_KERNELS, *cases.BOUNDARY_KERNELS)
+    kernels = args.kernels or (*every, *([cases.SUBLAYER_INPUT] if running else []))
     chosen = cases.make_cases(kernels, shapes(args, device))
     with torch.no_grad():
         measured = run_cases(chosen, device, args.baselines, repeats, *running)

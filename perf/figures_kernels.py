@@ -1,6 +1,7 @@
 """Pictures of one file of `bench`: roofline, share of the copy's bandwidth, speed-up against plain torch.
 
-The forward kernels are one picture and the backward kernels another, where both were measured.
+The forward kernels are one picture, the backward kernels another, and those fused across a boundary a third, where they
+were measured.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from . import figures as style
-from .cases import BACKWARD_KERNELS, KERNELS
+from .cases import BACKWARD_KERNELS, BOUNDARY_KERNELS, BOUNDARY_STEP, KERNELS
 from .figures import Bar, Card, Picture, bars_height, draw_bars
 from .flops import flops
 from .stored import KernelResults, Measurement, Spread
@@ -26,9 +27,13 @@ SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 def draw(results: KernelResults, prefix: str) -> Iterator[Picture]:
     """All pictures of a file; the names of theirs begin with `prefix`."""
-    for kernels, suffix in ((KERNELS, ""), (BACKWARD_KERNELS, "-backward")):
+    groups = (
+        (KERNELS, "", "kernels"),
+        (BACKWARD_KERNELS, "-backward", "backward kernels"),
+        ((*BOUNDARY_KERNELS, BOUNDARY_STEP), "-boundary", "fused boundary"),
+    )
+    for kernels, suffix, what in groups:
         found = [one for kernel in kernels for one in results.measurements if one.kernel == kernel]
-        what = "backward kernels" if suffix else "kernels"
         if found:
             yield roofline(results, found, f"{prefix}-roofline{suffix}", what)
             yield bandwidth(results, found, f"{prefix}-bandwidth{suffix}", what)
@@ -135,6 +140,10 @@ def speedup(results: KernelResults, found: Sequence[Measurement], name: str, wha
         ratio = fastest.time.over(one.time)
         text = f"{ratio.median:.2f}×  {fastest}"
         bars.append(Bar(group(one), label(one), ratio, text, style.BLUE if ratio.median >= 1 else style.ORANGE))
+        if one.separate:
+            apart = one.separate.over(one.time)
+            colour = style.PALE_BLUE if apart.median >= 1 else style.ORANGE
+            bars.append(Bar(group(one), label(one), apart, f"{apart.median:.2f}×  our separate kernels", colour))
     compiled = any(form.mode == "compiled" for one in found for form in one.torch)
     forms = "eager and compiled" if compiled else "eager forms only"
     notes = [
@@ -163,7 +172,7 @@ def speedup(results: KernelResults, found: Sequence[Measurement], name: str, wha
 
 def group(one: Measurement) -> str:
     """The kernel; the title says whether it is a backward one."""
-    return one.kernel.removesuffix("_backward")
+    return one.kernel.removesuffix("_backward") if one.kernel in BACKWARD_KERNELS else one.kernel
 
 
 def label(one: Measurement) -> str:

@@ -62,6 +62,9 @@ def table(results: Sequence[Result]) -> str:
     headers += ["vs eager", "fastest eager", *(["vs torch", "fastest torch"] if compiled else [])]
     align = ["left", "right", "right", "left", "right", "left", *["right"] * 5, "left", *["right", "left"] * compiled]
     lines = [row(result, compiled) for result in results]
+    if any(result.separate for result in results):
+        headers, align = [*headers, "vs separate"], [*align, "right"]
+        lines = [[*line, separate(result)] for line, result in zip(lines, results, strict=True)]
     text = tabulate(lines, headers=headers, disable_numparse=True, colalign=align)
     peers = peer_report.table(results)
     return "\n".join((text, "", *footnotes(results), *(["", *peers] if peers else [])))
@@ -83,10 +86,15 @@ def row(result: Result, compiled: bool) -> list[str]:
     return line
 
 
+def separate(result: Result) -> str:
+    """The separate kernels' time over the fused one's; empty where there are none."""
+    return f"{result.speedup(result.separate):.2f}×" if result.separate else ""
+
+
 def is_doubtful(result: Result) -> bool:
     """Whether a time that is shown was taken while the system kept interrupting."""
-    forms = (result.fastest("eager"), result.fastest())
-    return any(time.doubtful for time in (result.kernel, result.copy, *(form.time for form in forms)))
+    shown = (result.fastest("eager"), result.fastest(), *([result.separate] if result.separate else []))
+    return any(time.doubtful for time in (result.kernel, result.copy, *(one.time for one in shown)))
 
 
 def footnotes(results: Sequence[Result]) -> list[str]:
@@ -96,6 +104,10 @@ def footnotes(results: Sequence[Result]) -> list[str]:
         "of a torch copy of as many bytes, whose half is written; a kernel that mostly reads can exceed it.",
         "vs: the form's time over the kernel's, above 1 where the kernel is faster.",
     ]
+    if any(result.separate for result in results):
+        lines.append("vs separate: the time of our own kernels one by one over that of the fused ones.")
+    if any(result.replayed for result in results):
+        lines.append("up to 128 tokens: replays of CUDA graphs, without the time that Python takes to launch a kernel.")
     if any(result.in_cache for result in results):
         text = "all bytes fit the last-level cache, which can keep what is written: GB/s is not memory bandwidth."
         lines.append(f"{IN_CACHE} {text}")
@@ -145,12 +157,24 @@ def result_json(result: Result) -> dict[str, Any]:
         "fits_last_level_cache": result.in_cache,
         "copy": copy_json(result),
         "torch": [form_json(result, form) for form in result.torch],
+        "separate": separate_json(result),
+        "cuda_graph": result.replayed,
         "peers": [peer_report.as_json(result, peer) for peer in result.peers],
     }
+
+
+def separate_json(result: Result) -> dict[str, Any] | None:
+    """The separate kernels beside a fused one; None of others."""
+    found = result.separate
+    if found is None:
+        return None
+    return {"error": found.error, "time": asdict(found.time), "over_kernel": result.speedup(found)}
 
 
 def form_json(result: Result, form: FormResult) -> dict[str, Any]:
     """One form of plain torch."""
     time: Statistics = form.time
-    facts = {"form": form.form, "mode": form.mode, "error": form.error}
+    facts: dict[str, Any] = {"form": form.form, "mode": form.mode, "error": form.error}
+    if form.parts:
+        facts["parts"] = list(form.parts)
     return {**facts, "time": asdict(time), "over_kernel": result.speedup(form)}

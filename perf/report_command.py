@@ -104,8 +104,8 @@ def link(picture: Picture) -> str:
 def kernel_table(results: KernelResults) -> str:
     """A row per kernel and shape."""
     headers = ["kernel", "tokens × n × C", "dtype", "time, ms", "quartiles", "GB/s", "of copy", "GFLOP/s"]
-    headers += ["vs torch", "range", "fastest torch"]
-    return markdown_table(headers, map(kernel_row, results.measurements), "lllrlrrrrll")
+    headers += ["vs torch", "range", "fastest torch", "vs separate"]
+    return markdown_table(headers, map(kernel_row, results.measurements), "lllrlrrrrllr")
 
 
 def kernel_row(one: Measurement) -> list[str]:
@@ -128,6 +128,7 @@ def kernel_row(one: Measurement) -> list[str]:
         f"{ratio.median:.2f}×" if ratio else "–",
         f"{ratio.lower_quartile:.2f} to {ratio.upper_quartile:.2f}" if ratio else "–",
         str(fastest) if fastest else "–",
+        f"{one.separate.over(one.time).median:.2f}×" if one.separate else "–",
     ]
 
 
@@ -143,7 +144,8 @@ def kernel_notes(results: KernelResults) -> str:
         "time: of one call. GB/s: every tensor's bytes once, over the time. of copy: that in units of a torch copy of "
         "as many bytes in the same rounds. GFLOP/s: the formula's operations over the time. vs torch: the fastest "
         "timed form's time over the kernel's, above 1 where the kernel is faster; range: from its lower quartile over "
-        "the kernel's upper one to the reverse.",
+        "the kernel's upper one to the reverse; vs separate: the same of our own kernels one by one, where the kernel "
+        "is fused across a boundary.",
         f"The largest copy, of {megabytes(results.copy_bytes)} MB, ran at {copy:.1f} GB/s.",
     ]
     if any(one.in_cache for one in results.measurements):

@@ -69,7 +69,10 @@ class TorchForm:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One kernel at one shape: its time, its bytes, a copy of as many bytes, and plain torch. Times in seconds."""
+    """One kernel at one shape: its time, its bytes, a copy of as many bytes, and plain torch. Times in seconds.
+
+    `separate` is the time of the separate kernels beside a fused one.
+    """
 
     kernel: str
     num_tokens: int
@@ -82,6 +85,7 @@ class Measurement:
     copy_bytes: int
     copy_time: Spread
     torch: tuple[TorchForm, ...]
+    separate: Spread | None = None
 
     @property
     def name(self) -> tuple[str, ...]:

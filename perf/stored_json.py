@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..errors import MHCError
-from .cases import BACKWARD_KERNELS, KERNELS, SUBLAYER_INPUT
+from .cases import BACKWARD_KERNELS, BOUNDARY_KERNELS, BOUNDARY_STEP, KERNELS, SUBLAYER_INPUT
 from .overhead_report import IN_MODE, LABELS
 from .stored import Facts, KernelResults, Measurement, OverheadResults, OverheadRow, Prediction, Spread, TorchForm
 
@@ -133,7 +133,7 @@ def kernel_results(path: Path, entry: Entry) -> KernelResults:
 
 def measurement(entry: Entry) -> Measurement:
     """One of the results."""
-    known = (*KERNELS, *BACKWARD_KERNELS, SUBLAYER_INPUT)
+    known = (*KERNELS, *BACKWARD_KERNELS, *BOUNDARY_KERNELS, SUBLAYER_INPUT, BOUNDARY_STEP)
     if entry["kernel"].text() not in known:
         raise entry["kernel"].error("one of " + ", ".join(known))
     forms = entry["torch"].items()
@@ -148,6 +148,7 @@ def measurement(entry: Entry) -> Measurement:
         in_cache=entry["fits_last_level_cache"].flag(),
         copy_bytes=entry["copy"]["bytes"].count(),
         copy_time=spread(entry["copy"]["time"]),
+        separate=spread(entry["separate"]["time"]) if entry.object().get("separate") else None,
         torch=tuple(TorchForm(form["form"].text(), form["mode"].text(), spread(form["time"])) for form in forms),
     )
 

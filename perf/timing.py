@@ -164,8 +164,8 @@ class GraphReplay:
     every time, and what it allocates stays the graph's own.
     """
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
+    def __init__(self, clock: Clock, device: torch.device) -> None:
+        self.clock, self.device = clock, device
         self.graphs: dict[Run, torch.cuda.CUDAGraph] = {}
 
     def capture(self, run: Run) -> None:
@@ -173,15 +173,15 @@ class GraphReplay:
 
         Raises RuntimeError for a call that cannot be captured.
         """
-        own = torch.cuda.Stream()
-        own.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(own):
-            run()
-        torch.cuda.current_stream().wait_stream(own)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
+        with torch.cuda.device(self.device):
+            own = torch.cuda.Stream()
+            own.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(own):
+                run()
+            torch.cuda.current_stream().wait_stream(own)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run()
         self.graphs[run] = graph
 
     def __call__(self, run: Run) -> Sample:
