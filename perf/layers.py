@@ -1,5 +1,9 @@
 """One transformer layer, and the four connections that it is run under.
 
+A layer begins and ends where layers meet in a model whose stream is a `ResidualStream`: with the write of the sublayer
+before it, which its first read merges, and with its own last write, which waits. So each of its two sublayers has one
+boundary, which mHC's kernels run as one operator, `post_pre`; the other connections merge, then read.
+
 The sublayers are the same objects under each connection, and the mHC connections share their parameters, so that
 whatever differs in time is the connection. Parameters are random: with those that training starts from, h_res
 would be close to symmetric, and a check would miss its transpose.
@@ -21,6 +25,7 @@ from .sizes import LayerSizes
 
 RESIDUAL, HC, EAGER, KERNELS = "residual", "hc", "mhc_eager", "mhc_kernels"
 KINDS = (RESIDUAL, HC, EAGER, KERNELS)
+WAITING = ("layer_output", "h_post", "h_res")  # of a write that waits
 
 
 class Attention(nn.Module):
@@ -81,39 +86,55 @@ class EagerConnection(HyperConnection):
 
 @dataclass(frozen=True)
 class Layer:
-    """The sublayers under one kind of connection, with the input and the upstream gradient that it is run with.
+    """The sublayers under one kind of connection, with the inputs and the upstream gradients that it is run with.
 
-    A plain residual gets the first stream of what the others get.
+    `x` is the stream, `waiting` what the sublayer before wrote: its layer_output, and mHC's and HC's h_post and h_res.
+    `upstream` has the gradients of what the layer leaves. A plain residual gets the first stream of what the others
+    get.
     """
 
     sublayers: Sequence[nn.Module]
     connections: Sequence[Connection]
     x: torch.Tensor
-    g_x_next: torch.Tensor
+    waiting: tuple[torch.Tensor, ...]
+    upstream: tuple[torch.Tensor, ...]
 
-    def forward(self) -> torch.Tensor:
-        """x -> x_next."""
-        x = self.x
+    def forward(self) -> tuple[torch.Tensor, ...]:
+        """x and what waits -> x_next, and what waits then."""
+        x, waiting = self.x, self.waiting
         for sublayer, connection in zip(self.sublayers, self.connections, strict=True):
-            layer_input, *mappings = connection(x)
-            x = connection.merge(x, sublayer(layer_input), *mappings)
-        return x
+            x, layer_input, *mappings = merge_and_read(connection, x, waiting)
+            waiting = (sublayer(layer_input), *mappings)
+        return x, *waiting
 
-    def inference(self) -> torch.Tensor:
+    def inference(self) -> tuple[torch.Tensor, ...]:
         """The forward pass without a graph."""
         with torch.no_grad():
             return self.forward()
 
     def training(self) -> tuple[torch.Tensor, ...]:
         """Forward and backward -> the gradients of `leaves`."""
-        return torch.autograd.grad(self.forward(), list(self.leaves().values()), self.g_x_next)
+        return torch.autograd.grad(self.forward(), list(self.leaves().values()), self.upstream)
 
     def leaves(self) -> dict[str, torch.Tensor]:
-        """What training has gradients of: x, every weight of the sublayers, every parameter of the connections."""
+        """What training has gradients of: what the layer takes, every weight."""
+        return {"x": self.x, **dict(zip(WAITING, self.waiting, strict=False)), **self.weights()}
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Every weight of the sublayers, every parameter of the connections."""
         modules = {type(sublayer).__name__: sublayer for sublayer in self.sublayers}
         modules |= {f"connection {k}": c for k, c in enumerate(self.connections) if isinstance(c, nn.Module)}
-        named = {f"{name}.{key}": p for name, module in modules.items() for key, p in module.named_parameters()}
-        return {"x": self.x, **named}
+        return {f"{name}.{key}": p for name, module in modules.items() for key, p in module.named_parameters()}
+
+
+def merge_and_read(
+    connection: Connection, x: torch.Tensor, waiting: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    """x_next, layer_input and the mappings, as `ResidualStream` has them: fused where the connection can."""
+    if type(connection).forward is HyperConnection.forward:  # type: ignore[attr-defined]
+        return connection(x, *waiting)  # type: ignore[operator,no-any-return]
+    x = connection.merge(x, *waiting)
+    return x, *connection(x)
 
 
 def make_layers(
@@ -133,12 +154,25 @@ def make_layers(
     }
     for module in (*sublayers, *kernels, *connections[HC]):
         randomize(module, generator)  # type: ignore[arg-type]
-    shape = (num_tokens // sequence, sequence, num_streams, sizes.hidden_size)
-    x, g_x_next = (torch.randn(shape, generator=generator, **factory) for _ in range(2))  # type: ignore[call-overload]
+    leading, n = (num_tokens // sequence, sequence), num_streams
+
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(*leading, *shape, generator=generator, dtype=dtype, device=device)
+
+    def mapping(scale: float, *shape: int) -> torch.Tensor:
+        return scale * torch.rand(*leading, *shape, generator=generator, device=device)
+
+    wide, narrow = (n, sizes.hidden_size), (sizes.hidden_size,)
+    taken = (normal(*wide), normal(*narrow), mapping(2.0, n), mapping(2.0 / n, n, n))
+    shapes = ((n,), (n, n))
+    upstream = (normal(*wide), normal(*narrow), *(normal(*shape, dtype=torch.float32) for shape in shapes))
 
     def layer(kind: str) -> Layer:
-        own = (t[..., 0, :].contiguous() if kind == RESIDUAL else t for t in (x, g_x_next))
-        return Layer(sublayers, connections[kind], next(own).detach().requires_grad_(), next(own))
+        own, gradients = taken, upstream
+        if kind == RESIDUAL:
+            own, gradients = ((x[..., 0, :].contiguous(), y) for x, y, *_ in (taken, upstream))
+        x, *waiting = (tensor.detach().requires_grad_() for tensor in own)
+        return Layer(sublayers, connections[kind], x, tuple(waiting), tuple(gradients))
 
     return {kind: layer(kind) for kind in KINDS}
 

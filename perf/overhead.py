@@ -14,20 +14,25 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
-from .. import launch_backward
+from .. import compile as compiler
+from .. import launch_backward, launch_boundary, launch_boundary_backward
 from ..checking.tolerance import UNIT_ROUNDOFF
 from ..errors import MHCError
 from ..kernel import dtype_name
+from ..kernels import boundary_plans
 from .baselines import TOLERANCE, relative_error
+from .boundary_workloads import Left
 from .cases import Case, Shape
-from .layers import EAGER, KERNELS, KINDS, RESIDUAL, Layer
+from .layers import EAGER, KERNELS, KINDS, RESIDUAL, WAITING, Layer
 from .model import SUBLAYERS, TRAINING
 from .timing import WARMUP_ROUNDS, Clock, Run, Sample, Statistics, ratios, sample, summarize
 from .workloads import Stream, workload
 
-FORWARD_KERNELS = ("project", "coefficients", "pre", "post")
-BACKWARD_KERNELS = tuple(f"{kernel}_backward" for kernel in reversed(FORWARD_KERNELS))
-GRADIENT_SUM = "sum of g_x"  # autograd adds post's and pre's gradient of the stream: no kernel of ours
+FORWARD_KERNELS = ("post_project", "coefficients", "pre")
+BACKWARD_KERNELS = ("pre_backward", "coefficients_backward", "boundary_backward", "boundary_sums")
+# Where a boundary's backward is not fused, with the sum of post's and pre's gradient of the stream, no kernel of ours.
+GRADIENT_SUM = "sum of g_x"
+SEPARATE_BACKWARD = ("pre_backward", "coefficients_backward", "project_backward", GRADIENT_SUM, "post_backward")
 
 PEAK, SAVED = "peak memory", "saved for backward"
 
@@ -58,7 +63,7 @@ class Measurement:
     memory_kind: str
 
     def kernel_seconds(self, mode: str) -> float:
-        """All kernels that a step of this mode runs, and autograd's sum."""
+        """All kernels that a step of this mode runs."""
         chosen = self.kernels if mode == TRAINING else {name: self.kernels[name] for name in FORWARD_KERNELS}
         return SUBLAYERS * sum(time.median for time in chosen.values())
 
@@ -78,14 +83,14 @@ def tolerance(name: str, dtype: torch.dtype) -> float:
 
 
 def check_layers(layers: Mapping[str, Layer]) -> dict[str, float]:
-    """The relative errors of x_next and of every gradient. Raises MHCError for the first that is too large.
+    """The relative errors of all that the layer leaves and of every gradient. Raises MHCError for the first too large.
 
     An alpha's is relative to the gradient of its connection's bias where that is larger: it is three numbers, each a
     sum over all tokens and streams, of which little may be left.
     """
     eager, kernels = layers[EAGER], layers[KERNELS]
-    names = ["x_next", *(f"g_{name}" for name in kernels.leaves())]
-    expected, got = ([layer.inference(), *layer.training()] for layer in (eager, kernels))
+    names = ["x_next", *WAITING, *(f"g_{name}" for name in kernels.leaves())]
+    expected, got = ([*layer.inference(), *layer.training()] for layer in (eager, kernels))
     errors = {}
     norms = {name: float(torch.linalg.vector_norm(one.float())) for name, one in zip(names, expected, strict=True)}
     for name, one, other in zip(names, got, expected, strict=True):
@@ -134,17 +139,58 @@ def measure_layers(layers: Mapping[str, Layer], modes: tuple[str, ...], clock: C
 
 
 def kernels_alone(x: torch.Tensor, training: bool) -> dict[str, Run]:
-    """Every kernel of a sublayer at the stream's size, each by itself; with those of the backward for training."""
+    """Every kernel of a boundary at the stream's size, each by itself; with those of the backward for training."""
     *leading, num_streams, hidden_size = x.shape
     shape = Shape(torch.Size(leading).numel(), num_streams, hidden_size, dtype_name(x.dtype))
     stream = Stream.of(shape, x.device)
-    names = FORWARD_KERNELS + (BACKWARD_KERNELS if training else ())
-    runs = {name: workload(Case(name, shape), stream).run for name in names}
-    if training:
-        runs["project_backward"] = project_backward(stream, shape)
-        one, other = torch.ones_like(stream.inputs.x), torch.ones_like(stream.inputs.x)
-        runs[GRADIENT_SUM] = lambda: one.add_(other)
-    return runs
+    i = stream.inputs
+    x_next = torch.empty_like(i.x)
+    runs: dict[str, Run] = {
+        "post_project": lambda: launch_boundary.post_project(
+            i.x, i.layer_output, i.h_post, i.h_res, i.phi, out=(x_next, None)
+        ),
+        **{name: workload(Case(name, shape), stream).run for name in ("coefficients", "pre")},
+    }
+    if not training:
+        return runs
+    runs["pre_backward"] = workload(Case("pre_backward", shape), stream).run
+    fused = boundary_plans.backward_is_fused(num_streams, compiler.platform_of(x.device))
+    return {**runs, **(fused_backward(stream) if fused else separate_backward(stream, shape))}
+
+
+def fused_backward(stream: Stream) -> dict[str, Run]:
+    """The launches of `post_pre_backward` behind the first one, each with what those before it leave."""
+    i, left = stream.inputs, Left.of(stream)
+    g_x_next, g_layer_input, *g_mappings = left.upstream.values()
+    g_projected, out = torch.empty_like(left.projected), (torch.empty_like(i.x), torch.empty_like(i.layer_output))
+    mixing = (i.x, i.layer_output, left.h_pre, i.h_post, i.h_res, i.phi)
+
+    def mappings() -> torch.Tensor:
+        parameters = (left.projected, i.alpha, i.bias, stream.spec)
+        return launch_backward.mappings_backward(i.h_pre, *g_mappings, *parameters, out=g_projected)
+
+    def boundary() -> tuple[torch.Tensor, ...]:
+        return launch_boundary_backward.mixing_backward(g_x_next, g_layer_input, g_projected, *mixing, out=out)
+
+    partial_parameters = mappings()
+    *_, partial_phi, partial_mixing = boundary()
+    partial = (partial_phi, partial_mixing, partial_parameters)
+    return {
+        "coefficients_backward": mappings,
+        "boundary_backward": boundary,
+        "boundary_sums": lambda: launch_boundary_backward.boundary_sums(*partial, stream.spec.num_streams),
+    }
+
+
+def separate_backward(stream: Stream, shape: Shape) -> dict[str, Run]:
+    """What runs in their place where the backward is not fused."""
+    one, other = torch.ones_like(stream.inputs.x), torch.ones_like(stream.inputs.x)
+    return {
+        "coefficients_backward": workload(Case("coefficients_backward", shape), stream).run,
+        "project_backward": project_backward(stream, shape),
+        GRADIENT_SUM: lambda: one.add_(other),
+        "post_backward": workload(Case("post_backward", shape), stream).run,
+    }
 
 
 def project_backward(stream: Stream, shape: Shape) -> Run:
@@ -172,7 +218,7 @@ def peak_memory(layer: Layer) -> int:
 
 def saved_for_backward(layer: Layer) -> int:
     """Bytes that a forward pass keeps for its backward, each buffer once, weights left out."""
-    weights = {leaf.untyped_storage().data_ptr() for name, leaf in layer.leaves().items() if name != "x"}
+    weights = {weight.untyped_storage().data_ptr() for weight in layer.weights().values()}
     buffers: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -182,6 +228,6 @@ def saved_for_backward(layer: Layer) -> int:
         return tensor.detach()  # an output that its own node saved would keep itself alive
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
-        x_next = layer.forward()
-    del x_next  # kept until here, so that no buffer was freed and its address used again
+        results = layer.forward()
+    del results  # kept until here, so that no buffer was freed and its address used again
     return sum(buffers.values())

@@ -170,7 +170,11 @@ def test_options_reach_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         cli.main(["bench", "--device", "cpu"])
-    assert {case.kernel for case in asked["cases"]} == {*cases.KERNELS, *cases.BACKWARD_KERNELS}
+    assert {case.kernel for case in asked["cases"]} == {
+        *cases.KERNELS,
+        *cases.BACKWARD_KERNELS,
+        *cases.BOUNDARY_KERNELS,
+    }
     assert {case.shape.hidden_size for case in asked["cases"]} == {1280, 1920, 2560, 4096, 7168}
     assert {case.shape.dtype for case in asked["cases"]} == {"bfloat16"}
     assert asked["baselines"] == "eager"

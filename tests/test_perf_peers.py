@@ -25,7 +25,7 @@ from mhc_tilelang.checking import run as checks
 from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.checking.run import Row
 from mhc_tilelang.perf import bench
-from mhc_tilelang.perf.cases import BACKWARD_KERNELS, KERNELS, SUBLAYER_INPUT, Case, Shape
+from mhc_tilelang.perf.cases import BACKWARD_KERNELS, BOUNDARY_KERNELS, KERNELS, SUBLAYER_INPUT, Case, Shape
 from mhc_tilelang.perf.peers import PEERS, deepseek, huggingface, lucidrains, prepare, selected
 from mhc_tilelang.perf.peers.compiled import compiled
 from mhc_tilelang.perf.peers.peer import Peer, UnsupportedError
@@ -34,7 +34,7 @@ from mhc_tilelang.perf.timing import Sample
 from mhc_tilelang.perf.workloads import Stream, Workload, workload
 
 CPU = torch.device("cpu")
-EVERY = (*KERNELS, *BACKWARD_KERNELS, SUBLAYER_INPUT)
+EVERY = (*KERNELS, *BACKWARD_KERNELS, *BOUNDARY_KERNELS, SUBLAYER_INPUT)
 SMALL = ("--device", "cpu", "--widths", "64", "--tokens", "32", "--repeats", "2")
 
 
@@ -277,7 +277,12 @@ def test_table_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 @pytest.mark.usefixtures("ticking")
 def test_with_peers_the_sum_of_kernels_is_measured_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     got = run_bench(monkeypatch, tmp_path, TileKernels(), "--peers", "transformers")
-    assert [result["kernel"] for result in got["results"]] == [*KERNELS, *BACKWARD_KERNELS, SUBLAYER_INPUT]
+    assert [result["kernel"] for result in got["results"]] == [
+        *KERNELS,
+        *BACKWARD_KERNELS,
+        *BOUNDARY_KERNELS,
+        SUBLAYER_INPUT,
+    ]
     [peer] = got["results"][-1]["peers"]
     assert (peer["function"], peer["agrees"]) == ("DeepseekV4HyperConnection", True)
 
@@ -288,7 +293,7 @@ def test_no_peers_unless_asked_for(
 ) -> None:
     got = run_bench(monkeypatch, tmp_path, TileKernels())
     assert got["method"]["peers"] == []
-    assert [result["kernel"] for result in got["results"]] == [*KERNELS, *BACKWARD_KERNELS]
+    assert [result["kernel"] for result in got["results"]] == [*KERNELS, *BACKWARD_KERNELS, *BOUNDARY_KERNELS]
     assert all(result["peers"] == [] for result in got["results"])
     assert "peer" not in capsys.readouterr().out
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..cases import SUBLAYER_INPUT
+from ..cases import POST_PRE, SUBLAYER_INPUT
 from . import deepseek_calls as calls
 from .compiled import compiled
 from .deepseek_calls import Kernels
@@ -80,6 +80,7 @@ def declare(kernels: Kernels) -> Peer:
             "pre": function("mhc_pre_apply_mix", calls.pre),
             SUBLAYER_INPUT: function("mhc_pre_big_fuse", calls.sublayer_input, **tf32_stream),
             "post": function("mhc_post", calls.post),
+            POST_PRE: function("mhc_post, mhc_pre_big_fuse", calls.post_pre, **tf32_stream),
             "expand_backward": function("expand_to_mhc, backward", calls.expand_backward),
             "project_backward": function("mhc_pre_norm_fn, product, backward", calls.project_backward, **tf32_stream),
             "sinkhorn_backward": function("sinkhorn_normalize, backward", calls.sinkhorn_backward),

@@ -162,6 +162,20 @@ def post(kernels: Kernels, inputs: Inputs, outputs: Outputs) -> Call:
     return Call(lambda: kernel(matrices, x, h_post, layer_output, outputs["x_next"]))
 
 
+def post_pre(kernels: Kernels, inputs: Inputs, outputs: Outputs) -> Call:
+    """post, then all that precedes the next layer: three kernels."""
+    mixed = post(kernels, inputs, outputs)
+    names = {"layer_input": "layer_input", "h_post": "next_post", "h_res": "next_res"}
+    results = {name: outputs[ours] for name, ours in names.items()}
+    following = sublayer_input(kernels, {**inputs, "x": outputs["x_next"]}, results)
+
+    def run() -> torch.Tensor:
+        mixed.run()
+        return following.run()
+
+    return Call(run, following.convert)
+
+
 def post_backward(kernels: Kernels, inputs: Inputs, outputs: Outputs) -> Call:
     """g_x_next, x, layer_output, h_post, comb -> g_comb, g_x, g_h_post, g_layer_output, which it allocates."""
     x, layer_output, h_post, matrices = inputs["x"], inputs["layer_output"], inputs["h_post"], comb(inputs["h_res"])
