@@ -92,15 +92,15 @@ def stages(num_streams: int) -> list[Stage]:
     """From unfused hyper-connections to the least that any kernel can move, then the plain residual.
 
     The first is the paper's Table 2, operation by operation; the rest are the kernels of `traffic`, with less and less
-    of what crosses from one to the next.
+    of what crosses from one to the next. The third is what these kernels do.
     """
     n = num_streams
     unfused = ((n, 0), (n, 1), (1, n), (n, n), (2 * n, n))  # coefficients, pre, post, res, merge
     project, pre, post = (stream_elements(kernel, n) for kernel in ("project", "pre", "post"))
     return [
         Stage("unfused HC", *columns(unfused)),
-        Stage("these kernels", *columns((project, pre, post)), saving="post, res, merge\nin one kernel"),
-        Stage("post with\nprojection", *columns((pre, post)), saving="x_next projected\nwhile on chip", here=False),
+        Stage("kernel by kernel", *columns((project, pre, post)), saving="post, res, merge\nin one kernel"),
+        Stage("these kernels", *columns((pre, post)), saving="x_next projected\nwhile on chip"),
         Stage("floor: one pass", *columns(((0, pre[1]), post)), saving="and gathered\nin the same pass", here=False),
         Stage("plain residual", 2, 1),
     ]

@@ -9,7 +9,17 @@ from __future__ import annotations
 import pytest
 
 from mhc_tilelang.perf import model
-from mhc_tilelang.perf.model import DEVICES, FORMS, OURS, RESIDUAL, Device, known_device, layer_work, predict
+from mhc_tilelang.perf.model import (
+    DEVICES,
+    FORMS,
+    ONE_BY_ONE,
+    OURS,
+    RESIDUAL,
+    Device,
+    known_device,
+    layer_work,
+    predict,
+)
 from mhc_tilelang.perf.sizes import MODELS, LayerSizes
 from mhc_tilelang.perf.traffic import stream_elements
 
@@ -22,37 +32,40 @@ def test_3b_forward_on_an_h200_by_hand() -> None:
     got = predict(MODELS["3b"], DEVICES["H200"], "forward", sequence=4096)
     seconds = 92_803_072 / (0.6 * 989e12) + (26_624 + 2 * 3 * 1280) * 2 / (0.8 * 4.8e12)
     assert got.seconds == pytest.approx(seconds)
-    assert got.overhead[OURS] == pytest.approx(2 * (18 - 3) * 1280 * 2 / (0.8 * 4.8e12) / seconds)
-    assert got.overhead[OURS] == pytest.approx(0.115, abs=5e-4)
+    assert got.overhead[OURS] == pytest.approx(2 * (14 - 3) * 1280 * 2 / (0.8 * 4.8e12) / seconds)
+    assert got.overhead[ONE_BY_ONE] == pytest.approx(2 * (18 - 3) * 1280 * 2 / (0.8 * 4.8e12) / seconds)
+    assert got.overhead[ONE_BY_ONE] == pytest.approx(0.115, abs=5e-4)
 
 
 def test_3b_training_on_an_h200_by_hand() -> None:
-    """Backward: projections twice, scores 2.5 times; 6C + 5F elements; connections 18 + 40 against 3 + 3."""
+    """Backward: projections twice, scores 2.5 times; 6C + 5F elements; connections 14 + 20 against 3 + 3."""
     got = predict(MODELS["3b"], DEVICES["H200"], "training", sequence=4096)
     flops = 3 * 76_021_760 + 3.5 * 16_781_312
     elements = 10 * 1280 + 8 * 7168 + 2 * 6 * 1280
     seconds = flops / (0.6 * 989e12) + elements * 2 / (0.8 * 4.8e12)
     assert got.seconds == pytest.approx(seconds)
-    assert got.overhead[OURS] == pytest.approx(2 * (58 - 6) * 1280 * 2 / (0.8 * 4.8e12) / seconds)
+    assert got.overhead[OURS] == pytest.approx(2 * (34 - 6) * 1280 * 2 / (0.8 * 4.8e12) / seconds)
 
 
 def test_elements_of_the_forms() -> None:
     forward = [form.elements(4, "forward") for form in FORMS.values()]
     assert forward == [34, 18, 18, 14, 10]
     backward = [form.elements(4, "training") - form.elements(4, "forward") for form in FORMS.values()]
-    assert backward == [59, 39, 40, 21, 15]
+    assert backward == [59, 39, 40, 20, 15]
     assert (RESIDUAL.elements(4, "forward"), RESIDUAL.elements(4, "training")) == (3, 6)
 
 
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_our_elements_are_those_of_the_kernels(n: int) -> None:
-    """Backward: the projection also reads g_layer_input here, and autograd reads 2n and writes n to add up."""
+    """One by one: the projection's backward also reads g_layer_input, and autograd reads 2n and writes n to add up."""
     forward, backward = (
         sum(sum(stream_elements(kernel + suffix, n)) for kernel in ("project", "pre", "post"))
         for suffix in ("", "_backward")
     )
-    assert FORMS[OURS].forward(n) == forward
-    assert FORMS[OURS].backward(n) == backward + 1 + 3 * n
+    assert FORMS[ONE_BY_ONE].forward(n) == forward
+    assert FORMS[ONE_BY_ONE].backward(n) == backward + 1 + 3 * n
+    assert FORMS[OURS].forward(n) == sum(stream_elements("post_pre", n))
+    assert FORMS[OURS].backward(n) == sum(stream_elements("post_pre_backward", n))
 
 
 def test_overhead_follows_bandwidth_and_arithmetic() -> None:
@@ -75,7 +88,7 @@ def test_streams_and_itemsize_count() -> None:
     assert wide.seconds == pytest.approx(2 * narrow.seconds)
     assert wide.overhead == pytest.approx(narrow.overhead)
     eight = predict(sizes, free, "forward", sequence=1, num_streams=8)
-    assert eight.overhead[OURS] == pytest.approx(narrow.overhead[OURS] * (34 - 3) / (18 - 3))
+    assert eight.overhead[OURS] == pytest.approx(narrow.overhead[OURS] * (26 - 3) / (14 - 3))
 
 
 @pytest.mark.parametrize(
