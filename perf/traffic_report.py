@@ -56,6 +56,7 @@ class Row:
             "num_streams": self.shape.num_streams,
             "hidden_size": self.shape.hidden_size,
             "dtype": self.shape.dtype,
+            "num_tokens": self.shape.num_tokens,
             "reads_C": self.units(self.traffic.stream_read),
             "writes_C": self.units(self.traffic.stream_written),
             "small_C": self.units(self.traffic.small),

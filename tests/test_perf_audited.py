@@ -263,7 +263,8 @@ def rows_of(tmp_path: Path, *options: str) -> list[dict[str, Any]]:
 def test_json(tmp_path: Path) -> None:
     rows = {row["kernel"]: row for row in rows_of(tmp_path)}
     assert set(rows) == {*KERNELS, *BACKWARD_KERNELS, AGGREGATED, *BOUNDARY, *NORM}
-    keys = "kernel num_streams hidden_size dtype reads_C writes_C small_C paper_reads_C paper_writes_C floor_C"
+    keys = "kernel num_streams hidden_size dtype num_tokens reads_C writes_C small_C"
+    keys += " paper_reads_C paper_writes_C floor_C"
     for row in rows.values():
         assert list(row) == keys.split()
         assert (row["num_streams"], row["hidden_size"], row["dtype"]) == (4, 640, "bfloat16")

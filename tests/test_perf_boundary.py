@@ -1,0 +1,375 @@
+"""The boundary's baselines: plain torch as a whole and part by part, and the separate kernels; what is timed of them.
+
+Would catch: a form that is another function, one that drops the aggregation's share of a gradient or rounds phi, parts
+that are joined at the wrong tensors, a block that drops its tail, the slowest form in place of the fastest, separate
+kernels that are not checked, a call that no graph takes and that is timed all the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mhc_tilelang import cli, launch_backward, reference
+from mhc_tilelang.checking import run as checks
+from mhc_tilelang.checking.kernels import numpy64
+from mhc_tilelang.errors import MHCError
+from mhc_tilelang.perf import bench, boundary_forms, boundary_parts, stream_forms, timing, token_forms
+from mhc_tilelang.perf.baselines import COMPILED, EAGER, TOLERANCE, Form, bind, prepare
+from mhc_tilelang.perf.boundary_workloads import GRADIENTS
+from mhc_tilelang.perf.cases import (
+    BOUNDARY_KERNELS,
+    BOUNDARY_STEP,
+    POST_PRE,
+    POST_PRE_BACKWARD,
+    POST_PRE_DELAYED,
+    Case,
+    Shape,
+)
+from mhc_tilelang.perf.flops import flops
+from mhc_tilelang.perf.timing import GraphReplay, Run, Sample
+from mhc_tilelang.perf.workloads import Stream, Workload, workload
+
+CPU = torch.device("cpu")
+EVERY = (*BOUNDARY_KERNELS, BOUNDARY_STEP)
+NAMES = ("x", "layer_output", "h_post", "h_res", "phi", "alpha", "bias")
+
+
+def clock(run: Run) -> Sample:
+    run()
+    return Sample(1e-3)
+
+
+def make(kernel: str, n: int = 4, dtype: str = "bfloat16", tokens: int = 37) -> tuple[Case, Stream, Workload]:
+    case = Case(kernel, Shape(tokens, n, 48, dtype))
+    stream = Stream.of(case.shape, CPU)
+    load = workload(case, stream)
+    load.run()
+    return case, stream, load
+
+
+def verified(case: Case, stream: Stream, load: Workload, modes: tuple[str, ...] = (EAGER,)) -> list[Any]:
+    """Every form of torch that the benchmark times, and the separate kernels; each through its guard."""
+    selection = boundary_parts.Selection(case.shape, stream, modes, clock)
+    with torch.no_grad():
+        bench.verify_separate(case, load)
+        return bench.torch_forms(case, load, modes, selection)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten tokens at a time: three blocks and a tail."""
+    monkeypatch.setattr(stream_forms, "BLOCK_BYTES", 10 * 4 * 48 * 4)
+    monkeypatch.setattr(token_forms, "BLOCK_TOKENS", 10)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.full), "float32"])
+@pytest.mark.parametrize("kernel", EVERY)
+def test_every_form_passes_its_guard(kernel: str, dtype: str) -> None:
+    forms = verified(*make(kernel, dtype=dtype))
+    blocks = [boundary_parts.BLOCKS] if kernel in (POST_PRE, POST_PRE_DELAYED) else []
+    whole = "as written" if kernel in (POST_PRE, POST_PRE_DELAYED) else "autograd"
+    assert [form.form for form in forms] == [whole, boundary_parts.NAME, *blocks]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("n", [2, 8])
+@pytest.mark.parametrize("kernel", EVERY)
+def test_every_form_passes_its_guard_at_other_stream_counts(kernel: str, n: int) -> None:
+    assert verified(*make(kernel, n=n))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kernel", EVERY)
+def test_compiled_forms_pass_the_guard(kernel: str) -> None:
+    assert COMPILED in {form.mode for form in verified(*make(kernel), modes=(EAGER, COMPILED))}
+
+
+def float64(kernel: str, arguments: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The reference's results, named as the forms name them."""
+    exact = {name: numpy64(t) if isinstance(t, torch.Tensor) else t for name, t in arguments.items()}
+    taken = [exact[name] for name in NAMES]
+    results: tuple[Any, ...] = ()
+    if kernel == POST_PRE_DELAYED:
+        found = reference.delayed_post_pre(*taken[:4], exact["h_pre"], *taken[4:], exact["spec"])
+        return dict(zip((*boundary_forms.FORWARD_RESULTS, "next_pre"), found, strict=True))
+    if kernel != POST_PRE_BACKWARD:
+        results = reference.post_pre(*taken, exact["spec"])
+    named = dict(zip(boundary_forms.FORWARD_RESULTS, results, strict=bool(results)))
+    if kernel == POST_PRE:
+        return named
+    upstream = [exact[name] for name in boundary_forms.UPSTREAM]
+    gradients = reference.post_pre_backward(*upstream, *taken, exact["spec"])
+    return named | dict(zip(GRADIENTS, gradients, strict=False))
+
+
+@pytest.mark.parametrize("kernel", EVERY)
+def test_forms_and_kernels_match_float64(kernel: str) -> None:
+    """A float32 stream, whose rounding hides nothing: what all are compared with is the paper's formulas."""
+    _, _, load = make(kernel, dtype="float32")
+    expected = float64(kernel, load.arguments)
+    results = {"kernel": load.outputs()}
+    for form in boundary_forms.FORMS[kernel]:
+        if EAGER in form.modes:
+            outputs = {name: torch.full_like(tensor, torch.nan) for name, tensor in load.outputs().items()}
+            bind(form, EAGER, {**load.arguments, **outputs})()
+            results[form.name] = outputs
+    for name, got in results.items():
+        assert set(got) == set(expected)
+        for output, exact in expected.items():
+            error = np.linalg.norm(numpy64(got[output]) - exact) / np.linalg.norm(exact)
+            assert error <= TOLERANCE[torch.float32], (name, output)
+
+
+def low_phi(phi: torch.Tensor, **tensors: Any) -> None:
+    boundary_forms.post_pre(phi=(phi.view(torch.int32) & ~0x1FFF).view(torch.float32), **tensors)
+
+
+def transposed(h_res: torch.Tensor, **tensors: Any) -> None:
+    boundary_forms.post_pre(h_res=h_res.mT, **tensors)
+
+
+def not_aggregated(g_layer_input: torch.Tensor, **tensors: Any) -> Callable[[], None]:
+    return boundary_forms.backward_recorded(g_layer_input=torch.zeros_like(g_layer_input), **tensors)
+
+
+def from_outside_only(g_x_next: torch.Tensor, **tensors: Any) -> Callable[[], None]:
+    return boundary_forms.backward_recorded(g_x_next=1.01 * g_x_next, **tensors)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "wrong", "output"),
+    [
+        (POST_PRE, low_phi, "layer_input|next_post|next_res"),
+        (POST_PRE, transposed, "x_next"),
+        (POST_PRE_BACKWARD, not_aggregated, "g_x"),
+        (POST_PRE_BACKWARD, from_outside_only, "g_x"),
+    ],
+)
+def test_a_wrong_form_is_refused(kernel: str, wrong: Any, output: str) -> None:
+    """Phi in TF32, a transposed matrix, a share of a gradient that is missing, one that is 1 % off."""
+    _, _, load = make(kernel)
+    form = Form("wrong", wrong, modes=(EAGER,), binds=kernel == POST_PRE_BACKWARD)
+    allowed = boundary_forms.allowed(kernel, torch.bfloat16)
+    with pytest.raises(MHCError, match=f"eager: wrong: expected ({output}) within"):
+        prepare(kernel, (form,), (EAGER,), load.arguments, load.outputs(), allowed)
+
+
+def test_wrong_parts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum that forgets what came in from outside."""
+
+    def forgetful(g_x_next: torch.Tensor, **tensors: torch.Tensor) -> None:
+        boundary_parts.sum_as_written(g_x_next=torch.zeros_like(g_x_next), **tensors)
+
+    case, stream, load = make(POST_PRE_BACKWARD)
+    selection = boundary_parts.Selection(case.shape, stream, (EAGER,), clock)
+    selection.complete(case)
+    selection.ranked[boundary_parts.SUM] = [(Form("forgetful", forgetful), EAGER)]
+    with pytest.raises(MHCError, match="fastest parts: expected g_x within"):
+        boundary_parts.prepare_parts(case, selection, load.arguments, load.outputs(), {})
+
+
+def test_wrong_separate_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, _, load = make(POST_PRE_BACKWARD)
+    monkeypatch.setattr(launch_backward, "pre_backward", lambda *_, out: out.zero_())
+    with pytest.raises(MHCError, match="separate kernels: expected g_"):
+        bench.verify_separate(case, load)
+
+
+def test_the_fastest_part_of_each_mode_is_taken() -> None:
+    """Of made-up times: in the median round, which runs backwards, the last form takes the least."""
+    case, stream, _ = make(POST_PRE)
+    ticks = iter(range(10_000))
+    selection = boundary_parts.Selection(case.shape, stream, (EAGER,), lambda _: Sample(float(next(ticks))))
+    last = stream_forms.FORMS["post"][-1]
+    assert selection.fastest("post", EAGER) == (last, EAGER)
+    compiled = Form("quick", stream_forms.post_streams)
+    selection.ranked["post"].insert(0, (compiled, COMPILED))
+    assert selection.fastest("post", EAGER) == (last, EAGER)
+    assert selection.fastest("post", COMPILED) == (compiled, COMPILED)
+
+
+def test_flops_are_those_of_the_parts() -> None:
+    """n = 2, C = 3: the backward adds three gradients of the stream up."""
+    parts = ("post", "project", "coefficients", "pre")
+    forward, backward = (sum(flops(part + way, 2, 3, 5) for part in parts) for way in ("", "_backward"))
+    assert flops(POST_PRE, 2, 3, 5) == flops(POST_PRE_DELAYED, 2, 3, 5) == forward
+    assert flops(POST_PRE_BACKWARD, 2, 3, 5) == backward + 5 * 3 * 2 * 3
+    assert flops(BOUNDARY_STEP, 2, 3, 5) == forward + flops(POST_PRE_BACKWARD, 2, 3, 5)
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[Path, str]:
+    """The file and the table of a benchmark of every boundary kernel, with a clock that makes each call take longer."""
+    ticks = iter(range(1, 100_000))
+
+    def slower(run: Run) -> Sample:
+        run()
+        return Sample(1e-3 * next(ticks))
+
+    monkeypatch.setattr(bench, "clock_for", lambda *_: slower)
+    monkeypatch.setattr(checks, "check_kernels", lambda *_, **__: [])
+    file = tmp_path / "boundary.json"
+    options = ["--device", "cpu", "--widths", "48", "--tokens", "32", "--repeats", "2", "--kernels", *EVERY]
+    assert cli.main(["bench", *options, "--json", str(file)]) == 0
+    return file, capsys.readouterr().out
+
+
+def test_table_and_json(results: tuple[Path, str]) -> None:
+    file, out = results
+    found = {result["kernel"]: result for result in json.loads(file.read_text(encoding="utf-8"))["results"]}
+    assert tuple(found) == EVERY
+    for kernel, result in found.items():
+        separate = result["separate"]
+        assert separate["over_kernel"] == pytest.approx(separate["time"]["median"] / result["time"]["median"])
+        assert (separate["error"] == 0) == (kernel in (POST_PRE, POST_PRE_DELAYED))  # the same bits
+        [line] = [line for line in out.splitlines() if line.split(" ")[0].rstrip("*") == kernel]
+        assert line.endswith(f"{separate['over_kernel']:.2f}×")
+        parts = next(form["parts"] for form in result["torch"] if form["form"] == boundary_parts.NAME)
+        assert parts[0].startswith("pre_backward: " if kernel == POST_PRE_BACKWARD else "post: ")
+        assert not result["cuda_graph"]
+    unit = 32 * 48 * 2
+    assert found[POST_PRE]["traffic"]["stream_read"] == 9 * unit
+    assert found[POST_PRE_BACKWARD]["traffic"]["stream_written"] == 5 * unit
+    assert found[BOUNDARY_STEP]["traffic"]["total"] == sum(
+        found[kernel]["traffic"]["total"] for kernel in (POST_PRE, POST_PRE_BACKWARD)
+    )
+
+
+def test_report(results: tuple[Path, str], tmp_path: Path) -> None:
+    """Pictures of their own, with a bar for the separate kernels."""
+    pytest.importorskip("matplotlib")
+    file, _ = results
+    separate = json.loads(file.read_text(encoding="utf-8"))["results"][0]["separate"]["over_kernel"]
+    assert cli.main(["bench", "report", str(file), "--out", str(tmp_path / "report")]) == 0
+    pictures = {path.stem for path in (tmp_path / "report").glob("boundary-*.svg")}
+    assert pictures == {f"boundary-{kind}-boundary" for kind in ("roofline", "bandwidth", "speedup")}
+    speedup = (tmp_path / "report" / "boundary-speedup-boundary.svg").read_text(encoding="utf-8")
+    assert f"{separate:.2f}×  our separate kernels" in speedup
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    [line] = [line for line in text.splitlines() if line.startswith("| `post_pre`")]
+    assert line.endswith(f"| {separate:.2f}× |")
+
+
+class Graph:
+    """Stands in for a CUDA graph: it remembers what was run while it was captured, and runs that again."""
+
+    capturing: Graph | None = None
+
+    def __init__(self) -> None:
+        self.calls: list[Run] = []
+
+    def replay(self) -> None:
+        for call in self.calls:
+            call()
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """torch.cuda replaced by what `GraphReplay` needs of it; the list has what happened."""
+    happened: list[str] = []
+
+    @contextmanager
+    def scope(*what: Any) -> Iterator[None]:
+        [one] = what
+        if isinstance(one, Graph):
+            Graph.capturing = one
+            happened.append("capture")
+        yield
+        Graph.capturing = None
+
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    for name, value in (
+        ("device", scope),
+        ("stream", scope),
+        ("graph", scope),
+        ("CUDAGraph", Graph),
+        ("Stream", lambda: stream),
+        ("current_stream", lambda: stream),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    return happened
+
+
+def launching(happened: list[str], name: str) -> Run:
+    """A call whose launch is recorded while a graph is being captured, and run otherwise."""
+
+    def run() -> None:
+        if Graph.capturing:
+            Graph.capturing.calls.append(lambda: happened.append(f"replayed {name}"))
+        else:
+            happened.append(f"ran {name}")
+
+    return run
+
+
+def test_a_replay_is_captured_once_after_a_call(graphs: list[str]) -> None:
+    replay = GraphReplay(clock, torch.device("cuda"))
+    kernel, copy = launching(graphs, "kernel"), launching(graphs, "copy")
+    times = timing.measure({"kernel": kernel, "copy": copy}, replay, repeats=1)
+    assert set(times) == {"kernel", "copy"}
+    assert graphs[:3] == ["ran kernel", "capture", "replayed kernel"]
+    assert graphs.count("capture") == 2
+    assert graphs.count("replayed kernel") == graphs.count("replayed copy") == timing.WARMUP_ROUNDS + 1
+    assert graphs.count("ran kernel") == 1
+
+
+def test_what_no_graph_takes_is_left_out_by_name(graphs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """But not a kernel: that ends the measurement."""
+
+    def waits() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    replay = GraphReplay(clock, torch.device("cuda"))
+    kernel = launching(graphs, "kernel")
+    assert timing.capturable({"kernel": kernel, "eager: autograd": waits}, replay) == {"kernel": kernel}
+    said = "eager: autograd: no CUDA graph takes it, left out: operation not permitted when stream is capturing\n"
+    assert capsys.readouterr().err == f"mhc-tilelang bench: {said}"
+    with pytest.raises(RuntimeError, match="not permitted"):
+        timing.capturable({"kernel": waits}, replay, needed=("kernel",))
+    assert timing.capturable({"eager: autograd": waits}, clock) == {"eager: autograd": waits}
+
+
+def schedules(tmp_path: Path, *options: str) -> list[dict[str, Any]]:
+    file = tmp_path / "schedule.json"
+    assert cli.main(["traffic", "--schedule", *options, "--json", str(file)]) == 0
+    loaded: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    return loaded
+
+
+def test_schedule_of_every_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From decoding to thousands of tokens; blocks that never exceed what the device runs at a time by a tile."""
+    rows = schedules(tmp_path)
+    out = capsys.readouterr().out
+    assert [row["num_tokens"] for row in rows] == [1 << k for k in range(15)]
+    assert (rows[0]["regime"], rows[-1]["regime"]) == ("channels", "tokens")
+    for row in rows:
+        assert (
+            row["chunks_per_split"] * row["splits"] >= row["num_chunks"] > row["chunks_per_split"] * (row["splits"] - 1)
+        )
+        assert f"{row['token_blocks']} × {row['splits']} = {row['token_blocks'] * row['splits']}" in out
+
+
+def test_schedule_is_that_of_a_tensor(tmp_path: Path) -> None:
+    from mhc_tilelang import launch_boundary
+
+    options = ("--target", "cpu", "--widths", "600", "--tokens", "3", "100", "--dtype", "float32", "--streams", "2")
+    for row in schedules(tmp_path, *options):
+        found = launch_boundary.schedule(torch.zeros(row["num_tokens"], 2, 600), rows=8)
+        counts = (found.token_blocks, found.chunks_per_split, found.splits, found.slabs)
+        if torch.get_num_threads() == 2:
+            assert counts == tuple(row[key] for key in ("token_blocks", "chunks_per_split", "splits", "slabs"))
+
+
+def test_a_schedule_has_no_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["traffic", "--schedule", "--kernels", "pre"]) == 1
+    assert "--schedule: expected without --kernels, got pre" in capsys.readouterr().err
