@@ -125,10 +125,18 @@ def run_cases(
             in_cache = load.traffic.total <= cache_bytes
             torch_results = tuple(form_result(form, times) for form in verified if form.name in times)
             peer_results = tuple(PeerResult(call, times.get(call.name)) for call in calls)
-            kernel_and_copy = (times[KERNEL], times[COPY], copy_bytes)
-            separate = SeparateResult(error, times[SEPARATE]) if SEPARATE in times else None
-            more = (torch_results, peer_results, separate, replayed)
-            yield Result(case, load.traffic, in_cache, *kernel_and_copy, *more)
+            yield Result(
+                case,
+                load.traffic,
+                in_cache,
+                times[KERNEL],
+                times[COPY],
+                copy_bytes,
+                torch_results,
+                peer_results,
+                SeparateResult(error, times[SEPARATE]) if SEPARATE in times else None,
+                replayed,
+            )
 
 
 def torch_forms(

@@ -58,7 +58,7 @@ class Left:
 Parts = tuple[Callable[[], object], Callable[[], Tensors], dict[str, Any], Separate]
 
 
-def inputs_of(stream: Stream, *names: str) -> Tensors:
+def inputs_of(stream: Stream, *names: str) -> dict[str, Any]:
     """The stream's inputs by name."""
     return {name: getattr(stream.inputs, name) for name in names}
 
@@ -68,7 +68,7 @@ def forward(stream: Stream, delayed: bool = False) -> Parts:
 
     `delayed`: with an h_pre, and next_pre too.
     """
-    arguments, spec = inputs_of(stream, *MIXING, *PARAMETERS), stream.spec
+    spec, arguments = stream.spec, inputs_of(stream, *MIXING, *PARAMETERS)
     mixing = inputs_of(stream, *MIXING)
     given = stream.inputs.h_pre if delayed else None
     names = (*FORWARD_RESULTS, *(["next_pre"] if delayed else []))
@@ -117,7 +117,7 @@ def backward(stream: Stream) -> Parts:
         mappings = (g_h_pre, left.upstream["g_next_post"], left.upstream["g_next_res"])
         of_parameters = (g_projected, apart["g_alpha"], apart["g_bias"])
         launch_backward.coefficients_backward(*mappings, left.projected, i.alpha, i.bias, spec, out=of_parameters)
-        aggregation = {"h_pre": left.h_pre, "g_layer_input": left.upstream["g_layer_input"]}
+        aggregation: dict[str, Any] = {"h_pre": left.h_pre, "g_layer_input": left.upstream["g_layer_input"]}
         launch_backward.project_backward(g_projected, left.x_next, i.phi, **aggregation, out=(g_next, apart["g_phi"]))
         g_next.add_(left.upstream["g_x_next"])
         mixed = tuple(apart[f"g_{name}"] for name in MIXING)
@@ -125,7 +125,7 @@ def backward(stream: Stream) -> Parts:
 
     return (
         run,
-        lambda: dict(zip(GRADIENTS, latest[0], strict=False)),
+        lambda: dict(zip(GRADIENTS, latest[0][: len(GRADIENTS)], strict=True)),  # type: ignore[arg-type]
         arguments,
         Separate(separately, lambda: apart),
     )
@@ -136,14 +136,17 @@ def step(stream: Stream) -> Parts:
     spec, upstream = stream.spec, Left.of(stream).upstream
     taken = inputs_of(stream, *MIXING, *PARAMETERS)
 
-    def separate(x, layer_output, h_post, h_res, phi, alpha, bias):  # type: ignore[no-untyped-def]
+    def together(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x, layer_output, h_post, h_res, phi, alpha, bias = tensors
+        return ops.post_pre(x, layer_output, h_post, h_res, phi, alpha, bias, spec)
+
+    def separately(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x, layer_output, h_post, h_res, phi, alpha, bias = tensors
         x_next = ops.post(x, layer_output, h_post, h_res)
         return x_next, *ops.pre(x_next, phi, alpha, bias, spec)
 
-    fused, apart = (
-        Trained(function, taken, tuple(upstream.values()))
-        for function in (lambda *tensors: ops.post_pre(*tensors, spec), separate)
-    )
+    gradients = tuple(upstream.values())
+    fused, apart = (Trained(function, taken, gradients) for function in (together, separately))
     arguments = {**upstream, **taken, "spec": spec}
     return fused.run, fused.outputs, arguments, Separate(apart.run, apart.outputs)
 

@@ -131,8 +131,9 @@ def merge_and_read(
     connection: Connection, x: torch.Tensor, waiting: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, ...]:
     """x_next, layer_input and the mappings, as `ResidualStream` has them: fused where the connection can."""
-    if type(connection).forward is HyperConnection.forward:  # type: ignore[attr-defined]
-        return connection(x, *waiting)  # type: ignore[operator,no-any-return]
+    if isinstance(connection, HyperConnection) and type(connection).forward is HyperConnection.forward:
+        results: tuple[torch.Tensor, ...] = connection(x, *waiting)
+        return results
     x = connection.merge(x, *waiting)
     return x, *connection(x)
 
@@ -163,16 +164,16 @@ def make_layers(
         return scale * torch.rand(*leading, *shape, generator=generator, device=device)
 
     wide, narrow = (n, sizes.hidden_size), (sizes.hidden_size,)
-    taken = (normal(*wide), normal(*narrow), mapping(2.0, n), mapping(2.0 / n, n, n))
-    shapes = ((n,), (n, n))
-    upstream = (normal(*wide), normal(*narrow), *(normal(*shape, dtype=torch.float32) for shape in shapes))
+    taken: tuple[torch.Tensor, ...] = (normal(*wide), normal(*narrow), mapping(2.0, n), mapping(2.0 / n, n, n))
+    of_mappings = (normal(*shape, dtype=torch.float32) for shape in ((n,), (n, n)))
+    upstream: tuple[torch.Tensor, ...] = (normal(*wide), normal(*narrow), *of_mappings)
 
     def layer(kind: str) -> Layer:
         own, gradients = taken, upstream
         if kind == RESIDUAL:
-            own, gradients = ((x[..., 0, :].contiguous(), y) for x, y, *_ in (taken, upstream))
+            own, gradients = ((tensors[0][..., 0, :].contiguous(), tensors[1]) for tensors in (own, gradients))
         x, *waiting = (tensor.detach().requires_grad_() for tensor in own)
-        return Layer(sublayers, connections[kind], x, tuple(waiting), tuple(gradients))
+        return Layer(sublayers, connections[kind], x, tuple(waiting), gradients)
 
     return {kind: layer(kind) for kind in KINDS}
 

@@ -161,13 +161,14 @@ def kernels_alone(x: torch.Tensor, training: bool) -> dict[str, Run]:
 def fused_backward(stream: Stream) -> dict[str, Run]:
     """The launches of `post_pre_backward` behind the first one, each with what those before it leave."""
     i, left = stream.inputs, Left.of(stream)
-    g_x_next, g_layer_input, *g_mappings = left.upstream.values()
+    g_x_next, g_layer_input, g_next_post, g_next_res = left.upstream.values()
     g_projected, out = torch.empty_like(left.projected), (torch.empty_like(i.x), torch.empty_like(i.layer_output))
     mixing = (i.x, i.layer_output, left.h_pre, i.h_post, i.h_res, i.phi)
 
     def mappings() -> torch.Tensor:
-        parameters = (left.projected, i.alpha, i.bias, stream.spec)
-        return launch_backward.mappings_backward(i.h_pre, *g_mappings, *parameters, out=g_projected)
+        return launch_backward.mappings_backward(
+            i.h_pre, g_next_post, g_next_res, left.projected, i.alpha, i.bias, stream.spec, out=g_projected
+        )
 
     def boundary() -> tuple[torch.Tensor, ...]:
         return launch_boundary_backward.mixing_backward(g_x_next, g_layer_input, g_projected, *mixing, out=out)

@@ -93,8 +93,8 @@ def separate(result: Result) -> str:
 
 def is_doubtful(result: Result) -> bool:
     """Whether a time that is shown was taken while the system kept interrupting."""
-    shown = (result.fastest("eager"), result.fastest(), *([result.separate] if result.separate else []))
-    return any(time.doubtful for time in (result.kernel, result.copy, *(one.time for one in shown)))
+    times = [result.kernel, result.copy, result.fastest("eager").time, result.fastest().time]
+    return any(time.doubtful for time in (*times, *([result.separate.time] if result.separate else [])))
 
 
 def footnotes(results: Sequence[Result]) -> list[str]:
