@@ -34,7 +34,7 @@ class Form:
     """One way to write a kernel in torch, and where it is worth running.
 
     Where it `binds`, the function does once, untimed, what a backward may expect to find done, and returns what is
-    timed; such a form is eager.
+    timed; such a form is eager, or compiles by itself.
     """
 
     name: str

@@ -28,19 +28,28 @@ TAKEN = (*MIXING, *PARAMETERS)
 UPSTREAM = tuple(f"g_{name}" for name in FORWARD_RESULTS)
 
 
+def pre_of(spec: MHCSpec, given: Tensor | None = None) -> Callable[..., tuple[Tensor, ...]]:
+    """pre as a function of x and PARAMETERS, in plain torch; aggregated with `given`, which adds h_pre."""
+
+    def forward(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        dots, squares = plain_torch.project(x, phi)
+        s = torch.rsqrt(squares / spec.stream_size + spec.rms_eps)
+        h_pre, h_post, h_res = coefficients_of(spec)(dots, s, alpha, bias)
+        if given is None:
+            return plain_torch.aggregate(x, h_pre), h_post, h_res
+        return plain_torch.aggregate(x, given), h_post, h_res, h_pre
+
+    return forward
+
+
 def boundary_of(spec: MHCSpec, given: Tensor | None = None) -> Callable[..., tuple[Tensor, ...]]:
-    """post and pre as a function of TAKEN, in plain torch; aggregated with `given`, which adds next_pre."""
+    """post and pre as a function of TAKEN."""
 
     def forward(
         x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor
     ) -> tuple[Tensor, ...]:
         x_next = plain_torch.post(x, layer_output, h_post, h_res)
-        dots, squares = plain_torch.project(x_next, phi)
-        s = torch.rsqrt(squares / spec.stream_size + spec.rms_eps)
-        next_pre, next_post, next_res = coefficients_of(spec)(dots, s, alpha, bias)
-        if given is None:
-            return x_next, plain_torch.aggregate(x_next, next_pre), next_post, next_res
-        return x_next, plain_torch.aggregate(x_next, given), next_post, next_res, next_pre
+        return x_next, *pre_of(spec, given)(x_next, phi, alpha, bias)
 
     return forward
 
@@ -62,10 +71,16 @@ def backward_recorded(spec: MHCSpec, **tensors: Tensor) -> Callable[[], None]:
     return recorded(boundary_of(spec), chosen(tensors, TAKEN), upstream, outputs)
 
 
-def backward_vjp(spec: MHCSpec, **tensors: Tensor) -> None:
-    """Traced with the forward, of which the compiler keeps what the gradients need."""
-    _, backward, *_ = torch.func.vjp(boundary_of(spec), *chosen(tensors, TAKEN))
-    write(chosen(tensors, GRADIENTS), backward(chosen(tensors, UPSTREAM)))
+def backward_vjp(spec: MHCSpec, x_next: Tensor, **tensors: Tensor) -> None:
+    """Traced with the forward, of which the compiler keeps what the gradients need.
+
+    It reads x_next as the forward left it: made again within the graph, it would not be rounded, and g_phi 2e-3 off.
+    """
+    _, through_pre, *_ = torch.func.vjp(pre_of(spec), x_next, *chosen(tensors, PARAMETERS))
+    g_next, *g_parameters = through_pre(chosen(tensors, UPSTREAM[1:]))
+    _, through_post, *_ = torch.func.vjp(plain_torch.post, *chosen(tensors, MIXING))
+    g_mixing = through_post(tensors["g_x_next"] + g_next)
+    write(chosen(tensors, GRADIENTS), (*g_mixing, *g_parameters))
 
 
 def step_recorded(spec: MHCSpec, **tensors: Tensor) -> Callable[[], None]:
@@ -80,11 +95,17 @@ def step_recorded(spec: MHCSpec, **tensors: Tensor) -> Callable[[], None]:
     return run
 
 
-def step_vjp(spec: MHCSpec, **tensors: Tensor) -> None:
-    """Forward and backward in one graph."""
-    results, backward, *_ = torch.func.vjp(boundary_of(spec), *chosen(tensors, TAKEN))
-    gradients = backward(chosen(tensors, UPSTREAM))
-    write(chosen(tensors, (*FORWARD_RESULTS, *GRADIENTS)), (*results, *gradients))
+def step_compiled(spec: MHCSpec, **tensors: Tensor) -> Callable[[], None]:
+    """Forward and backward in a graph each, as torch.compile has them of a module."""
+    taken, upstream = ({name: tensors[name] for name in names} for names in (TAKEN, UPSTREAM))
+    results, gradients = ({name: tensors[name] for name in names} for names in (FORWARD_RESULTS, GRADIENTS))
+    forward, backward = (torch.compile(each, fullgraph=True, dynamic=False) for each in (post_pre, backward_vjp))
+
+    def run() -> None:
+        forward(spec=spec, **taken, **results)
+        backward(spec=spec, x_next=results["x_next"], **taken, **upstream, **gradients)
+
+    return run
 
 
 def allowed(kernel: str, dtype: torch.dtype) -> dict[str, float]:
@@ -118,6 +139,6 @@ FORMS: dict[str, tuple[Form, ...]] = {
     ),
     BOUNDARY_STEP: (
         Form("autograd", step_recorded, modes=(EAGER,), binds=True),
-        Form("autograd", step_vjp, modes=(COMPILED,)),
+        Form("autograd", step_compiled, modes=(COMPILED,), binds=True),
     ),
 }
