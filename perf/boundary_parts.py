@@ -28,7 +28,7 @@ from .stream_forms import block_tokens, widened
 from .timing import Clock, capturable, measure
 from .workloads import Stream, workload
 
-SELECTION_ROUNDS = 3
+SELECTION_ROUNDS = 5
 SUM = "sum of g_x_next"  # of what came in, what came through phi, and the aggregation's share
 NAME, BLOCKS = "fastest parts", "fastest parts, block by block"
 FORWARD = ("post", "project", "coefficients", "pre")

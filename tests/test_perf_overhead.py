@@ -74,6 +74,15 @@ def test_the_kernels_part_counts_both_sublayers() -> None:
     assert measured.kernel_seconds("training") == pytest.approx(2 * 7 * 0.16)
 
 
+def test_where_the_backward_is_not_fused_the_separate_kernels_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with eight streams on a GPU; every call runs."""
+    monkeypatch.setattr(overhead.boundary_plans, "backward_is_fused", lambda *_: False)
+    alone = overhead.kernels_alone(layers()[KERNELS].x, training=True)
+    assert set(alone) == {*overhead.FORWARD_KERNELS, *overhead.SEPARATE_BACKWARD}
+    for run in alone.values():
+        run()
+
+
 def test_forward_alone_runs_no_backward() -> None:
     measured = measure(("forward",), num_kernels=3)
     assert tuple(measured.kernels) == overhead.FORWARD_KERNELS
