@@ -8,10 +8,8 @@ kernels that are not checked, a call that no graph takes and that is timed all t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,7 @@ from mhc_tilelang import cli, launch_backward, reference
 from mhc_tilelang.checking import run as checks
 from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.errors import MHCError
-from mhc_tilelang.perf import bench, boundary_forms, boundary_parts, stream_forms, timing, token_forms
+from mhc_tilelang.perf import bench, boundary_forms, boundary_parts, stream_forms, token_forms
 from mhc_tilelang.perf.baselines import COMPILED, EAGER, TOLERANCE, Form, bind, prepare
 from mhc_tilelang.perf.boundary_workloads import GRADIENTS
 from mhc_tilelang.perf.cases import (
@@ -35,7 +33,7 @@ from mhc_tilelang.perf.cases import (
     Shape,
 )
 from mhc_tilelang.perf.flops import flops
-from mhc_tilelang.perf.timing import GraphReplay, Run, Sample
+from mhc_tilelang.perf.timing import Run, Sample
 from mhc_tilelang.perf.workloads import Stream, Workload, workload
 
 CPU = torch.device("cpu")
@@ -268,118 +266,3 @@ def test_report(results: tuple[Path, str], tmp_path: Path) -> None:
     text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     [line] = [line for line in text.splitlines() if line.startswith("| `post_pre`")]
     assert line.endswith(f"| {separate:.2f}× |")
-
-
-class Graph:
-    """Stands in for a CUDA graph: it remembers what was run while it was captured, and runs that again."""
-
-    capturing: Graph | None = None
-
-    def __init__(self) -> None:
-        self.calls: list[Run] = []
-
-    def replay(self) -> None:
-        for call in self.calls:
-            call()
-
-
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """torch.cuda replaced by what `GraphReplay` needs of it; the list has what happened."""
-    happened: list[str] = []
-
-    @contextmanager
-    def scope(*what: Any) -> Iterator[None]:
-        [one] = what
-        if isinstance(one, Graph):
-            Graph.capturing = one
-            happened.append("capture")
-        yield
-        Graph.capturing = None
-
-    stream = SimpleNamespace(wait_stream=lambda _: None)
-    for name, value in (
-        ("device", scope),
-        ("stream", scope),
-        ("graph", scope),
-        ("CUDAGraph", Graph),
-        ("Stream", lambda: stream),
-        ("current_stream", lambda: stream),
-    ):
-        monkeypatch.setattr(torch.cuda, name, value)
-    return happened
-
-
-def launching(happened: list[str], name: str) -> Run:
-    """A call whose launch is recorded while a graph is being captured, and run otherwise."""
-
-    def run() -> None:
-        if Graph.capturing:
-            Graph.capturing.calls.append(lambda: happened.append(f"replayed {name}"))
-        else:
-            happened.append(f"ran {name}")
-
-    return run
-
-
-def test_a_replay_is_captured_once_after_a_call(graphs: list[str]) -> None:
-    replay = GraphReplay(clock, torch.device("cuda"))
-    kernel, copy = launching(graphs, "kernel"), launching(graphs, "copy")
-    times = timing.measure({"kernel": kernel, "copy": copy}, replay, repeats=1)
-    assert set(times) == {"kernel", "copy"}
-    assert graphs[:3] == ["ran kernel", "capture", "replayed kernel"]
-    assert graphs.count("capture") == 2
-    assert graphs.count("replayed kernel") == graphs.count("replayed copy") == timing.WARMUP_ROUNDS + 1
-    assert graphs.count("ran kernel") == 1
-
-
-def test_what_no_graph_takes_is_left_out_by_name(graphs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """But not a kernel: that ends the measurement."""
-
-    def waits() -> None:
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
-
-    replay = GraphReplay(clock, torch.device("cuda"))
-    kernel = launching(graphs, "kernel")
-    assert timing.capturable({"kernel": kernel, "eager: autograd": waits}, replay) == {"kernel": kernel}
-    said = "eager: autograd: no CUDA graph takes it, left out: operation not permitted when stream is capturing\n"
-    assert capsys.readouterr().err == f"mhc-tilelang bench: {said}"
-    with pytest.raises(RuntimeError, match="not permitted"):
-        timing.capturable({"kernel": waits}, replay, needed=("kernel",))
-    assert timing.capturable({"eager: autograd": waits}, clock) == {"eager: autograd": waits}
-
-
-def schedules(tmp_path: Path, *options: str) -> list[dict[str, Any]]:
-    file = tmp_path / "schedule.json"
-    assert cli.main(["traffic", "--schedule", *options, "--json", str(file)]) == 0
-    loaded: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
-    return loaded
-
-
-def test_schedule_of_every_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From decoding to thousands of tokens; blocks that never exceed what the device runs at a time by a tile."""
-    rows = schedules(tmp_path)
-    out = capsys.readouterr().out
-    assert [row["num_tokens"] for row in rows] == [1 << k for k in range(15)]
-    assert (rows[0]["regime"], rows[-1]["regime"]) == ("channels", "tokens")
-    for row in rows:
-        assert (
-            row["chunks_per_split"] * row["splits"] >= row["num_chunks"] > row["chunks_per_split"] * (row["splits"] - 1)
-        )
-        assert f"{row['token_blocks']} × {row['splits']} = {row['token_blocks'] * row['splits']}" in out
-
-
-def test_schedule_is_that_of_a_tensor(tmp_path: Path) -> None:
-    from mhc_tilelang import launch_boundary
-
-    options = ("--target", "cpu", "--widths", "600", "--tokens", "3", "100", "--dtype", "float32", "--streams", "2")
-    for row in schedules(tmp_path, *options):
-        found = launch_boundary.schedule(torch.zeros(row["num_tokens"], 2, 600), rows=8)
-        counts = (found.token_blocks, found.chunks_per_split, found.splits, found.slabs)
-        if torch.get_num_threads() == 2:
-            assert counts == tuple(row[key] for key in ("token_blocks", "chunks_per_split", "splits", "slabs"))
-
-
-def test_a_schedule_has_no_kernels(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["traffic", "--schedule", "--kernels", "pre"]) == 1
-    assert "--schedule: expected without --kernels, got pre" in capsys.readouterr().err
