@@ -34,6 +34,12 @@ Bytes counted from the kernels' code:
     audit      the traffic of a kernel, from its TIR
     calls, launches_boundary   what `launches` is made of; the kernels that are fused across a boundary
 
+Models of what was not measured:
+
+    memory, memory_command, memory_report, memory_figure   what a backward needs kept, with and without recomputation
+    memory_measured   the same counted in a forward pass's graph
+    pictures    `--out` of these commands
+
 Experiments:
 
     study      `mhc-tilelang study`: gain over depth, training, Sinkhorn

@@ -48,3 +48,5 @@ MODELS = {
     "v4-flash": LayerSizes(HIDDEN_SIZES["v4-flash"], 64, 7 * 2048),
     "v4-pro": LayerSizes(HIDDEN_SIZES["v4-pro"], 128, 7 * 3072),
 }
+
+NUM_LAYERS = {"3b": 12, "9b": 18, "27b": 30, "v4-flash": 43, "v4-pro": 61}

@@ -40,7 +40,8 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
     shown = capsys.readouterr().out
-    assert set(cli.COMMANDS) == {"check", "bench", "traffic", "inspect", "study", "export", "warmup", "doctor"}
+    commands = "check bench traffic inspect study export warmup memory doctor"
+    assert set(cli.COMMANDS) == {*commands.split()}
     assert all(command.help in shown for command in cli.COMMANDS.values())
 
 
