@@ -38,6 +38,7 @@ COMMANDS = {
     "export": Command("mhc_tilelang.bundle.command", "write a model's kernels as a bundle, for use without a compiler"),
     "warmup": Command("mhc_tilelang.bundle.warmup_command", "compile or load every kernel that a model needs"),
     "memory": Command("mhc_tilelang.perf.memory_command", "model what a backward needs kept, recomputed or not"),
+    "simulate": Command("mhc_tilelang.perf.simulation.command", "simulate a pipeline stage: what mHC adds to it"),
     "doctor": Command("mhc_tilelang.doctor", "report what this machine has and what is missing"),
 }
 

@@ -38,6 +38,7 @@ Models of what was not measured:
 
     memory, memory_command, memory_report, memory_figure   what a backward needs kept, with and without recomputation
     memory_measured   the same counted in a forward pass's graph
+    simulation  a pipeline stage, overlapped, with mHC and with a plain residual
     pictures    `--out` of these commands
 
 Experiments:

@@ -1,0 +1,107 @@
+"""`mhc-tilelang simulate`: what it prints, draws and reads.
+
+Would catch: an assumption that is not printed, stored times that are not used.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mhc_tilelang import cli
+from mhc_tilelang.perf.cases import BACKWARD_KERNELS, KERNELS
+from mhc_tilelang.perf.model import DEVICES
+from mhc_tilelang.perf.simulation.costs import Assumptions
+from mhc_tilelang.perf.simulation.overhead import overhead, step_overhead
+from mhc_tilelang.perf.sizes import MODELS
+
+STORED = Path(__file__).parent.parent / "perf" / "results" / "amd-epyc-2-cores"
+
+
+def test_the_command_prints_every_assumption(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "simulation.json"
+    assert cli.main(["simulate", "--model", "3b", "--stages", "12", "--json", str(file)]) == 0
+    out = capsys.readouterr().out
+    for said in ("A MODEL", "80% of the bandwidth", "60% of the FLOP/s", "14C + 20C", "40 GB/s", "stages: 12", "6.7 %"):
+        assert said in out
+    content = json.loads(file.read_text(encoding="utf-8"))
+    assert content["assumptions"]["stages"] == 12
+    assert [row["model"] for row in content["models"]] == [*MODELS]
+    row = next(row for row in content["models"] if row["model"] == "3b")
+    assert row["overhead"] == pytest.approx(overhead(Assumptions(model="3b", stages=12)))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("--stages 31 --model 27b", "--stages: expected at most the 30 layers of 27b, got 31"),
+        (f"--results {STORED / 'default.json'}", "expected a GPU of the model's table, got 'AMD EPYC, 2 threads'"),
+        (f"--results {STORED / 'overhead-3b.json'}", "expected what `bench --json` wrote"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["simulate", *options.split()]) == 1
+    assert named in capsys.readouterr().err
+
+
+def gpu_results(tmp_path: Path, seconds: float) -> Path:
+    """A stored benchmark of a GPU, made of one of a CPU: every kernel takes as long."""
+    content = json.loads((STORED / "default.json").read_text(encoding="utf-8"))
+    content["device"] = "NVIDIA H100 80GB HBM3"
+    for row in content["results"]:
+        row["time"] = {key: seconds if isinstance(value, float) else value for key, value in row["time"].items()}
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def test_stored_times_replace_the_traffic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Four kernels each way, of 2048 tokens in the file, and autograd's sum; the device is that of the file."""
+    path, file = gpu_results(tmp_path, 1e-4), tmp_path / "out.json"
+    assert cli.main(["simulate", "--model", "27b", "--results", str(path), "--json", str(file)]) == 0
+    assert "measured, 800.0 + " in capsys.readouterr().out
+    content = json.loads(file.read_text(encoding="utf-8"))
+    tasks = content["stage_tasks"]["mhc"]
+    assert content["assumptions"]["device"] == "H100"
+    assert tasks["connection"] == pytest.approx(4 * 1e-4 * 2)
+    added = 3 * 4 * 2560 * 2 * 4096 / (0.8 * DEVICES["H100"].bandwidth)
+    assert tasks["connection_backward"] == pytest.approx(4 * 1e-4 * 2 + added)
+    assert [row["model"] for row in content["models"]] == ["27b"]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("--device A100", "--device: expected H100"),
+        ("--streams 2", "expected C 2560, n 2 in bfloat16, got no coefficients"),
+        ("--form single-pass_floor", "--form: expected without --results"),
+    ],
+)
+def test_stored_times_of_something_else(
+    options: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [option.replace("_", " ") for option in options.split()]
+    assert cli.main(["simulate", "--results", str(gpu_results(tmp_path, 1e-4)), *given]) == 1
+    assert named in capsys.readouterr().err
+
+
+def test_pictures(tmp_path: Path) -> None:
+    """All three, with their numbers as text."""
+    pytest.importorskip("matplotlib")
+    assert cli.main(["simulate", "--out", str(tmp_path)]) == 0
+    names = ("stage", "step", "sensitivity")
+    stage, step, bars = ((tmp_path / f"simulation-27b-{name}.svg").read_text("utf-8") for name in names)
+    said = f"mHC adds {100 * overhead(Assumptions()):.1f} %"
+    assert said in stage
+    assert "send to previous" in stage
+    assert f"mHC adds {100 * step_overhead(Assumptions()):.1f} %" in step
+    assert "paper: 6.7 %" in bars
+
+
+def test_kernels_of_the_file_are_known() -> None:
+    """The names that a benchmark is read by are those that it writes."""
+    from mhc_tilelang.perf.simulation.measured import ALONE
+
+    assert {name for direction in ALONE for name in direction} <= {*KERNELS, *BACKWARD_KERNELS}
