@@ -1,11 +1,12 @@
-"""`mhc-tilelang simulate`: what it prints, draws and reads.
+"""`mhc-tilelang simulate`: what it prints, draws and reads; the page that shows it and `mhc-tilelang memory`.
 
-Would catch: an assumption that is not printed, stored times that are not used.
+Would catch: an assumption that is not printed, stored times that are not used, a page that shows older numbers.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,34 @@ def test_kernels_of_the_file_are_known() -> None:
     from mhc_tilelang.perf.simulation.measured import ALONE
 
     assert {name for direction in ALONE for name in direction} <= {*KERNELS, *BACKWARD_KERNELS}
+
+
+# The page
+
+
+PAGE = Path(__file__).parent.parent / "docs" / "at-scale-model.md"
+SHOWN = re.findall(r"```\n\$ mhc-tilelang (.*?) --out docs/at-scale\n(.*?)\n```", PAGE.read_text("utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("command", "printed"),
+    [pytest.param(*one, marks=[pytest.mark.full] if "--measure" in one[0] else [], id=one[0]) for one in SHOWN],
+)
+def test_the_page_shows_what_the_command_prints(
+    command: str, printed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tables to the letter; of pictures all text, since their lines' coordinates are matplotlib's."""
+    pytest.importorskip("matplotlib")
+    assert cli.main([*command.split(), "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == printed
+    for drawn in tmp_path.glob("*.svg"):
+        shown, new = (
+            re.findall(r"<text[^>]*>([^<]*)<", path.read_text("utf-8"))
+            for path in (PAGE.parent / "at-scale" / drawn.name, drawn)
+        )
+        assert shown == new
+        assert len(new) > 10
+
+
+def test_the_page_shows_every_command() -> None:
+    assert len(SHOWN) == 3
