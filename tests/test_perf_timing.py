@@ -1,11 +1,13 @@
 """The clock and the statistics, on samples made up for the purpose.
 
 Would catch: rounds in one order only, warm-up that counts, a mean in place of the median, waiting for a core
-that counts as the kernel's time, a flush inside the timed region, a ratio of medians in place of a median of ratios.
+that counts as the kernel's time, a flush inside the timed region, a GPU's call whose launch is timed, a ratio of
+medians in place of a median of ratios.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,59 @@ def test_cpu_clock_times_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(timing.time, "perf_counter_ns", lambda: now)
     monkeypatch.setattr(timing, "waiting_nanoseconds", lambda: now // 10)
     assert clock(lambda: pass_time(500)) == Sample(seconds=500e-9, waited=50e-9)
+
+
+class Gpu:
+    """A device that takes a cycle for each unit of time; the host needs `launching` units to queue a call."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, launching: int, flushing: int) -> None:
+        self.now = self.done = 0
+        self.launching, self.flushing = launching, flushing
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = max(gpu.done, gpu.now)
+
+            def query(self) -> bool:
+                return gpu.now >= self.at
+
+            def synchronize(self) -> None:
+                gpu.now = max(gpu.now, self.at)
+
+            def elapsed_time(self, end: Event) -> float:
+                return end.at - self.at
+
+        monkeypatch.setattr(timing.torch.cuda, "Event", Event)
+        monkeypatch.setattr(timing.torch.cuda, "_sleep", self.work)
+        monkeypatch.setattr(timing.torch.cuda, "device", lambda _: nullcontext())
+        self.clock = timing.CudaClock(timing.torch.device("cpu"), 0)
+        self.clock.flush = self  # type: ignore[assignment]
+
+    def work(self, duration: int) -> None:
+        self.done = max(self.done, self.now) + duration
+
+    def zero_(self) -> None:
+        self.work(self.flushing)
+
+    def call(self) -> None:
+        self.now += self.launching
+        self.work(300)
+
+
+@pytest.mark.parametrize("launching", [100, 100_000, 5_000_000])
+def test_cuda_clock_leaves_out_the_launch(monkeypatch: pytest.MonkeyPatch, launching: int) -> None:
+    """However long a call takes to queue: 300 on the device. Without a wait, 5000300 for the slowest."""
+    gpu = Gpu(monkeypatch, launching, flushing=1000)
+    assert [gpu.clock(gpu.call).seconds for _ in range(3)] == [0.3] * 3
+
+
+def test_cuda_clock_gives_up_on_a_call_that_cannot_be_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch, launching=100 * timing.LONGEST_WAIT, flushing=1000)
+    assert gpu.clock(gpu.call).seconds > 0.3
 
 
 @pytest.mark.parametrize(("cache_bytes", "flushed"), [(0, 64 << 20), (48 << 20, 96 << 20)])
