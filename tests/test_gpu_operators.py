@@ -125,8 +125,8 @@ def test_a_stream_of_sublayers_agrees_with_the_cpu() -> None:
     embedding, upstream = (torch.randn(64, CASE.hidden_size, generator=generator) for _ in range(2))
     got = gradients(CUDA, embedding.to(CUDA), upstream.to(CUDA))
     expected = gradients(torch.device("cpu"), embedding, upstream)
-    # The split products are good to 4e-6 (docs/conventions.md). Inputs that are off by as much move these gradients by
-    # 5e-6, those of alpha, one or three numbers whose terms cancel, by 4e-5 (CPU, measured): four times that is allowed.
+    # Split products are good to 4e-6. Inputs that are off by as much move these gradients by 5e-6, those of alpha, one
+    # or three numbers whose terms cancel, by 4e-5 (measured on a CPU): four times that is allowed.
     for one, other in zip(got, expected, strict=True):
         allowed = 2e-5 if other.numel() > 3 else 2e-4
         assert torch.linalg.vector_norm(one.cpu() - other) <= allowed * torch.linalg.vector_norm(other)

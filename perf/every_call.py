@@ -1,0 +1,144 @@
+"""Every call of `launches`, ready to run on a device: what profilers, sanitizers and the tuner launch.
+
+    every_call   name -> a function without arguments that runs the call's kernels, in the order of `launches`
+    recorded     the kernels that such a call runs, with what they are compiled with and every argument
+
+The inputs are those of the correctness check. Forward results that a backward needs are computed once, here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .. import compile as compiler
+from .. import (
+    launch,
+    launch_backward,
+    launch_boundary,
+    launch_boundary_backward,
+    launch_expand,
+    launch_head,
+    launch_norm,
+)
+from ..checking import inputs as checking
+from ..checking.inputs import Gradients, Inputs
+from ..checking.norm import layer_norm_weight
+from ..kernel import Kernel
+from .cases import Shape
+from .launches import AGGREGATED
+from .launches_norm import EPS
+
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One kernel as it was launched."""
+
+    family: str
+    parameters: dict[str, Any]
+    arguments: dict[str, Any]
+    kernel: Kernel
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The run-time sizes and scalars, by name, as `audit` takes them."""
+        found = {name: value for name, value in self.arguments.items() if isinstance(value, int)}
+        for buffer in self.kernel.signature.buffers:
+            dimensions = zip(buffer.shape, self.arguments[buffer.name].shape, strict=True)
+            found |= {name: size for name, size in dimensions if isinstance(name, str)}
+        return found
+
+
+def every_call(shape: Shape, device: torch.device) -> dict[str, Run]:
+    """Every name of `launches.BUILDERS` at these sizes. Compiles and runs what the inputs of a backward need."""
+    dtype = getattr(torch, shape.dtype)
+    case = checking.Case(shape.num_streams, shape.hidden_size, dtype, shape.num_tokens)
+    inputs, gradients, spec, n = Inputs.of(case, device), Gradients.of(case, device), case.spec, shape.num_streams
+    x, phi, alpha, bias = inputs.x, inputs.phi, inputs.alpha, inputs.bias
+    parameters, mixed = (phi, alpha, bias), (x, inputs.layer_output, inputs.h_post, inputs.h_res)
+    head = (phi[:n].contiguous(), alpha[:1].clone(), bias[:n].clone())
+    weight = layer_norm_weight(case, device)
+    iters, eps = spec.sinkhorn_iters, spec.sinkhorn_eps
+    of_mappings = (gradients.g_h_post, gradients.g_h_res)
+    g_all = (gradients.g_h_pre, *of_mappings)
+    upstream = (gradients.g_x, gradients.g_h, *of_mappings)
+
+    plan, head_plan = launch.projection_plan(x, phi.shape[0]), launch.projection_plan(x, n)
+    partial, head_partial = launch.project(x, phi, plan), launch.project(x, head[0], head_plan)
+    *_, projected = launch.coefficients(partial, alpha, bias, spec, plan)
+    _, head_projected = launch.head_coefficients(head_partial, *head[1:], spec, head_plan)
+    after = launch_boundary.post_pre(*mixed, *parameters, spec)
+    delayed = launch_boundary.post_pre(*mixed, *parameters, spec, h_pre=inputs.h_pre)
+    last = launch_head.post_head(*mixed, *head, spec)
+    first = launch_expand.expand_pre(inputs.h, *parameters, spec)
+
+    def post_pre_backward(forward: launch_boundary.Boundary, **given: torch.Tensor) -> object:
+        saved = (forward.x_next, forward.h_pre, forward.projected)
+        return launch_boundary_backward.post_pre_backward(*upstream, *mixed, *parameters, *saved, spec, **given)
+
+    def post_head_backward() -> object:
+        saved = (last.x_next, last.h_pre, last.projected)
+        return launch_head.post_head_backward(gradients.g_x, gradients.g_h, *mixed, *head, *saved, spec)
+
+    aggregated = {"h_pre": inputs.h_pre, "g_layer_input": gradients.g_h}
+    given_pre = {"given_pre": inputs.h_pre, "g_next_pre": gradients.g_h_pre}
+    return {
+        "expand": lambda: launch.expand(inputs.h, n),
+        "project": lambda: launch.project(x, phi, plan),
+        "coefficients": lambda: launch.coefficients(partial, alpha, bias, spec, plan),
+        "head_coefficients": lambda: launch.head_coefficients(head_partial, *head[1:], spec, head_plan),
+        "sinkhorn": lambda: launch.sinkhorn(inputs.logits, iters, eps),
+        "pre": lambda: launch.aggregate(x, inputs.h_pre),
+        "post": lambda: launch.post(*mixed),
+        "pre_norm": lambda: launch_norm.pre_norm(x, inputs.h_pre, weight, EPS),
+        "expand_backward": lambda: launch_backward.expand_backward(gradients.g_x),
+        "project_backward": lambda: launch_backward.project_backward(gradients.g_projected, x, phi),
+        AGGREGATED: lambda: launch_backward.project_backward(gradients.g_projected, x, phi, **aggregated),
+        "coefficients_backward": lambda: launch_backward.coefficients_backward(*g_all, projected, alpha, bias, spec),
+        "head_coefficients_backward": lambda: launch_backward.head_coefficients_backward(
+            gradients.g_h_pre, head_projected, *head[1:], spec
+        ),
+        "sinkhorn_backward": lambda: launch_backward.sinkhorn_backward(gradients.g_h_res, inputs.logits, iters, eps),
+        "pre_backward": lambda: launch_backward.pre_backward(gradients.g_h, x),
+        "pre_norm_backward": lambda: launch_norm.pre_norm_backward(gradients.g_h, x, inputs.h_pre, weight, EPS),
+        "post_backward": lambda: launch_backward.post_backward(gradients.g_x, *mixed),
+        "post_pre": lambda: launch_boundary.post_pre(*mixed, *parameters, spec),
+        "post_pre_delayed": lambda: launch_boundary.post_pre(*mixed, *parameters, spec, h_pre=inputs.h_pre),
+        "post_head": lambda: launch_head.post_head(*mixed, *head, spec),
+        "post_pre_backward": lambda: post_pre_backward(after),
+        "post_pre_delayed_backward": lambda: post_pre_backward(delayed, **given_pre),
+        "post_head_backward": post_head_backward,
+        "expand_pre": lambda: launch_expand.expand_pre(inputs.h, *parameters, spec),
+        "expand_pre_backward": lambda: launch_expand.expand_pre_backward(
+            *upstream, inputs.h, *parameters, first.h_pre, first.projected, spec
+        ),
+    }
+
+
+def recorded(run: Run) -> list[Recorded]:
+    """Run the call once, and note every kernel that it launches."""
+    found: list[Recorded] = []
+    ordinary = compiler.kernel
+
+    def noting(family: str, target: str, **parameters: Any) -> Kernel:
+        kernel = ordinary(family, target, **parameters)
+        names = [buffer.name for buffer in kernel.signature.buffers], kernel.signature.scalars
+
+        def launch_and_note(tensors: list[torch.Tensor], sizes: dict[str, int], scalars: list[int]) -> None:
+            arguments = {**dict(zip(names[0], tensors, strict=True)), **dict(zip(names[1], scalars, strict=True))}
+            found.append(Recorded(family, parameters, arguments, kernel))
+            kernel.launch(tensors, sizes, scalars)
+
+        return replace(kernel, launch=launch_and_note)
+
+    compiler.kernel = noting
+    try:
+        run()
+    finally:
+        compiler.kernel = ordinary
+    return found

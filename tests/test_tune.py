@@ -1,0 +1,95 @@
+"""The tuner, on a CPU: what it enumerates, what it refuses, what it calls wrong.
+
+Would catch: a plan that is timed though it writes something else, one that is compared with its own output, a
+heuristic's choice that is not among the results, an axis that a kind of plan lacks.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import CPU
+
+from mhc_tilelang.perf import tune
+from mhc_tilelang.perf.building import Job, build_all, unique
+from mhc_tilelang.perf.cases import Case, Shape
+from mhc_tilelang.perf.launches import BUILDERS, launches
+from mhc_tilelang.perf.tune_plans import alternatives
+
+SHAPE = Shape(4096, 4, 2560, "bfloat16")
+WITHOUT = ("split_phi",)  # its plan is the projection's
+
+
+@pytest.mark.parametrize("target", ["cuda", "cpu"])
+def test_every_family_has_alternatives(target: str) -> None:
+    """Each differs from the heuristic's and from the others, and leaves the sizes alone."""
+    found = {one.family: one for name in BUILDERS for one in launches(Case(name, SHAPE), target, 264)}
+    for family, one in found.items():
+        if family in WITHOUT:
+            continue
+        others = alternatives(one.parameters, target)
+        labels = [tune.changes(other, one.parameters) for other in others]
+        assert len(set(labels)) == len(labels) > 1, family
+        assert all(other.get("hidden_size") == one.parameters.get("hidden_size") for other in others)
+
+
+def test_plans_are_compared_and_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole of it, tiny: the heuristic's plan is among the timed ones, and JSON has them all."""
+    path = tmp_path / "tuned.json"
+    sizes = ["--device", "cpu", "--tokens", "8", "--width", "48", "--dtype", "float32"]
+    assert (
+        tune.main(["sinkhorn", *sizes, "--plans", "2", "--processes", "1", "--repeats", "2", "--json", str(path)]) == 0
+    )
+    tried = json.loads(path.read_text())["families"]["sinkhorn"]
+    assert [each["heuristic"] for each in tried].count(True) == 1
+    assert [each["outputs"] for each in tried] == [tune.SAME] * 3
+    times = [each["time"]["median"] for each in tried]
+    assert times == sorted(times)
+    assert "heuristic" in capsys.readouterr().out
+
+
+def test_what_a_compiler_refuses_is_reported() -> None:
+    """By itself: the other job compiles."""
+    good = {"num_streams": 2, "iters": 1, "eps": 0.0, "block": 16}
+    built = build_all([Job("sinkhorn", good), Job("sinkhorn", {**good, "num_streams": -1})], "cpu", 1)
+    assert {one.job.parameters["num_streams"]: bool(one.error) for one in built} == {2: False, -1: True}
+
+
+def test_jobs_are_unique_and_the_longest_comes_first() -> None:
+    jobs = unique([Job("post", {"n": 4}), Job("boundary_backward", {"n": 4}), Job("post", {"n": 4})])
+    assert [job.family for job in jobs] == ["boundary_backward", "post"]
+
+
+EXPECTED = {"a": torch.tensor([1.0, 2.0, 4.0]), "unused": torch.tensor([float("nan")])}
+
+
+@pytest.mark.parametrize(
+    ("got", "verdict"),
+    [
+        ([1.0, 2.0, 4.0], tune.SAME),
+        ([1.0, 2.0, 4.00001], tune.CLOSE),
+        ([1.0, 2.0, 4.01], tune.WRONG),
+        ([1.0, 2.0, float("nan")], tune.WRONG),
+    ],
+)
+def test_outputs_are_told_apart(got: list[float], verdict: str) -> None:
+    assert tune.compare({"a": torch.tensor(got)}, EXPECTED, ["a"]) == verdict
+
+
+def test_numbers_of_partial_sums_may_differ() -> None:
+    """They are added up first."""
+    parts, whole = {"a": torch.tensor([[1.0], [2.0]])}, {"a": torch.tensor([[3.0]])}
+    assert tune.compare(parts, whole, ["a"]) == tune.SAME
+
+
+def test_outputs_start_as_nan() -> None:
+    """An output that a plan leaves unwritten must not be the heuristic's, left over."""
+    one = tune.find("sinkhorn", Shape(3, 2, 48, "float32"), CPU)
+    assert tune.outputs_of(one) == ["h_res"]
+    given = tune.adapted(one, one.parameters, ["h_res"])
+    assert given["h_res"].isnan().all()
+    assert not one.arguments["h_res"].isnan().any()
+    assert given["logits"] is one.arguments["logits"]
