@@ -77,7 +77,7 @@ def every_call(shape: Shape, device: torch.device) -> dict[str, Run]:
     last = launch_head.post_head(*mixed, *head, spec)
     first = launch_expand.expand_pre(inputs.h, *parameters, spec)
 
-    def post_pre_backward(forward: launch_boundary.Boundary, **given: torch.Tensor) -> object:
+    def post_pre_backward(forward: launch_boundary.Boundary, **given: Any) -> object:
         saved = (forward.x_next, forward.h_pre, forward.projected)
         return launch_boundary_backward.post_pre_backward(*upstream, *mixed, *parameters, *saved, spec, **given)
 
@@ -85,7 +85,7 @@ def every_call(shape: Shape, device: torch.device) -> dict[str, Run]:
         saved = (last.x_next, last.h_pre, last.projected)
         return launch_head.post_head_backward(gradients.g_x, gradients.g_h, *mixed, *head, *saved, spec)
 
-    aggregated = {"h_pre": inputs.h_pre, "g_layer_input": gradients.g_h}
+    aggregated: dict[str, Any] = {"h_pre": inputs.h_pre, "g_layer_input": gradients.g_h}
     given_pre = {"given_pre": inputs.h_pre, "g_next_pre": gradients.g_h_pre}
     return {
         "expand": lambda: launch.expand(inputs.h, n),

@@ -88,8 +88,8 @@ def tune(one: Recorded, target: str, processes: int, repeats: int, limit: int | 
     tried, runs = [], {}
     for plan in plans:
         label, heuristic = changes(plan, one.parameters), plan is one.parameters
-        if error := errors[str(plan)]:
-            tried.append(Tried(label, heuristic, refused=error))
+        if refused := errors[str(plan)]:
+            tried.append(Tried(label, heuristic, refused=refused))
             continue
         try:
             arguments = adapted(one, plan, written)
