@@ -28,7 +28,7 @@ memcheck            correctness  90  40   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compu
 racecheck           correctness  90  50   compute-sanitizer --tool racecheck --error-exitcode 9 $ON_GPU launch --device cuda
 compile-correctness correctness 300 200   $ON_GPU compile correctness
 check               correctness 120  60   $MHC check --device cuda --json $JSON
-tests               correctness 150  90   $PYTHON -m pytest -m gpu -n 4 -q tests/test_gpu*.py
+tests               correctness 150  90   $PYTHON -m pytest -m gpu -n 4 -q $(grep -l mark.gpu tests/test_*.py)
 compile-bench       bench       200 140   $ON_GPU compile bench
 bench               bench       150 100   $MHC bench --device cuda --tokens 4096 --json $JSON
 bench-16384         bench        90  50   $MHC bench --device cuda --tokens 16384 --widths 2560 --json $JSON

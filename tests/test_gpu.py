@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers_backward import BACKWARD, SUMS, take, take_tokens
+from helpers_gpu import CUDA, shifted
 
 import mhc_tilelang as mhc
 from mhc_tilelang.checking.inputs import Case, Inputs
@@ -12,21 +13,12 @@ from mhc_tilelang.checking.run import CHECKS, cases, check_case
 
 pytestmark = pytest.mark.gpu
 
-CUDA = torch.device("cuda", 0)
-
 
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_every_kernel_agrees_with_float64(case: Case) -> None:
     inputs = Inputs.of(case, CUDA)
     rows = [check_case(kernel, case, inputs) for kernel in CHECKS]
     assert all(row.passed for row in rows), [row for row in rows if not row.passed]
-
-
-def shifted(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values, contiguous, but starting one element into its storage."""
-    storage = tensor.new_empty(tensor.numel() + 1)
-    storage[1:] = tensor.flatten()
-    return storage[1:].view(tensor.shape)
 
 
 def test_views_that_start_anywhere_give_the_same_bits() -> None:

@@ -7,16 +7,20 @@ buffer of a graph that is freed, a wait that the host makes, the current device 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
+from helpers_gpu import CUDA, shifted
 
 import mhc_tilelang as mhc
 from mhc_tilelang.checking.inputs import Case, Inputs
+from mhc_tilelang.perf.cases import Shape
+from mhc_tilelang.perf.every_call import every_call
+from mhc_tilelang.perf.launches import BUILDERS
 
 pytestmark = pytest.mark.gpu
 
-CUDA = torch.device("cuda", 0)
 CASE = Case(4, 1280, torch.bfloat16, 200)
 SPEC, N = CASE.spec, CASE.num_streams
 LATE = 100_000_000  # cycles that a stream sleeps: longer than everything else of a test
@@ -75,6 +79,56 @@ def test_a_stream_that_is_not_the_default_one(name: str) -> None:
         assert not stream.query(), "the host waited for the device"
     stream.synchronize()
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+@each_call
+def test_views_that_start_anywhere_give_the_same_bits(name: str) -> None:
+    """A 16-byte access to a misaligned address would fault."""
+    inputs = Inputs.of(CASE, CUDA)
+    moved = Inputs(**{key: shifted(tensor) for key, tensor in vars(inputs).items()})
+    with torch.no_grad():
+        pairs = zip(calls(moved)[name](), calls(inputs)[name](), strict=True)
+    assert all(torch.equal(got, expected) for got, expected in pairs)
+
+
+@each_call
+def test_a_token_does_not_depend_on_its_batch(name: str) -> None:
+    """Across the schedules of decoding and of thousands of tokens, whose splits and slabs differ."""
+    whole = Inputs.of(replace(CASE, num_tokens=4097), CUDA)
+    parameters = ("phi", "alpha", "bias")
+    with torch.no_grad():
+        expected = calls(whole)[name]()
+        for first, last in ((0, 1), (7, 15), (1000, 1129), (4096, 4097)):
+            kept = {key: t if key in parameters else t[first:last].clone() for key, t in vars(whole).items()}
+            pairs = zip(calls(Inputs(**kept))[name](), expected, strict=True)
+            assert all(torch.equal(got, wanted[first:last]) for got, wanted in pairs)
+
+
+def tensors_in(value: object) -> list[torch.Tensor]:
+    """The tensors of a tuple, however deep."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for part in value for tensor in tensors_in(part)] if isinstance(value, tuple) else []
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_the_same_call_gives_the_same_bits(name: str, every: dict) -> None:
+    """Every kernel of every call, with sums over 4097 tokens: catches an atomic addition, and a race."""
+    first = tensors_in(every[name]())
+    for _ in range(10):
+        assert all(torch.equal(one, other) for one, other in zip(tensors_in(every[name]()), first, strict=True))
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.usefixtures("poisoned")
+def test_every_element_is_written(name: str, every: dict) -> None:
+    """Of outputs that start as NaN."""
+    assert not any(tensor.isnan().any() for tensor in tensors_in(every[name]()))
+
+
+@pytest.fixture(scope="module")
+def every() -> dict:
+    return every_call(Shape(4097, 4, 1280, "bfloat16"), CUDA)
 
 
 def sublayers(device: torch.device) -> tuple[list[mhc.HyperConnection], mhc.HyperHead]:
