@@ -23,13 +23,14 @@ from .. import (
     launch_expand,
     launch_head,
     launch_norm,
+    launch_replay,
 )
 from ..checking import inputs as checking
 from ..checking.inputs import Gradients, Inputs
 from ..checking.norm import layer_norm_weight
 from ..kernel import Kernel
 from .cases import Shape
-from .launches import AGGREGATED
+from .launches import AGGREGATED, REPLAYED
 from .launches_norm import EPS
 
 Run = Callable[[], object]
@@ -63,6 +64,7 @@ def every_call(shape: Shape, device: torch.device) -> dict[str, Run]:
     parameters, mixed = (phi, alpha, bias), (x, inputs.layer_output, inputs.h_post, inputs.h_res)
     head = (phi[:n].contiguous(), alpha[:1].clone(), bias[:n].clone())
     weight = layer_norm_weight(case, device)
+    written = [launch_replay.Written(*mixed[1:])] * (REPLAYED - 1)
     iters, eps = spec.sinkhorn_iters, spec.sinkhorn_eps
     of_mappings = (gradients.g_h_post, gradients.g_h_res)
     g_all = (gradients.g_h_pre, *of_mappings)
@@ -95,6 +97,7 @@ def every_call(shape: Shape, device: torch.device) -> dict[str, Run]:
         "sinkhorn": lambda: launch.sinkhorn(inputs.logits, iters, eps),
         "pre": lambda: launch.aggregate(x, inputs.h_pre),
         "post": lambda: launch.post(*mixed),
+        "replay": lambda: launch_replay.replay(x, written, dict.fromkeys(range(REPLAYED), inputs.h_pre)),
         "pre_norm": lambda: launch_norm.pre_norm(x, inputs.h_pre, weight, EPS),
         "expand_backward": lambda: launch_backward.expand_backward(gradients.g_x),
         "project_backward": lambda: launch_backward.project_backward(gradients.g_projected, x, phi),

@@ -105,10 +105,11 @@ def test_a_token_does_not_depend_on_its_batch(name: str) -> None:
 
 
 def tensors_in(value: object) -> list[torch.Tensor]:
-    """The tensors of a tuple, however deep."""
+    """The tensors that a call returned, however deep."""
     if isinstance(value, torch.Tensor):
         return [value]
-    return [tensor for part in value for tensor in tensors_in(part)] if isinstance(value, tuple) else []
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    return [tensor for part in parts for tensor in tensors_in(part)]
 
 
 @pytest.mark.parametrize("name", BUILDERS)

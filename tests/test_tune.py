@@ -87,7 +87,7 @@ def test_numbers_of_partial_sums_may_differ() -> None:
 
 def test_outputs_start_as_nan() -> None:
     """An output that a plan leaves unwritten must not be the heuristic's, left over."""
-    one = tune.find("sinkhorn", Shape(3, 2, 48, "float32"), CPU)
+    one = tune.find("sinkhorn", Shape(8, 4, 48, "float32"), CPU)
     assert tune.outputs_of(one) == ["h_res"]
     given = tune.adapted(one, one.parameters, ["h_res"])
     assert given["h_res"].isnan().all()
