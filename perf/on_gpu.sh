@@ -22,7 +22,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 steps() {
   cat <<'STEPS'
 machine             correctness  30   4   nvidia-smi && nvcc --version | tail -1 && $MHC doctor
-compile-small       correctness  90  25   $ON_GPU compile smoke
+compile-small       correctness  90  35   $ON_GPU compile smoke
 smoke               correctness  40  15   $ON_GPU launch --device cuda
 memcheck            correctness  90  40   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 $ON_GPU launch --device cuda
 racecheck           correctness  90  50   compute-sanitizer --tool racecheck --error-exitcode 9 $ON_GPU launch --device cuda
