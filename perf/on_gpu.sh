@@ -32,6 +32,7 @@ tests               correctness 150  90   $PYTHON -m pytest -m gpu -n 4 -q $(gre
 compile-bench       bench       200 140   $ON_GPU compile bench
 bench               bench       150 100   $MHC bench --device cuda --tokens 4096 --json $JSON
 bench-16384         bench        90  50   $MHC bench --device cuda --tokens 16384 --widths 2560 --json $JSON
+bench-decode        bench        60  30   $MHC bench --device cuda --tokens 1 8 64 --widths 2560 --kernels pre post post_pre --json $JSON
 compile-overhead    overhead    200  15   $ON_GPU compile overhead
 overhead-3b         overhead     60  30   $MHC bench overhead --device cuda --model 3b --json $JSON
 overhead-9b         overhead     60  30   $MHC bench overhead --device cuda --model 9b --json $JSON
