@@ -8,7 +8,8 @@ are run-time values, so one compilation serves every batch.
     coefficients  Eq. 16–19   scale, bias, sigmoids and Sinkhorn of those chunk sums
     sinkhorn      Eq. 9, 19   logits -> h_res, alone
     pre           Eq. 3       n streams -> the layer's input
-    pre_norm      Eq. 3       the same, and the layer's own RMSNorm
+    pre_mappings  Eq. 3, 18   the same, and beside it h_post and h_res, which are needed after the layer
+    pre_norm      Eq. 3       pre, and the layer's own RMSNorm
     post          Eq. 3       mix the streams, add the layer's output
     replay        Eq. 3       post and pre of a block of sublayers again, without a projection, for the backward
     post_project  Eq. 3, 14   post, and the projection of what it made, from the same tile
@@ -32,6 +33,7 @@ FAMILIES = {
     "head_coefficients": ("head", "head_coefficients_kernel"),
     "sinkhorn": ("sinkhorn", "sinkhorn_kernel"),
     "pre": ("pre", "pre_kernel"),
+    "pre_mappings": ("pre_mappings", "pre_mappings_kernel"),
     "pre_norm": ("pre_norm", "pre_norm_kernel"),
     "post": ("post", "post_kernel"),
     "replay": ("replay", "replay_kernel"),

@@ -11,6 +11,9 @@ Equations (16) to (19), per token, with K = n·C:
 Rows of x·phi: pre n, post n, res n·n with [out, in] row-major. One token is one thread, as in `sinkhorn`;
 everything is float32. Only the partial sums are read, and 2·(n² + 2n) + 1 values a token written: the mappings, and
 as `projected` what a backward cannot get from them, the rows s·(x·phi) and, last, s.
+
+h_post and h_res are needed after the layer, h_pre before it. So where `pre_mappings` follows, which makes the two of
+them from `projected` beside the aggregation, they are `deferred` here, and Sinkhorn's iterations keep nobody waiting.
 """
 
 from dataclasses import dataclass
@@ -85,8 +88,8 @@ def inverse_rms(scale, projected, partial, first_token, group_slabs, num_element
 
 
 @T.macro
-def logits(z, projected, partial, scale, alpha, bias, group: RowGroup, first_token, group_slabs, plan, block):
-    """Eq. (16) for a group of rows, z [outer, inner, block]; keeps x·phi · s.
+def scaled_dots(z, projected, partial, scale, group: RowGroup, first_token, group_slabs, plan, block):
+    """z [outer, inner, block] = x·phi · s for a group of rows; keeps it.
 
     Every group of rows has a fragment of its own, and every loop runs over a whole fragment: TileLang 0.1.15
     lays a fragment out by its first loop and silently truncates it where that loop covers only a part.
@@ -103,13 +106,45 @@ def logits(z, projected, partial, scale, alpha, bias, group: RowGroup, first_tok
     for a, b, t in T.Parallel(outer, inner, block):
         if first_token + t < partial.shape[2]:
             projected[group.first + a * inner + b, first_token + t] = z[a, b, t]
+
+
+@T.macro
+def scale_and_shift(z, alpha, bias, group: RowGroup):
+    """Eq. (16) for a group of rows, from x·phi · s in place."""
+    outer, inner, block = z.shape
     for a, b, t in T.Parallel(outer, inner, block):
         z[a, b, t] = alpha[group.index] * z[a, b, t] + bias[group.first + a * inner + b]
+
+
+@T.macro
+def logits(z, projected, partial, scale, alpha, bias, group: RowGroup, first_token, group_slabs, plan, block):
+    """Eq. (16) for a group of rows, z [outer, inner, block]; keeps x·phi · s."""
+    scaled_dots(z, projected, partial, scale, group, first_token, group_slabs, plan, block)
+    scale_and_shift(z, alpha, bias, group)
 
 
 def sigmoid(z):
     """1 / (1 + exp(−z)); exp overflows to infinity for z below −88, and the result to 0."""
     return 1.0 / (1.0 + T.exp(-z))
+
+
+@T.macro
+def store_post(h_post, z, first_token, post_scale):
+    """h_post of the logits z [1, n, block]."""
+    outer, inner, block = z.shape
+    for k, j, t in T.Parallel(outer, inner, block):
+        if first_token + t < h_post.shape[0]:
+            h_post[first_token + t, j] = post_scale * sigmoid(z[k, j, t])
+
+
+@T.macro
+def store_res(h_res, P, first_token, iters, sinkhorn_eps):
+    """h_res of the logits P [n, n, block], which it works on."""
+    n, _, block = P.shape
+    sinkhorn_inplace(P, n, block, iters, sinkhorn_eps)
+    for j, i, t in T.Parallel(n, n, block):
+        if first_token + t < h_res.shape[0]:
+            h_res[first_token + t, j, i] = P[j, i, t]
 
 
 def coefficients_kernel(
@@ -122,15 +157,19 @@ def coefficients_kernel(
     rms_eps: float,
     post_scale: float,
     block: int,
+    deferred: bool,
 ):
     """partial [slabs, slab_rows, T], alpha [3], bias [M]
     -> h_pre [T, n], h_post [T, n], h_res [T, n, n], projected [M + 1, T].
+
+    Where they are `deferred`, h_post and h_res are tensors of one element that nobody touches.
     """
     n = num_streams
     pre, post, res = row_groups(n)
     num_rows = n * n + 2 * n
     num_tokens = T.dynamic("num_tokens")
     num_slabs = T.dynamic("num_slabs")
+    unused = (1,)
 
     @T.prim_func
     def coefficients(
@@ -138,8 +177,8 @@ def coefficients_kernel(
         alpha: T.Tensor[(3,), T.float32],
         bias: T.Tensor[(num_rows,), T.float32],
         h_pre: T.Tensor[(num_tokens, n), T.float32],
-        h_post: T.Tensor[(num_tokens, n), T.float32],
-        h_res: T.Tensor[(num_tokens, n, n), T.float32],
+        h_post: T.Tensor[unused if deferred else (num_tokens, n), T.float32],
+        h_res: T.Tensor[unused if deferred else (num_tokens, n, n), T.float32],
         projected: T.Tensor[(num_rows + 1, num_tokens), T.float32],
     ):
         with T.Kernel(T.ceildiv(num_tokens, block), threads=block) as tile:
@@ -154,14 +193,13 @@ def coefficients_kernel(
             for k, j, t in T.Parallel(1, n, block):
                 if first + t < num_tokens:
                     h_pre[first + t, j] = sigmoid(z_pre[k, j, t]) + pre_eps
-            logits(z_post, projected, partial, scale, alpha, bias, post, first, group_slabs, plan, block)
-            for k, j, t in T.Parallel(1, n, block):
-                if first + t < num_tokens:
-                    h_post[first + t, j] = post_scale * sigmoid(z_post[k, j, t])
-            logits(P, projected, partial, scale, alpha, bias, res, first, group_slabs, plan, block)
-            sinkhorn_inplace(P, n, block, iters, sinkhorn_eps)
-            for j, i, t in T.Parallel(n, n, block):
-                if first + t < num_tokens:
-                    h_res[first + t, j, i] = P[j, i, t]
+            if deferred:
+                scaled_dots(z_post, projected, partial, scale, post, first, group_slabs, plan, block)
+                scaled_dots(P, projected, partial, scale, res, first, group_slabs, plan, block)
+            else:
+                logits(z_post, projected, partial, scale, alpha, bias, post, first, group_slabs, plan, block)
+                store_post(h_post, z_post, first, post_scale)
+                logits(P, projected, partial, scale, alpha, bias, res, first, group_slabs, plan, block)
+                store_res(h_res, P, first, iters, sinkhorn_eps)
 
     return coefficients

@@ -118,11 +118,13 @@ def coefficients(
     spec: MHCSpec,
     plan: plans.ProjectionPlan,
     *,
+    deferred: bool = False,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Partial sums, alpha [3], bias [M] -> h_pre [T, n], h_post [T, n], h_res [T, n, n], projected [M + 1, T].
 
-    `out` has the first three.
+    Where they are `deferred`, h_post and h_res are not written: `launch_mappings.pre_mappings` is to do it. `out` has
+    the first three.
     """
     n, num_tokens = spec.num_streams, partial.shape[-1]
     h_pre, h_post, h_res = out or (partial.new_empty(num_tokens, *rest) for rest in ((n,), (n,), (n, n)))
@@ -140,14 +142,15 @@ def coefficients(
         rms_eps=spec.rms_eps,
         post_scale=spec.post_scale,
         block=plans.tokens_per_block(target),
+        deferred=deferred,
     )
     kernel(
         partial=partial,
         alpha=aligned(alpha),
         bias=aligned(bias),
         h_pre=h_pre,
-        h_post=h_post,
-        h_res=h_res,
+        h_post=h_post.new_empty(1) if deferred else h_post,
+        h_res=h_res.new_empty(1) if deferred else h_res,
         projected=projected,
     )
     return h_pre, h_post, h_res, projected

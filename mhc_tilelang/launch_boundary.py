@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from . import compile as compiler
-from . import launch, launch_norm
+from . import launch, launch_mappings, launch_norm
 from .kernel import dtype_name
 from .kernels import boundary_plans
 from .launch import aligned
@@ -77,6 +77,10 @@ def post_pre(
         out=(x_next, None if given is None else layer_input),
     )
     plan = launch.projection_plan(x, phi.shape[0])
+    if h_pre is None and layer_norm_weight is None:
+        results = (layer_input, next_pre, next_post, next_res)
+        projected = launch_mappings.read(x_next, partial, alpha, bias, spec, plan, out=results)
+        return Boundary(x_next, layer_input, next_post, next_res, next_pre, projected)
     *_, projected = launch.coefficients(partial, alpha, bias, spec, plan, out=(next_pre, next_post, next_res))
     if given is None:
         weights = next_pre if h_pre is None else h_pre

@@ -35,6 +35,7 @@ STREAMS = {
     "project": ("x",),
     "pre": ("x", "layer_input"),
     "post": ("x", "layer_output", "x_next"),
+    "pre_mappings": ("x", "layer_input"),
     "pre_norm": ("x", "layer_input"),
     "expand_backward": ("g_x", "g_h"),
     "project_backward": ("x", "g_layer_input", "g_x"),
@@ -77,11 +78,11 @@ def project(call: Call) -> tuple[Launch, ...]:
     return (*([split] if plan.split else []), Launch("project", {**call.stream, "plan": plan}, sizes))
 
 
-def coefficients(call: Call, num_slabs: int | None = None) -> tuple[Launch, ...]:
-    """Partial sums -> the mappings; `num_slabs` of them where not `project`'s."""
+def coefficients(call: Call, num_slabs: int | None = None, deferred: bool = False) -> tuple[Launch, ...]:
+    """Partial sums -> the mappings; `num_slabs` of them where not `project`'s, all or `deferred`."""
     spec, rows = call.spec, call.spec.num_coefficients
     constants = {"iters": spec.sinkhorn_iters, "sinkhorn_eps": spec.sinkhorn_eps, "post_scale": spec.post_scale}
-    return (_coefficients(call, "coefficients", rows, constants, num_slabs),)
+    return (_coefficients(call, "coefficients", rows, {**constants, "deferred": deferred}, num_slabs),)
 
 
 def head_coefficients(call: Call) -> tuple[Launch, ...]:
@@ -202,7 +203,9 @@ def project_backward(
 def post_pre(call: Call) -> tuple[Launch, ...]:
     """post, and pre of the next sublayer."""
     project = boundary.post_project(call, call.spec.num_coefficients)
-    return (project, *coefficients(call, project.sizes["num_slabs"]), *pre(call))
+    num_slabs, deferred = project.sizes["num_slabs"], boundary_plans.defers_mappings(call.target)
+    aggregate = (boundary.pre_mappings(call),) if deferred else pre(call)
+    return (project, *coefficients(call, num_slabs, deferred), *aggregate)
 
 
 def post_pre_delayed(call: Call) -> tuple[Launch, ...]:

@@ -23,6 +23,14 @@ def post_project(call: Call, rows: int, aggregated: bool = False) -> Launch:
     return Launch("post_project", parameters, {**call.tokens, **shares})
 
 
+def pre_mappings(call: Call) -> Launch:
+    """pre, and beside it h_post and h_res."""
+    shape, spec = call.case.shape, call.spec
+    plan = boundary_plans.pre_mappings_plan(shape.num_streams, shape.hidden_size, shape.itemsize, call.target)
+    constants = {"iters": spec.sinkhorn_iters, "sinkhorn_eps": spec.sinkhorn_eps, "post_scale": spec.post_scale}
+    return Launch("pre_mappings", {**call.stream, "plan": plan, **constants}, call.tokens)
+
+
 def mixing_backward(call: Call, mappings: Launch, delayed: bool, head: bool = False) -> tuple[Launch, Launch]:
     """The gradients of what was mixed and of phi, then every kind of partial sum, those of `mappings` too.
 

@@ -33,6 +33,7 @@ OUTPUTS = {
     "project_backward": ("g_x", "g_phi"),
     "coefficients_backward": ("g_dots", "rho", "g_alpha", "g_bias"),
     "head_coefficients_backward": ("g_dots", "rho", "g_alpha", "g_bias"),
+    "pre_mappings": ("layer_input", "h_pre", "h_post", "h_res"),
     "post_pre": ("x_next", "layer_input", "h_pre", "h_post", "h_res"),
     "post_pre_delayed": ("x_next", "layer_input", "h_pre", "h_post", "h_res"),
     "post_pre_backward": ("g_x", "g_layer_output", "g_h_post", "g_h_res", "g_phi", "g_alpha", "g_bias"),
@@ -54,7 +55,8 @@ def over(cases):
 
 
 every_case = over(CASES)
-ENDS = ("expand_pre", "expand_pre_backward", "post_head", "post_head_backward")  # made of kernels of other rows
+# Made of kernels of other rows, or forms of them.
+ENDS = ("expand_pre", "expand_pre_backward", "post_head", "post_head_backward", "pre_mappings")
 BUILT = [(4, torch.bfloat16), (8, torch.float32), (2, torch.float16)]  # of these; the rest of the cross is `full`
 every_narrow_case = over([case for case in CASES if case.dtype != torch.float32])
 

@@ -74,6 +74,7 @@ MASKS = {
     "head_coefficients": TOKENS,
     "sinkhorn": TOKENS,
     "pre": CHANNELS,
+    "pre_mappings": TOKENS,
     "pre_norm": CHANNELS,
     "post": CHANNELS,
     "replay": CHANNELS,
@@ -102,7 +103,8 @@ def test_a_wrong_mask_is_caught(family: str, monkeypatch: pytest.MonkeyPatch) ->
     assert outcome(monkeypatch, family, lambda code: re.sub(pattern, replacement, code)) != "passed"
 
 
-MIXING = ("coefficients", "sinkhorn", "post", "replay", "coefficients_backward", "sinkhorn_backward", "post_backward")
+MIXING = ("coefficients", "sinkhorn", "pre_mappings", "post", "replay")
+MIXING += ("coefficients_backward", "sinkhorn_backward", "post_backward")
 
 
 @pytest.mark.parametrize("family", MIXING)

@@ -14,14 +14,22 @@ from functools import partial
 import numpy as np
 import torch
 
-from .. import launch_backward, launch_boundary, launch_boundary_backward, launch_head, reference
+from .. import (
+    launch,
+    launch_backward,
+    launch_boundary,
+    launch_boundary_backward,
+    launch_head,
+    launch_mappings,
+    reference,
+)
 from ..compile import platform_of
 from ..kernel import dtype_name
 from ..kernels import boundary_plans
 from . import plain_torch, tolerance
 from .coefficients_backward import Logits, comparisons, sublayer_mappings
 from .inputs import Case, Gradients, Inputs
-from .kernels import Array, Comparison, compare_mappings, numpy64
+from .kernels import Array, Comparison, compare_input, compare_mappings, numpy64
 from .plain_torch import by_autograd
 
 MIXED = ("g_x", "g_layer_output", "g_h_post", "g_h_res")
@@ -67,6 +75,20 @@ def check_post_pre(case: Case, inputs: Inputs, delayed: bool = False) -> list[Co
             "layer_input", numpy64(got.layer_input), numpy64(plain_input), expected_input, input_bound, input_magnitude
         ),
         *mappings,
+    ]
+
+
+def check_pre_mappings(case: Case, inputs: Inputs) -> list[Comparison]:
+    """The aggregation by a given h_pre, and what is made beside it: the mappings of the same stream."""
+    parameters, spec = (inputs.phi, inputs.alpha, inputs.bias), case.spec
+    plan = launch.projection_plan(inputs.x, spec.num_coefficients)
+    partial_sums = launch.project(inputs.x, inputs.phi, plan)
+    h_pre, _, _, projected = launch.coefficients(partial_sums, *parameters[1:], spec, plan, deferred=True)
+    layer_input, *mappings = launch_mappings.pre_mappings(inputs.x, inputs.h_pre, projected, *parameters[1:], spec)
+    plain = plain_torch.coefficients(inputs.x, *parameters, spec)
+    return [
+        compare_input(case, inputs, layer_input),
+        *compare_mappings(case, inputs, (h_pre, *mappings), plain),
     ]
 
 
@@ -167,6 +189,7 @@ def compare_mixing(
 
 
 CHECKS: dict[str, Callable[[Case, Inputs], list[Comparison]]] = {
+    "pre_mappings": check_pre_mappings,
     "post_pre": check_post_pre,
     "post_pre_delayed": partial(check_post_pre, delayed=True),
     "post_pre_backward": check_post_pre_backward,

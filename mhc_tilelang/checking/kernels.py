@@ -152,12 +152,16 @@ def check_sinkhorn(case: Case, inputs: Inputs) -> list[Comparison]:
 
 def check_pre(case: Case, inputs: Inputs) -> list[Comparison]:
     """The aggregation alone, for a given h_pre."""
-    x, h_pre = numpy64(inputs.x), numpy64(inputs.h_pre)
-    got, plain = launch.aggregate(inputs.x, inputs.h_pre), plain_torch.aggregate(inputs.x, inputs.h_pre)
+    return [compare_input(case, inputs, launch.aggregate(inputs.x, inputs.h_pre))]
+
+
+def compare_input(case: Case, inputs: Inputs, got: torch.Tensor) -> Comparison:
+    """A kernel's layer_input of inputs.x and inputs.h_pre."""
+    x, h_pre, plain = numpy64(inputs.x), numpy64(inputs.h_pre), plain_torch.aggregate(inputs.x, inputs.h_pre)
     magnitude = reference.aggregate(np.abs(x), np.abs(h_pre))
     bound = tolerance.combination(magnitude, case.num_streams, dtype_name(case.dtype))
     expected = reference.aggregate(x, h_pre)
-    return [Comparison("layer_input", numpy64(got), numpy64(plain), expected, bound, magnitude)]
+    return Comparison("layer_input", numpy64(got), numpy64(plain), expected, bound, magnitude)
 
 
 def check_post(case: Case, inputs: Inputs) -> list[Comparison]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .. import launch, launch_backward
+from .. import launch, launch_backward, launch_mappings
 from .library import (
     absent,
     check_buffers,
@@ -48,14 +48,18 @@ def write(
     bias: torch.Tensor,
     constants: tuple[float, ...],
     outputs: Tensors,
+    layer_input: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Write h_pre, h_post and h_res; return projected. x is flat."""
+    """Write h_pre, h_post, h_res, and a layer_input that is aggregated with this h_pre; return projected. x is flat."""
     spec = spec_of(x.shape[-1], x.shape[-2], *constants)
     plan = launch.projection_plan(x, spec.num_coefficients)
     partial = launch.project(x, phi.contiguous(), plan)
     h_pre, h_post, h_res = outputs
     out = (flat(h_pre, 1), flat(h_post, 1), flat(h_res, 2))
-    return launch.coefficients(partial, alpha.contiguous(), bias.contiguous(), spec, plan, out=out)[3]
+    parameters = (alpha.contiguous(), bias.contiguous(), spec, plan)
+    if layer_input is None:
+        return launch.coefficients(partial, *parameters, out=out)[3]
+    return launch_mappings.read(x, partial, *parameters, out=(flat(layer_input, 1), *out))
 
 
 def allocate_gradients(

@@ -63,7 +63,10 @@ def _write(
     layer_input, next_pre, *_ = outputs
     *constants_of_spec, eps = constants
     x, weight = flat(x, 2), contiguous(layer_norm_weight)
-    projected = write(x, phi, alpha, bias, tuple(constants_of_spec), outputs[1:])
+    arguments = (x, phi, alpha, bias, tuple(constants_of_spec), outputs[1:])
+    if h_pre is None and weight is None:
+        return write(*arguments, layer_input)
+    projected = write(*arguments)
     launch_norm.layer_input(x, flat(next_pre if h_pre is None else h_pre, 1), weight, eps, out=flat(layer_input, 1))
     return projected
 

@@ -102,8 +102,9 @@ def subject_of(launch: Launch, shape: Shape, variant: str) -> Subject:
 
 def variant_of(launch: Launch) -> str:
     """What tells a launch from others of its family at the same sizes."""
-    if launch.parameters.get("aggregated"):
-        return "aggregated"
+    for form in ("aggregated", "deferred"):
+        if launch.parameters.get(form):
+            return form
     lanes = launch.parameters.get("lanes")  # of partial sums
     return f"{lanes} lane{'s' * (lanes > 1)}" if lanes else ""
 

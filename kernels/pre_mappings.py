@@ -1,0 +1,87 @@
+"""pre_mappings: `pre`, and beside it the two mappings that are needed only after the layer.
+
+Equations (3), (18) and (19), for token t, from the rows of `projected` that `coefficients` kept:
+
+    layer_input[t, c] = Σ_i h_pre[t, i] · x[t, i, c]
+    z[t, m]           = alpha · projected[m, t] + bias[m]
+    h_post[t]         = post_scale · sigmoid(z_post[t])
+    h_res[t]          = sinkhorn(z_res[t])
+
+Traffic per token: n·C read and C written, as `pre`; and n² + n values of float32 read, and written.
+
+The layer waits for h_pre and its input, not for Sinkhorn, a chain of dependent steps that one token cannot shorten.
+The first blocks of the grid, one thread a token, walk that chain while all others stream. Same formulas, same macros,
+same bits as `coefficients` and `pre`.
+"""
+
+import tilelang.language as T
+
+from .boundary_plans import PreMappingsPlan
+from .coefficients import row_groups, scale_and_shift, store_post, store_res
+from .pre import aggregate_streams
+
+
+@T.macro
+def load_rows(z, projected, first_row, first_token):
+    """z[a, b, t] = projected[first_row + a · inner + b, first_token + t], 0 beyond the last token."""
+    outer, inner, block = z.shape
+    for a, b, t in T.Parallel(outer, inner, block):
+        z[a, b, t] = T.if_then_else(
+            first_token + t < projected.shape[1], projected[first_row + a * inner + b, first_token + t], 0.0
+        )
+
+
+def pre_mappings_kernel(
+    num_streams: int,
+    hidden_size: int,
+    dtype: str,
+    plan: PreMappingsPlan,
+    iters: int,
+    sinkhorn_eps: float,
+    post_scale: float,
+):
+    """x [T, n, C], h_pre [T, n], projected [M + 1, T], alpha [3], bias [M]
+    -> layer_input [T, C], h_post [T, n], h_res [T, n, n].
+    """
+    n, block, tokens = num_streams, plan.tile.channels, plan.tokens
+    blocks = -(-hidden_size // block)
+    _, post, res = row_groups(n)
+    num_rows = n * n + 2 * n
+    num_tokens = T.dynamic("num_tokens")
+
+    @T.prim_func
+    def pre_mappings(
+        x: T.Tensor[(num_tokens, n, hidden_size), dtype],
+        h_pre: T.Tensor[(num_tokens, n), T.float32],
+        projected: T.Tensor[(num_rows + 1, num_tokens), T.float32],
+        alpha: T.Tensor[(3,), T.float32],
+        bias: T.Tensor[(num_rows,), T.float32],
+        layer_input: T.Tensor[(num_tokens, hidden_size), dtype],
+        h_post: T.Tensor[(num_tokens, n), T.float32],
+        h_res: T.Tensor[(num_tokens, n, n), T.float32],
+    ):
+        with T.Kernel(T.ceildiv(num_tokens, tokens) + num_tokens * blocks, threads=plan.tile.threads) as index:
+            mapping_blocks = T.ceildiv(num_tokens, tokens)
+            x_frag = T.alloc_fragment((n, block), dtype)
+            acc = T.alloc_fragment((block,), T.float32)
+            z_post = T.alloc_fragment((1, n, tokens), T.float32)
+            P = T.alloc_fragment((n, n, tokens), T.float32)
+            if plan.blocks_per_sm > 1:
+                T.annotate_min_blocks_per_sm(plan.blocks_per_sm)
+            if index < mapping_blocks:
+                first = index * tokens
+                load_rows(z_post, projected, post.first, first)
+                load_rows(P, projected, res.first, first)
+                scale_and_shift(z_post, alpha, bias, post)
+                store_post(h_post, z_post, first, post_scale)
+                scale_and_shift(P, alpha, bias, res)
+                store_res(h_res, P, first, iters, sinkhorn_eps)
+            else:
+                at = index - mapping_blocks
+                token = at // blocks
+                channel = at % blocks * block
+                T.copy(x[token, 0, channel], x_frag)
+                aggregate_streams(acc, x_frag, h_pre, token)
+                T.copy(acc, layer_input[token, channel])
+
+    return pre_mappings

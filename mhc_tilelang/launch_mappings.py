@@ -1,0 +1,89 @@
+"""From a projection to the layer's input, launched, and to the mappings that are needed only after the layer.
+
+    read           coefficients and the aggregation, with h_post and h_res made where the plan says
+    pre_mappings   the aggregation, and beside it h_post and h_res
+
+Tensors come flat, [T, …], checked and contiguous. Results have the bits of `launch.coefficients`, then
+`launch.aggregate`, whichever of the two makes the mappings. docs/critical-path.md has the reasons.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import compile as compiler
+from . import launch
+from .kernel import dtype_name
+from .kernels import boundary_plans, plans
+from .launch import aligned
+from .spec import MHCSpec
+
+
+def read(
+    x: torch.Tensor,
+    partial: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    spec: MHCSpec,
+    plan: plans.ProjectionPlan,
+    *,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """x [T, n, C] and its partial sums, alpha [3], bias [M] -> projected [M + 1, T].
+
+    `out` has layer_input [T, C], h_pre [T, n], h_post [T, n] and h_res [T, n, n].
+    """
+    layer_input, h_pre, h_post, h_res = out
+    deferred = boundary_plans.defers_mappings(compiler.platform_of(x.device))
+    mappings = (h_pre, h_post, h_res)
+    *_, projected = launch.coefficients(partial, alpha, bias, spec, plan, deferred=deferred, out=mappings)
+    if deferred:
+        pre_mappings(x, h_pre, projected, alpha, bias, spec, out=(layer_input, h_post, h_res))
+    else:
+        launch.aggregate(x, h_pre, out=layer_input)
+    return projected
+
+
+def pre_mappings(
+    x: torch.Tensor,
+    h_pre: torch.Tensor,
+    projected: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    spec: MHCSpec,
+    *,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [T, n, C], h_pre [T, n], projected [M + 1, T] as of `launch.coefficients`, alpha [3], bias [M]
+    -> layer_input [T, C], h_post [T, n], h_res [T, n, n], which `out` has.
+    """
+    num_tokens, n, hidden_size = x.shape
+    layer_input, h_post, h_res = out or (
+        x.new_empty(num_tokens, hidden_size),
+        h_pre.new_empty(num_tokens, n),
+        h_pre.new_empty(num_tokens, n, n),
+    )
+    starts = launch.alignment(x, layer_input)
+    platform = compiler.platform_of(x.device)
+    kernel = compiler.kernel(
+        "pre_mappings",
+        compiler.target_of(x.device),
+        num_streams=n,
+        hidden_size=hidden_size,
+        dtype=dtype_name(x.dtype),
+        plan=boundary_plans.pre_mappings_plan(n, hidden_size, x.element_size(), platform, starts),
+        iters=spec.sinkhorn_iters,
+        sinkhorn_eps=spec.sinkhorn_eps,
+        post_scale=spec.post_scale,
+    )
+    kernel(
+        x=x,
+        h_pre=aligned(h_pre),
+        projected=projected,
+        alpha=aligned(alpha),
+        bias=aligned(bias),
+        layer_input=layer_input,
+        h_post=h_post,
+        h_res=h_res,
+    )
+    return layer_input, h_post, h_res
