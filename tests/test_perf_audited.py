@@ -27,7 +27,7 @@ from mhc_tilelang import (
     launch_replay,
 )
 from mhc_tilelang import compile as compiler
-from mhc_tilelang.kernels import FAMILIES, plans
+from mhc_tilelang.kernels import FAMILIES, boundary_plans, plans
 from mhc_tilelang.perf.audited import Audited, audited
 from mhc_tilelang.perf.calls import Call, Launch
 from mhc_tilelang.perf.cases import (
@@ -215,6 +215,13 @@ def boundary(kernel: str, stream: Stream) -> None:
         launch_boundary_backward.post_pre_backward(*upstream, *arguments, *left, spec, **through)
     else:
         launch_boundary.post_pre(*arguments, spec, h_pre=given)
+
+
+@pytest.mark.parametrize("shape", [Shape(1100, 2, 80, "bfloat16"), Shape(3, 4, 600, "float32")])
+def test_launches_of_a_gpus_boundary_are_those_of_launch(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same where h_post and h_res are made beside the aggregation, as a CPU does not do it."""
+    monkeypatch.setattr(boundary_plans, "defers_mappings", lambda _: True)
+    test_launches_are_those_of_launch("post_pre", shape, monkeypatch)
 
 
 @pytest.mark.parametrize("kernel", BUILDERS)
