@@ -108,6 +108,11 @@ def pre_mappings_plan(
     return PreMappingsPlan(tile, tile.threads, blocks_per_sm)
 
 
+# Architectures on which a boundary's second and third launch wait on the device for the one before (programmatic
+# dependent launch), instead of being started after it. For sm_90a and later; none until it was timed and tested on one.
+CHAINED: frozenset[str] = frozenset()
+
+
 def defers_mappings(target: str) -> bool:
     """Whether h_post and h_res are made beside the aggregation: on a GPU, where other blocks stream meanwhile.
 

@@ -158,11 +158,13 @@ def coefficients_kernel(
     post_scale: float,
     block: int,
     deferred: bool,
+    chained: bool,
 ):
     """partial [slabs, slab_rows, T], alpha [3], bias [M]
     -> h_pre [T, n], h_post [T, n], h_res [T, n, n], projected [M + 1, T].
 
-    Where they are `deferred`, h_post and h_res are tensors of one element that nobody touches.
+    Where they are `deferred`, h_post and h_res are tensors of one element that nobody touches. Where it is `chained`,
+    the launch waits on the device for the one before it, and the next may begin once all blocks have.
     """
     n = num_streams
     pre, post, res = row_groups(n)
@@ -186,6 +188,9 @@ def coefficients_kernel(
             z_pre = T.alloc_fragment((1, n, block), T.float32)
             z_post = T.alloc_fragment((1, n, block), T.float32)
             P = T.alloc_fragment((n, n, block), T.float32)
+            if chained:
+                T.pdl_sync()
+                T.pdl_trigger()
             first = tile * block
             group_slabs = slabs_per_group(partial, plan, hidden_size)
             inverse_rms(scale, projected, partial, first, group_slabs, n * hidden_size, rms_eps, plan, block)

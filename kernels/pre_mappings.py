@@ -39,9 +39,12 @@ def pre_mappings_kernel(
     iters: int,
     sinkhorn_eps: float,
     post_scale: float,
+    chained: bool,
 ):
     """x [T, n, C], h_pre [T, n], projected [M + 1, T], alpha [3], bias [M]
     -> layer_input [T, C], h_post [T, n], h_res [T, n, n].
+
+    Where it is `chained`, the launch waits on the device for the one before it.
     """
     n, block, tokens = num_streams, plan.tile.channels, plan.tokens
     blocks = -(-hidden_size // block)
@@ -68,6 +71,8 @@ def pre_mappings_kernel(
             P = T.alloc_fragment((n, n, tokens), T.float32)
             if plan.blocks_per_sm > 1:
                 T.annotate_min_blocks_per_sm(plan.blocks_per_sm)
+            if chained:
+                T.pdl_sync()
             if index < mapping_blocks:
                 first = index * tokens
                 load_rows(z_post, projected, post.first, first)

@@ -12,7 +12,7 @@ import torch
 
 from . import compile as compiler
 from .kernel import Kernel, dtype_name
-from .kernels import plans
+from .kernels import boundary_plans, plans
 from .spec import MHCSpec
 
 
@@ -143,6 +143,7 @@ def coefficients(
         post_scale=spec.post_scale,
         block=plans.tokens_per_block(target),
         deferred=deferred,
+        chained=deferred and target in boundary_plans.CHAINED,
     )
     kernel(
         partial=partial,

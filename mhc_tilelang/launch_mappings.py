@@ -64,10 +64,10 @@ def pre_mappings(
         h_pre.new_empty(num_tokens, n, n),
     )
     starts = launch.alignment(x, layer_input)
-    platform = compiler.platform_of(x.device)
+    platform, target = compiler.platform_of(x.device), compiler.target_of(x.device)
     kernel = compiler.kernel(
         "pre_mappings",
-        compiler.target_of(x.device),
+        target,
         num_streams=n,
         hidden_size=hidden_size,
         dtype=dtype_name(x.dtype),
@@ -75,6 +75,7 @@ def pre_mappings(
         iters=spec.sinkhorn_iters,
         sinkhorn_eps=spec.sinkhorn_eps,
         post_scale=spec.post_scale,
+        chained=target in boundary_plans.CHAINED,
     )
     kernel(
         x=x,

@@ -82,7 +82,9 @@ def coefficients(call: Call, num_slabs: int | None = None, deferred: bool = Fals
     """Partial sums -> the mappings; `num_slabs` of them where not `project`'s, all or `deferred`."""
     spec, rows = call.spec, call.spec.num_coefficients
     constants = {"iters": spec.sinkhorn_iters, "sinkhorn_eps": spec.sinkhorn_eps, "post_scale": spec.post_scale}
-    return (_coefficients(call, "coefficients", rows, {**constants, "deferred": deferred}, num_slabs),)
+    return (
+        _coefficients(call, "coefficients", rows, {**constants, "deferred": deferred, "chained": False}, num_slabs),
+    )
 
 
 def head_coefficients(call: Call) -> tuple[Launch, ...]:

@@ -28,7 +28,7 @@ def pre_mappings(call: Call) -> Launch:
     shape, spec = call.case.shape, call.spec
     plan = boundary_plans.pre_mappings_plan(shape.num_streams, shape.hidden_size, shape.itemsize, call.target)
     constants = {"iters": spec.sinkhorn_iters, "sinkhorn_eps": spec.sinkhorn_eps, "post_scale": spec.post_scale}
-    return Launch("pre_mappings", {**call.stream, "plan": plan, **constants}, call.tokens)
+    return Launch("pre_mappings", {**call.stream, "plan": plan, **constants, "chained": False}, call.tokens)
 
 
 def mixing_backward(call: Call, mappings: Launch, delayed: bool, head: bool = False) -> tuple[Launch, Launch]:

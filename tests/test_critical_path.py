@@ -6,6 +6,7 @@ backward that is given something else. The kernel's own results are compared wit
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,11 @@ from helpers import CPU, assert_same_bits, assert_views_can_start_anywhere
 import mhc_tilelang as mhc
 from mhc_tilelang import launch, launch_boundary, launch_mappings, ops
 from mhc_tilelang.checking.inputs import Case, Inputs
+from mhc_tilelang.cuda_source import generate
 from mhc_tilelang.kernels import boundary_plans
 from mhc_tilelang.perf.cases import Case as Call
 from mhc_tilelang.perf.cases import Shape
+from mhc_tilelang.perf.inspect.compiler import compile_source
 from mhc_tilelang.perf.launches import launches
 from mhc_tilelang.perf.simt import executing
 
@@ -125,6 +128,32 @@ def test_where_it_is_done() -> None:
     assert families("post_pre", "cuda") == ["post_project", "coefficients", "pre_mappings"]
     assert families("post_pre", "cpu") == ["post_project", "coefficients", "pre"]
     assert "pre_mappings" not in families("post_pre_delayed", "cuda")
+
+
+CHAINED = {
+    "coefficients": ["cudaGridDependencySynchronize();", "cudaTriggerProgrammaticLaunchCompletion();"],
+    "pre_mappings": ["cudaGridDependencySynchronize();"],
+}
+
+
+@pytest.mark.nvcc
+@pytest.mark.parametrize("family", CHAINED)
+def test_chained_launches_build(family: str) -> None:
+    """The wait comes before any access of memory and before the trigger, and costs no register; sm_80 has neither.
+
+    Catches a load that is moved over the wait, which `const __restrict__` would allow, and tilelang leaves out here.
+    """
+    call = Call("post_pre", Shape(1024, 4, 1280, "bfloat16"))
+    [parameters] = [one.parameters for one in launches(call, "cuda", 8) if one.family == family]
+    plain, chained = (generate(family, {**parameters, "chained": on}, "sm_90a").code for on in (False, True))
+    calls = [line.strip() for line in chained.splitlines() if line.strip().startswith("cuda")]
+    assert calls == CHAINED[family]
+    body = chained[chained.rindex("__global__") :]
+    assert "[" not in re.sub(r"^  [a-z0-9_]+ \w+\[\d+\];$", "", body[: body.index(calls[0])], flags=re.MULTILINE)
+    assert "__restrict__" not in chained
+    assert compile_source(chained, "sm_90a").registers == compile_source(plain, "sm_90a").registers
+    with pytest.raises(Exception, match="PDL is not supported"):
+        generate(family, {**parameters, "chained": True}, "sm_80")
 
 
 @pytest.mark.parametrize("n", [2, 4, 8])
