@@ -104,8 +104,8 @@ def pre_mappings_plan(
     tile = channel_tile(hidden_size, itemsize, target, alignment)
     if target == "cpu":
         return PreMappingsPlan(tile, tokens_per_block(target))
-    blocks_per_sm = min(16, 64 * 1024 // (MAPPING_REGISTERS[num_streams] * tile.threads))
-    return PreMappingsPlan(tile, tile.threads, blocks_per_sm)
+    warps = 4 * (16 * 1024 // (MAPPING_REGISTERS[num_streams] * WARP))  # in a multiprocessor's four parts
+    return PreMappingsPlan(tile, tile.threads, min(16, warps * WARP // tile.threads))
 
 
 # Architectures on which a boundary's second and third launch wait on the device for the one before (programmatic
