@@ -47,7 +47,7 @@ class Sublayer:
         threads: how many OpenMP threads a kernel may run; as many as there are cores unless given. Moves no bit.
 
     Raises:
-        ValueError: the library was built from another bundle.
+        ValueError: the library was built from another bundle, or no thread may run.
     """
 
     def __init__(self, bundle: str | Path, library: str | Path, threads: int | None = None) -> None:
@@ -59,7 +59,9 @@ class Sublayer:
         self.num_streams, self.hidden_size = manifest["spec"]["num_streams"], manifest["spec"]["hidden_size"]
         self.rows = self.num_streams * (self.num_streams + 2)
         self.dtype = jnp.dtype(manifest["dtype"])
-        self.threads = threads or os.cpu_count() or 1
+        self.threads = (os.cpu_count() or 1) if threads is None else threads
+        if self.threads < 1:
+            raise ValueError(f"threads: expected at least 1, got {threads}")
         self._kernels = {kernel["name"]: kernel for kernel in manifest["targets"]["cpu"]["kernels"]}
         self._pre = jax.custom_vjp(lambda *arguments: self._pre_forward(*arguments)[0])
         self._pre.defvjp(self._pre_forward, self._pre_backward)

@@ -1,4 +1,4 @@
-"""A model of two sublayers in JAX: 20 steps of Adam through the kernels of a bundle, on the CPU.
+"""A model of two sublayers in JAX: 20 steps of gradient descent through the kernels of a bundle, on the CPU.
 
 python examples/porting/jax/train.py bundle build/libmhc_jax.so
 
@@ -11,24 +11,24 @@ import argparse
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from mhc_jax import Sublayer
 
 VOCABULARY, BATCH, CONTEXT, SUBLAYERS = 32, 4, 16, 2
 
 
-def initial(mhc: Sublayer, key: jax.Array) -> dict:
+def initial(mhc: Sublayer, random: np.random.Generator) -> dict:
     """All parameters, in float32."""
     size, rows = mhc.hidden_size, mhc.rows
-    keys = iter(jax.random.split(key, 2 + 3 * SUBLAYERS))
 
-    def normal(*shape: int) -> jax.Array:
-        return jax.random.normal(next(keys), shape) * shape[-1] ** -0.5
+    def normal(*shape: int) -> np.ndarray:
+        return random.normal(0, shape[-1] ** -0.5, shape).astype(np.float32)
 
     sublayers = [
         {
             "phi": normal(rows, mhc.num_streams * size),
-            "alpha": jnp.full(3, 0.01),
-            "bias": jnp.zeros(rows),
+            "alpha": np.full(3, 0.01, np.float32),
+            "bias": np.zeros(rows, np.float32),
             "up": normal(4 * size, size),
             "down": normal(size, 4 * size),
         }
@@ -49,27 +49,22 @@ def loss(mhc: Sublayer, parameters: dict, tokens: jax.Array) -> jax.Array:
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1).mean()
 
 
-def train(mhc: Sublayer, steps: int = 20, rate: float = 2e-3) -> list[float]:
+def train(mhc: Sublayer, steps: int = 20, rate: float = 0.03) -> list[float]:
     """The loss before each step."""
-    parameters = initial(mhc, jax.random.key(0))
-    moments = [jax.tree.map(jnp.zeros_like, parameters) for _ in range(2)]
+    random = np.random.default_rng(0)
+    parameters = initial(mhc, random)
+    momentum = jax.tree.map(np.zeros_like, parameters)
 
     @jax.jit
-    def step(parameters: dict, moments: list, number: jax.Array, start: jax.Array) -> tuple:
-        tokens = (start[:, None] + jnp.arange(CONTEXT + 1)) % VOCABULARY
+    def step(parameters: dict, momentum: dict, tokens: jax.Array) -> tuple:
         value, gradient = jax.value_and_grad(lambda p: loss(mhc, p, tokens))(parameters)
-        mean = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, moments[0], gradient)
-        square = jax.tree.map(lambda s, g: 0.99 * s + 0.01 * g * g, moments[1], gradient)
-        mean_scale, square_scale = 1 / (1 - 0.9**number), 1 / (1 - 0.99**number)
-        parameters = jax.tree.map(
-            lambda p, m, s: p - rate * m * mean_scale / (jnp.sqrt(s * square_scale) + 1e-8), parameters, mean, square
-        )
-        return value, parameters, [mean, square]
+        momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, gradient)
+        return value, jax.tree.map(lambda p, m: p - rate * m, parameters, momentum), momentum
 
     losses = []
-    for number in range(1, steps + 1):
-        start = jax.random.randint(jax.random.key(number), (BATCH,), 0, VOCABULARY)
-        value, parameters, moments = step(parameters, moments, jnp.float32(number), start)
+    for _ in range(steps):
+        tokens = (random.integers(VOCABULARY, size=(BATCH, 1)) + np.arange(CONTEXT + 1)) % VOCABULARY
+        value, parameters, momentum = step(parameters, momentum, tokens)
         losses.append(float(value))
     return losses
 
