@@ -274,3 +274,18 @@ def test_a_word_to_nvcc_is_passed_over(run) -> None:
     values, copied = torch.randn(40), torch.full((40,), torch.nan)
     run(copy, values=values, copied=copied)
     assert torch.equal(copied, values)
+
+
+def test_names_of_the_grid_loop(run) -> None:
+    """Tensors and a loop named like what the C++ declares for its grid. Catches one that hides the other."""
+
+    @T.prim_func
+    def twice(block: T.Tensor[(40,), T.float32], blocks: T.Tensor[(40,), T.float32]):
+        with T.Kernel(T.ceildiv(40, 16), threads=32) as tile:
+            for threads in T.Parallel(16):
+                if tile * 16 + threads < 40:
+                    blocks[tile * 16 + threads] = 2.0 * block[tile * 16 + threads]
+
+    values, doubled = torch.randn(40), torch.full((40,), torch.nan)
+    run(twice, block=values, blocks=doubled)
+    assert torch.equal(doubled, 2 * values)

@@ -53,6 +53,8 @@ CALLS = {
 
 BITWISE = {"tirx.bitwise_and": "&", "tirx.shift_right": ">>", "tirx.shift_left": "<<"}
 
+RESERVED = {"block", "blocks", "threads"}  # what `emit` itself declares: a kernel's variable of that name would hide it
+
 MAX_STACK_BYTES = 1 << 19  # OpenMP threads have 2 MiB or more by default
 
 
@@ -89,7 +91,7 @@ class Emitter:
         return self.names[var]
 
     def fresh(self, wanted: str) -> str:
-        taken = set(self.names.values()) | {array.name for array in self.arrays.values()}
+        taken = RESERVED | set(self.names.values()) | {array.name for array in self.arrays.values()}
         wanted, number = wanted.strip("_") or "v", 0
         while (candidate := wanted if not number else f"{wanted}_{number}") in taken:
             number += 1
