@@ -20,7 +20,7 @@ moves no bit.
 **One chunk a pass.** A block has a tile of tokens and walks over chunks of channels. The n streams of a chunk are mixed
 a few tokens at a time, in registers; the results stay in shared memory as operands of the product, stream after
 stream. phi is split into its halves where it is loaded (`projection` has a launch for that), the next stream's while
-this one is multiplied. A CPU multiplies float32: there the rounded tile is widened once a stream.
+this one is multiplied. A CPU multiplies float32: there the rounded tile is widened once a stream, and squared with it.
 
 Backward: `boundary_backward`.
 """
@@ -69,6 +69,18 @@ def aggregate(input_rows, rounded, h_pre, first_token):
             input_rows[r, c] = T.ieee_fmaf(
                 h_pre[T.min(first_token + r, num_tokens - 1), j], T.cast(rounded[j][r, c], T.float32), input_rows[r, c]
             )
+
+
+@T.macro
+def widen(next_tile, squares, rounded, first_row):
+    """A CPU's operand: next_tile[first_row + r] = rounded[r], as float32. The squares are added in the same pass."""
+    rows, channels = rounded.shape
+    for r in T.serial(rows):
+        for group in T.serial(channels // LANES):
+            for lane in T.Parallel(LANES):
+                value = T.cast(rounded[r, group * LANES + lane], T.float32)
+                next_tile[first_row + r, group * LANES + lane] = value
+                squares[first_row + r, lane] = T.ieee_fmaf(value, value, squares[first_row + r, lane])
 
 
 @T.macro
@@ -150,6 +162,8 @@ def post_project_kernel(
                 first = chunk * channels
                 if projection.split:
                     T.copy(phi[0 : projection.rows, 0, first : first + channels], phi_rows)
+                else:
+                    clear(sums)
                 for step in T.unroll(tokens // rows, unroll_factor=1):
                     row = first_token + step * rows
                     for i in streams:
@@ -160,11 +174,15 @@ def post_project_kernel(
                         for values, j in zip(next_rows, group_streams, strict=True):
                             T.copy(values, rounded[j])
                             T.copy(rounded[j], x_next[row : row + rows, j, first : first + channels])
-                            T.copy(rounded[j], next_tiles[j][step * rows : (step + 1) * rows, 0:channels])
+                            if projection.split:
+                                T.copy(rounded[j], next_tiles[j][step * rows : (step + 1) * rows, 0:channels])
+                            else:
+                                widen(next_tiles[j], squares, rounded[j], step * rows)
                     if aggregated:
                         aggregate(input_rows, rounded, h_pre, row)
                         T.copy(input_rows, layer_input[row : row + rows, first : first + channels])
-                clear(sums)
+                if projection.split:
+                    clear(sums)
                 for j in streams:
                     if projection.split:
                         store_halves(phi_tile, phi_rows, phi_high, phi_low, projection)
@@ -172,7 +190,8 @@ def post_project_kernel(
                             T.copy(phi[0 : projection.rows, j + 1, first : first + channels], phi_rows)
                     else:
                         T.copy(phi[0 : projection.rows, j, first : first + channels], phi_tile)
-                    accumulate_squares(squares, next_tiles[j], tokens, channels)
+                    if projection.split:
+                        accumulate_squares(squares, next_tiles[j], tokens, channels)
                     accumulate_dots(dots, next_tiles[j], phi_tile, projection, tile_dtype)
                 close_chunk(partial, chunk, first_token, sums, group, total, projection, hidden_size)
             if num_slabs == 1:
