@@ -174,12 +174,16 @@ def boundary_backward_kernel(
                 for j in streams:
                     if outside:  # in flight during the product; all streams at once would spill
                         T.copy(g_x_next[row : row + tokens, j, first : first + channels], g_next_rows)
-                    T.clear(product_acc)
-                    multiply(product_acc, g_high, g_low, phi_high[j], phi_low[j], plan, False, True)
-                    if len(rounded) == 1:
-                        T.copy(next_tiles[j], rounded[0])
-                    T.copy(product_acc, product_tiles[j % 2])
-                    T.copy(product_tiles[j % 2], g_rows[j])
+                    if plan.split:
+                        T.clear(product_acc)
+                        multiply(product_acc, g_high, g_low, phi_high[j], phi_low[j], plan, False, True)
+                        if len(rounded) == 1:
+                            T.copy(next_tiles[j], rounded[0])
+                        T.copy(product_acc, product_tiles[j % 2])
+                        T.copy(product_tiles[j % 2], g_rows[j])
+                    else:  # a CPU has one layout
+                        T.clear(g_rows[j])
+                        multiply(g_rows[j], g_high, g_low, phi_high[j], phi_low[j], plan, False, True)
                     for t, c in T.Parallel(tokens, channels):
                         token = T.min(row + t, num_tokens - 1)
                         x_next = T.cast(rounded[j % len(rounded)][t, c], T.float32)
