@@ -10,7 +10,7 @@
     recompute, blocks   what a stream need not keep for its backward; `saved` counts what it does
     overlap, pipeline              merging a write on a CUDA stream of its own; what crosses between stages
     spec       the sizes and constants
-    ops        the functions; they check with `arguments` and call `operators`
+    ops        the functions; they check with `arguments` and `ops_arguments` and call `operators`
     operators  what autograd and torch.compile see; they run kernels through `launch` and `launch_backward`
     compile    (kernel family, sizes, target) -> a `kernel`, something to call
     cpu, cuda  the targets; both start from the TIR that `tracing` gets

@@ -19,12 +19,20 @@ from __future__ import annotations
 import torch
 
 from . import operators
-from .arguments import STREAM_DTYPES, Arguments, check_eps, check_spec, check_streams, sizes_of
+from .arguments import STREAM_DTYPES, Arguments, check_streams, sizes_of
 from .operators import sharding
+from .ops_arguments import (
+    LAYER_NORM_EPS,
+    check_buffers,
+    check_delayed,
+    check_layer_norm,
+    check_mixed,
+    check_projected,
+    constants,
+)
 from .spec import MHCSpec
 
 Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-LAYER_NORM_EPS = 1e-6
 
 
 def expand(h: torch.Tensor, num_streams: int, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -128,14 +136,14 @@ def coefficients(
         h_pre [..., n], h_post [..., n], h_res [..., n, n], float32. `h_res[j, i]` is the weight of input
         stream i in output stream j.
     """
-    arguments, phi = _check_projected("coefficients", x, phi, alpha, bias, spec, norm_weight)
+    arguments, phi = check_projected("coefficients", x, phi, alpha, bias, spec, norm_weight)
     if out is None:
-        h_pre, h_post, h_res, _ = operators.coefficients.coefficients(x, phi, alpha, bias, *_constants(spec))
+        h_pre, h_post, h_res, _ = operators.coefficients.coefficients(x, phi, alpha, bias, *constants(spec))
         return h_pre, h_post, h_res
     n = spec.num_streams
-    h_pre, h_post, h_res = _check_buffers(arguments, out, (torch.float32,) * 3, h_pre=(n,), h_post=(n,), h_res=(n, n))
+    h_pre, h_post, h_res = check_buffers(arguments, out, (torch.float32,) * 3, h_pre=(n,), h_post=(n,), h_res=(n, n))
     operators.coefficients.coefficients_out(
-        x, phi, alpha, bias, *_constants(spec), h_pre=h_pre, h_post=h_post, h_res=h_res
+        x, phi, alpha, bias, *constants(spec), h_pre=h_pre, h_post=h_post, h_res=h_res
     )
     return h_pre, h_post, h_res
 
@@ -170,18 +178,18 @@ def pre(
         delayed form also the sublayer's own h_pre [..., n], for the sublayer after it.
     """
     function = "pre"
-    arguments, phi = _check_projected(function, x, phi, alpha, bias, spec, norm_weight)
+    arguments, phi = check_projected(function, x, phi, alpha, bias, spec, norm_weight)
     n, hidden_size = spec.num_streams, spec.hidden_size
-    _check_delayed(arguments, h_pre, spec)
-    eps = _check_layer_norm(arguments, layer_norm_weight, layer_norm_eps, spec, x.dtype)
-    inputs = (x, phi, alpha, bias, h_pre, layer_norm_weight, *_constants(spec), eps)
+    check_delayed(arguments, h_pre, spec)
+    eps = check_layer_norm(arguments, layer_norm_weight, layer_norm_eps, spec, x.dtype)
+    inputs = (x, phi, alpha, bias, h_pre, layer_norm_weight, *constants(spec), eps)
     if out is None:
         *results, next_pre, _ = operators.pre.pre(*inputs)
         return tuple(results) if h_pre is None else (*results, next_pre)
     shapes = {"layer_input": (hidden_size,), "h_post": (n,), "h_res": (n, n)}
     if h_pre is not None:
         shapes["h_pre"] = (n,)
-    buffers = _check_buffers(arguments, out, (x.dtype, *(torch.float32,) * 3), **shapes)
+    buffers = check_buffers(arguments, out, (x.dtype, *(torch.float32,) * 3), **shapes)
     named = dict(zip(("layer_input", "h_post", "h_res", "next_pre"), buffers, strict=False))
     operators.pre.pre_out(*inputs, **named)
     return buffers
@@ -230,10 +238,7 @@ def post(
     check_streams("post", "x", num_streams)
     arguments = Arguments("post")
     arguments.tensor("x", x, (num_streams, hidden_size), STREAM_DTYPES, batched=True)
-    layer_dtypes = STREAM_DTYPES if x.dtype == torch.float32 else (x.dtype,)
-    arguments.tensor("layer_output", layer_output, (hidden_size,), layer_dtypes, batched=True)
-    arguments.tensor("h_post", h_post, (num_streams,), batched=True)
-    arguments.tensor("h_res", h_res, (num_streams, num_streams), batched=True)
+    check_mixed(arguments, x, layer_output, h_post, h_res)
     if out is None:
         return operators.post.post(x, layer_output, h_post, h_res)
     arguments.buffer("out", out, (num_streams, hidden_size), x.dtype)
@@ -280,22 +285,19 @@ def post_pre(
         that begins, float32. In the delayed form also its h_pre [..., n], for the boundary after it.
     """
     function = "post_pre"
-    arguments, phi = _check_projected(function, x, phi, alpha, bias, spec, norm_weight)
+    arguments, phi = check_projected(function, x, phi, alpha, bias, spec, norm_weight)
     n, hidden_size = spec.num_streams, spec.hidden_size
-    layer_dtypes = STREAM_DTYPES if x.dtype == torch.float32 else (x.dtype,)
-    arguments.tensor("layer_output", layer_output, (hidden_size,), layer_dtypes, batched=True)
-    arguments.tensor("h_post", h_post, (n,), batched=True)
-    arguments.tensor("h_res", h_res, (n, n), batched=True)
-    _check_delayed(arguments, h_pre, spec)
-    eps = _check_layer_norm(arguments, layer_norm_weight, layer_norm_eps, spec, x.dtype)
-    inputs = (x, layer_output, h_post, h_res, phi, alpha, bias, h_pre, layer_norm_weight, *_constants(spec), eps)
+    check_mixed(arguments, x, layer_output, h_post, h_res)
+    check_delayed(arguments, h_pre, spec)
+    eps = check_layer_norm(arguments, layer_norm_weight, layer_norm_eps, spec, x.dtype)
+    inputs = (x, layer_output, h_post, h_res, phi, alpha, bias, h_pre, layer_norm_weight, *constants(spec), eps)
     if out is None:
         *results, next_pre, _ = operators.boundary.post_pre(*inputs)
         return tuple(results) if h_pre is None else (*results, next_pre)
     shapes = {"x_next": (n, hidden_size), "layer_input": (hidden_size,), "h_post": (n,), "h_res": (n, n)}
     if h_pre is not None:
         shapes["h_pre"] = (n,)
-    buffers = _check_buffers(arguments, out, (x.dtype, x.dtype, *(torch.float32,) * 3), **shapes)
+    buffers = check_buffers(arguments, out, (x.dtype, x.dtype, *(torch.float32,) * 3), **shapes)
     named = dict(zip(("x_next", "layer_input", "next_post", "next_res", "next_pre"), buffers, strict=False))
     operators.boundary.post_pre_out(*inputs, **named)
     return buffers
@@ -322,7 +324,7 @@ def head(
     Returns:
         [..., C] in x's dtype: Σ_i h_pre[i] · x[i] with h_pre = sigmoid(alpha · s · x·phi + bias) + pre_eps.
     """
-    arguments, phi = _check_projected("head", x, phi, alpha, bias, spec, norm_weight, head=True)
+    arguments, phi = check_projected("head", x, phi, alpha, bias, spec, norm_weight, head=True)
     if out is None:
         return operators.head.head(x, phi, alpha, bias, spec.pre_eps, spec.rms_eps)[0]
     arguments.buffer("out", out, (spec.hidden_size,), x.dtype)
@@ -356,14 +358,14 @@ def expand_pre(
     Returns:
         x [..., n, C] and layer_input [..., C] in h's dtype; h_post [..., n] and h_res [..., n, n], float32.
     """
-    arguments, phi = _check_projected("expand_pre", h, phi, alpha, bias, spec, norm_weight, expanded=False)
+    arguments, phi = check_projected("expand_pre", h, phi, alpha, bias, spec, norm_weight, expanded=False)
     n, hidden_size = spec.num_streams, spec.hidden_size
-    inputs = (h, phi, alpha, bias, *_constants(spec))
+    inputs = (h, phi, alpha, bias, *constants(spec))
     if out is None:
         x, layer_input, h_post, h_res, *_ = operators.expand_pre.expand_pre(*inputs)
         return x, layer_input, h_post, h_res
     shapes = {"x": (n, hidden_size), "layer_input": (hidden_size,), "h_post": (n,), "h_res": (n, n)}
-    buffers = _check_buffers(arguments, out, (h.dtype, h.dtype, torch.float32, torch.float32), **shapes)
+    buffers = check_buffers(arguments, out, (h.dtype, h.dtype, torch.float32, torch.float32), **shapes)
     operators.expand_pre.expand_pre_out(*inputs, **dict(zip(shapes, buffers, strict=True)))
     x, layer_input, h_post, h_res = buffers
     return x, layer_input, h_post, h_res
@@ -399,95 +401,15 @@ def post_head(
     Returns:
         x_next [..., n, C] and the head's output [..., C], in x's dtype.
     """
-    arguments, phi = _check_projected("post_head", x, phi, alpha, bias, spec, norm_weight, head=True)
+    arguments, phi = check_projected("post_head", x, phi, alpha, bias, spec, norm_weight, head=True)
     n, hidden_size = spec.num_streams, spec.hidden_size
-    layer_dtypes = STREAM_DTYPES if x.dtype == torch.float32 else (x.dtype,)
-    arguments.tensor("layer_output", layer_output, (hidden_size,), layer_dtypes, batched=True)
-    arguments.tensor("h_post", h_post, (n,), batched=True)
-    arguments.tensor("h_res", h_res, (n, n), batched=True)
+    check_mixed(arguments, x, layer_output, h_post, h_res)
     inputs = (x, layer_output, h_post, h_res, phi, alpha, bias, spec.pre_eps, spec.rms_eps)
     if out is None:
         x_next, output, *_ = operators.post_head.post_head(*inputs)
         return x_next, output
     shapes = {"x_next": (n, hidden_size), "output": (hidden_size,)}
-    buffers = _check_buffers(arguments, out, (x.dtype, x.dtype), **shapes)
+    buffers = check_buffers(arguments, out, (x.dtype, x.dtype), **shapes)
     operators.post_head.post_head_out(*inputs, **dict(zip(shapes, buffers, strict=True)))
     x_next, output = buffers
     return x_next, output
-
-
-def _check_projected(
-    function: str,
-    x: torch.Tensor,
-    phi: torch.Tensor,
-    alpha: torch.Tensor,
-    bias: torch.Tensor,
-    spec: MHCSpec,
-    norm_weight: torch.Tensor | None,
-    head: bool = False,
-    expanded: bool = True,
-) -> tuple[Arguments, torch.Tensor]:
-    """Check the arguments of a function that projects; return phi with norm_weight multiplied into it.
-
-    x is the h of streams that are not `expanded` yet.
-    """
-    check_spec(function, spec)
-    rows, groups = (spec.num_streams, 1) if head else (spec.num_coefficients, 3)
-    arguments = Arguments(function)
-    if expanded:
-        arguments.tensor("x", x, (spec.num_streams, spec.hidden_size), STREAM_DTYPES, batched=True)
-    else:
-        arguments.tensor("h", x, (spec.hidden_size,), STREAM_DTYPES, batched=True)
-    arguments.tensor("phi", phi, (rows, spec.stream_size))
-    arguments.tensor("alpha", alpha, (groups,))
-    arguments.tensor("bias", bias, (rows,))
-    if norm_weight is not None:
-        arguments.tensor("norm_weight", norm_weight, (spec.stream_size,))
-        phi = phi * norm_weight
-    return arguments, phi
-
-
-def _check_delayed(arguments: Arguments, h_pre: torch.Tensor | None, spec: MHCSpec) -> None:
-    """Check the h_pre of the delayed form; it may be absent unless the spec says otherwise."""
-    if h_pre is not None:
-        arguments.tensor("h_pre", h_pre, (spec.num_streams,), batched=True)
-    elif spec.delayed_pre:
-        raise ValueError(
-            f"{arguments.function}: h_pre: expected that of the sublayer before, as the spec has delayed_pre, got None "
-            "(a first sublayer's is first_pre(x))"
-        )
-
-
-def _check_layer_norm(
-    arguments: Arguments, weight: torch.Tensor | None, eps: float, spec: MHCSpec, dtype: torch.dtype
-) -> float:
-    """Check the norm of a layer's input; an eps of its own without a weight would be ignored, so it is refused."""
-    eps = check_eps(arguments.function, "layer_norm_eps", eps)
-    if weight is not None:
-        dtypes = tuple(dict.fromkeys((torch.float32, dtype)))
-        arguments.tensor("layer_norm_weight", weight, (spec.hidden_size,), dtypes)
-    elif eps != LAYER_NORM_EPS:
-        raise ValueError(
-            f"{arguments.function}: layer_norm_eps: expected a layer_norm_weight beside it, got {eps} alone"
-        )
-    return eps
-
-
-def _check_buffers(
-    arguments: Arguments,
-    out: tuple[torch.Tensor, ...],
-    dtypes: tuple[torch.dtype, ...],
-    **trailing: tuple[int, ...],
-) -> tuple[torch.Tensor, ...]:
-    """Check a tuple of buffers against the names and trailing shapes of the results, and their dtypes."""
-    if not isinstance(out, (tuple, list)) or len(out) != len(trailing):
-        got = f"{len(out)} of them" if isinstance(out, (tuple, list)) else type(out).__name__
-        raise TypeError(f"{arguments.function}: out: expected a tuple of {', '.join(trailing)}, got {got}")
-    for k, (name, shape) in enumerate(trailing.items()):
-        arguments.buffer(f"out[{k}] ({name})", out[k], shape, dtypes[k])
-    return tuple(out)
-
-
-def _constants(spec: MHCSpec) -> tuple[int, float, float, float, float]:
-    """A spec as an operator takes it; the sizes are those of its tensors."""
-    return spec.sinkhorn_iters, spec.sinkhorn_eps, spec.pre_eps, spec.rms_eps, spec.post_scale

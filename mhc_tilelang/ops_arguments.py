@@ -1,0 +1,101 @@
+"""What the public functions check of more than one argument: what is projected, mixed, normalised, written into.
+
+`ops` calls these; `arguments` checks a tensor at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .arguments import STREAM_DTYPES, Arguments, check_eps, check_spec
+from .spec import MHCSpec
+
+LAYER_NORM_EPS = 1e-6
+
+
+def check_projected(
+    function: str,
+    x: torch.Tensor,
+    phi: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    spec: MHCSpec,
+    norm_weight: torch.Tensor | None,
+    head: bool = False,
+    expanded: bool = True,
+) -> tuple[Arguments, torch.Tensor]:
+    """Check the arguments of a function that projects; return phi with norm_weight multiplied into it.
+
+    x is the h of streams that are not `expanded` yet.
+    """
+    check_spec(function, spec)
+    rows, groups = (spec.num_streams, 1) if head else (spec.num_coefficients, 3)
+    arguments = Arguments(function)
+    if expanded:
+        arguments.tensor("x", x, (spec.num_streams, spec.hidden_size), STREAM_DTYPES, batched=True)
+    else:
+        arguments.tensor("h", x, (spec.hidden_size,), STREAM_DTYPES, batched=True)
+    arguments.tensor("phi", phi, (rows, spec.stream_size))
+    arguments.tensor("alpha", alpha, (groups,))
+    arguments.tensor("bias", bias, (rows,))
+    if norm_weight is not None:
+        arguments.tensor("norm_weight", norm_weight, (spec.stream_size,))
+        phi = phi * norm_weight
+    return arguments, phi
+
+
+def check_mixed(
+    arguments: Arguments, x: torch.Tensor, layer_output: torch.Tensor, h_post: torch.Tensor, h_res: torch.Tensor
+) -> None:
+    """Check what `post` mixes with a stream x that is checked already."""
+    n, hidden_size = x.shape[-2:]
+    layer_dtypes = STREAM_DTYPES if x.dtype == torch.float32 else (x.dtype,)
+    arguments.tensor("layer_output", layer_output, (hidden_size,), layer_dtypes, batched=True)
+    arguments.tensor("h_post", h_post, (n,), batched=True)
+    arguments.tensor("h_res", h_res, (n, n), batched=True)
+
+
+def check_delayed(arguments: Arguments, h_pre: torch.Tensor | None, spec: MHCSpec) -> None:
+    """Check the h_pre of the delayed form; it may be absent unless the spec says otherwise."""
+    if h_pre is not None:
+        arguments.tensor("h_pre", h_pre, (spec.num_streams,), batched=True)
+    elif spec.delayed_pre:
+        raise ValueError(
+            f"{arguments.function}: h_pre: expected that of the sublayer before, as the spec has delayed_pre, got None "
+            "(a first sublayer's is first_pre(x))"
+        )
+
+
+def check_layer_norm(
+    arguments: Arguments, weight: torch.Tensor | None, eps: float, spec: MHCSpec, dtype: torch.dtype
+) -> float:
+    """Check the norm of a layer's input; an eps of its own without a weight would be ignored, so it is refused."""
+    eps = check_eps(arguments.function, "layer_norm_eps", eps)
+    if weight is not None:
+        dtypes = tuple(dict.fromkeys((torch.float32, dtype)))
+        arguments.tensor("layer_norm_weight", weight, (spec.hidden_size,), dtypes)
+    elif eps != LAYER_NORM_EPS:
+        raise ValueError(
+            f"{arguments.function}: layer_norm_eps: expected a layer_norm_weight beside it, got {eps} alone"
+        )
+    return eps
+
+
+def check_buffers(
+    arguments: Arguments,
+    out: tuple[torch.Tensor, ...],
+    dtypes: tuple[torch.dtype, ...],
+    **trailing: tuple[int, ...],
+) -> tuple[torch.Tensor, ...]:
+    """Check a tuple of buffers against the names and trailing shapes of the results, and their dtypes."""
+    if not isinstance(out, (tuple, list)) or len(out) != len(trailing):
+        got = f"{len(out)} of them" if isinstance(out, (tuple, list)) else type(out).__name__
+        raise TypeError(f"{arguments.function}: out: expected a tuple of {', '.join(trailing)}, got {got}")
+    for k, (name, shape) in enumerate(trailing.items()):
+        arguments.buffer(f"out[{k}] ({name})", out[k], shape, dtypes[k])
+    return tuple(out)
+
+
+def constants(spec: MHCSpec) -> tuple[int, float, float, float, float]:
+    """A spec as an operator takes it; the sizes are those of its tensors."""
+    return spec.sinkhorn_iters, spec.sinkhorn_eps, spec.pre_eps, spec.rms_eps, spec.post_scale
