@@ -119,6 +119,8 @@ def small_bytes(case: Case, plan: ProjectionPlan, num_slabs: int) -> int:
         return ((3 * rows + 2) * tokens + 2 * (3 + rows) + token_sums) * FLOAT32
     if case.kernel in (POST_PRE, POST_PRE_DELAYED):  # h_pre, h_post, h_res and phi, then what `coefficients` moves
         read = (2 * n + n * n) * tokens + rows * n * case.shape.hidden_size
+        if case.kernel == POST_PRE and plan.split:  # on a GPU two of the mappings are made by the aggregation's launch
+            read += (n + n * n) * tokens
         return read * FLOAT32 + partial + small_bytes(Case("coefficients", case.shape), plan, num_slabs)
     if case.kernel == POST_PRE_BACKWARD:
         return boundary_backward_bytes(case, plan)

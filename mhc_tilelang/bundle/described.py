@@ -76,7 +76,8 @@ def name_of(family: str, parameters: dict[str, Any], common: dict[str, Any]) -> 
     parts = [family]
     for name, value in parameters.items():
         if name == "plan":
-            parts.append(f"rows{getattr(value, 'projection', value).rows}")
+            projection = getattr(value, "projection", value)
+            parts += [f"rows{projection.rows}"] if hasattr(projection, "rows") else []
         elif name == "lanes":
             parts.append(f"lanes{value}")
         elif name == "layer_dtype" and value != parameters["dtype"]:
