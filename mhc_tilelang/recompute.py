@@ -19,7 +19,8 @@ exception. A handle owns its block, which holds no node of the graph: what the g
 
 What is kept after all: an input that its layer changed in place; one that the layer saved for more than its output, as
 for an auxiliary loss; that of a checkpointed layer, which needs it to run again; one that is held by other code; one
-that a connection normalised whose weights FSDP2 shards. No value depends on any of it.
+that a connection normalised whose weights FSDP2 shards; what a hook of a connection or a head has replaced, and what
+was read or merged from what a hook has replaced. No value depends on any of it.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ COMPILED = (
 # in some way that is not known here.
 EXPANDS = "expand_preBackward"
 READS = {EXPANDS: 6, "preBackward": 8, "post_preBackward": 12}
+GIVEN = {EXPANDS: (), "preBackward": (4, 5), "post_preBackward": (7, 8)}  # where an h_pre and the norm's weight are
+MERGES = ("postBackward", "post_preBackward", "post_headBackward")  # x and what is mixed with it come first
+HOOKED = "BackwardHookFunctionBackward"  # a module's full backward hooks: views of its results
 
 
 def recompute_length(num_sublayers: int, num_streams: int = 4) -> int:
@@ -122,20 +126,21 @@ class Recorder:
             reading, own_pre = _own_pre_of(layer_input, self._since)
             if self._block is None or self._sublayer == self._length or not self._stands_at(x):
                 self._block, self._sublayer = Block(Watched(x), self._workspace), 0
-            self._x = Watched(x)
-            self._block.h_pre[self._sublayer] = Watched(own_pre if given_pre is None else given_pre)
+            weight: Any = connection.layer_norm_weight
+            # A sharded weight is so again by now, and still so when its layer asks for the input.
+            is_plain = weight is None or type(weight) in PLAIN
+            can_be_made = is_plain and _is_read_from(layer_input, x, given_pre, weight)
+            self._x, self._input = Watched(x), None
             self._register(layer_input)
-            self._input = Watched(layer_input)
-            if reading == EXPANDS:
-                self._block.makers[self._sublayer] = _of_equal_streams
-            if connection.layer_norm_eps is not None:
-                weight: Any = connection.layer_norm_weight
-                if type(weight) in PLAIN:  # C numbers, as they are now
+            if can_be_made:
+                self._input = Watched(layer_input)
+                self._block.h_pre[self._sublayer] = Watched(own_pre if given_pre is None else given_pre)
+                if reading == EXPANDS:
+                    self._block.makers[self._sublayer] = _of_equal_streams
+                if connection.layer_norm_eps is not None:  # C numbers, as they are now
                     self._block.makers[self._sublayer] = partial(
                         launch_norm.pre_norm, weight=weight.detach().clone(), eps=connection.layer_norm_eps
                     )
-                else:  # sharded again by now, and still so when its layer asks for the input
-                    self._input = None
         else:
             self._block = self._x = None
         self._since = sequence_number()
@@ -148,7 +153,8 @@ class Recorder:
 
     def merged(self, x: torch.Tensor, mixed: Iterable[torch.Tensor], x_next: torch.Tensor) -> None:
         """A layer's output, h_post and h_res were `mixed` with x, which made x_next."""
-        if self._block is None or not x_next.requires_grad or not self._stands_at(x):
+        mixed = tuple(mixed)
+        if self._block is None or not self._stands_at(x) or not _is_merged_from(x_next, x, *mixed):
             self._block = self._x = None
             return
         self._register(x_next)
@@ -197,6 +203,40 @@ def _own_pre_of(layer_input: torch.Tensor, since: int) -> tuple[str, torch.Tenso
             tensor: torch.Tensor = h_pre.data
             return node.name(), tensor
     raise RuntimeError(COMPILED)
+
+
+def _maker(result: torch.Tensor) -> Any:
+    """The node that a result comes from as it is, not counting a module's backward hooks; None if it was changed."""
+    node, place = result.grad_fn, result.output_nr
+    while node is not None and node.name() == HOOKED:
+        node, place = node.next_functions[place]
+    return None if node is None or result._version else node
+
+
+def _is_merged_from(x_next: torch.Tensor, *mixed: torch.Tensor) -> bool:
+    """Whether an operator made x_next of these: hooks of a module can replace what it takes, and what it gives."""
+    node = _maker(x_next)
+    return node is not None and node.name() in MERGES and _saved_these(node._raw_saved_tensors, mixed)
+
+
+def _is_read_from(layer_input: torch.Tensor, x: torch.Tensor, *given: torch.Tensor | None) -> bool:
+    """Whether an operator made the layer's input of the stream x and what was given: an h_pre, and a norm's weight."""
+    node: Any = _maker(layer_input)
+    if node is None or node.name() not in READS:
+        return False
+    saved = node._raw_saved_tensors
+    # Only `pre` is given the stream, the others make it.
+    has_x = _saved_these(saved, (x,)) if node.name() == "preBackward" else _maker(x) is node
+    places = GIVEN[node.name()]
+    return has_x and _saved_these([saved[place] for place in places], given[: len(places)])
+
+
+def _saved_these(saved: Iterable[Any], tensors: Iterable[torch.Tensor | None]) -> bool:
+    """Whether the first of what a node saved are these tensors, lying where they do."""
+    return all(
+        one.data is None if tensor is None else is_untouched(one) and one.data.data_ptr() == tensor.data_ptr()
+        for one, tensor in zip(saved, tensors, strict=False)
+    )
 
 
 def _of_equal_streams(x: torch.Tensor, h_pre: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ Would catch: a stream or layer input that is made again wrong, or kept, because 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from inspect import signature
 
 import pytest
 import torch
@@ -50,6 +51,67 @@ def test_autocast():
 
     model = Model(make_layer=Mixed)
     assert_same(model, normal(*TOKENS, C), 4, run)
+
+
+def replace_input(_module, _args, results):
+    return tuple(one * 2 if one.shape == (*TOKENS, C) else one for one in results)
+
+
+def change_input(_module, _args, results):
+    with torch.no_grad():
+        next(one for one in results if one.shape == (*TOKENS, C)).mul_(2)
+
+
+def replace_stream(_module, _args, results):
+    return tuple(one * 1.5 if one.shape == WIDE else one for one in results)
+
+
+def replace_what_is_read(_module, args):
+    return args[0] * 1.5, *args[1:]
+
+
+def replace_what_was_written(_module, args):
+    return tuple(one * 1.5 if one.shape == (*TOKENS, C) and len(args) > 1 else one for one in args)
+
+
+def replace_given_pre(_module, args):
+    return *args[:-1], args[-1] * 1.5
+
+
+@pytest.mark.parametrize(
+    ("hook", "delayed"),
+    [
+        (replace_input, False),
+        (change_input, False),
+        (replace_stream, False),
+        (replace_what_is_read, False),
+        (replace_what_was_written, False),
+        pytest.param(replace_input, True, marks=pytest.mark.full),
+        pytest.param(replace_given_pre, True, marks=pytest.mark.full),
+    ],
+)
+@pytest.mark.parametrize("looks", [False, True])
+def test_hooks_of_connections_may_replace_what_goes_through(hook, delayed, looks):
+    """What a hook has replaced is no operator's result, or not of the stream, and is not made again as if it were.
+
+    In fused boundaries, and with looks at the stream, which part them. Would catch gradients of values that no layer
+    was given.
+    """
+    model = Model(delayed=delayed)
+    model.look = (lambda stream, _: stream.x) if looks else None
+    for connection in model.connections[1:]:  # the first has no other stream, h_pre or write
+        add = connection.register_forward_hook if len(signature(hook).parameters) == 3 else None
+        (add or connection.register_forward_pre_hook)(hook)
+    assert_same(model, normal(*TOKENS, C))
+
+
+def test_backward_hooks_of_connections():
+    """They make views of what goes through, which is made again as ever."""
+    model, h = Model(), normal(*TOKENS, C)
+    for connection in model.connections:
+        connection.register_full_backward_hook(lambda *_: None)
+    assert_same(model, h)
+    assert saved(model, h.requires_grad_(), None) - saved(model, h, 3) == 4 * 10 * C * ((DEPTH - 3) * 4 + DEPTH)
 
 
 @pytest.mark.parametrize("sublayer", [0, 1, 2, 3])
