@@ -152,9 +152,10 @@ class ResidualStream:
         self._delayed = is_delayed(connection)
         read: Any = connection  # which takes more than x where it is HyperConnection, or delayed
         if self._can_fuse(connection):
-            _, layer_output, written = self._take_waiting_write()
+            _, layer_output, written = self._waiting_write()
             x, given_pre = self._x, self._given_pre()
             self._x, layer_input, *mappings = read(x, layer_output, *written, *given_pre)
+            self._reader = self._layer_output = None
             if self._recorder:
                 self._recorder.merged(x, (layer_output, *written), self._x)
         elif self._reads_embedding(connection):
@@ -212,10 +213,11 @@ class ResidualStream:
         check_reduction(reduction, self._kind, self._sizes())
         if isinstance(reduction, HyperHead):
             if self._can_fuse(reduction):
-                _, layer_output, written = self._take_waiting_write()
+                _, layer_output, written = self._waiting_write()
                 boundary: Any = reduction
                 x = self._x
                 self._x, output = boundary(x, layer_output, *written)
+                self._reader = self._layer_output = None
                 if self._recorder:
                     self._recorder.merged(x, (layer_output, *written), self._x)
             else:
@@ -245,12 +247,13 @@ class ResidualStream:
             self._x = in_modes(self._given[1:], ops.expand, self._embedding(), self._num_streams)
             self._is_expanded = True
         if self._has_waiting_write():
-            connection, layer_output, mappings = self._take_waiting_write()
+            connection, layer_output, mappings = self._waiting_write()
             x = self._x
             if self._side is not None and self._merged_early is not None:
                 self._x, self._merged_early = self._side.wait_for(self._merged_early), None
             else:
                 self._x = in_modes(self._written[1:], connection.merge, x, layer_output, *mappings)
+            self._reader = self._layer_output = None
             if self._recorder:
                 self._recorder.merged(x, (layer_output, *mappings), self._x)
 
@@ -289,8 +292,8 @@ class ResidualStream:
     def _has_waiting_write(self) -> bool:
         return self._reader is not None and self._layer_output is not None
 
-    def _take_waiting_write(self) -> tuple[Connection, torch.Tensor, tuple[torch.Tensor, ...]]:
-        """The connection that read, the layer's output, the mappings; nothing waits any more."""
+    def _waiting_write(self) -> tuple[Connection, torch.Tensor, tuple[torch.Tensor, ...]]:
+        """The connection that read, the layer's output, the mappings. They wait until merged, whatever fails before."""
         assert self._reader is not None
         assert self._layer_output is not None
         (connection, mappings), layer_output = self._reader, self._layer_output
@@ -299,7 +302,6 @@ class ResidualStream:
                 "ResidualStream: layer_output: expected it as it was written, got one that was changed in place since; "
                 "write a clone, or change it after the next read or reduce"
             )
-        self._reader = self._layer_output = None
         return connection, layer_output, mappings
 
     def _sizes(self) -> tuple[int, int]:

@@ -93,6 +93,19 @@ def test_strided_layer_outputs_are_refused_at_once(kind: str) -> None:
     assert stream.reduce().shape == h.shape
 
 
+def test_what_fails_leaves_the_write_waiting() -> None:
+    """A read and a reduction that raise, and then others: the write is still there. Would catch a lost sublayer."""
+    [connection], [layer], h = make("mhc", 1)
+    stream, undisturbed = mhc.ResidualStream(h, 2), mhc.ResidualStream(h, 2)
+    for each in (stream, undisturbed):
+        each.write(layer(each.read(connection)))
+    with pytest.raises(ValueError, match="post_pre: phi: expected device cpu, got meta"):
+        stream.read(mhc.HyperConnection(SPEC, device="meta"))
+    with pytest.raises(ValueError, match="post_head: phi: expected device cpu, got meta"):
+        stream.reduce(mhc.HyperHead(SPEC, device="meta"))
+    assert torch.equal(stream.reduce(), undisturbed.reduce())
+
+
 def test_buffers_keep_their_dtype() -> None:
     """Parameters stay float32 in a conversion; a counter that somebody registered stays a counter."""
     connection = mhc.HyperConnection(SPEC)
