@@ -69,11 +69,13 @@ class Workspace:
         self._made: dict[Key, torch.Tensor] = {}
         self._expected: Counter[Key] = Counter()  # how often each will still be asked for
         self._pass = -1  # the backward pass that it was made in
+        self._made_on: torch.cuda.Stream | None = None
 
     def take(self, block: Block, key: Key) -> torch.Tensor:
         """One of the block's tensors, made again with all others of the block where it is not there.
 
         Each is held until as many have asked as there are handles, or the backward comes to another block, or ends.
+        On a GPU a layer may have run on streams of its own, whose backward asks from there: they wait for the replay's.
         """
         with self._lock:
             current = torch._C._current_graph_task_id()
@@ -81,9 +83,14 @@ class Workspace:
                 self._made = {}
                 self._made, self._expected = block.replay(), Counter(block.handles)
                 self._block, self._pass = weakref.ref(block), current
+                self._made_on = current_stream(block.start.tensor)
                 if current != -1:
                     torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(current))
             tensor = self._made[key]
+            asks = current_stream(tensor)
+            if asks is not None and self._made_on is not None and asks != self._made_on:
+                asks.wait_stream(self._made_on)
+                tensor.record_stream(asks)
             self._expected[key] -= 1
             if current == -1:  # somebody looks at the graph from outside
                 self._made = {}
@@ -95,6 +102,11 @@ class Workspace:
         with self._lock:
             if self._pass == ended:
                 self._made = {}
+
+
+def current_stream(tensor: torch.Tensor) -> torch.cuda.Stream | None:
+    """The CUDA stream that work on a tensor is queued on now; None on a CPU."""
+    return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
 
 
 @dataclass(eq=False)

@@ -15,7 +15,7 @@ from recomputed import DEPTH, TOKENS, C, Model, assert_same, gradients, handles_
 from test_connections import normal, randomize
 
 import mhc_tilelang as mhc
-from mhc_tilelang import launch_replay
+from mhc_tilelang import blocks, launch_replay
 from mhc_tilelang.blocks import Workspace
 
 WIDE = (*TOKENS, 4, C)
@@ -169,6 +169,31 @@ def test_a_function_that_unpacks_twice(monkeypatch):
     monkeypatch.setattr(Workspace, "take", lambda self, *a: (take(self, *a), sizes.append(len(self._made)))[0])
     assert_same(Model(make_layer=Squaring), normal(*TOKENS, C))
     assert 0 < max(sizes) <= 2 + 3
+
+
+class Stream:
+    """A stand-in for a CUDA stream, which tells what it waits for."""
+
+    def __init__(self, name, events):
+        self.name, self.events = name, events
+
+    def wait_stream(self, other):
+        self.events.append(f"{self.name} waits for {other.name}")
+
+
+def test_another_stream_waits_for_the_replay(monkeypatch):
+    """Of the branches of a layer one may run beside the other. Would catch a tensor that is read while it is made, or
+    whose memory is given away while it is read.
+    """
+    events, calls, take = [], [], Workspace.take
+    streams = [Stream("main", events), Stream("side", events)]
+    monkeypatch.setattr(blocks, "current_stream", lambda _: streams[len(calls) % 2])
+    monkeypatch.setattr(Workspace, "take", lambda self, *a: (take(self, *a), calls.append(a))[0])
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, stream: events.append(f"recorded on {stream.name}"))
+    model = Model(depth=3)
+    assert_same(model, normal(*TOKENS, C))
+    assert len(calls) > 4
+    assert events == ["side waits for main", "recorded on side"] * (len(calls) // 2)
 
 
 def test_the_default_length_is_the_argmin():
