@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
         return [draw(args.model, sizes, stage, counts)]
 
-    write_pictures("memory", args.out, draw)
+    write_pictures(args.out, draw)
     write_json(args.json, memory_report.as_json(args.model, sizes, stage, counts))
     return 0
 

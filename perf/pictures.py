@@ -19,7 +19,7 @@ def add_out_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help=text)
 
 
-def write_pictures(command: str, folder: Path | None, draw: Callable[[], Sequence[Picture]]) -> None:
+def write_pictures(folder: Path | None, draw: Callable[[], Sequence[Picture]]) -> None:
     """Draw and write; nothing where no folder was asked for.
 
     Raises MHCError where matplotlib is missing or the folder cannot be written.
@@ -30,11 +30,11 @@ def write_pictures(command: str, folder: Path | None, draw: Callable[[], Sequenc
         import matplotlib  # noqa: F401  # an extra: asked for by name before anything is drawn
     except ImportError as error:
         wanted = "expected matplotlib, which draws the pictures: pip install 'mhc-tilelang[plots]'"
-        raise MHCError(f"{command}: {wanted} ({error})") from error
+        raise MHCError(f"{wanted} ({error})") from error
     pictures = draw()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MHCError(f"{command}: cannot write --out {folder}: {error.strerror or error}") from error
+        raise MHCError(f"cannot write --out {folder}: {error.strerror or error}") from error
     for picture in pictures:
         picture.save(folder)

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
         return [figure.schedule(given), figure.step(given), figure.sensitivity(results)]
 
-    write_pictures("simulate", args.out, draw)
+    write_pictures(args.out, draw)
     write_json(args.json, report.as_json(results))
     return 0
 

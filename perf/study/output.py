@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ..figures import Picture
 
-MATPLOTLIB = "study --out: expected matplotlib, which draws the pictures: pip install 'mhc-tilelang[plots]'"
+MATPLOTLIB = "--out: expected matplotlib, which draws the pictures: pip install 'mhc-tilelang[plots]'"
 Rows = Sequence[dict[str, Any]]
 
 
@@ -40,7 +40,7 @@ def prepare(out: Path | None) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MHCError(f"study: cannot write --out {out}: {error.strerror or error}") from error
+        raise MHCError(f"cannot write --out {out}: {error.strerror or error}") from error
 
 
 def facts(device: torch.device, **setup: Any) -> dict[str, Any]:
@@ -84,6 +84,6 @@ def write(out: Path | None, pictures: Iterable[Picture], tables: dict[str, Rows]
                 writer.writerows(rows)
             written.append(path)
     except OSError as error:
-        raise MHCError(f"study: cannot write --out {out}: {error.strerror or error}") from error
+        raise MHCError(f"cannot write --out {out}: {error.strerror or error}") from error
     written += [path for picture in pictures for path in picture.save(out)]
     print(f"\nwritten to {out}: {', '.join(path.name for path in written)}")
