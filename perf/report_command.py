@@ -87,7 +87,7 @@ def traffic_section() -> tuple[str, list[Picture]]:
 
     picture = traffic(4, version("mhc-tilelang"))
     rows = [
-        [stage.name.replace("\n", " ") + ("" if stage.here else " (not in these kernels)")]
+        [stage.name.replace("\n", " ") + ("" if stage.here else " (these kernels in the delayed form)")]
         + [f"{count}C" for count in (stage.read, stage.written, stage.total)]
         for stage in stages(4)
     ]

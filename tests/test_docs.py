@@ -6,6 +6,7 @@ what its source says now; a file or a heading that was renamed while a link to i
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -131,3 +132,11 @@ def test_links_lead_somewhere(page: str) -> None:
         path = (ROOT / page).parent / target if target else ROOT / page
         assert path.exists(), target
         assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
+def test_lists_begin_after_an_empty_line(page: str) -> None:
+    """Catches a list that the site would run into the paragraph before it, its dashes shown as they are."""
+    lines = FENCED.sub("", (ROOT / page).read_text(encoding="utf-8")).splitlines()
+    for before, line in itertools.pairwise(lines):
+        assert not line.startswith("- ") or before.startswith(("- ", "  ", "#")) or not before.strip(), line
