@@ -118,7 +118,8 @@ def main() -> None:
     parser.add_argument("--recompute", action="store_true", help="keep the stream of every few sublayers only")
     parser.add_argument("--text", type=Path, help="a file to learn (the Python standard library)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of stream and layers")
-    for name, value in (("steps", 200), ("batch", 8), ("context", 256), ("width", 128), ("depth", 4), ("heads", 4)):
+    sizes = {"steps": 200, "batch": 8, "context": 256, "width": 128, "depth": 4, "heads": 4}
+    for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"({value})")
     parser.add_argument("--rate", type=float, default=2e-3, help="AdamW's learning rate (0.002)")
     parser.add_argument("--seed", type=int, default=0)
@@ -127,6 +128,13 @@ def main() -> None:
         "--parallel", choices=("pipeline", "ddp"), default="pipeline", help="what they share (pipeline)"
     )
     args = parser.parse_args()
+    for name in sizes:
+        if (value := getattr(args, name)) < 1:
+            parser.error(f"--{name}: expected at least 1, got {value}")
+    if args.width % args.heads:
+        parser.error(f"--width: expected a multiple of --heads {args.heads}, got {args.width}")
+    if args.text and not args.text.is_file():
+        parser.error(f"--text: expected a file, got {args.text}")
     if args.world < 1 or args.batch % args.world:
         parser.error(f"--world: expected a divisor of --batch {args.batch}, got {args.world}")
     if args.world == 1:

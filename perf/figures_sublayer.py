@@ -115,8 +115,8 @@ def traffic(num_streams: int, version: str) -> Picture:
     """A waterfall from unfused hyper-connections down to the floor, and the plain residual beside it."""
     found = stages(num_streams)
     notes = [
-        "Outlined: one pass needs h_pre before x_next is complete. In V4.1's delayed form it is there, and these kernels "
-        "move 10C; otherwise they move 14C. phi, coefficients and partial sums are left out.",
+        "Outlined: one pass needs h_pre before x_next is complete. In V4.1's delayed form it is there, and these "
+        "kernels move 10C; otherwise they move 14C. phi, coefficients and partial sums are left out.",
         f"Counted from shapes on no device: nothing here is measured. mhc-tilelang {version}",
     ]
     title = "Traffic of a sublayer, forward"

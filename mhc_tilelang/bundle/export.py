@@ -67,7 +67,8 @@ def export(
     folder = folder.resolve()
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise MHCError(f"--out {folder}: expected a new or an empty folder, got one with files")
+            found = "one with files" if folder.is_dir() else "a file"
+            raise MHCError(f"--out {folder}: expected a new or an empty folder, got {found}")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
             made = Path(scratch) / "bundle"
