@@ -103,7 +103,7 @@ def alpha_token_by_token(function, case, tensors, g_outputs):
 @pytest.mark.parametrize(
     "function",
     [
-        pytest.param(f, id=name, marks=pytest.mark.full if name == "post_pre-delayed" else ())
+        pytest.param(f, id=name, marks=pytest.mark.full if name in ("post_pre-delayed", "post_head") else ())
         for name, f in FORMS.items()
     ],
 )

@@ -143,6 +143,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "_kernels", {})
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("traced")
 def test_every_call_is_launched_and_listed(tmp_path: Path) -> None:
     """Every call of `launches` with what it launches, and the bytes of each kernel."""

@@ -311,6 +311,7 @@ def line(text: str, start: str) -> list[str]:
     return found.removeprefix(start).split()[:3]
 
 
+@pytest.mark.full
 def test_options_arrive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A CPU multiplies phi whole: no halves, so fewer small bytes than a GPU."""
     options = ("--kernels", "project", "--target", "cpu", "--streams", "2", "--dtype", "float32", "float16")

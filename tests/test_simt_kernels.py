@@ -32,6 +32,7 @@ FULL = [
     Case(2, 72, FP32, 37),
     Case(8, 72, FP16, 37),
 ]
+LONG_TO_GENERATE = ("post_project", "coefficients_backward", "project_backward", "expand_project")  # several times
 OF_STREAMS = [kernel for kernel in CHECKS if kernel in STREAMS or kernel.startswith(("post_", "expand_pre"))]
 
 
@@ -44,6 +45,7 @@ def runs() -> list:
         for kernel in CHECKS if case.dtype == BF16 else OF_STREAMS:
             n, hidden_size, dtype = case.num_streams, case.hidden_size, str(case.dtype).removeprefix("torch.")
             takes_long = (case != MAIN and kernel not in STREAMS) or kernel == "post_head_backward"
+            takes_long |= case != MAIN and kernel == "pre_mappings"
             marks = [pytest.mark.full] if case in FULL or takes_long else []
             found.append(pytest.param(case, kernel, id=f"{kernel}-n{n}-C{hidden_size}-{dtype}", marks=marks))
     return found
@@ -153,7 +155,9 @@ def test_misaligned_views(kernel: str) -> None:
     assert torch.equal(got, call())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[pytest.mark.full] * (f in LONG_TO_GENERATE)) for f in FAMILIES]
+)
 def test_what_ran_is_what_ships(family: str, all_launches: list[Launched]) -> None:
     """The source for sm_90a is that for sm_80, which was executed.
 

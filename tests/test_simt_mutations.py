@@ -140,7 +140,7 @@ SYNCHRONIZED |= {"pre_norm_backward": 1, "expand_project": 2}
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=[pytest.mark.full] * (f == "boundary_backward")) for f in FAMILIES]
+    "family", [pytest.param(f, marks=[pytest.mark.full] * (f in ("boundary_backward", "project"))) for f in FAMILIES]
 )
 def test_dropped_synchronization_is_caught(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every barrier and every wait, one after the other; a block takes several tiles here."""
