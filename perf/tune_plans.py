@@ -48,7 +48,13 @@ def tiles(tile: ChannelTile | ReductionTile, hidden_size: int, target: str) -> I
         yield from (replace(tile, lanes=lane, kept=kept) for lane, kept in product(lanes, (True, False)))
     elif isinstance(tile, ReductionTile):
         yield from (replace(tile, lanes=lane) for lane in ((8, 16, 32, 64) if target == "cpu" else (32, 64, 128, 256)))
-    elif target == "cpu":
+    else:
+        yield from channel_tiles(tile, hidden_size, target)
+
+
+def channel_tiles(tile: ChannelTile, hidden_size: int, target: str) -> Iterator[ChannelTile]:
+    """Those of the kernels that sum nothing over channels."""
+    if target == "cpu":
         yield from (ChannelTile(min(channels, hidden_size), 1) for channels in (256, 512, 1024, 2048, hidden_size))
     else:
         width = tile.channels // tile.threads
@@ -72,7 +78,7 @@ def plans_like(plan: Any, parameters: Parameters, target: str) -> Iterator[Any]:
             for rows in {most, max(1, most // 2)}:
                 yield replace(plan, projection=projection, rows=rows, blocks_per_sm=blocks)
     elif isinstance(plan, PreMappingsPlan):
-        for tile, blocks in product(tiles(plan.tile, parameters["hidden_size"], target), (1, 4, 8, 12)):
+        for tile, blocks in product(channel_tiles(plan.tile, parameters["hidden_size"], target), (1, 4, 8, 12)):
             yield replace(plan, tile=tile, tokens=tile.threads, blocks_per_sm=blocks)
     elif isinstance(plan, ProjectionBackwardPlan | BoundaryBackwardPlan):
         sizes = ((16, 24, 48), (128, 256), (1,)) if target == "cpu" else ((16, 32, 64), (64, 128, 256), (128, 256))
