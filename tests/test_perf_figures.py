@@ -35,7 +35,8 @@ def test_every_picture_is_linked_and_there(report: Path) -> None:
     linked = set(re.findall(r"!\[[^]]*\]\(([^)]+)\)", text))
     assert linked == {path.name for path in report.glob("*.svg")}
     assert {path.stem for path in report.glob("*.png")} == {Path(name).stem for name in linked}
-    kinds = ("roofline", "bandwidth", "speedup", "roofline-backward", "bandwidth-backward", "speedup-backward")
+    groups = ("", "-backward", "-boundary")
+    kinds = {f"{kind}{group}" for kind in ("roofline", "bandwidth", "speedup") for group in groups}
     assert {f"default-{kind}.svg" for kind in kinds} | {"overhead-3b-overhead.svg", "traffic.svg"} == linked
 
 

@@ -47,10 +47,11 @@ def test_bad_options_are_refused_by_name(options: str, named: str, capsys: pytes
     assert named in capsys.readouterr().err
 
 
-def gpu_results(tmp_path: Path, seconds: float) -> Path:
-    """A stored benchmark of a GPU, made of one of a CPU: every kernel takes as long."""
+def gpu_results(tmp_path: Path, seconds: float, *, fused: bool = False) -> Path:
+    """A stored benchmark of a GPU, made of one of a CPU: every kernel takes as long, and the fused boundary."""
     content = json.loads((STORED / "default.json").read_text(encoding="utf-8"))
     content["device"] = "NVIDIA H100 80GB HBM3"
+    content["results"] = [row for row in content["results"] if fused or "post_pre" not in row["kernel"]]
     for row in content["results"]:
         row["time"] = {key: seconds if isinstance(value, float) else value for key, value in row["time"].items()}
     path = tmp_path / "gpu.json"
@@ -70,6 +71,14 @@ def test_stored_times_replace_the_traffic(tmp_path: Path, capsys: pytest.Capture
     added = 3 * 4 * 2560 * 2 * 4096 / (0.8 * DEVICES["H100"].bandwidth)
     assert tasks["connection_backward"] == pytest.approx(4 * 1e-4 * 2 + added)
     assert [row["model"] for row in content["models"]] == ["27b"]
+
+
+def test_stored_times_of_the_fused_boundary(tmp_path: Path) -> None:
+    """One time each way, of 2048 tokens, and nothing added."""
+    path, file = gpu_results(tmp_path, 1e-4, fused=True), tmp_path / "out.json"
+    assert cli.main(["simulate", "--model", "27b", "--results", str(path), "--json", str(file)]) == 0
+    tasks = json.loads(file.read_text(encoding="utf-8"))["stage_tasks"]["mhc"]
+    assert (tasks["connection"], tasks["connection_backward"]) == pytest.approx((2e-4, 2e-4))
 
 
 @pytest.mark.parametrize(
