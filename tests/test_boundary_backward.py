@@ -250,7 +250,7 @@ def test_no_token_gives_zero_gradients_of_parameters():
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(d, marks=[pytest.mark.full] * (d != torch.bfloat16)) for d in DTYPES])
-@pytest.mark.parametrize("delayed", [False, True])
+@pytest.mark.parametrize("delayed", [pytest.param(False, marks=pytest.mark.full), True])
 def test_separate_kernels_at_8_streams(delayed, dtype, monkeypatch):
     """What a GPU runs at n = 8: the same gradients, of which the stream's g is rounded twice before it is mixed."""
     drawn = Drawn(Case(8, 72, dtype, 67))

@@ -50,7 +50,7 @@ def takes_long(subject: Subject, arch: str) -> bool:
     """
     if (subject.num_streams or 4, subject.dtype or "bfloat16") != (4, "bfloat16") or subject.variant == "head":
         return True
-    return arch != matrix.MAIN and subject.kernel not in ("post", "pre", "post_backward", "project")
+    return arch != matrix.MAIN and subject.kernel not in ("post", "pre", "post_backward")
 
 
 def builds() -> list:
