@@ -15,6 +15,7 @@ from differentiable import DELAYED, requiring, upstream
 from helpers import assert_same_bits
 from test_autograd import assert_near_float64
 from test_connections import normal, randomize
+from test_residual_stream import assert_equal, gradients
 from torch.utils.checkpoint import checkpoint
 
 import mhc_tilelang as mhc
@@ -61,21 +62,6 @@ def by_hand(model, h):
             x, layer_input, *mappings, h_pre = ops.post_pre(x, *waiting, *parameters, h_pre=h_pre)
         waiting = torch.tanh(layer(layer_input)), *mappings
     return ops.post_head(x, *waiting, model.head.phi, model.head.alpha, model.head.bias, SPEC)[1]
-
-
-def gradients(model, run, h):
-    """The output, and the gradients of h and of every parameter, under a random upstream gradient."""
-    h = h.detach().requires_grad_()
-    out = run(h)
-    model.zero_grad()
-    out.backward(normal(*out.shape, dtype=out.dtype, seed=7))
-    return {"out": out.detach(), "h": h.grad} | {name: p.grad for name, p in model.named_parameters()}
-
-
-def assert_equal(got, expected):
-    assert got.keys() == expected.keys()
-    for name in expected:
-        assert got[name] is None or torch.equal(got[name], expected[name]), name
 
 
 def float64_of(module, names):
