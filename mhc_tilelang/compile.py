@@ -33,7 +33,7 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Emulator:
-    """Executes the kernels of a GPU on tensors that lie on the CPU.
+    """Takes the kernels of a target on tensors that lie elsewhere.
 
     Attributes:
         target: its name as a target, which no other target has.
@@ -41,6 +41,7 @@ class Emulator:
         parallel_blocks: how many blocks of a projection the GPU runs at a time.
         platform: whose plans the kernels follow, "cuda" or "cpu".
         kernels: where those it has loaded are kept, if not with all others: a target may bear the name of a real one.
+        device: the type of the tensors' device.
     """
 
     target: str
@@ -48,6 +49,7 @@ class Emulator:
     parallel_blocks: int
     platform: str = "cuda"
     kernels: dict[tuple, Kernel] | None = None
+    device: str = "cpu"
 
 
 _emulators: list[Emulator] = []  # those that are entered, the one in force last
@@ -55,7 +57,7 @@ _emulators: list[Emulator] = []  # those that are entered, the one in force last
 
 @contextmanager
 def emulating(emulator: Emulator) -> Iterator[None]:
-    """Within this block, every kernel for CPU tensors is the emulator's, in all threads."""
+    """Within this block, every kernel for tensors on the emulator's device is the emulator's, in all threads."""
     _emulators.append(emulator)
     try:
         yield
@@ -65,7 +67,7 @@ def emulating(emulator: Emulator) -> Iterator[None]:
 
 def emulator_of(device: torch.device) -> Emulator | None:
     """The emulator that takes a device's tensors, if one does."""
-    return _emulators[-1] if _emulators and device.type == "cpu" else None
+    return next((entered for entered in reversed(_emulators) if entered.device == device.type), None)
 
 
 def kernel(family: str, target: str, **parameters: Any) -> Kernel:

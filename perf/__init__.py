@@ -29,10 +29,10 @@ Stored results:
 Bytes counted from the kernels' code:
 
     traffic_command, traffic_report   the options; the tables, the sums, the JSON
+    calls      every call, ready to run on a device
     launches   which kernels a call launches, how compiled, on which target
     audited    the traffic of a call
     audit      the traffic of a kernel, from its TIR
-    calls, launches_boundary   what `launches` is made of; the kernels that are fused across a boundary
 
 Models of what was not measured:
 
@@ -51,5 +51,5 @@ CUDA without a GPU:
     simt       executes the generated CUDA source on the CPU, thread by thread
 
 Imports the package and nothing imports it but the command line. Commands and reports, `options`, `cases`, `traffic`,
-`sizes`, `model` and `launches` load no torch.
+`sizes` and `model` load no torch.
 """

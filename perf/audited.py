@@ -11,7 +11,7 @@ from functools import cache
 
 from .audit import audit
 from .cases import Case
-from .launches import STREAMS, launches
+from .launches import launches
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ def audited(case: Case, target: str, parallel_blocks: int) -> Audited:
     total = Audited()
     for launch in launches(case, target, parallel_blocks):
         buffers = audit(launch.family, launch.parameters, launch.sizes)
-        names = STREAMS.get(launch.family, ()) if launch.of_streams else ()
-        streams = [buffers.pop(name) for name in names if name in buffers]
+        streams = [buffers.pop(name) for name in launch.streams if name in buffers]
         small = buffers.values()
         total += Audited(
             stream_read=sum(traffic.read.accessed for traffic in streams),

@@ -18,6 +18,20 @@ SUBLAYER_INPUT = "project+coefficients+pre"
 POST_PRE, POST_PRE_DELAYED, POST_PRE_BACKWARD = "post_pre", "post_pre_delayed", "post_pre_backward"
 BOUNDARY_STEP = "post_pre+post_pre_backward"
 BOUNDARY_KERNELS = (POST_PRE, POST_PRE_DELAYED, POST_PRE_BACKWARD)
+# The projection's backward as pre's backward calls it: g_x also gets h_pre · g_layer_input.
+AGGREGATED = "project_backward_aggregated"
+BOUNDARY = (
+    *("post_pre", "post_pre_delayed", "post_head", "expand_pre"),
+    *("post_pre_backward", "post_pre_delayed_backward", "post_head_backward", "expand_pre_backward"),
+)
+NORM = ("pre_norm", "pre_norm_backward")
+# Every call of `calls.every_call`: audited, built, executed. `bench` has a case for some.
+CALLS = (
+    *("expand", "project", "coefficients", "head_coefficients", "sinkhorn", "pre", "post", "replay", "pre_norm"),
+    *("expand_backward", "project_backward", AGGREGATED, "coefficients_backward", "head_coefficients_backward"),
+    *("sinkhorn_backward", "pre_backward", "pre_norm_backward", "post_backward"),
+    *BOUNDARY,
+)
 TOKEN_KERNELS = ("coefficients", "sinkhorn", "coefficients_backward", "sinkhorn_backward")  # never see the stream
 WIDTHS = (1280, 1920, 2560, 4096, 7168)  # the paper's 3B, 9B and 27B models, then DeepSeek-V4's two
 GPU_TOKENS = (4096, 16384)  # the batch of one sequence, and of four

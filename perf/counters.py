@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from shutil import which
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ from .options import DTYPES, positive
 if TYPE_CHECKING:
     import torch
 
-    from .every_call import Recorded
+    from ..recording import Recorded
 
 ALLOWED = 0.05
 READ, WRITTEN, TIME = "dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum"
@@ -86,23 +86,23 @@ class Compared:
 
 def launches_at(shape: Shape, device: torch.device) -> list[tuple[str, Recorded]]:
     """Every kernel of every call, each once, run already."""
-    from .every_call import every_call, recorded
+    from ..recording import launched
+    from .calls import every_call
 
     found: dict[tuple[object, ...], tuple[str, Recorded]] = {}
     for call, run in every_call(shape, device).items():
-        for one in recorded(run):
-            found.setdefault((one.family, *one.parameters.items()), (call, one))
+        for one in launched(run):
+            told = replace(one, streams=one.wide(shape.num_tokens, shape.hidden_size))
+            found.setdefault((one.family, *one.parameters.items()), (call, told))
     return list(found.values())
 
 
 def audited(call: str, one: Recorded) -> Launched:
     """The bytes of a launch, from its code."""
     from .audit import audit
-    from .launches import STREAMS
 
     buffers = audit(one.family, one.parameters, one.sizes)
-    streams = STREAMS.get(one.family, ())
-    again = (b.read.accessed if name in streams else b.read.per_block for name, b in buffers.items())
+    again = (b.read.accessed if name in one.streams else b.read.per_block for name, b in buffers.items())
     return Launched(
         call,
         one.family,
@@ -116,6 +116,8 @@ def launch(shape: Shape, device: torch.device, manifest: Path) -> None:
     """The inner run: say what is launched, then launch each kernel once between the profiler's start and stop."""
     import torch
 
+    from .. import compile as compiler
+
     chosen = launches_at(shape, device)
     source = torch.ones(PROBE_BYTES // 4 if device.type == "cuda" else 1, device=device)
     target = torch.empty_like(source)
@@ -128,7 +130,7 @@ def launch(shape: Shape, device: torch.device, manifest: Path) -> None:
         torch.cuda.profiler.start()
     torch.add(source, 1, out=target)
     for _, one in chosen:
-        one.kernel(**one.arguments)
+        compiler.kernel(one.family, compiler.target_of(device), **one.parameters)(**one.arguments)
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.profiler.stop()

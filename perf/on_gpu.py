@@ -50,13 +50,13 @@ def shapes_of(part: str) -> list[Shape]:
 
 def jobs_of(part: str) -> list[Job]:
     """The kernels of every call at these shapes, each once."""
-    from .cases import Case
-    from .launches import BUILDERS, launches
+    from .cases import CALLS, Case
+    from .launches import launches
 
     found = [
         launch
         for shape in shapes_of(part)
-        for name in BUILDERS
+        for name in CALLS
         for launch in launches(Case(name, shape), "cuda", PARALLEL_BLOCKS)
     ]
     return unique(Job(launch.family, launch.parameters) for launch in found)
@@ -84,7 +84,7 @@ def launch_every_call(args: argparse.Namespace) -> int:
     import torch
 
     from ..device import pick_device
-    from .every_call import every_call
+    from .calls import every_call
 
     device = pick_device(args.device)
     for name, run in every_call(SANITIZED, device).items():

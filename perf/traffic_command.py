@@ -14,10 +14,10 @@ from itertools import groupby
 from ..errors import MHCError
 from ..json_output import add_json_argument, write_json
 from ..spec import STREAM_COUNTS
-from . import cases, launches, launches_norm, traffic_report, traffic_schedule
+from . import cases, traffic_report, traffic_schedule
 from .command import DTYPES, positive
 
-KERNELS = (*cases.KERNELS, *cases.BACKWARD_KERNELS, launches.AGGREGATED, *launches.BOUNDARY, *launches_norm.NORM)
+KERNELS = (*cases.KERNELS, *cases.BACKWARD_KERNELS, cases.AGGREGATED, *cases.BOUNDARY, *cases.NORM)
 DEFAULT_TOKENS = (4096,)
 PARALLEL_BLOCKS = 2 * 132  # of a projection, on the multiprocessors of an H100 or H200
 

@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .cases import Shape
-from .launches import AGGREGATED
+from .cases import AGGREGATED, Shape
 from .traffic import stream_elements
 
 if TYPE_CHECKING:

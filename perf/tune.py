@@ -28,7 +28,7 @@ from .options import DTYPES, positive
 if TYPE_CHECKING:
     import torch
 
-    from .every_call import Recorded
+    from ..recording import Recorded
     from .timing import Statistics
 
 TOLERANCE = {"bfloat16": 2**-7, "float16": 2**-10, "float32": 1e-5}  # of the norm: a rounding, and the order of sums
@@ -52,21 +52,22 @@ class Tried:
 
 def calls_with(family: str) -> list[str]:
     """The calls that launch a family, those first that launch little else."""
-    from .cases import Case
-    from .launches import BUILDERS, launches
+    from .cases import CALLS, Case
+    from .launches import launches
 
     shape = Shape(4096, 4, 2560, "bfloat16")
-    found = {name: [one.family for one in launches(Case(name, shape), "cuda", 264)] for name in BUILDERS}
+    found = {name: [one.family for one in launches(Case(name, shape), "cuda", 264)] for name in CALLS}
     return sorted((name for name, families in found.items() if family in families), key=lambda name: len(found[name]))
 
 
 def find(family: str, shape: Shape, device: torch.device) -> Recorded:
     """The kernel of a family as an ordinary call launches it. Raises MHCError for a family that none launches."""
-    from .every_call import every_call, recorded
+    from ..recording import launched
+    from .calls import every_call
 
     runs = every_call(shape, device)
     for name in calls_with(family):
-        for one in recorded(runs[name]):
+        for one in launched(runs[name]):
             if one.family == family:
                 return one
     raise MHCError(f"tune: {family}: expected a kernel family that a call launches here, got one that none does")

@@ -15,9 +15,8 @@ from helpers_gpu import CUDA, shifted
 
 import mhc_tilelang as mhc
 from mhc_tilelang.checking.inputs import Case, Inputs
-from mhc_tilelang.perf.cases import Shape
-from mhc_tilelang.perf.every_call import every_call
-from mhc_tilelang.perf.launches import BUILDERS
+from mhc_tilelang.perf.calls import every_call
+from mhc_tilelang.perf.cases import CALLS, Shape
 
 pytestmark = pytest.mark.gpu
 
@@ -112,7 +111,7 @@ def tensors_in(value: object) -> list[torch.Tensor]:
     return [tensor for part in parts for tensor in tensors_in(part)]
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", CALLS)
 def test_the_same_call_gives_the_same_bits(name: str, every: dict) -> None:
     """Every kernel of every call, with sums over 4097 tokens: catches an atomic addition, and a race."""
     first = tensors_in(every[name]())
@@ -120,7 +119,7 @@ def test_the_same_call_gives_the_same_bits(name: str, every: dict) -> None:
         assert all(torch.equal(one, other) for one, other in zip(tensors_in(every[name]()), first, strict=True))
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", CALLS)
 @pytest.mark.usefixtures("poisoned")
 def test_every_element_is_written(name: str, every: dict) -> None:
     """Of outputs that start as NaN."""

@@ -23,10 +23,11 @@ from mhc_tilelang.errors import MHCError
 from mhc_tilelang.kernel import Kernel
 from mhc_tilelang.kernels import FAMILIES
 from mhc_tilelang.perf import counters, on_gpu
-from mhc_tilelang.perf.cases import Case, Shape
+from mhc_tilelang.perf.calls import every_call
+from mhc_tilelang.perf.cases import CALLS, Case, Shape
 from mhc_tilelang.perf.counters import Launched
-from mhc_tilelang.perf.every_call import every_call, recorded
-from mhc_tilelang.perf.launches import BUILDERS, launches
+from mhc_tilelang.perf.launches import launches
+from mhc_tilelang.recording import launched
 from mhc_tilelang.tracing import signature_of, trace
 
 SCRIPT = Path(__file__).resolve().parents[1] / "perf" / "on_gpu.sh"
@@ -149,10 +150,10 @@ def test_every_call_is_launched_and_listed(tmp_path: Path) -> None:
     """Every call of `launches` with what it launches, and the bytes of each kernel."""
     shape = Shape(5, 4, 48, "bfloat16")
     runs = every_call(shape, CPU)
-    assert set(runs) == set(BUILDERS)
+    assert set(runs) == set(CALLS)
     for name, run in runs.items():
         families = [one.family for one in launches(Case(name, shape), "cpu", torch.get_num_threads())]
-        assert [one.family for one in recorded(run)] == families
+        assert [one.family for one in launched(run)] == families
     manifest = tmp_path / "launches.json"
     counters.launch(shape, CPU, manifest)
     listed = json.loads(manifest.read_text())

@@ -1,52 +1,43 @@
-"""The package's kernels: what is counted from their code against the formulas, against `launch`, and as it is printed.
+"""The package's kernels: what is counted from their code against the formulas, and as it is printed.
 
-Would catch: a kernel that moves a stream tensor twice, a formula that forgets a workspace, a plan here that is not the
-one that `launch` compiles, a sum in the table that its rows do not give.
+Would catch: a kernel that moves a stream tensor twice, a formula that forgets a workspace, a call that launches other
+kernels on meta tensors than on a device's, a small tensor taken for a stream, a sum in the table that its rows do not
+give.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mhc_tilelang import (
-    cli,
-    launch,
-    launch_backward,
-    launch_boundary,
-    launch_boundary_backward,
-    launch_expand,
-    launch_head,
-    launch_norm,
-    launch_replay,
-)
+from mhc_tilelang import cli
 from mhc_tilelang import compile as compiler
-from mhc_tilelang.kernels import FAMILIES, boundary_plans, plans
+from mhc_tilelang.kernels import FAMILIES, plans
 from mhc_tilelang.perf.audited import Audited, audited
-from mhc_tilelang.perf.calls import Call, Launch
+from mhc_tilelang.perf.calls import every_call
 from mhc_tilelang.perf.cases import (
+    AGGREGATED,
     BACKWARD_KERNELS,
+    BOUNDARY,
     BOUNDARY_KERNELS,
+    CALLS,
     KERNELS,
+    NORM,
     POST_PRE,
     POST_PRE_BACKWARD,
     POST_PRE_DELAYED,
-    REPLAYED,
     Case,
     Shape,
 )
-from mhc_tilelang.perf.launches import AGGREGATED, BOUNDARY, BUILDERS, STREAMS, UNTIMED, launches
-from mhc_tilelang.perf.launches_norm import EPS, NORM
+from mhc_tilelang.perf.launches import launches
 from mhc_tilelang.perf.traffic import stream_elements, traffic
 from mhc_tilelang.perf.traffic_command import PARALLEL_BLOCKS
 from mhc_tilelang.perf.traffic_report import BACKWARD, FORWARD, formula
-from mhc_tilelang.perf.workloads import Stream, workload
+from mhc_tilelang.recording import launched
 
 BLOCKS = {"cuda": PARALLEL_BLOCKS, "cpu": 2}
 CLI_SHAPE = Shape(1100, 4, 640, "bfloat16")  # several slabs of x·phi, several partials of g_phi
@@ -67,7 +58,7 @@ SHAPES += [
 ]
 
 
-@pytest.mark.parametrize("kernel", BUILDERS)
+@pytest.mark.parametrize("kernel", CALLS)
 @pytest.mark.parametrize(("target", "shape"), SHAPES)
 def test_every_stream_tensor_moves_once(kernel: str, target: str, shape: Shape) -> None:
     """As the formulas say: but for g_layer_input, which the projection's backward reads for each stream."""
@@ -88,11 +79,8 @@ def test_every_stream_tensor_moves_once(kernel: str, target: str, shape: Shape) 
 def test_formulas_are_what_the_code_does(kernel: str, target: str, shape: Shape) -> None:
     """The benchmark's bytes, small tensors included."""
     case, n = Case(kernel, shape), shape.num_streams
-    call = Call(case, target, BLOCKS[target])
     plan = plans.projection_plan(n * n + 2 * n, shape.hidden_size, shape.dtype, target)
-    slabs = call.split(plan.rows)[1]
-    if kernel in (POST_PRE, POST_PRE_DELAYED):
-        slabs = launches(case, target, BLOCKS[target])[0].sizes["num_slabs"]
+    slabs = num_slabs(kernel if kernel in (POST_PRE, POST_PRE_DELAYED) else "project", shape, target)
     stated, counted = traffic(case, plan, slabs), audited(case, target, BLOCKS[target])
     again = counted.repeated  # of separate kernels, where the backward of a boundary is not fused
     assert again == 0 or (kernel, n, target) == (POST_PRE_BACKWARD, 8, "cuda")
@@ -100,24 +88,30 @@ def test_formulas_are_what_the_code_does(kernel: str, target: str, shape: Shape)
     assert stated.small == counted.small
 
 
+def num_slabs(kernel: str, shape: Shape, target: str) -> int:
+    """Of partial sums, that the projection of a call leaves."""
+    [found] = {
+        one.arguments["partial"].shape[0]
+        for one in launches(Case(kernel, shape), target, BLOCKS[target])
+        if "partial" in one.arguments
+    }
+    return int(found)
+
+
 def test_shapes_reach_both_forms_of_the_partial_sums() -> None:
     """Otherwise the formulas of slabs and partials would be compared at none."""
     for target in BLOCKS:
         shapes = [one.values[1] for one in SHAPES if one.values[0] == target and not one.marks]
-        slabs = {
-            Call(Case("project", s), target, BLOCKS[target]).split(s.num_streams**2 + 2 * s.num_streams)[1] > 1
-            for s in shapes
-        }
+        slabs = {num_slabs("project", s, target) > 1 for s in shapes}
         partials = {len(launches(Case("project_backward", s), target, BLOCKS[target])) for s in shapes}
         assert slabs == {True, False}
         assert partials == {1, 2}
 
 
 def test_every_family_is_counted() -> None:
-    done = {launch.family for kernel in BUILDERS for launch in launches(Case(kernel, CLI_SHAPE), "cuda", 264)}
+    done = {launch.family for kernel in CALLS for launch in launches(Case(kernel, CLI_SHAPE), "cuda", 264)}
     assert done == set(FAMILIES)
-    assert set(STREAMS) <= set(FAMILIES)
-    assert set(BUILDERS) == {*KERNELS, *BACKWARD_KERNELS, *BOUNDARY_KERNELS, *UNTIMED}
+    assert set(CALLS) >= {*KERNELS, *BACKWARD_KERNELS, *BOUNDARY_KERNELS, *BOUNDARY, *NORM}
 
 
 def test_a_sublayer_is_no_worse_than_the_papers_kernels() -> None:
@@ -158,103 +152,44 @@ def test_a_boundary_stays_within_its_limits(
     assert counted.small <= most_small * unit
 
 
-class Recorder:
-    """Stands in for `compile.kernel`: says what would be compiled and called."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
-
-    def kernel(self, family: str, target: str, **parameters: Any) -> Callable[..., None]:
-        assert target == "cpu"
-        return lambda **arguments: self.calls.append((family, parameters, arguments))
-
-
-def untimed(kernel: str, stream: Stream) -> None:
-    """Run a call that the benchmark has no case for."""
-    inputs, spec, n = stream.inputs, stream.spec, stream.spec.num_streams
-    alpha, bias, projected = inputs.alpha[:1], inputs.bias[:n], stream.projected()[: n + 1].contiguous()
-    plan = launch.projection_plan(inputs.x, n)
-    if kernel in BOUNDARY:
-        boundary(kernel, stream)
-    elif kernel == "pre_norm":
-        launch_norm.pre_norm(inputs.x, inputs.h_pre, torch.ones(spec.hidden_size), EPS)
-    elif kernel == "pre_norm_backward":
-        launch_norm.pre_norm_backward(inputs.h, inputs.x, inputs.h_pre, torch.ones(spec.hidden_size), EPS)
-    elif kernel == AGGREGATED:
-        arguments = {"h_pre": inputs.h_pre, "g_layer_input": inputs.h}
-        launch_backward.project_backward(stream.projected(), inputs.x, inputs.phi, **arguments)
-    elif kernel == "replay":
-        written = launch_replay.Written(inputs.layer_output, inputs.h_post, inputs.h_res)
-        launch_replay.replay(inputs.x, [written] * (REPLAYED - 1), dict.fromkeys(range(REPLAYED), inputs.h_pre))
-    elif kernel == "head_coefficients":
-        launch.head_coefficients(launch.project(inputs.x, inputs.phi[:n], plan), alpha, bias, spec, plan)
-    else:
-        launch_backward.head_coefficients_backward(inputs.h_pre, projected, alpha, bias, spec)
-
-
-def boundary(kernel: str, stream: Stream) -> None:
-    """Run a boundary, in either form, forward or backward."""
-    i, spec, n = stream.inputs, stream.spec, stream.spec.num_streams
-    arguments = (i.x, i.layer_output, i.h_post, i.h_res, i.phi, i.alpha, i.bias)
-    given = i.h_pre if "delayed" in kernel else None
-    head = (*arguments[:4], i.phi[:n], i.alpha[:1], i.bias[:n])
-    first = (i.h, *arguments[4:])
-    if kernel == "post_head":
-        launch_head.post_head(*head, spec)
-    elif kernel == "post_head_backward":
-        projected = stream.projected()[: n + 1].contiguous()
-        launch_head.post_head_backward(i.x, i.h, *head, i.x, i.h_pre, projected, spec)
-    elif kernel == "expand_pre":
-        launch_expand.expand_pre(*first, spec)
-    elif kernel == "expand_pre_backward":
-        upstream, left = (i.x, i.h, i.h_post, i.h_res), (i.h_pre, stream.projected())
-        launch_expand.expand_pre_backward(*upstream, *first, *left, spec)
-    elif kernel.endswith("backward"):
-        upstream, left = (i.x, i.h, i.h_post, i.h_res), (i.x, i.h_pre, stream.projected())
-        through = {"given_pre": given, "g_next_pre": i.h_pre if given is not None else None}
-        launch_boundary_backward.post_pre_backward(*upstream, *arguments, *left, spec, **through)
-    else:
-        launch_boundary.post_pre(*arguments, spec, h_pre=given)
-
-
+@pytest.mark.parametrize("kernel", CALLS)
 @pytest.mark.parametrize("shape", [Shape(1100, 2, 80, "bfloat16"), Shape(3, 4, 600, "float32")])
-def test_launches_of_a_gpus_boundary_are_those_of_launch(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same where h_post and h_res are made beside the aggregation, as a CPU does not do it."""
-    monkeypatch.setattr(boundary_plans, "defers_mappings", lambda _: True)
-    test_launches_are_those_of_launch("post_pre", shape, monkeypatch)
+def test_recorded_calls_are_those_on_tensors(kernel: str, shape: Shape, every_kernel_idle: None) -> None:
+    """The same families, parameters and scalars with tensors of the same shapes, whether or not they hold anything.
+
+    Catches a decision that looks at something that meta tensors lack.
+    """
+    found = launched(every_call(shape, torch.device("cpu"))[kernel])
+    expected = launches(Case(kernel, shape), "cpu", torch.get_num_threads())
+    assert [(one.family, one.parameters) for one in found] == [(one.family, one.parameters) for one in expected]
+    for one, other in zip(found, expected, strict=True):
+        facts = [{name: getattr(value, "shape", value) for name, value in r.arguments.items()} for r in (one, other)]
+        assert facts[0] == facts[1]
 
 
-@pytest.mark.parametrize("kernel", BUILDERS)
-@pytest.mark.parametrize("shape", [Shape(1100, 2, 80, "bfloat16"), Shape(3, 4, 600, "float32")])
-def test_launches_are_those_of_launch(kernel: str, shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same families with the same parameters, on tensors of the sizes that are counted."""
-    recorder = Recorder()
-    monkeypatch.setattr(compiler, "kernel", recorder.kernel)
-    stream, case = Stream.of(shape, torch.device("cpu")), Case(kernel, shape)
-    load = None if kernel in UNTIMED else workload(case, stream)
-    recorder.calls.clear()
-    if load is None:
-        untimed(kernel, stream)
-        recorder.calls = [call for call in recorder.calls if call[0] not in ("split_phi", "project")]
-    else:
-        load.run()
-    expected = launches(case, "cpu", torch.get_num_threads())
-    assert [(family, parameters) for family, parameters, _ in recorder.calls] == [
-        (one.family, one.parameters) for one in expected
-    ]
-    for (_, _, arguments), one in zip(recorder.calls, expected, strict=True):
-        assert_sizes(arguments, one)
+@pytest.fixture
+def every_kernel_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel is compiled or run."""
+    monkeypatch.setattr(compiler, "_load", lambda *_: lambda **_: None)
+    monkeypatch.setattr(compiler, "_kernels", {})
 
 
-def assert_sizes(arguments: dict[str, Any], one: Launch) -> None:
-    """The tensors have the shapes that the kernel's signature gives them at the counted sizes."""
-    from mhc_tilelang.tracing import signature_of, trace
+def test_streams_are_told_from_small_tensors() -> None:
+    """Where a stream has as many tokens as phi has rows, and as few channels as there are coefficients; in whatever
+    parts a kernel sees its channels."""
+    for shape in (Shape(24, 4, 24, "float32"), Shape(1, 4, 1, "bfloat16"), Shape(4096, 4, 2560, "bfloat16")):
+        for target in BLOCKS:
 
-    signature = signature_of(trace(one.family, one.parameters))
-    for buffer in signature.buffers:
-        shape = [one.sizes.get(extent, extent) for extent in buffer.shape]
-        assert arguments[buffer.name].numel() == prod(shape), (buffer.name, shape)
-    assert all(arguments[name] == one.sizes[name] for name in signature.scalars)
+            def streams(kernel: str, shape: Shape = shape, target: str = target) -> list[tuple[str, ...]]:
+                return [one.streams for one in launches(Case(kernel, shape), target, BLOCKS[target])]
+
+            assert streams("project")[-1] == ("x",)
+            assert streams("coefficients") == [()]
+            assert streams("pre_backward") == [("g_layer_input", "x")]
+            assert [set(names) for names in streams("expand_pre")] == [{"h", "x"}, set(), set(), {"x", "layer_input"}]
+            mixing = [names for names in streams("post_pre_backward") if "g_x" in names]
+            assert len(mixing) == 1
+            assert set(mixing[0]) >= {"g_x_next", "x", "layer_output", "g_x", "g_layer_output"}
 
 
 SIZES = ["--widths", "640", "--tokens", "1100"]

@@ -15,7 +15,9 @@ from mhc_tilelang.checking.run import CHECKS, check_case
 from mhc_tilelang.cuda_source import generate
 from mhc_tilelang.kernels import FAMILIES
 from mhc_tilelang.perf.audit import audit
-from mhc_tilelang.perf.launches import STREAMS
+from mhc_tilelang.perf.cases import CALLS, Shape
+from mhc_tilelang.perf.cases import Case as Call
+from mhc_tilelang.perf.launches import launches as launches_of
 from mhc_tilelang.perf.simt import Launched, executing
 from mhc_tilelang.perf.simt.target import generated
 
@@ -33,6 +35,12 @@ FULL = [
     Case(8, 72, FP16, 37),
 ]
 LONG_TO_GENERATE = ("post_project", "coefficients_backward", "project_backward", "expand_project")  # several times
+STREAMS = {
+    one.family: one.streams
+    for call in CALLS
+    for one in launches_of(Call(call, Shape(300, 4, 640, "bfloat16")), "cuda", 264)
+    if one.streams
+}
 OF_STREAMS = [kernel for kernel in CHECKS if kernel in STREAMS or kernel.startswith(("post_", "expand_pre"))]
 
 

@@ -15,8 +15,8 @@ from helpers import CPU
 
 from mhc_tilelang.perf import tune
 from mhc_tilelang.perf.building import Job, build_all, unique
-from mhc_tilelang.perf.cases import Case, Shape
-from mhc_tilelang.perf.launches import BUILDERS, launches
+from mhc_tilelang.perf.cases import CALLS, Case, Shape
+from mhc_tilelang.perf.launches import launches
 from mhc_tilelang.perf.tune_plans import alternatives
 
 SHAPE = Shape(4096, 4, 2560, "bfloat16")
@@ -26,7 +26,7 @@ WITHOUT = ("split_phi",)  # its plan is the projection's
 @pytest.mark.parametrize("target", ["cuda", "cpu"])
 def test_every_family_has_alternatives(target: str) -> None:
     """Each differs from the heuristic's and from the others, and leaves the sizes alone."""
-    found = {one.family: one for name in BUILDERS for one in launches(Case(name, SHAPE), target, 264)}
+    found = {one.family: one for name in CALLS for one in launches(Case(name, SHAPE), target, 264)}
     for family, one in found.items():
         if family in WITHOUT:
             continue

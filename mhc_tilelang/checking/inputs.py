@@ -47,15 +47,15 @@ class Inputs:
 
     @classmethod
     def of(cls, case: Case, device: torch.device) -> Inputs:
-        """Drawn on the CPU, so that every device sees the same numbers."""
-        generator = torch.Generator().manual_seed(case.seed)
+        """Drawn on the CPU, so that every device sees the same numbers; on "meta" nothing is drawn."""
+        generator, drawn_on = torch.Generator().manual_seed(case.seed), drawing_device(device)
         tokens, n, size = case.num_tokens, case.num_streams, case.hidden_size
 
         def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator)
+            return torch.randn(*shape, generator=generator, device=drawn_on)
 
         def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
-            return low + (high - low) * torch.rand(*shape, generator=generator)
+            return low + (high - low) * torch.rand(*shape, generator=generator, device=drawn_on)
 
         rows = case.spec.num_coefficients
         drawn = cls(
@@ -89,12 +89,12 @@ class Gradients:
 
     @classmethod
     def of(cls, case: Case, device: torch.device) -> Gradients:
-        """Drawn on the CPU, from another seed than the inputs."""
-        generator = torch.Generator().manual_seed(case.seed + 1_000_003)
+        """Drawn on the CPU, from another seed than the inputs; on "meta" nothing is drawn."""
+        generator, drawn_on = torch.Generator().manual_seed(case.seed + 1_000_003), drawing_device(device)
         tokens, n, size = case.num_tokens, case.num_streams, case.hidden_size
 
         def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator)
+            return torch.randn(*shape, generator=generator, device=drawn_on)
 
         drawn = cls(
             g_x=normal(tokens, n, size).to(case.dtype),
@@ -105,3 +105,8 @@ class Gradients:
             g_projected=normal(case.spec.num_coefficients + 1, tokens),
         )
         return cls(**{name: tensor.to(device) for name, tensor in vars(drawn).items()})
+
+
+def drawing_device(device: torch.device) -> torch.device:
+    """Where the numbers of a device are drawn."""
+    return device if device.type == "meta" else torch.device("cpu")

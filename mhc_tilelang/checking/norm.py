@@ -15,7 +15,7 @@ import torch
 from .. import launch_norm, reference
 from ..kernel import dtype_name
 from . import plain_torch, tolerance
-from .inputs import Case, Gradients, Inputs
+from .inputs import Case, Gradients, Inputs, drawing_device
 from .kernels import Array, Comparison, numpy64
 from .plain_torch import by_autograd
 from .tolerance import U32
@@ -26,7 +26,7 @@ EPS = 0.01  # of the mean square, which is about n/3: an eps left out shows in e
 def layer_norm_weight(case: Case, device: torch.device) -> torch.Tensor:
     """w [C], float32, around 1 and of both signs."""
     generator = torch.Generator().manual_seed(case.seed + 29)
-    return (1 + torch.randn(case.hidden_size, generator=generator)).to(device)
+    return (1 + torch.randn(case.hidden_size, generator=generator, device=drawing_device(device))).to(device)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def build(subject: Subject, arch: str, cached: bool = True) -> Row:
     from ...tracing import trace
 
     func = trace(subject.kernel, subject.launch.parameters)
-    file = cache_file(func, arch)
+    file = cache_file(func, subject, arch)
     if cached and file.exists():
         try:
             return renamed(Row(**json.loads(file.read_text(encoding="utf-8"))), subject)
@@ -55,17 +55,16 @@ def renamed(row: Row, subject: Subject) -> Row:
     )
 
 
-def cache_file(func: Any, arch: str) -> Path:
+def cache_file(func: Any, subject: Subject, arch: str) -> Path:
     """Where a kernel's row is kept: named by what it is made from."""
     from ... import cuda_source
     from ...cpu.build import cache_directory, digest
     from ...cuda import PASS_CONFIGS
-    from ..launches import STREAMS
     from .compiler import COMPILE_FLAGS, versions
 
     makers = [Path(cuda_source.__file__), *(HERE / f"{name}.py" for name in MAKERS)]
-    made_from = [func.script(show_meta=True), arch, str(versions()), str(PASS_CONFIGS), str(STREAMS), *COMPILE_FLAGS]
-    made_from += [path.read_text(encoding="utf-8") for path in makers]
+    made_from = [func.script(show_meta=True), str(subject.launch.streams), arch, str(versions()), str(PASS_CONFIGS)]
+    made_from += [*COMPILE_FLAGS, *(path.read_text(encoding="utf-8") for path in makers)]
     return cache_directory() / "inspect" / f"{digest(chr(0).join(made_from))}.json"
 
 

@@ -65,13 +65,11 @@ def source_of(module: ModuleType, module_name: str, factory: str) -> str:
 
 def traffic(subjects: Iterable[Subject]) -> str:
     """A table of the buffers: bytes in units of C elements a token."""
-    from ..launches import STREAMS
-
     rows = ["| kernel | buffer | read | written | of small tensors, again from caches |", "|---|---|---|---|---|"]
     for subject in subjects:
         streams = [0, 0]
         for name, moved in counted(subject).items():
-            is_stream = name in STREAMS.get(subject.kernel, ())
+            is_stream = name in subject.launch.streams
             sides = (moved.read, moved.written)
             numbers = [side.accessed if is_stream else side.distinct for side in sides]
             again = 0 if is_stream else sum(side.per_block - side.distinct for side in sides)

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...errors import MHCError
 from ...kernels import FAMILIES, boundary_plans, plans
-from ..cases import Case, Shape
-from ..launches import BUILDERS, Launch, launches
+from ..cases import CALLS, Case, Shape
+from ..launches import launches
 from ..options import DTYPES
 from .occupancy import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from ...recording import Recorded
 
 TOKENS = 4096  # sets the run-time sizes of a launch, and in how many lanes partial sums are added
 PARALLEL_BLOCKS = 2 * 132  # of a projection, on the multiprocessors of an H100 or H200
@@ -64,7 +67,7 @@ class Subject:
     num_streams: int | None
     hidden_size: int | None
     dtype: str | None
-    launch: Launch
+    launch: Recorded
 
     @property
     def label(self) -> str:
@@ -79,7 +82,7 @@ class Subject:
 def subjects(shape: Shape, kernels: Iterable[str] = FAMILIES) -> list[Subject]:
     """Every kernel of these families at one shape, in the families' order, each once."""
     found: dict[tuple[str, str], Subject] = {}
-    for call in BUILDERS:
+    for call in CALLS:
         for launch in launches(Case(call, shape), "cuda", PARALLEL_BLOCKS):
             subject = subject_of(launch, shape, variant_of(launch))
             found.setdefault((subject.kernel, subject.variant), subject)
@@ -87,7 +90,7 @@ def subjects(shape: Shape, kernels: Iterable[str] = FAMILIES) -> list[Subject]:
     return sorted(wanted, key=lambda subject: list(FAMILIES).index(subject.kernel))
 
 
-def subject_of(launch: Launch, shape: Shape, variant: str) -> Subject:
+def subject_of(launch: Recorded, shape: Shape, variant: str) -> Subject:
     """A launch as a subject: a dtype reaches a kernel by itself or through the projection's plan."""
     depends = launch.parameters.keys()
     return Subject(
@@ -100,7 +103,7 @@ def subject_of(launch: Launch, shape: Shape, variant: str) -> Subject:
     )
 
 
-def variant_of(launch: Launch) -> str:
+def variant_of(launch: Recorded) -> str:
     """What tells a launch from others of its family at the same sizes."""
     for form in ("aggregated", "deferred"):
         if launch.parameters.get(form):

@@ -68,14 +68,13 @@ class Row:
 def build_function(func: Any, subject: Subject, arch: str) -> Row:
     """Lower, compile, disassemble, count."""
     from ...cuda_source import generate_from
-    from ..launches import STREAMS
     from .compiler import compile_source
     from .fragments import truncated
     from .source_accesses import accesses
 
     source = generate_from(func, arch)
     buffers = accesses(source.code)
-    streams = {name: buffers[name] for name in STREAMS.get(subject.kernel, ()) if name in buffers}
+    streams = {name: buffers[name] for name in subject.launch.streams if name in buffers}
     facts = measured(source, compile_source(source.code, arch), arch)
     return Row(
         kernel=subject.kernel,
