@@ -41,8 +41,8 @@ inspect-full: $(READY) ## build every kernel at every size for every CUDA archit
 docs: $(READY) ## build the documentation as a site in build/site; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-docs-guide: $(READY) ## take the excerpts and figures of docs/guide from their sources again
-	$(BIN)/python -m mhc_tilelang.perf.guide docs/guide
+docs-guide: $(READY) ## take the excerpts, tables, numbers and figures of the pages from their sources again
+	$(BIN)/python -m mhc_tilelang.perf.guide .
 	$(BIN)/python -m mhc_tilelang.perf.figures_guide docs/guide/figures
 
 docs-kernels: $(READY) ## write the pages of docs/kernels

@@ -1,13 +1,15 @@
-"""Excerpts in docs/guide: `python -m mhc_tilelang.perf.guide docs/guide` takes them from their sources again.
+"""What pages take from elsewhere: `python -m mhc_tilelang.perf.guide .` takes it again, in the README and docs.
 
-A page names what it shows in a comment, which a browser of the repository hides, and the excerpt follows:
+A page names its source in a comment, which a browser of the repository hides. What is taken follows; a number precedes:
 
     <!-- from kernels/pre.py: def pre_kernel -->                          a function, with its decorators
     <!-- from kernels/pre.py: `for c in` to `T.copy(acc` -->              lines, the first and the last one named
     <!-- rows of docs/kernels/README.md: pre; post -->                    rows of a table that begin so, and its head
+    <!-- = timings("default", 2560) -->                                   a table or a fenced block that `facts` makes
+    it adds 5.9 %<!-- = layer_overhead() --> to the step                  a number with its unit that `facts` gives
 
-A test compares: an excerpt is what its source says now. Imports nothing; sources are read as text, from the root of the
-checkout, which is where the command runs.
+A test compares: what a page shows is what its source says now. Sources are read as text, from the root of the checkout,
+which is where the command runs; `facts` is called.
 """
 
 from __future__ import annotations
@@ -19,10 +21,14 @@ import textwrap
 from pathlib import Path
 
 EXCERPT = re.compile(r"^<!-- (from|rows of) (\S+): (.+) -->\n(?:```python\n(?:.*\n)*?```\n|(?:\|.*\n)*)", re.M)
+BLOCK = re.compile(r"^<!-- = (.+) -->\n(?:```\n(?:.*\n)*?```\n|(?:\|.*\n)*)", re.M)
+NUMBER = re.compile(r"[+-]?\d[\d.,]*(?: %|×|C\b)?(?=<!-- = (.+?) -->)")
+MARKED = re.compile(f"{NUMBER.pattern}<!--.*?-->")
+MARKER = re.compile(r"<!--.*?-->", re.S)
 
 
 def refreshed(page: str, root: Path) -> str:
-    """The page with every excerpt as its source has it. Raises LookupError naming what is no longer there."""
+    """The page with everything as its source has it. Raises LookupError naming what is no longer there."""
 
     def excerpt(match: re.Match[str]) -> str:
         kind, path, what = match.groups()
@@ -33,7 +39,26 @@ def refreshed(page: str, root: Path) -> str:
             body = f"```python\n{code(source, what, path)}\n```\n"
         return f"<!-- {kind} {path}: {what} -->\n{body}"
 
-    return EXCERPT.sub(excerpt, page)
+    page = EXCERPT.sub(excerpt, page)
+    page = BLOCK.sub(lambda match: f"<!-- = {match[1]} -->\n{fact(match[1])}\n", page)
+    return NUMBER.sub(lambda match: fact(match[1]), page)
+
+
+def fact(expression: str) -> str:
+    """What a call of `facts` gives. Raises LookupError for an expression that is none."""
+    from . import facts
+
+    try:
+        return str(eval(expression, {name: getattr(facts, name) for name in facts.__all__}))
+    except Exception as error:
+        raise LookupError(f"<!-- = {expression} -->: {type(error).__name__}: {error}") from error
+
+
+def misplaced(page: str) -> list[str]:
+    """Comments that `refreshed` passes over: misspelt, or after what is no number."""
+    for pattern in (EXCERPT, BLOCK, MARKED):
+        page = pattern.sub("", page)
+    return MARKER.findall(page)
 
 
 def code(source: str, what: str, path: str) -> str:
@@ -74,12 +99,12 @@ def rows(source: str, names: list[str], path: str) -> str:
     return "\n".join([lines[head - 1], lines[head], *(lines[i] for i in found)]) + "\n"
 
 
-def write(folder: Path, root: Path) -> None:
-    """Refresh every page of the folder."""
-    for path in sorted(folder.glob("*.md")):
+def write(root: Path) -> None:
+    """Refresh the README and every page of docs."""
+    for path in (root / "README.md", *sorted((root / "docs").rglob("*.md"))):
         page = path.read_text(encoding="utf-8")
         path.write_text(refreshed(page, root), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), Path.cwd())
+    write(Path(sys.argv[1]))

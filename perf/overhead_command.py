@@ -1,6 +1,6 @@
 """`mhc-tilelang bench overhead`: a whole layer under four connections, and the model that predicts it.
 
-No number is printed over a failed check. On a CPU the model's answer for an H200 comes first.
+No number is printed over a failed check. What was measured comes first, what a model predicts after it.
 """
 
 from __future__ import annotations
@@ -105,14 +105,13 @@ def run(args: argparse.Namespace) -> int:
     if any(one.name == LEADING_DEVICE for one in devices):
         predictions.insert(0, overhead_report.headline(table, LEADING_DEVICE, SEQUENCE))
     measurements = [
+        overhead_report.conclusion(measured, device.type),
         overhead_report.measured_table(measured, predicted),
         overhead_report.kernel_table(measured),
         overhead_report.notes(measured, device.type, bool(predicted)),
-        overhead_report.conclusion(measured, device.type),
     ]
     print(overhead_report.header(facts, sizes))
-    parts = [*predictions, *measurements] if device.type == "cpu" else [*measurements, *predictions]
-    print("\n\n".join((*parts, overhead_report.WHAT_THE_PAPER_SAYS)))
+    print("\n\n".join((*measurements, *predictions, overhead_report.WHAT_THE_PAPER_SAYS, overhead_report.EVERY_NUMBER)))
     write_json(args.json, overhead_report.as_json(facts, measured, table, predicted, assumptions))
     return 0
 

@@ -22,6 +22,7 @@ WHAT_THE_PAPER_SAYS = """\
 The paper's 6.7 % is the additional time of the whole training step of an in-house model at n = 4, communication and
 recomputation overlapped (V4 report: "of the overlapped 1F1B pipeline stage"). This is one layer on one device, forward
 and backward, nothing overlapped; no optimizer, embedding, head or communication."""
+EVERY_NUMBER = "Every percentage beside the paper's, ours and others', and what it is of: docs/overhead.md."
 NOT_COMPARABLE = """\
 not comparable with 6.7 %: a CPU does about a thirtieth of a GPU's FLOPs per byte that it moves, so the layer inside
 takes far longer beside its streams; and the projection and Sinkhorn are bound by arithmetic, not by memory."""

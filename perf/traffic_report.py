@@ -99,7 +99,14 @@ def report(shape: Shape, target: str, rows: Sequence[Row], calls: Mapping[str, A
     align = ["left", *["right"] * 7]
     title = f"{target}, n = {shape.num_streams}, C = {shape.hidden_size}, {shape.dtype}, {shape.num_tokens} tokens"
     table = tabulate([row.cells() for row in rows], headers=headers, disable_numparse=True, colalign=align)
-    sums = [
+    return "\n\n".join((title, table, sums(shape, calls)))
+
+
+def sums(shape: Shape, calls: Mapping[str, Audited]) -> str:
+    """A sublayer's tables, forward and backward; `calls` has the fused boundary and the kernels of both ways."""
+    from tabulate import tabulate
+
+    return "\n\n".join(
         tabulate(
             lines,
             headers=[f"a sublayer, {way}", "read", "written", "sum", "small"],
@@ -107,8 +114,7 @@ def report(shape: Shape, target: str, rows: Sequence[Row], calls: Mapping[str, A
             colalign=["left", *["right"] * 4],
         )
         for way, lines in (("forward", forward_sums(shape, calls)), ("backward", backward_sums(shape, calls)))
-    ]
-    return "\n\n".join((title, table, *sums))
+    )
 
 
 def forward_sums(shape: Shape, calls: Mapping[str, Audited]) -> list[list[str]]:

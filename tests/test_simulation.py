@@ -12,8 +12,9 @@ import pytest
 
 from mhc_tilelang.perf.memory import stage_of as memory_stage_of
 from mhc_tilelang.perf.model import DEVICES, FORMS, RESIDUAL, predict
+from mhc_tilelang.perf.overhead_report import PAPER
 from mhc_tilelang.perf.simulation.costs import Assumptions, Costs, costs, forms
-from mhc_tilelang.perf.simulation.overhead import PAPER, overhead, pipeline_of, sensitivity, solve, step_overhead
+from mhc_tilelang.perf.simulation.overhead import overhead, pipeline_of, sensitivity, solve, step_overhead
 from mhc_tilelang.perf.simulation.pipeline import Pipeline
 from mhc_tilelang.perf.simulation.stage import COMPUTE, EXPERTS, PAIRS, Stage, stage_of
 from mhc_tilelang.perf.simulation.streams import Span, Task, busy, makespan, run

@@ -9,9 +9,9 @@ from matplotlib.patches import Patch
 
 from ..figures import BLUE, GREY, INK, ORANGE, Bar, Card, Picture, bars_height, draw_bars
 from ..figures_sublayer import exactly
-from ..overhead_report import percent
+from ..overhead_report import PAPER, percent
 from .costs import Assumptions
-from .overhead import PAPER, overhead, pipeline_of, step_overhead
+from .overhead import overhead, pipeline_of, step_overhead
 from .pipeline import BACKWARD, FORWARD
 from .report import Results
 from .stage import ATTENTION, COMPUTE, CONNECTION, CONNECTIONS, EXPERT, EXPERTS, FFN, REPLAY, SEND, SENDS, stage_of

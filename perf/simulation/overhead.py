@@ -17,7 +17,6 @@ from .pipeline import Pipeline
 from .stage import Stage, stage_of
 from .streams import makespan
 
-PAPER = 0.067
 STEPS = 10  # of bisection; between the last two values the overhead is taken for a straight line
 
 

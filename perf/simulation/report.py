@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..model import DEVICES
-from ..overhead_report import percent
+from ..overhead_report import PAPER, percent
 from ..sizes import NUM_LAYERS, SEQUENCE
 from .costs import Assumptions, costs, forms
-from .overhead import PAPER, Change, Solution, overhead, pipeline_of, sensitivity, solve, step_overhead
+from .overhead import Change, Solution, overhead, pipeline_of, sensitivity, solve, step_overhead
 from .stage import stage_of
 from .streams import makespan
 
