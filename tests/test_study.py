@@ -7,6 +7,7 @@ a seed that differ in more than their connection, blank pictures.
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -18,9 +19,10 @@ import pytest
 import torch
 
 from mhc_tilelang import cli, reference
-from mhc_tilelang.perf.study import convergence, gradients, runs, summary
-from mhc_tilelang.perf.study.matrices import gains_by_depth, measure
+from mhc_tilelang.perf.study import convergence, gain, gradients, runs, sinkhorn, summary
+from mhc_tilelang.perf.study.matrices import Curve, gains_by_depth, measure
 from mhc_tilelang.perf.study.model import Sizes, read_text
+from mhc_tilelang.perf.timing import Statistics
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -200,8 +202,65 @@ def test_page_shows_what_is_stored():
         "train-curves",
         "train-summary",
     }
-    last = [line for line in lines_of(page.parent / "train-summary.csv") if line["quantity"] == "held-out loss, final"]
-    assert all(f"{float(line['mean']):.4f}" in text for line in last)
+
+
+def stored_curves():
+    """Those of gain.csv: by index, as lists that begin with the first sublayer are."""
+    found = {}
+    for line in lines_of(ROOT / "docs" / "study" / "gain.csv"):
+        iters = int(line["iterations"]) if line["iterations"] else None
+        one = found.setdefault((line["g"], float(line["a"]), iters), ({}, {}))
+        for way, name in zip(one, ("forward_gain", "backward_gain"), strict=True):
+            way[int(line["sublayers"]) - 1] = float(line[name])
+    return [Curve(*key, forward, backward, 0.0) for key, (forward, backward) in found.items()]
+
+
+def stored_numbers(name, whole=()):
+    """Rows of a CSV whose cells are numbers where they can be; empty ones are left out."""
+    return [
+        {
+            key: (int if key in whole else float)(cell) if re.fullmatch(r"[-+.\de]+|nan", cell) else cell
+            for key, cell in line.items()
+            if cell
+        }
+        for line in lines_of(ROOT / "docs" / "study" / f"{name}.csv")
+    ]
+
+
+def stored_tables():
+    """What the commands print of the stored numbers, name by name."""
+    curves = stored_curves()
+    names = ("sinkhorn-convergence", "sinkhorn-gradients", "sinkhorn-cost")
+    rows = {name: stored_numbers(name, ("iters", "samples", "disturbed")) for name in names}
+    times = {}
+    for row in rows["sinkhorn-cost"]:
+        direction, iters = row.pop("direction"), row.pop("iters")
+        times.setdefault(direction, {})[iters] = Statistics(**row)
+    return {
+        "gains": gain.by_depth(curves, 20, [16, 64, 128]),
+        "what they say": gain.conclusion(curves, 20, 64, 4),
+        "distances": sinkhorn.distance_table([convergence.Distance(**row) for row in rows["sinkhorn-convergence"]]),
+        "errors": sinkhorn.error_table([gradients.Error(**row) for row in rows["sinkhorn-gradients"]]),
+        "cost": sinkhorn.cost_table(times, 16384),
+        "training": summary.as_table(stored_numbers("train-summary")),
+    }
+
+
+def words(text):
+    """Without what alignment and line breaks do."""
+    return " ".join(re.sub(r"-{3,}", "", text).split())
+
+
+def test_tables_of_the_page_are_those_of_the_stored_numbers():
+    """Would catch a number that was changed, on the page or in a file."""
+    page = words((ROOT / "docs" / "study" / "README.md").read_text(encoding="utf-8"))
+    for name, table in stored_tables().items():
+        assert words(table) in page, f"{name}: expected on docs/study/README.md\n{table}"
+    found = {(one.structure, one.iters, one.scale): one.backward[63] for one in stored_curves() if one.iters}
+    for (structure, iters), gains in itertools.groupby(sorted(found), key=lambda key: key[:2]):
+        shown = re.search(rf"{structure} {iters}((?: \d\.\d{{4}} \(\S+\))+)", page)
+        expected = [found[key] for key in gains]  # of six digits in the file
+        assert [float(one) for one in re.findall(r"\d\.\d{4}", shown[1])] == pytest.approx(expected, abs=6e-5)
 
 
 # Errors
