@@ -6,12 +6,14 @@ first use.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tilelang
 from tilelang import PassConfigKey
 from tvm.target import Target
 
+from . import trust
 from .errors import CompilerError
 from .kernel import Kernel
 from .toolchain import Tool, find_nvcc
@@ -55,8 +57,13 @@ def load(family: str, parameters: dict[str, Any], arch: str) -> Kernel:
 
 
 def build(func: Any, arch: str, family: str, parameters: dict[str, Any]) -> tilelang.JITKernel:
-    """Compile a TIR function for `arch`; needs nvcc, but no GPU."""
+    """Compile a TIR function for `arch`, or find it in tilelang's cache; needs nvcc, but no GPU.
+
+    tilelang verifies what it kept; TrustError where others can write to it.
+    """
     nvcc()
+    if (kept := Path(tilelang.env.TILELANG_CACHE_DIR)).exists():
+        trust.check(kept)
     with progress(family, arch, parameters):
         return tilelang.compile(
             func,

@@ -1,6 +1,6 @@
 """`mhc-tilelang doctor`: what this machine has, what is missing, and what to install.
 
-One function per topic (packages, torch, compilers, GPUs, CPU, kernel cache); each returns rows. Never imports
+One function per topic (packages, torch, compilers, GPUs, CPU, kernel cache, bundles); each returns rows. Never imports
 tilelang, whose import takes seconds: versions come from the installed metadata. Works without torch and
 without tilelang, and says so.
 """
@@ -74,6 +74,7 @@ def examine() -> list[Row]:
         *gpu_rows(torch),
         *cpu_rows(),
         cache_row(),
+        *bundle_rows(),
     ]
 
 
@@ -259,10 +260,12 @@ def cpuinfo() -> str:
 
 
 def cache_row() -> Row:
-    """Report the directory of compiled kernels: its size, the space left, whether it can be written."""
-    from mhc_tilelang.cpu.build import cache_directory
+    """Report the directory of compiled kernels: who can write it, its size, the space left."""
+    from mhc_tilelang import disk_cache
 
-    directory = cache_directory()
+    directory = disk_cache.location()
+    if row := untrusted_row("kernel cache", directory):
+        return row
     try:
         existing = next(path for path in (directory, *directory.parents) if path.exists())
         with tempfile.TemporaryFile(dir=existing):
@@ -276,6 +279,33 @@ def cache_row() -> Row:
             "a directory that can be written",
         )
     return Row("kernel cache", f"{directory}, {human_bytes(size_of(directory))} used, {free} free")
+
+
+def bundle_rows() -> list[Row]:
+    """Report the bundles that kernels come from, where $MHC_TILELANG_BUNDLE names some."""
+    from mhc_tilelang.compile import BUNDLE_VARIABLE
+
+    folders = [Path(name) for name in os.environ.get(BUNDLE_VARIABLE, "").split(os.pathsep) if name]
+    absent = f"a bundle, or ${BUNDLE_VARIABLE} unset"
+    return [
+        untrusted_row("bundle", folder)
+        or (Row("bundle", str(folder)) if folder.is_dir() else Row("bundle", f"{folder}, absent", "missing", absent))
+        for folder in folders
+    ]
+
+
+def untrusted_row(name: str, folder: Path) -> Row | None:
+    """Report a folder whose code is refused, since others can change it; None for one that is taken or absent."""
+    from mhc_tilelang import trust
+    from mhc_tilelang.errors import TrustError
+
+    try:
+        trust.check(folder)
+    except TrustError as error:
+        return Row(name, f"{folder}, refused", "missing", str(error))
+    except OSError:
+        pass
+    return None
 
 
 def size_of(directory: Path) -> int:

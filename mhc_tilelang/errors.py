@@ -31,3 +31,7 @@ class ConversionError(MHCError):
 
 class BundleError(MHCError):
     """A bundle of exported kernels that is damaged, made for another machine, or lacks what was asked for."""
+
+
+class TrustError(MHCError):
+    """A kernel cache or bundle that others than this user and root can change: it would run their code."""

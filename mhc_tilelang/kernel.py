@@ -1,7 +1,7 @@
 """What a compiled kernel is: a signature, and a call that checks its tensors against it.
 
-A target's `load` makes one (`cpu.build`, `cuda`), `compile` hands it out, `launch` calls it. Imports nothing of the
-package, and torch only for its types.
+A target's `load` makes one (`cpu.build`, `cuda`), `compile` hands it out, `launch` calls it. Imports torch only
+for its types.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
+
+from .json_input import fields, strings
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +32,18 @@ class Signature:
 
     buffers: tuple[Buffer, ...]
     scalars: tuple[str, ...]
+
+    @classmethod
+    def from_json(cls, facts: Any, where: str) -> Signature:
+        """A signature that was written as JSON. Raises ValueError where a field is missing or of another type."""
+        fields(facts, {"buffers": list, "scalars": list}, where)
+        buffers = []
+        for each in facts["buffers"]:
+            fields(each, {"name": str, "dtype": str, "shape": list}, f"{where}: buffers")
+            if not all(type(size) in (int, str) for size in each["shape"]):
+                raise ValueError(f"{where}: {each['name']}: shape: expected sizes or names, got {each['shape']}")
+            buffers.append(Buffer(each["name"], each["dtype"], tuple(each["shape"])))
+        return cls(tuple(buffers), strings(facts["scalars"], f"{where}: scalars"))
 
     @property
     def names(self) -> tuple[str, ...]:

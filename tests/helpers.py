@@ -6,7 +6,6 @@ A `call` maps (Inputs, Case) to a tuple of outputs.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -145,14 +144,7 @@ def run_lowered(func, folder, **arguments):
     source, library = folder / "kernel.cpp", folder / f"kernel{len(list(folder.iterdir()))}.so"
     source.write_text(emit(func, checked=True))
     build.run_compiler(source, library)
-    signature = signature_of(func)
-    description = {
-        "name": "kernel",
-        "symbol": func.attrs["global_symbol"],
-        "buffers": [vars(buffer) for buffer in signature.buffers],
-        "scalars": list(signature.scalars),
-    }
-    build.bind(library, json.loads(json.dumps(description)))(**arguments)
+    build.bind(library, "kernel", func.attrs["global_symbol"], signature_of(func))(**arguments)
     return source.read_text()
 
 

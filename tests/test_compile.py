@@ -16,7 +16,7 @@ from helpers import CPU
 from helpers_backward import BACKWARD
 
 from mhc_tilelang import compile as compiler
-from mhc_tilelang import ops
+from mhc_tilelang import disk_cache, ops
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.cpu import build
 from mhc_tilelang.errors import CompilerError
@@ -36,7 +36,7 @@ print("loaded:", *[m for m in ("tilelang", "tvm") if m in sys.modules])
 @pytest.fixture
 def cold(monkeypatch, tmp_path):
     """An empty cache, on disk and in this process; its directory."""
-    monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(disk_cache.VARIABLE, str(tmp_path))
     monkeypatch.setattr(compiler, "_kernels", {})
     return tmp_path
 
@@ -98,7 +98,7 @@ def test_kernel_refuses_other_arguments():
 def test_one_compilation_for_all_token_counts(cold, monkeypatch):
     """For every kernel that the functions use. Catches a token or split count that is compiled in."""
     built = []
-    monkeypatch.setattr(build, "build", lambda *args, build=build.build: (built.append(args[0]), build(*args)))
+    monkeypatch.setattr(build, "build", lambda *args, build=build.build: (built.append(args[0]), build(*args))[1])
     for num_tokens in (1, 0, 3, 64, 127, 1000):
         case = replace(CASE, num_tokens=num_tokens)
         i = Inputs.of(case, CPU)
@@ -114,7 +114,7 @@ def test_one_compilation_for_all_token_counts(cold, monkeypatch):
 def test_one_compilation_for_all_token_counts_of_a_backward(cold, monkeypatch):
     """As above; sums of up to 16 blocks of tokens have one lane and those of more 16, which are two kernels."""
     built = []
-    monkeypatch.setattr(build, "build", lambda *args, build=build.build: (built.append(args[0]), build(*args)))
+    monkeypatch.setattr(build, "build", lambda *args, build=build.build: (built.append(args[0]), build(*args))[1])
     for num_tokens in (1, 0, 3, 64, 127, 1100):
         for function in BACKWARD.values():
             function(function.arguments(replace(CASE, num_tokens=num_tokens)))
@@ -187,7 +187,7 @@ def test_two_threads_at_once(cold, monkeypatch):
     from concurrent.futures import ThreadPoolExecutor
 
     built = []
-    monkeypatch.setattr(build, "build", lambda *args, build=build.build: (built.append(args[0]), build(*args)))
+    monkeypatch.setattr(build, "build", lambda *args, build=build.build: (built.append(args[0]), build(*args))[1])
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda _: post_kernel(), range(2))
     assert first is second
@@ -196,14 +196,14 @@ def test_two_threads_at_once(cold, monkeypatch):
 
 def test_cache_directory(monkeypatch, tmp_path):
     """$MHC_TILELANG_CACHE, else under $XDG_CACHE_HOME, else under ~/.cache."""
-    monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path / "named"))
-    assert build.cache_directory() == tmp_path / "named"
-    monkeypatch.delenv(build.CACHE_VARIABLE)
+    monkeypatch.setenv(disk_cache.VARIABLE, str(tmp_path / "named"))
+    assert disk_cache.location() == tmp_path / "named"
+    monkeypatch.delenv(disk_cache.VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert build.cache_directory() == tmp_path / "mhc-tilelang"
+    assert disk_cache.location() == tmp_path / "mhc-tilelang"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert build.cache_directory() == tmp_path / ".cache" / "mhc-tilelang"
+    assert disk_cache.location() == tmp_path / ".cache" / "mhc-tilelang"
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_missing_argument_is_named():
 
 def test_unusable_cache_is_a_known_error(monkeypatch):
     """One line that names the folder and the variable, not a traceback."""
-    monkeypatch.setenv(build.CACHE_VARIABLE, "/proc/absent")
+    monkeypatch.setenv(disk_cache.VARIABLE, "/proc/absent")
     monkeypatch.setattr(compiler, "_kernels", {})
     with pytest.raises(CompilerError, match=r"cannot keep kernels in /proc/absent.*MHC_TILELANG_CACHE"):
         post_kernel()
@@ -260,7 +260,7 @@ def test_a_damaged_cache_is_made_anew(cold, monkeypatch, tmp_path_factory, suffi
     shutil.copytree(cold, copy, dirs_exist_ok=True)
     [damaged] = copy.rglob(f"post-*{suffix}")
     damaged.write_bytes(b"")
-    monkeypatch.setenv(build.CACHE_VARIABLE, str(copy))
+    monkeypatch.setenv(disk_cache.VARIABLE, str(copy))
     monkeypatch.setattr(compiler, "_kernels", {})
     post_kernel()(**post_buffers())
     assert damaged.stat().st_size > 0

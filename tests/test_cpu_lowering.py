@@ -182,7 +182,7 @@ def test_a_checked_build_stops_at_an_index_out_of_bounds(tmp_path: Path) -> None
     """The checked builds below would prove nothing if they let this pass."""
     script = tmp_path / "script.py"
     script.write_text(
-        "import tilelang.language as T, torch, json\n"
+        "import tilelang.language as T, torch\n"
         "from pathlib import Path\n"
         "from mhc_tilelang.tracing import signature_of\n"
         "from mhc_tilelang.cpu import build\n"
@@ -195,9 +195,7 @@ def test_a_checked_build_stops_at_an_index_out_of_bounds(tmp_path: Path) -> None
         f"folder = Path({str(tmp_path)!r})\n"
         "(folder / 'k.cpp').write_text(emit(beyond, checked=True))\n"
         "build.run_compiler(folder / 'k.cpp', folder / 'k.so')\n"
-        "buffers = [vars(b) for b in signature_of(beyond).buffers]\n"
-        "description = {'name': 'k', 'symbol': 'beyond', 'buffers': buffers, 'scalars': []}\n"
-        "build.bind(folder / 'k.so', description)(values=torch.zeros(16))\n"
+        "build.bind(folder / 'k.so', 'k', 'beyond', signature_of(beyond))(values=torch.zeros(16))\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode < 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BundleError
-from ..kernel import Buffer, Kernel, Signature
+from ..kernel import Kernel, Signature
 from . import cpu_target, manifest
 from .described import encoded_parameters, key_of
 
@@ -37,7 +37,11 @@ class Bundle:
         if self.manifest["targets"][target]["kind"] == "cpu":
             from ..cpu.build import bind
 
-            return bind(self.library(target), {**entry, "name": entry["family"]})
+            library = self.library(target)
+            try:
+                return bind(library, entry["family"], entry["symbol"], signature_of(entry))
+            except (OSError, AttributeError) as error:
+                raise BundleError(f"{library}: expected a library that this system loads, got {error}") from None
         from . import driver
 
         launch = entry["launch"]
@@ -51,14 +55,13 @@ class Bundle:
                 facts = self.manifest["targets"][target]
                 cpu_target.check_machine(facts, str(self.folder))
                 manifest.content_of(self.folder, self.manifest, facts["library"])
-                self._library = self.folder / facts["library"]
+                self._library = (self.folder / facts["library"]).resolve()
             return self._library
 
 
 def signature_of(entry: dict[str, Any]) -> Signature:
     """What a kernel of the manifest is called with."""
-    buffers = tuple(Buffer(b["name"], b["dtype"], tuple(b["shape"])) for b in entry["buffers"])
-    return Signature(buffers, tuple(entry["scalars"]))
+    return Signature.from_json(entry, entry["name"])
 
 
 @cache

@@ -9,7 +9,8 @@
     files             size and sha256 of every other file
 
 `manifest.sha256` has the hash of manifest.json itself, in the format of `sha256sum`. Hashes find damage and mistakes;
-they do not tell who made a bundle. Imports neither torch nor tilelang.
+they do not tell who made a bundle. So what others than this user and root can write is refused (`trust`), here too.
+Imports neither torch nor tilelang.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .. import trust
 from ..errors import BundleError
+from ..json_input import fields, strings
+from ..kernel import Signature
 
 FORMAT = 1
 MANIFEST, SEAL = "manifest.json", "manifest.sha256"
@@ -34,6 +38,13 @@ REQUIRED = {
     "golden": dict,
     "files": dict,
 }
+FILE = {"bytes": int, "sha256": str}
+TARGET = {
+    "cpu": {"system": str, "machine": str, "march": str, "features": list, "library": str},
+    "cuda": {"arch": str},
+}
+KERNEL = {"name": str, "symbol": str, "family": str, "parameters": dict}
+LAUNCH = {"cubin": str, "function": str, "arguments": list, "grid": list, "threads": list, "shared_bytes": int}
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -44,42 +55,82 @@ def write(folder: Path, manifest: dict[str, Any]) -> None:
     text = json.dumps({**manifest, "files": files}, indent=1) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     (folder / SEAL).write_text(f"{sha256(text.encode())}  {MANIFEST}\n", encoding="utf-8")
+    for path in (folder, *folder.rglob("*")):
+        trust.close(path)
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a bundle. Raises BundleError where it is missing, changed, or of another format."""
+    """The manifest of a bundle. Raises BundleError where it is missing, changed, or of another format.
+
+    TrustError where others than this user and root can write to the folder.
+    """
     try:
-        content, seal = (folder / MANIFEST).read_bytes(), (folder / SEAL).read_text(encoding="utf-8").split()
+        trust.check(folder)
+        content = trust.check(folder / MANIFEST).read_bytes()
+        seal = trust.check(folder / SEAL).read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
         raise BundleError(f"{folder}: expected a bundle with {MANIFEST} and {SEAL}, got {error}") from None
     try:
         manifest = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{folder / MANIFEST}: expected JSON, got {error}") from None
     version = manifest.get("format") if isinstance(manifest, dict) else None
     if version != FORMAT:  # before the hash: a newer format may be sealed in another way
         raise BundleError(f"{folder / MANIFEST}: format: expected {FORMAT}, got {version!r}; export the bundle again")
     if seal[:1] != [sha256(content)]:
         raise BundleError(f"{folder / MANIFEST}: expected sha256 {' '.join(seal[:1])}, got {sha256(content)}")
-    for name, kind in REQUIRED.items():
-        if not isinstance(manifest.get(name), kind):
-            got = type(manifest.get(name)).__name__
-            raise BundleError(f"{folder / MANIFEST}: {name}: expected {kind.__name__}, got {got}")
+    try:
+        check_fields(manifest, str(folder / MANIFEST))
+    except ValueError as error:
+        raise BundleError(str(error)) from None
     return manifest
 
 
+def check_fields(manifest: Any, where: str) -> None:
+    """Raise ValueError for the first field that is not there or of another type, of those that loading reads."""
+    fields(manifest, REQUIRED, where)
+    for name, facts in manifest["files"].items():
+        fields(facts, FILE, f"{where}: files: {name}")
+    for target, part in manifest["targets"].items():
+        at = f"{where}: targets: {target}"
+        kind = fields(part, {"kind": str, "kernels": list}, at)["kind"]
+        if kind not in TARGET:
+            raise ValueError(f"{at}: kind: expected {' or '.join(TARGET)}, got {kind}")
+        fields(part, TARGET[kind], at)
+        if kind == "cpu":
+            strings(part["features"], f"{at}: features")
+        for entry in part["kernels"]:
+            kernel = f"{at}: {fields(entry, KERNEL, at)['name']}"
+            Signature.from_json(entry, kernel)
+            if kind == "cuda":
+                fields(fields(entry, {"launch": dict}, kernel)["launch"], LAUNCH, f"{kernel}: launch")
+
+
 def content_of(folder: Path, manifest: dict[str, Any], name: str) -> bytes:
-    """A file of the bundle, checked. Raises BundleError where it is missing, changed, or not the bundle's."""
+    """A file of the bundle, checked. Raises BundleError where it is missing, changed, or not the bundle's.
+
+    TrustError where others than this user and root can write to it.
+    """
     facts = manifest["files"].get(name)
     if facts is None:
         raise BundleError(f"{folder}: {name}: expected a file that the manifest names, got one that it does not")
     try:
-        content = (folder / name).read_bytes()
+        content = trust.check(folder / name).read_bytes()
     except OSError as error:
         raise BundleError(f"{folder}: {name}: expected {facts['bytes']} bytes, got {error.strerror}") from None
+    if len(content) != facts["bytes"]:
+        raise BundleError(f"{folder}: {name}: expected {facts['bytes']} bytes, got {len(content)}: it was changed")
     if sha256(content) != facts["sha256"]:
         raise BundleError(f"{folder}: {name}: expected sha256 {facts['sha256']}, got {sha256(content)}: it was changed")
     return content
+
+
+def others(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """What lies in a bundle's folder that the manifest does not name; folders count where nothing named is in them."""
+    named = {MANIFEST, SEAL, *manifest["files"]}
+    named |= {parent.as_posix() for name in manifest["files"] for parent in Path(name).parents}
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    return sorted(set(found) - named)
 
 
 def facts_of(path: Path) -> dict[str, Any]:

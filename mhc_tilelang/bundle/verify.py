@@ -19,6 +19,8 @@ from . import cpu_target, golden, manifest
 from .described import INPUT, OUTPUT
 from .load import Bundle
 
+SHOWN = 5  # files that are named where there are more than there should be
+
 
 @dataclass(frozen=True)
 class Result:
@@ -43,9 +45,12 @@ class Result:
 def check_files(folder: Path) -> dict[str, Any]:
     """The manifest of a bundle whose files are all as they were exported. Raises BundleError for the first that is not.
 
-    The golden vectors that the indices name must be among them.
+    There must be no other files, and the golden vectors that the indices name must be among them.
     """
     facts = manifest.read(folder)
+    if added := manifest.others(folder, facts):
+        names = ", ".join(added[:SHOWN]) + (f" and {len(added) - SHOWN} more" if len(added) > SHOWN else "")
+        raise BundleError(f"{folder}: expected no files but those of the manifest, got {names}")
     for name in facts["files"]:
         manifest.content_of(folder, facts, name)
     arrays = golden.arrays_of(manifest.content_of(folder, facts, golden.ARRAYS))

@@ -1,9 +1,9 @@
 """Compile the CPU's kernels and keep them on disk.
 
-A kernel's file is named by a hash of what it was made from: the sources of kernels and lowering, the sizes,
-tilelang's version, the compiler's flags. So nothing stale is loaded, and a kernel that is found needs neither
-tilelang nor a compiler (which compiler made it is not asked, or one would be needed to look). The folder
-carries a hash of the processor's features, since `-march=native` code from one machine of a shared home may
+A kernel's entry in the cache (`disk_cache`) is named by a hash of what it was made from: the sources of kernels and
+lowering, the sizes, tilelang's version, the compiler's flags. So nothing stale is loaded, and a kernel that is found
+needs neither tilelang nor a compiler (which compiler made it is not asked, or one would be needed to look). The
+folder carries a hash of the processor's features, since `-march=native` code from one machine of a shared home may
 not run on another.
 """
 
@@ -11,27 +11,26 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
 import os
 import platform
 import subprocess
-import tempfile
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import kernels
+from ..disk_cache import Made, kept
 from ..errors import CompilerError
-from ..kernel import Buffer, Kernel, Signature
+from ..json_input import fields
+from ..kernel import Kernel, Signature
 from ..toolchain import CXX_NAMES, Tool, find_cxx, output_of
 from ..tracing import progress, signature_of, trace
 
 if TYPE_CHECKING:
     import torch
 
-CACHE_VARIABLE = "MHC_TILELANG_CACHE"
 HERE = Path(__file__).parent
 # No flag here lets the compiler change a float32 result: contraction is off (fma is written out where it is
 # meant), and errno and traps, which nothing reads, only keep loops from becoming vector code.
@@ -48,42 +47,26 @@ FLAGS = [
 
 def load(family: str, parameters: dict[str, Any], checked: bool = False) -> Kernel:
     """The kernel, from disk if it is there. `checked` builds stop the process on an index out of bounds."""
-    directory = cache_directory() / f"cpu-{processor_hash()}"
-    stem = directory / f"{family}-{kernel_hash(family, parameters, checked)}"
-    library, description = stem.with_suffix(".so"), stem.with_suffix(".json")
-    try:
-        if not (library.exists() and description.exists()):
-            with progress(family, "cpu", parameters):
-                build(family, parameters, checked, library, description)
-        try:
-            return bind(library, json.loads(description.read_text(encoding="utf-8")))
-        except (ValueError, KeyError, AttributeError, OSError):  # cut off when the machine went down: made anew, once
-            with progress(family, "cpu", parameters):
-                build(family, parameters, checked, library, description)
-            return bind(library, json.loads(description.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise CompilerError(
-            f"cannot keep kernels in {directory}: {error}. Name a folder that can be written and run from in "
-            f"${CACHE_VARIABLE}"
-        ) from error
+    name = f"{family}-{kernel_hash(family, parameters, checked)}"
+
+    def use(facts: dict[str, Any], library: Path) -> Kernel:
+        symbol = fields(facts, {"symbol": str}, name)["symbol"]
+        return bind(library, family, symbol, Signature.from_json(facts, name))
+
+    return kept(folder(), name, partial(build, family, parameters, checked, name), use)
 
 
-def build(family: str, parameters: dict[str, Any], checked: bool, library: Path, description: Path) -> None:
-    """Trace, emit, compile; write the files so that a reader sees them whole or not at all."""
+def build(family: str, parameters: dict[str, Any], checked: bool, name: str, scratch: Path) -> Made:
+    """Trace, emit, compile: the library and what describes it. The source is left beside, for readers."""
     from .emit import emit
 
-    func = trace(family, parameters)
-    source = emit(func, checked)
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        cpp, made = Path(scratch) / f"{family}.cpp", Path(scratch) / library.name
-        cpp.write_text(source, encoding="utf-8")
-        run_compiler(cpp, made)
-        facts = {"name": family, "symbol": func.attrs["global_symbol"], **asdict(signature_of(func))}
-        (Path(scratch) / description.name).write_text(json.dumps(facts), encoding="utf-8")
-        os.replace(cpp, library.with_suffix(".cpp"))
-        os.replace(made, library)
-        os.replace(Path(scratch) / description.name, description)
+    with progress(family, "cpu", parameters):
+        func = trace(family, parameters)
+        cpp, library = scratch / f"{family}.cpp", scratch / f"{name}.so"
+        cpp.write_text(emit(func, checked), encoding="utf-8")
+        run_compiler(cpp, library)
+    os.replace(cpp, scratch.parent / f"{name}.cpp")
+    return {"symbol": str(func.attrs["global_symbol"]), **asdict(signature_of(func))}, library
 
 
 def run_compiler(source: Path, library: Path) -> None:
@@ -94,32 +77,25 @@ def run_compiler(source: Path, library: Path) -> None:
         raise CompilerError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
 
 
-def bind(library: Path, description: dict[str, Any]) -> Kernel:
-    """The function of a compiled library as a Kernel."""
+def bind(library: Path, name: str, symbol: str, signature: Signature) -> Kernel:
+    """A function of a compiled library as a Kernel. The library is loaded as it is: whoever calls has checked it."""
     import torch  # before the library: its OpenMP threads are the ones that the kernel runs on
 
-    buffers = tuple(Buffer(b["name"], b["dtype"], tuple(b["shape"])) for b in description["buffers"])
-    signature = Signature(buffers, tuple(description["scalars"]))
-    function = getattr(ctypes.CDLL(str(library)), description["symbol"])
+    function = getattr(ctypes.CDLL(str(library)), symbol)
     numbers = len(signature.sizes) + len(signature.scalars)
-    function.argtypes = [ctypes.c_void_p] * len(buffers) + [ctypes.c_int64] * numbers + [ctypes.c_int]
+    function.argtypes = [ctypes.c_void_p] * len(signature.buffers) + [ctypes.c_int64] * numbers + [ctypes.c_int]
     function.restype = None
 
     def launch(tensors: list[torch.Tensor], sizes: dict[str, int], scalars: list[int]) -> None:
         pointers = [tensor.data_ptr() for tensor in tensors]
         function(*pointers, *sizes.values(), *scalars, torch.get_num_threads())
 
-    return Kernel(description["name"], signature, launch)
+    return Kernel(name, signature, launch)
 
 
-def cache_directory() -> Path:
-    """Where compiled CPU kernels are kept: $MHC_TILELANG_CACHE, else mhc-tilelang in the user's cache.
-
-    CUDA kernels are kept by tilelang, in $TILELANG_CACHE_DIR.
-    """
-    if named := os.environ.get(CACHE_VARIABLE):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mhc-tilelang"
+def folder() -> str:
+    """Where the cache has this processor's kernels."""
+    return f"cpu-{processor_hash()}"
 
 
 def kernel_hash(family: str, parameters: dict[str, Any], checked: bool) -> str:

@@ -6,7 +6,6 @@ into machine code and facts; so a kernel that has not changed is neither lowered
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -15,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from ...disk_cache import Made, kept
 from .matrix import Subject
 from .row import Row, build_function
 
@@ -28,19 +28,13 @@ def build(subject: Subject, arch: str, cached: bool = True) -> Row:
     from ...tracing import trace
 
     func = trace(subject.kernel, subject.launch.parameters)
-    file = cache_file(func, subject, arch)
-    if cached and file.exists():
-        try:
-            return renamed(Row(**json.loads(file.read_text(encoding="utf-8"))), subject)
-        except (ValueError, TypeError):  # cut off when the machine went down: made anew
-            pass
-    row = build_function(func, subject, arch)
-    if cached:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_suffix(f".{os.getpid()}")
-        scratch.write_text(json.dumps(asdict(row)), encoding="utf-8")
-        scratch.replace(file)
-    return row
+    if not cached:
+        return build_function(func, subject, arch)
+
+    def make(_scratch: Path) -> Made:
+        return asdict(build_function(func, subject, arch)), None
+
+    return kept("inspect", entry_name(func, subject, arch), make, lambda facts, _: renamed(Row(**facts), subject))
 
 
 def renamed(row: Row, subject: Subject) -> Row:
@@ -55,17 +49,17 @@ def renamed(row: Row, subject: Subject) -> Row:
     )
 
 
-def cache_file(func: Any, subject: Subject, arch: str) -> Path:
-    """Where a kernel's row is kept: named by what it is made from."""
+def entry_name(func: Any, subject: Subject, arch: str) -> str:
+    """What a kernel's row is kept under: a hash of what it is made from."""
     from ... import cuda_source
-    from ...cpu.build import cache_directory, digest
+    from ...cpu.build import digest
     from ...cuda import PASS_CONFIGS
     from .compiler import COMPILE_FLAGS, versions
 
     makers = [Path(cuda_source.__file__), *(HERE / f"{name}.py" for name in MAKERS)]
     made_from = [func.script(show_meta=True), str(subject.launch.streams), arch, str(versions()), str(PASS_CONFIGS)]
     made_from += [*COMPILE_FLAGS, *(path.read_text(encoding="utf-8") for path in makers)]
-    return cache_directory() / "inspect" / f"{digest(chr(0).join(made_from))}.json"
+    return digest(chr(0).join(made_from))
 
 
 def build_all(wanted: Sequence[tuple[Subject, str]]) -> Iterator[Row]:

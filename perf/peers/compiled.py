@@ -7,14 +7,13 @@ disk beside our own, named by a hash of their C++.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from ...cpu import build
+from ...disk_cache import Made, kept
 from ...kernel import Kernel
 from ...tracing import signature_of
 
@@ -38,16 +37,16 @@ def cpu_kernel(func: Any) -> Kernel:
 
     source, symbol = emit(func), str(func.attrs["global_symbol"])
     runtime = (build.HERE / "runtime.h").read_text(encoding="utf-8")
-    key = build.digest("\0".join((source, runtime, *build.flags())))
-    library = build.cache_directory() / f"cpu-{build.processor_hash()}" / f"peer-{symbol}-{key}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=library.parent) as scratch:
-            cpp, made = Path(scratch) / "peer.cpp", Path(scratch) / library.name
-            cpp.write_text(source, encoding="utf-8")
-            build.run_compiler(cpp, made)
-            made.replace(library)
-    return build.bind(library, {"name": symbol, "symbol": symbol, **asdict(signature_of(func))})
+    name = f"peer-{symbol}-{build.digest(chr(0).join((source, runtime, *build.flags())))}"
+
+    def make(scratch: Path) -> Made:
+        cpp, made = scratch / "peer.cpp", scratch / "peer.so"
+        cpp.write_text(source, encoding="utf-8")
+        build.run_compiler(cpp, made)
+        return {}, made
+
+    signature = signature_of(func)
+    return kept(build.folder(), name, make, lambda _, library: build.bind(library, symbol, symbol, signature))
 
 
 def in_order(kernel: Kernel) -> Callable[..., None]:

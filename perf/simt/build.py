@@ -11,12 +11,13 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
-from ...cpu.build import cache_directory, cxx, processor_hash
+from ...cpu.build import cxx, processor_hash
 from ...cuda_source import CudaSource
+from ...disk_cache import Made, kept, location
 from ...errors import CompilerError
 
 HERE = Path(__file__).parent
@@ -40,30 +41,40 @@ KERNEL_FLAGS = (
 POISON = "-ftrivial-auto-var-init=pattern"  # registers that nothing wrote; from g++ 12 on
 
 
+_libraries: dict[Path, Path] = {}  # those that this process has verified
+
+
 def library(source: CudaSource) -> Path:
     """The library of a generated kernel, built unless it is there. Raises CompilerError, with the compiler's words."""
     if sys.platform != "linux":
         raise CompilerError(f"the SIMT executor runs on Linux alone, got {sys.platform}")
-    directory = cache_directory() / f"simt-{processor_hash()}"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        made = directory / f"{source.entry}-{digest(source.entry, source.code, executor_hash())}.so"
-        if not made.exists():
-            with tempfile.TemporaryDirectory(dir=directory) as scratch:
-                build(source, Path(scratch), made)
-    except OSError as error:
-        raise CompilerError(f"cannot keep executors in {directory}: {error}") from error
-    return made
+    name = f"{source.entry}-{digest(source.entry, source.code, executor_hash())}"
+    key = location() / folder() / name
+    if key not in _libraries or not _libraries[key].exists():
+        _libraries[key] = kept(folder(), name, partial(build, source, name), where)
+    return _libraries[key]
 
 
-def build(source: CudaSource, scratch: Path, made: Path) -> None:
-    """Compile and link; the files appear whole or not at all."""
-    code = scratch / "kernel.cpp"
+def where(_facts: dict[str, Any], file: Path) -> Path:
+    """The file of an entry."""
+    return file
+
+
+def folder() -> str:
+    """Where the cache has this processor's libraries."""
+    return f"simt-{processor_hash()}"
+
+
+def build(source: CudaSource, name: str, scratch: Path) -> Made:
+    """Compile and link; the source is left beside, which findings quote. Equal files each time: no path is in them."""
+    code, made = scratch / "kernel.cpp", scratch / f"{name}.so"
     code.write_text(translation_unit(source), encoding="utf-8")
-    run([*KERNEL_FLAGS, *poison(), f"-I{HERE}", str(code), "-o", str(scratch / "kernel.o")])
-    run(["-shared", "-Wl,-z,defs", "-o", str(scratch / made.name), str(scratch / "kernel.o"), *map(str, executor())])
-    os.replace(code, made.with_suffix(".cpp"))
-    os.replace(scratch / made.name, made)
+    maps = [f"-fdebug-prefix-map={folder}=." for folder in (os.getcwd(), scratch)]
+    flags = [*KERNEL_FLAGS, *poison(), *maps, f"-I{HERE}"]
+    run([*flags, str(code), "-o", str(scratch / "kernel.o")])
+    run(["-shared", "-Wl,-z,defs", "-o", str(made), str(scratch / "kernel.o"), *map(str, executor())])
+    os.replace(code, scratch.parent / f"{name}.cpp")
+    return {}, made
 
 
 def translation_unit(source: CudaSource) -> str:
@@ -77,16 +88,14 @@ def translation_unit(source: CudaSource) -> str:
 
 def executor() -> list[Path]:
     """The executor's object files, built unless they are there."""
-    directory = cache_directory() / f"simt-{processor_hash()}"
-    objects = []
-    for name in EXECUTOR_SOURCES:
-        made = directory / f"{Path(name).stem}-{executor_hash()}.o"
-        if not made.exists():
-            with tempfile.TemporaryDirectory(dir=directory) as scratch:
-                run([*EXECUTOR_FLAGS, str(HERE / name), "-o", str(Path(scratch) / made.name)])
-                os.replace(Path(scratch) / made.name, made)
-        objects.append(made)
-    return objects
+
+    def make(name: str, scratch: Path) -> Made:
+        made = scratch / "executor.o"
+        run([*EXECUTOR_FLAGS, str(HERE / name), "-o", str(made)])
+        return {}, made
+
+    names = {name: f"{Path(name).stem}-{executor_hash()}" for name in EXECUTOR_SOURCES}
+    return [kept(folder(), entry, partial(make, name), where, ".o") for name, entry in names.items()]
 
 
 def run(arguments: list[str]) -> None:

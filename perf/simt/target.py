@@ -9,8 +9,6 @@ Every check, operator and module then runs the kernels that a GPU would run, wit
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ... import compile as compiler
-from ...cpu.build import cache_directory, kernel_hash
-from ...errors import CompilerError
-from ...kernel import Buffer, Kernel, Signature
+from ...cpu.build import kernel_hash
+from ...disk_cache import Made, kept
+from ...kernel import Kernel, Signature
 from ...tracing import progress
 from .launch import SHARED_BYTES, Counts, CudaSource, launch
 
@@ -83,27 +81,19 @@ def load(arch: str, family: str, parameters: dict[str, Any]) -> Kernel:
 
 def generated(family: str, parameters: dict[str, Any], arch: str) -> tuple[CudaSource, Signature]:
     """The source of a kernel and its signature; kept on disk, since tilelang takes seconds to make some."""
-    folder = cache_directory() / "cuda-source"
     made_by = "".join(path.read_text(encoding="utf-8") for path in MAKERS)
-    path = folder / f"{family}-{kernel_hash(family, {**parameters, 'arch': arch, 'made by': made_by}, False)}.json"
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        source: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in kept["source"].items()}
-        buffers = (Buffer(b["name"], b["dtype"], tuple(b["shape"])) for b in kept["signature"]["buffers"])
-        return CudaSource(**source), Signature(tuple(buffers), tuple(kept["signature"]["scalars"]))
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or cut off
-        pass
-    from ...cuda_source import generate_from
-    from ...tracing import signature_of, trace
+    name = f"{family}-{kernel_hash(family, {**parameters, 'arch': arch, 'made by': made_by}, False)}"
 
-    with progress(family, arch, parameters):
-        func = trace(family, parameters)
-        made, signature = generate_from(func, arch), signature_of(func)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{os.getpid()}")
-        scratch.write_text(json.dumps({"source": asdict(made), "signature": asdict(signature)}), encoding="utf-8")
-        os.replace(scratch, path)
-    except OSError as error:
-        raise CompilerError(f"cannot keep generated sources in {folder}: {error}") from error
-    return made, signature
+    def make(_scratch: Path) -> Made:
+        from ...cuda_source import generate_from
+        from ...tracing import signature_of, trace
+
+        with progress(family, arch, parameters):
+            func = trace(family, parameters)
+            return {"source": asdict(generate_from(func, arch)), "signature": asdict(signature_of(func))}, None
+
+    def use(facts: dict[str, Any], _file: Path) -> tuple[CudaSource, Signature]:
+        source: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["source"].items()}
+        return CudaSource(**source), Signature.from_json(facts["signature"], name)
+
+    return kept("cuda-source", name, make, use)
