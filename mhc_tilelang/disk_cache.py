@@ -4,9 +4,9 @@
     FOLDER/NAME.so     the file that belongs to the record, if one does
 
 NAME has a hash of what the entry is made from, so nothing stale is found. Both files are written elsewhere and
-renamed, the record last: a writer that was killed or ran out of space leaves nothing that is found; of two at once, which
-make equal files, the last one's stay. Before a file is loaded, its size and hash must be those of its record, and the
-record must fit its seal: what was cut off, changed, or is another entry's is made anew, with a line on stderr. What
+renamed, the record last: a writer that was killed or ran out of space leaves nothing that is found; of two at once,
+which make equal files, the last one's stay. Before a file is loaded, its size and hash must be those of its record, and
+the record must fit its seal: what was cut off, changed, or is another entry's is made anew, with a line on stderr. What
 others than this user and root could have written is refused (`trust`). Imports neither torch nor tilelang.
 """
 
@@ -71,7 +71,7 @@ def kept(
             return use(facts, file)
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             from tqdm import tqdm  # a bar that is up stays whole
 
             tqdm.write(f"mhc-tilelang: {error}: made anew", file=sys.stderr)
@@ -102,9 +102,10 @@ def read(place: Path, name: str, suffix: str) -> tuple[dict[str, Any], Path]:
     path, file = place / f"{name}.json", place / f"{name}{suffix}"
     content = trust.check(path).read_bytes()
     try:
-        record = fields(json.loads(content), RECORD, str(path))
-    except json.JSONDecodeError as error:
+        loaded = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON, got {error}") from None
+    record = fields(loaded, RECORD, str(path))
     for field, expected in (("format", FORMAT), ("name", name), ("seal", seal_of(record))):
         if record[field] != expected:
             raise ValueError(f"{path}: {field}: expected {expected!r}, got {record[field]!r}")
@@ -131,8 +132,7 @@ def write(place: Path, name: str, suffix: str, make: Callable[[Path], Made]) -> 
         written = Path(scratch) / "record"
         written.write_text(text, encoding="utf-8")
         put(written, place / f"{name}.json")
-    loaded: dict[str, Any] = json.loads(text)["facts"]
-    return loaded, file
+    return dict(json.loads(text)["facts"]), file
 
 
 def put(made: Path, place: Path) -> None:

@@ -7,8 +7,8 @@ as the user. Before anything is loaded, the file and its folder must be
     not writable by everyone,
     not writable by a group that this process is not in: who shares a folder with their own group means to,
 
-and so must every folder above, where "sticky" ones that everyone may write to, as /tmp, will do: nobody can replace what
-others own in them. Folders above may also belong to whoever owns "/", which in a container need not be root.
+and so must every folder above it. Of those, a sticky one may be writable by everyone, as /tmp is: only an owner can
+replace what is in it. They may also belong to whoever owns "/", who in a container need not be root.
 $MHC_TILELANG_TRUST lists, as $PATH does, folders that are taken as they are, with all that is in them.
 
 Only what the mode says is seen, not access control lists; and a path is checked, then opened: with nobody else able to

@@ -19,11 +19,12 @@ import torch
 from helpers_bundle import PYTHON, RUN, blocked_imports, changed_bytes, few_functions, small_bundle, use
 
 import mhc_tilelang as mhc
-from mhc_tilelang import cli
+from mhc_tilelang import cli, trust
 from mhc_tilelang import compile as compiler
 from mhc_tilelang.bundle import cpu_target, export, manifest, workload
 from mhc_tilelang.checking.inputs import Case, Inputs
-from mhc_tilelang.errors import BundleError
+from mhc_tilelang.cpu import build
+from mhc_tilelang.errors import BundleError, TrustError
 from mhc_tilelang.spec import MHCSpec
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +39,11 @@ def resealed(folder: Path, change: Callable[[dict], None]) -> Path:
     (folder / manifest.MANIFEST).write_text(text, encoding="utf-8")
     (folder / manifest.SEAL).write_text(f"{manifest.sha256(text.encode())}  {manifest.MANIFEST}\n", encoding="utf-8")
     return folder
+
+
+def cut(path: Path, left: int) -> None:
+    """Leave so many bytes of a file."""
+    path.write_bytes(path.read_bytes()[:left])
 
 
 def test_no_compiler_is_needed(tmp_path: Path) -> None:
@@ -96,6 +102,15 @@ def test_the_first_of_several_bundles_that_has_it(monkeypatch: pytest.MonkeyPatc
             r"libmhc_kernels\.so: expected sha256 .*was changed",
         ),
         (lambda folder: (folder / cpu_target.LIBRARY).unlink(), r"libmhc_kernels\.so: expected \d+ bytes, got No such"),
+        *(
+            (
+                lambda folder, left=left: cut(folder / cpu_target.LIBRARY, left),
+                rf"\.so: expected \d+ bytes, got {left}: it",
+            )
+            for left in (0, 4096)
+        ),
+        (lambda folder: cut(folder / manifest.MANIFEST, 4096), r"manifest\.json: expected JSON"),
+        (lambda folder: cut(folder / manifest.SEAL, 0), r"manifest\.json: expected sha256"),
         (
             lambda folder: (folder / manifest.SEAL).unlink(),
             r"expected a bundle with manifest\.json and manifest\.sha256",
@@ -112,10 +127,11 @@ def test_the_first_of_several_bundles_that_has_it(monkeypatch: pytest.MonkeyPatc
 def test_a_damaged_bundle_is_refused(
     damage: Callable[[Path], None], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Whatever was changed is named, and nothing of the bundle is loaded."""
+    """Whatever was changed is named, and nothing of the bundle is loaded: a library that was cut off ends a process."""
     shutil.copytree(small_bundle(), tmp_path / "bundle")
     damage(tmp_path / "bundle")
     use(monkeypatch, tmp_path / "bundle")
+    monkeypatch.setattr(build, "bind", lambda *_: pytest.fail("loaded"))
     with pytest.raises(BundleError, match=message):
         mhc.sinkhorn(torch.randn(3, 4, 4))
     assert compiler._kernels == {}
@@ -125,11 +141,25 @@ def test_a_damaged_bundle_is_refused(
     ("change", "message"),
     [
         (lambda facts: facts.update(format=2), r"format: expected 1, got 2; export the bundle again"),
-        (lambda facts: facts.pop("targets"), r"targets: expected dict, got NoneType"),
+        (lambda facts: facts.pop("targets"), r"targets: expected dict, got none"),
         (lambda facts: facts["versions"].update(sources="old"), r"made with this build .*, got one made with old"),
         (lambda facts: facts["targets"]["cpu"].update(machine="m68k"), r"got one for \w+ on m68k"),
         (lambda facts: facts["targets"]["cpu"].update(features=["sse2", "amx9"]), r"expected a processor with amx9"),
         (lambda facts: facts["files"].pop(cpu_target.LIBRARY), r"expected a file that the manifest names"),
+        (lambda facts: facts["files"].update(x=7), r"files: x: expected an object, got int"),
+        (lambda facts: facts["files"]["cpu/runtime.h"].update(bytes="9"), r"runtime\.h: bytes: expected int, got str"),
+        (lambda facts: facts["targets"]["cpu"].pop("library"), r"targets: cpu: library: expected str, got none"),
+        (lambda facts: facts["targets"]["cpu"].update(kind="tpu"), r"kind: expected cpu or cuda, got tpu"),
+        (lambda facts: facts["targets"]["cpu"].update(kernels=[None]), r"cpu: expected an object, got NoneType"),
+        (lambda facts: facts["targets"]["cpu"]["kernels"][0].pop("symbol"), r"symbol: expected str, got none"),
+        (
+            lambda facts: facts["targets"]["cpu"]["kernels"][0].update(buffers=[3]),
+            r"buffers: expected an object, got int",
+        ),
+        (
+            lambda facts: facts["targets"]["cpu"]["kernels"][1].update(symbol="nowhere"),
+            r"that this system loads, got .*nowhere",
+        ),
     ],
 )
 def test_a_foreign_bundle_is_refused(
@@ -140,6 +170,21 @@ def test_a_foreign_bundle_is_refused(
     with pytest.raises(BundleError, match=message):
         mhc.sinkhorn(torch.randn(3, 4, 4))
     assert compiler._kernels == {}
+
+
+@pytest.mark.parametrize("name", [".", manifest.MANIFEST, manifest.SEAL, cpu_target.LIBRARY])
+def test_a_bundle_that_others_can_write_is_refused(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The folder and what is loaded of it, by name; $MHC_TILELANG_TRUST takes it all the same."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(small_bundle(), folder)
+    (folder / name).chmod(0o777)
+    use(monkeypatch, folder)
+    monkeypatch.delenv(trust.VARIABLE, raising=False)
+    with pytest.raises(TrustError, match=rf"got {(folder / name).resolve()}, which everyone can write to"):
+        mhc.sinkhorn(torch.randn(3, 4, 4))
+    assert cli.main(["export", "--verify", str(folder)]) == 1
+    monkeypatch.setenv(trust.VARIABLE, str(folder))
+    assert mhc.sinkhorn(torch.randn(3, 4, 4)).shape == (3, 4, 4)
 
 
 def test_threads_load_it_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,7 +142,7 @@ def test_a_tolerance_tells_right_from_wrong(change, passes: bool) -> None:
 
 
 def test_verify_runs_the_kernels(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """`export --verify`: a row per result, all within; a file that is gone or changed is named."""
+    """`export --verify`: a row per result, all within; a file that is gone, changed or added is named."""
     assert cli.main(["export", "--verify", str(small_bundle()), "--json", str(tmp_path / "rows.json")]) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())["results"]
     assert len(rows) == 4
@@ -151,6 +151,12 @@ def test_verify_runs_the_kernels(capsys: pytest.CaptureFixture[str], tmp_path: P
 
     damaged = tmp_path / "bundle"
     shutil.copytree(small_bundle(), damaged)
+    for added in (damaged / "cpu/libgomp.so.1", damaged / "sitecustomize.py", damaged / "build"):
+        added.mkdir() if added.name == "build" else added.write_bytes(b"")
+        assert cli.main(["export", "--verify", str(damaged)]) == 1
+        got = added.relative_to(damaged).as_posix()
+        assert f"expected no files but those of the manifest, got {got}\n" in capsys.readouterr().err
+        added.rmdir() if added.name == "build" else added.unlink()
     victim = damaged / golden.ARRAYS
     content = victim.read_bytes()
     victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

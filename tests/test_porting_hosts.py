@@ -7,6 +7,7 @@ results right.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -37,6 +38,17 @@ def c_host(bundle: Path, build: Path) -> Path:
     done = call("cmake", "--build", build)
     assert done.returncode == 0, done.stdout + done.stderr
     return build / "mhc_golden"
+
+
+def test_each_host_has_a_build_folder_of_its_own() -> None:
+    """In the pages and the heads of CMakeLists.txt: cmake refuses a folder that another source was built in."""
+    pages = [*PORTING.glob("*/*.*"), *(PORTING.parents[1] / "docs" / "porting").glob("*.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    said = set(re.findall(r"cmake -S (\S+) -B (\S+)", text))
+    folders = dict(said)
+    assert {Path(source).name for source in folders} == {"c", "cuda", "jax"}
+    assert len(said) == len(folders) == len(set(folders.values()))
+    assert {*re.findall(r"--build (\S+)", text), *re.findall(r"\bbuild/\w+", text)} == set(folders.values())
 
 
 @needs_cmake

@@ -73,8 +73,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Path]
             export.export(MHCSpec(64), name, ["cpu"], made[dtype] / "bundle")
     include = f"-DXLA_FFI_INCLUDE={jax.ffi.include_dir()}"
     for place in made.values():
-        configure = ["cmake", "-S", EXAMPLE, "-B", place / "build", f"-DMHC_BUNDLE={place / 'bundle'}", include]
-        for command in (configure, ["cmake", "--build", place / "build", "--parallel", "2"]):
+        configure = ["cmake", "-S", EXAMPLE, "-B", place / "build/jax", f"-DMHC_BUNDLE={place / 'bundle'}", include]
+        for command in (configure, ["cmake", "--build", place / "build/jax", "--parallel", "2"]):
             done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stdout + done.stderr
     return made
@@ -83,7 +83,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Path]
 @pytest.fixture(scope="module")
 def sublayers(folders: dict[torch.dtype, Path]) -> dict[torch.dtype, Sublayer]:
     """By dtype, the functions."""
-    return {dtype: Sublayer(place / "bundle", place / "build/libmhc_jax.so") for dtype, place in folders.items()}
+    return {dtype: Sublayer(place / "bundle", place / "build/jax/libmhc_jax.so") for dtype, place in folders.items()}
 
 
 def arrays(tensors: list[torch.Tensor]) -> list[jax.Array]:
@@ -247,11 +247,11 @@ def test_what_is_refused(sublayers, folders):
         jax.jvp(loss, (bias,), (bias,))
     with pytest.raises(ValueError, match="expected a bundle with the kernel sinkhorn, got one with project_rows24"):
         mhc._kernel("sinkhorn")
-    bundle, other = folders[torch.bfloat16] / "bundle", folders[torch.float32] / "build/libmhc_jax.so"
+    bundle, other = folders[torch.bfloat16] / "bundle", folders[torch.float32] / "build/jax/libmhc_jax.so"
     with pytest.raises(ValueError, match=r"libmhc_jax\.so: expected one built from .*bundle"):
         Sublayer(bundle, other)
     with pytest.raises(ValueError, match="threads: expected at least 1, got 0"):
-        Sublayer(bundle, folders[torch.bfloat16] / "build/libmhc_jax.so", threads=0)
+        Sublayer(bundle, folders[torch.bfloat16] / "build/jax/libmhc_jax.so", threads=0)
 
 
 def test_the_example_trains(sublayers):

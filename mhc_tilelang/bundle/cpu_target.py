@@ -38,7 +38,7 @@ LEVELS = {"x86-64": X86_64, "x86-64-v2": X86_64_V2, "x86-64-v3": X86_64_V3, "x86
 
 CMAKE = """# Builds the kernels of this bundle as the library `mhc_kernels`, which a C or C++ program links.
 #
-#   cmake -S bundle/cpu -B build-kernels && cmake --build build-kernels
+#   cmake -S bundle/cpu -B build/kernels && cmake --build build/kernels
 #
 # Build outside the bundle: files that are added to it are noticed by `mhc-tilelang export --verify`.
 #

@@ -39,7 +39,7 @@ REQUIRED = {
     "files": dict,
 }
 FILE = {"bytes": int, "sha256": str}
-TARGET = {
+TARGET: dict[str, dict[str, type]] = {
     "cpu": {"system": str, "machine": str, "march": str, "features": list, "library": str},
     "cuda": {"arch": str},
 }

@@ -1,6 +1,6 @@
 """A model of two sublayers in JAX: 20 steps of gradient descent through the kernels of a bundle, on the CPU.
 
-python examples/porting/jax/train.py bundle build/libmhc_jax.so
+python examples/porting/jax/train.py bundle build/jax/libmhc_jax.so
 
 Tokens are counted off around a circle of 32, from a random start; the model learns to say which comes next.
 """
