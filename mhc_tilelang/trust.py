@@ -61,8 +61,8 @@ def why_not(place: Path, above: bool = False) -> str:
     """How others can change a place; empty where they cannot. `above`: it is a folder on the way to the code."""
     facts = place.stat()
     mode = f"mode {stat.S_IMODE(facts.st_mode):04o}"
-    owners = {os.geteuid(), 0, *([Path("/").stat().st_uid] if above else [])}
-    if facts.st_uid not in owners:
+    ours = facts.st_uid in (os.geteuid(), 0) or (above and facts.st_uid == Path("/").stat().st_uid)
+    if not ours:
         return f"which belongs to uid {facts.st_uid} ({mode})"
     if above and facts.st_mode & stat.S_ISVTX:
         return ""

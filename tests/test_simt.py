@@ -15,7 +15,7 @@ from simt_kernels import PLANTED, SHARED, Planted, T, source
 
 import mhc_tilelang as mhc
 from mhc_tilelang.errors import CompilerError
-from mhc_tilelang.perf.simt import LaunchError, SimtError, executing, launch
+from mhc_tilelang.perf.simt import LaunchError, SimtError, build, executing, launch
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -53,6 +53,20 @@ def test_a_launch_that_was_stopped_changes_nothing() -> None:
     with pytest.raises(SimtError):
         launch(kernel, "sm_80", {"x": x, "y": y}, {"num_elements": 100})
     assert y.eq(1).all()
+
+
+def test_a_damaged_library_is_made_anew(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the byte, so that of two processes that make it at once neither takes the other's for damaged."""
+    kernel = PLANTED["tail not masked"].twin(wrong=False)
+    kernel = replace(kernel, code=f"{kernel.code}\n// damaged by a test\n")
+    path = build.library(kernel)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4096])
+    monkeypatch.setattr(build, "_libraries", {})
+    monkeypatch.chdir(path.parent)
+    assert build.library(kernel) == path
+    assert f"{path}: expected " in capsys.readouterr().err
+    assert path.read_bytes() == whole
 
 
 LIMITS = [

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import kernels
-from ..disk_cache import Made, kept
+from ..disk_cache import Made, kept, put
 from ..errors import CompilerError
 from ..json_input import fields
 from ..kernel import Kernel, Signature
@@ -65,7 +65,7 @@ def build(family: str, parameters: dict[str, Any], checked: bool, name: str, scr
         cpp, library = scratch / f"{family}.cpp", scratch / f"{name}.so"
         cpp.write_text(emit(func, checked), encoding="utf-8")
         run_compiler(cpp, library)
-    os.replace(cpp, scratch.parent / f"{name}.cpp")
+    put(cpp, scratch.parent / f"{name}.cpp")
     return {"symbol": str(func.attrs["global_symbol"]), **asdict(signature_of(func))}, library
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from ...cpu.build import cxx, processor_hash
 from ...cuda_source import CudaSource
-from ...disk_cache import Made, kept, location
+from ...disk_cache import Made, kept, location, put
 from ...errors import CompilerError
 
 HERE = Path(__file__).parent
@@ -39,8 +39,6 @@ KERNEL_FLAGS = (
     "-fno-math-errno",
 )
 POISON = "-ftrivial-auto-var-init=pattern"  # registers that nothing wrote; from g++ 12 on
-
-
 _libraries: dict[Path, Path] = {}  # those that this process has verified
 
 
@@ -69,11 +67,10 @@ def build(source: CudaSource, name: str, scratch: Path) -> Made:
     """Compile and link; the source is left beside, which findings quote. Equal files each time: no path is in them."""
     code, made = scratch / "kernel.cpp", scratch / f"{name}.so"
     code.write_text(translation_unit(source), encoding="utf-8")
-    maps = [f"-fdebug-prefix-map={folder}=." for folder in (os.getcwd(), scratch)]
-    flags = [*KERNEL_FLAGS, *poison(), *maps, f"-I{HERE}"]
-    run([*flags, str(code), "-o", str(scratch / "kernel.o")])
+    flags = [*KERNEL_FLAGS, *poison(), f"-fdebug-prefix-map={scratch}=.", f"-I{HERE}"]
+    run([*flags, str(code), "-o", str(scratch / "kernel.o")], scratch)
     run(["-shared", "-Wl,-z,defs", "-o", str(made), str(scratch / "kernel.o"), *map(str, executor())])
-    os.replace(code, scratch.parent / f"{name}.cpp")
+    put(code, scratch.parent / f"{name}.cpp")
     return {}, made
 
 
@@ -98,11 +95,11 @@ def executor() -> list[Path]:
     return [kept(folder(), entry, partial(make, name), where, ".o") for name, entry in names.items()]
 
 
-def run(arguments: list[str]) -> None:
-    """Call the C++ compiler; its words in a CompilerError if it fails."""
+def run(arguments: list[str], folder: Path | None = None) -> None:
+    """Call the C++ compiler, in a folder if one is given; its words in a CompilerError if it fails."""
     tool = cxx()
-    command = [tool.path, *tool.arguments, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [os.path.abspath(tool.path), *tool.arguments, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     if done.returncode != 0:
         raise CompilerError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
 
