@@ -293,6 +293,16 @@ def test_a_library_that_others_can_write_is_refused(cache: Path, library: Path) 
         disk_cache.kept("place", "entry", lambda _: pytest.fail("made"), lambda *_: pytest.fail("used"))
 
 
+@pytest.mark.parametrize("place", ["..", ".", "place"])
+def test_nothing_is_made_where_others_can_write(cache: Path, place: str) -> None:
+    """An empty folder of theirs, too: what is made there would be theirs to change."""
+    (cache / "place").mkdir(parents=True)
+    (cache / place).resolve().chmod(0o777)
+    with pytest.raises(TrustError, match="which everyone can write to"):
+        entry()
+    assert list((cache / "place").iterdir()) == []
+
+
 def test_our_group_and_sticky_folders_are_taken(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A group that we are in may write; everyone may to a sticky folder above, as /tmp is, but not to the cache."""
     entry()
