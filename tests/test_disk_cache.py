@@ -307,6 +307,7 @@ def test_our_group_and_sticky_folders_are_taken(cache: Path, monkeypatch: pytest
     """A group that we are in may write; everyone may to a sticky folder above, as /tmp is, but not to the cache."""
     entry()
     cache.chmod(0o770)
+    monkeypatch.setattr(os, "getegid", lambda: 12345)
     monkeypatch.setattr(os, "getgroups", lambda: [cache.stat().st_gid])
     assert kept() == {"made": True}
     cache.parent.chmod(0o1777)
