@@ -5,6 +5,7 @@ the first tensor that has them, which fixes them for the others.
 
 torch.compile traces through here. Sizes that it leaves open must not be compared by `if`, which would fix them: see
 `_check_leading`. What an operator takes care of itself is not asked then, since asking means one more guard.
+torch.jit.trace records the operators and none of these checks: see `shape_of`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .operators import sharding
 from .spec import STREAM_COUNTS, MHCSpec
 
 STREAM_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DEVICES = ("cpu", "cuda", "meta")  # meta: shapes and dtypes, no kernel
 
 
 class Arguments:
@@ -35,19 +37,19 @@ class Arguments:
         name: str,
         value: torch.Tensor,
         trailing: tuple[int, ...],
-        dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+        dtypes: tuple[torch.dtype, ...] = STREAM_DTYPES,
         batched: bool = False,
     ) -> None:
         """Check one tensor; `batched` tensors have leading (token) dimensions, the same for all of them."""
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{self.function}: {name}: expected a torch.Tensor, got {type(value).__name__}")
+        check_dense(self.function, name, value)
         self._check_shape(name, value, trailing, batched)
         if value.dtype not in dtypes:
             wanted = " or ".join(str(dtype) for dtype in dtypes)
             raise TypeError(f"{self.function}: {name}: expected dtype {wanted}, got {value.dtype}")
         if self.device is None:
-            if value.device.type not in ("cpu", "cuda"):
-                raise ValueError(f"{self.function}: {name}: expected device cpu or cuda, got {value.device}")
+            if value.device.type not in DEVICES:
+                wanted = " or ".join(DEVICES)
+                raise ValueError(f"{self.function}: {name}: expected device {wanted}, got {value.device}")
             self.device = value.device
         elif value.device != self.device:
             raise ValueError(f"{self.function}: {name}: expected device {self.device}, got {value.device}")
@@ -56,6 +58,14 @@ class Arguments:
             self._check_distributed(name, value, len(trailing))
         if value.requires_grad and torch.is_grad_enabled():
             self.differentiated = self.differentiated or name
+
+    def widened(self, name: str, value: torch.Tensor, trailing: tuple[int, ...], batched: bool = False) -> torch.Tensor:
+        """Check a parameter, mapping or logits, and return it in float32, which is how kernels read it.
+
+        16 bits are widened where autograd sees it: their gradient is summed in float32 and rounded once.
+        """
+        self.tensor(name, value, trailing, batched=batched)
+        return value if value.dtype == torch.float32 else value.float()
 
     def buffer(self, name: str, value: torch.Tensor, trailing: tuple[int, ...], dtype: torch.dtype) -> None:
         """Check a tensor that the caller wants a result in. After the inputs: it has their leading dimensions."""
@@ -69,12 +79,13 @@ class Arguments:
             )
 
     def _check_shape(self, name: str, value: torch.Tensor, trailing: tuple[int, ...], batched: bool) -> None:
-        split = value.ndim - len(trailing)
-        leading = value.shape[: max(split, 0)]
-        if tuple(value.shape[max(split, 0) :]) != trailing or (not batched and split != 0):
+        shape = shape_of(value)
+        split = len(shape) - len(trailing)
+        leading = shape[: max(split, 0)]
+        if tuple(shape[max(split, 0) :]) != trailing or (not batched and split != 0):
             wanted = ", ".join(map(str, [*(["..."] if batched else []), *trailing]))
-            hint = " (transposed?)" if value.ndim == 2 and tuple(value.shape[::-1]) == trailing else ""
-            raise ValueError(f"{self.function}: {name}: expected shape [{wanted}], got {list(value.shape)}{hint}")
+            hint = " (transposed?)" if value.ndim == 2 and tuple(shape[::-1]) == trailing else ""
+            raise ValueError(f"{self.function}: {name}: expected shape [{wanted}], got {list(shape)}{hint}")
         if batched and self.leading is None:
             self.leading = leading
         elif batched:
@@ -116,6 +127,31 @@ class Arguments:
             raise TypeError(f"{self.function}: {name}: expected {kinds[0]}, like those before it, got {kinds[1]}")
 
 
+def check_dense(function: str, name: str, value: torch.Tensor) -> None:
+    """Refuse what is no dense tensor: a list, a nested tensor, a sparse one, one in a library's own layout."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{function}: {name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.is_nested:
+        raise ValueError(
+            f"{function}: {name}: expected a dense tensor, got a nested one of layout {value.layout}; concatenate its "
+            "parts: leading dimensions may be all tokens of a batch"
+        )
+    if value.layout is not torch.strided:
+        raise ValueError(f"{function}: {name}: expected a dense tensor, got layout {value.layout}; call .to_dense()")
+
+
+def shape_of(value: torch.Tensor) -> torch.Size:
+    """The sizes of a tensor, as numbers even while torch.jit.trace records, which would make tensors of them."""
+    state = None if torch.compiler.is_compiling() else torch._C._get_tracing_state()
+    if state is None:
+        return value.shape
+    torch._C._set_tracing_state(None)
+    try:
+        return value.shape
+    finally:
+        torch._C._set_tracing_state(state)
+
+
 def check_spec(function: str, spec: MHCSpec) -> None:
     """Refuse anything but an MHCSpec, whose own checks have then passed."""
     if not isinstance(spec, MHCSpec):
@@ -140,11 +176,11 @@ def check_streams(function: str, name: str, num_streams: int) -> None:
 
 def sizes_of(function: str, name: str, value: torch.Tensor, dimensions: tuple[str, ...]) -> tuple[int, ...]:
     """The last dimensions of a tensor, for functions whose sizes come from it instead of a spec."""
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{function}: {name}: expected a torch.Tensor, got {type(value).__name__}")
-    if value.ndim < len(dimensions):
-        raise ValueError(f"{function}: {name}: expected shape [..., {', '.join(dimensions)}], got {list(value.shape)}")
-    sizes = tuple(value.shape[value.ndim - len(dimensions) :])
+    check_dense(function, name, value)
+    shape = shape_of(value)
+    if len(shape) < len(dimensions):
+        raise ValueError(f"{function}: {name}: expected shape [..., {', '.join(dimensions)}], got {list(shape)}")
+    sizes = tuple(shape[len(shape) - len(dimensions) :])
     if 0 in sizes:
-        raise ValueError(f"{function}: {name}: expected {', '.join(dimensions)} of at least 1, got {list(value.shape)}")
+        raise ValueError(f"{function}: {name}: expected {', '.join(dimensions)} of at least 1, got {list(shape)}")
     return sizes

@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from . import ops
-from .arguments import check_eps
+from .arguments import check_dense, check_eps, shape_of
 from .spec import MHCSpec
 from .stream_module import INITIAL_ALPHA, Device, StreamModule, SublayerModule, make_parameter
 
@@ -155,6 +155,7 @@ class HyperConnection(SublayerModule):
             raise TypeError(f"HyperConnection: expands: expected an embedding alone, and no layer norm, got {got}")
         *written, h_pre = waiting if delayed else (*waiting, None)
         parameters = (self.phi, self.alpha, self.bias, self.spec)
+        self.check_parameters(*parameters[:3])
         if expands:
             return ops.expand_pre(x, *parameters)
         if not written:
@@ -216,24 +217,38 @@ class UnconstrainedHyperConnection(SublayerModule):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x [..., n, C] -> layer_input [..., C] in x's dtype, rounded once; h_post [..., n], h_res [..., n, n]."""
         n, sizes = self.spec.num_streams, (self.spec.num_streams, self.spec.hidden_size)
-        if tuple(x.shape[-2:]) != sizes:
-            wanted = ", ".join(map(str, sizes))
-            raise ValueError(f"UnconstrainedHyperConnection: x: expected shape [..., {wanted}], got {list(x.shape)}")
-        with torch.autocast(x.device.type, enabled=False):
+        check_dense("UnconstrainedHyperConnection", "x", x)
+        if tuple(shape_of(x)[-2:]) != sizes:
+            wanted, got = ", ".join(map(str, sizes)), list(shape_of(x))
+            raise ValueError(f"UnconstrainedHyperConnection: x: expected shape [..., {wanted}], got {got}")
+        _check_device("UnconstrainedHyperConnection", "x", x, self.theta.device)
+        with _without_autocast(x):
             streams = x.float()
             scale = torch.rsqrt(streams.square().mean(-1, keepdim=True) + self.spec.rms_eps)
             dynamic = torch.tanh(self.theta @ (scale * streams).mT)
-            h_pre = self.alpha[0] * dynamic[..., 0, :] + self.bias[:n]
-            h_post = self.alpha[1] * dynamic[..., 1, :] + self.bias[n : 2 * n]
-            h_res = self.alpha[2] * dynamic[..., 2:, :] + self.bias[2 * n :].view(n, n)
+            h_pre = self.alpha[0] * dynamic.select(-2, 0) + self.bias[:n]
+            h_post = self.alpha[1] * dynamic.select(-2, 1) + self.bias[n : 2 * n]
+            h_res = self.alpha[2] * dynamic.narrow(-2, 2, n) + self.bias[2 * n :].view(n, n)
             return (h_pre.unsqueeze(-1) * streams).sum(-2).to(x.dtype), h_post, h_res
 
     @staticmethod
     def merge(x: torch.Tensor, layer_output: torch.Tensor, h_post: torch.Tensor, h_res: torch.Tensor) -> torch.Tensor:
         """x_next [..., n, C], as `post`: float32 inside, rounded once to x's dtype."""
-        with torch.autocast(x.device.type, enabled=False):
+        for name, given in {"x": x, "layer_output": layer_output, "h_post": h_post, "h_res": h_res}.items():
+            check_dense("UnconstrainedHyperConnection.merge", name, given)
+            _check_device("UnconstrainedHyperConnection.merge", name, given, x.device)
+        with _without_autocast(x):
             written = h_post.unsqueeze(-1) * layer_output.float().unsqueeze(-2)
             return (h_res @ x.float() + written).to(x.dtype)
+
+
+def _check_device(function: str, name: str, value: torch.Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{function}: {name}: expected device {device}, got {value.device}")
+
+
+def _without_autocast(x: torch.Tensor) -> torch.autocast:
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)  # which knows no meta
 
 
 class ResidualConnection(nn.Module):
@@ -282,6 +297,7 @@ class HyperHead(StreamModule):
         one operator, `post_head`, and x_next [..., n, C] comes before the result.
         """
         parameters = (self.phi, self.alpha, self.bias, self.spec)
+        self.check_parameters(*parameters[:3])
         if not waiting:
             return ops.head(x, *parameters)
         layer_output, h_post, h_res = waiting

@@ -214,10 +214,13 @@ def apply_kernel(family: str, stream: torch.Tensor, *accessed: torch.Tensor, **p
 
 
 def alignment(*tensors: torch.Tensor) -> int:
-    """The largest power of two, up to 16 bytes, that divides every data pointer. Views can start anywhere."""
+    """The largest power of two, up to 16 bytes, that divides every data pointer. Views can start anywhere.
+
+    Of the first tensor's bytes: one with wider elements must start on as many of its own for the same vector.
+    """
     bits = plans.MAX_ACCESS_BYTES
     for tensor in tensors:
-        bits |= tensor.data_ptr()
+        bits |= tensor.data_ptr() // max(1, tensor.element_size() // tensors[0].element_size())
     return bits & -bits
 
 

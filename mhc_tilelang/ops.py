@@ -3,9 +3,16 @@ stream's two ends, expand_pre and post_head.
 
 Each checks its arguments (`arguments`) and calls its operator (`operators`), which autograd differentiates and
 torch.compile keeps whole. n streams, C = hidden size, K = n·C, M = n² + 2n; "..." stands for any leading
-dimensions, none and empty ones included. Streams are bfloat16, float16 or float32; everything else is float32.
-Tensors are contiguous and on one device; DTensors may be sharded over tokens (`operators.sharding`). Gradients have
-the dtype of what they belong to; there are no second derivatives and no forward mode.
+dimensions, none and empty ones included. Streams are bfloat16, float16 or float32. Everything else that goes in is
+too: it is read as it is, and computed with in float32; mappings and matrices that come out are float32. Kernels read
+float32, so a 16-bit parameter or mapping is widened by a pass of its own: 6·M·K bytes of phi a call, and nothing where
+it is float32. Tensors are dense, contiguous and on one device; DTensors may be sharded over tokens
+(`operators.sharding`). Gradients have the dtype of what they belong to, rounded once; there are no second derivatives
+and no forward mode.
+
+Tensors on meta, and fake ones, give shapes and dtypes, and no kernel runs. torch.jit.trace records operators and
+constants, and no check: what a trace is given later is for its caller to get right in all but the tokens, whose number
+and leading dimensions are free.
 
 `out=` writes the results into given buffers, and returns those. Buffers are contiguous, have the results' shapes
 and dtypes, and overlap no input. No gradient flows through such a call.
@@ -19,7 +26,7 @@ from __future__ import annotations
 import torch
 
 from . import operators
-from .arguments import STREAM_DTYPES, Arguments, check_streams, sizes_of
+from .arguments import Arguments, check_streams, sizes_of
 from .operators import sharding
 from .ops_arguments import (
     LAYER_NORM_EPS,
@@ -49,7 +56,7 @@ def expand(h: torch.Tensor, num_streams: int, *, out: torch.Tensor | None = None
     check_streams("expand", "num_streams", num_streams)
     (hidden_size,) = sizes_of("expand", "h", h, ("C",))
     arguments = Arguments("expand")
-    arguments.tensor("h", h, (hidden_size,), STREAM_DTYPES, batched=True)
+    arguments.tensor("h", h, (hidden_size,), batched=True)
     if out is None:
         return operators.expand.expand(h, num_streams)
     arguments.buffer("out", out, (num_streams, hidden_size), h.dtype)
@@ -70,7 +77,7 @@ def collapse(x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tenso
     num_streams, hidden_size = sizes_of("collapse", "x", x, ("n", "C"))
     check_streams("collapse", "x", num_streams)
     arguments = Arguments("collapse")
-    arguments.tensor("x", x, (num_streams, hidden_size), STREAM_DTYPES, batched=True)
+    arguments.tensor("x", x, (num_streams, hidden_size), batched=True)
     if out is None:
         return operators.expand.collapse(x)
     arguments.buffer("out", out, (hidden_size,), x.dtype)
@@ -84,7 +91,7 @@ def sinkhorn(
     """Make matrices doubly stochastic by Sinkhorn-Knopp iterations (Eq. 9): columns first, rows last.
 
     Args:
-        logits: [..., n, n], float32.
+        logits: [..., n, n].
         iters: iterations, at least 1.
         eps: added after the softmax over columns and to every later sum. With 0, a row that lies more than
             104 below the largest entry of each of its columns gives NaN.
@@ -102,7 +109,7 @@ def sinkhorn(
     except (TypeError, ValueError) as error:
         raise type(error)(f"sinkhorn: {str(error).removeprefix('sinkhorn_')}") from None
     arguments = Arguments("sinkhorn")
-    arguments.tensor("logits", logits, (num_streams, num_streams), batched=True)
+    logits = arguments.widened("logits", logits, (num_streams, num_streams), batched=True)
     if out is None:
         return operators.sinkhorn.sinkhorn(logits, iters, float(eps))
     arguments.buffer("out", out, (num_streams, num_streams), torch.float32)
@@ -136,7 +143,7 @@ def coefficients(
         h_pre [..., n], h_post [..., n], h_res [..., n, n], float32. `h_res[j, i]` is the weight of input
         stream i in output stream j.
     """
-    arguments, phi = check_projected("coefficients", x, phi, alpha, bias, spec, norm_weight)
+    arguments, phi, alpha, bias = check_projected("coefficients", x, phi, alpha, bias, spec, norm_weight)
     if out is None:
         h_pre, h_post, h_res, _ = operators.coefficients.coefficients(x, phi, alpha, bias, *constants(spec))
         return h_pre, h_post, h_res
@@ -165,7 +172,7 @@ def pre(
 
     The arguments are those of `coefficients`, and
 
-        h_pre: [..., n], float32: the delayed form, in which the streams are aggregated with this, from the sublayer
+        h_pre: [..., n]: the delayed form, in which the streams are aggregated with this, from the sublayer
             before; a first sublayer's is `first_pre(x)`. A spec with delayed_pre demands it.
         layer_norm_weight: [C], float32 or x's dtype: the layer's own RMSNorm is part of the aggregation. With
             u[c] = Σ_i h_pre[i] · x[i, c], layer_input[c] = u[c] · rsqrt(mean over c of u² + eps) · weight[c]. u stays
@@ -178,9 +185,9 @@ def pre(
         delayed form also the sublayer's own h_pre [..., n], for the sublayer after it.
     """
     function = "pre"
-    arguments, phi = check_projected(function, x, phi, alpha, bias, spec, norm_weight)
+    arguments, phi, alpha, bias = check_projected(function, x, phi, alpha, bias, spec, norm_weight)
     n, hidden_size = spec.num_streams, spec.hidden_size
-    check_delayed(arguments, h_pre, spec)
+    h_pre = check_delayed(arguments, h_pre, spec)
     eps = check_layer_norm(arguments, layer_norm_weight, layer_norm_eps, spec, x.dtype)
     inputs = (x, phi, alpha, bias, h_pre, layer_norm_weight, *constants(spec), eps)
     if out is None:
@@ -208,8 +215,10 @@ def first_pre(x: torch.Tensor) -> torch.Tensor:
     check_streams("first_pre", "x", num_streams)
     if sharding.is_dtensor(x):
         return sharding.lay_like(first_pre(x.to_local()), x, x.shape[:-1])  # type: ignore[attr-defined]
-    row = torch.eye(num_streams, device=x.device, dtype=torch.float32)[0]
-    return row.expand(x.shape[:-1]).contiguous()
+    # By axes from the end, not x[..., 0]: a trace of that holds for one count of leading dimensions.
+    h_pre = torch.zeros_like(x.select(-1, 0), dtype=torch.float32, memory_format=torch.contiguous_format)
+    h_pre.select(-1, 0).fill_(1)
+    return h_pre
 
 
 def post(
@@ -226,9 +235,10 @@ def post(
 
     Args:
         x: [..., n, C], stream dtype.
-        layer_output: [..., C], x's dtype. With a float32 stream any stream dtype, since that is what autocast gives.
-        h_post: [..., n], float32.
-        h_res: [..., n, n], float32, as [out, in]. DeepSeek's `comb` is its transpose.
+        layer_output: [..., C], x's dtype or float32. With a float32 stream any stream dtype, since that is what
+            autocast gives. It is read as it is; of float32 beside a 16-bit stream that is 2·C elements instead of C.
+        h_post: [..., n].
+        h_res: [..., n, n], as [out, in]. DeepSeek's `comb` is its transpose.
         out: the result's buffer.
 
     Returns:
@@ -237,8 +247,8 @@ def post(
     num_streams, hidden_size = sizes_of("post", "x", x, ("n", "C"))
     check_streams("post", "x", num_streams)
     arguments = Arguments("post")
-    arguments.tensor("x", x, (num_streams, hidden_size), STREAM_DTYPES, batched=True)
-    check_mixed(arguments, x, layer_output, h_post, h_res)
+    arguments.tensor("x", x, (num_streams, hidden_size), batched=True)
+    h_post, h_res = check_mixed(arguments, x, layer_output, h_post, h_res)
     if out is None:
         return operators.post.post(x, layer_output, h_post, h_res)
     arguments.buffer("out", out, (num_streams, hidden_size), x.dtype)
@@ -271,10 +281,10 @@ def post_pre(
     Args:
         x: [..., n, C], stream dtype.
         layer_output: [..., C], as in `post`.
-        h_post: [..., n], h_res: [..., n, n], float32: of the sublayer that ends.
+        h_post: [..., n], h_res: [..., n, n]: of the sublayer that ends.
         phi: [M, K], alpha: [3], bias: [M], norm_weight: [K] or None: of the sublayer that begins, as in `coefficients`.
         spec: sizes and constants.
-        h_pre: [..., n], float32: the delayed form, in which the streams are aggregated with this instead of with
+        h_pre: [..., n]: the delayed form, in which the streams are aggregated with this instead of with
             what x_next's own projection gives; (2n + 2)·C. A spec with delayed_pre demands it.
         layer_norm_weight, layer_norm_eps: the RMSNorm of the layer's input, as in `pre`. The delayed form then takes
             (3n + 2)·C too, since the norm needs a whole row of x_next.
@@ -285,10 +295,10 @@ def post_pre(
         that begins, float32. In the delayed form also its h_pre [..., n], for the boundary after it.
     """
     function = "post_pre"
-    arguments, phi = check_projected(function, x, phi, alpha, bias, spec, norm_weight)
+    arguments, phi, alpha, bias = check_projected(function, x, phi, alpha, bias, spec, norm_weight)
     n, hidden_size = spec.num_streams, spec.hidden_size
-    check_mixed(arguments, x, layer_output, h_post, h_res)
-    check_delayed(arguments, h_pre, spec)
+    h_post, h_res = check_mixed(arguments, x, layer_output, h_post, h_res)
+    h_pre = check_delayed(arguments, h_pre, spec)
     eps = check_layer_norm(arguments, layer_norm_weight, layer_norm_eps, spec, x.dtype)
     inputs = (x, layer_output, h_post, h_res, phi, alpha, bias, h_pre, layer_norm_weight, *constants(spec), eps)
     if out is None:
@@ -324,7 +334,7 @@ def head(
     Returns:
         [..., C] in x's dtype: Σ_i h_pre[i] · x[i] with h_pre = sigmoid(alpha · s · x·phi + bias) + pre_eps.
     """
-    arguments, phi = check_projected("head", x, phi, alpha, bias, spec, norm_weight, head=True)
+    arguments, phi, alpha, bias = check_projected("head", x, phi, alpha, bias, spec, norm_weight, head=True)
     if out is None:
         return operators.head.head(x, phi, alpha, bias, spec.pre_eps, spec.rms_eps)[0]
     arguments.buffer("out", out, (spec.hidden_size,), x.dtype)
@@ -358,7 +368,7 @@ def expand_pre(
     Returns:
         x [..., n, C] and layer_input [..., C] in h's dtype; h_post [..., n] and h_res [..., n, n], float32.
     """
-    arguments, phi = check_projected("expand_pre", h, phi, alpha, bias, spec, norm_weight, expanded=False)
+    arguments, phi, alpha, bias = check_projected("expand_pre", h, phi, alpha, bias, spec, norm_weight, expanded=False)
     n, hidden_size = spec.num_streams, spec.hidden_size
     inputs = (h, phi, alpha, bias, *constants(spec))
     if out is None:
@@ -393,7 +403,7 @@ def post_head(
     Args:
         x: [..., n, C], stream dtype.
         layer_output: [..., C], as in `post`.
-        h_post: [..., n], h_res: [..., n, n], float32: of the sublayer that ends.
+        h_post: [..., n], h_res: [..., n, n]: of the sublayer that ends.
         phi: [n, K], alpha: [1], bias: [n], norm_weight: [K] or None: as in `head`.
         spec: sizes and constants.
         out: buffers for the results.
@@ -401,9 +411,9 @@ def post_head(
     Returns:
         x_next [..., n, C] and the head's output [..., C], in x's dtype.
     """
-    arguments, phi = check_projected("post_head", x, phi, alpha, bias, spec, norm_weight, head=True)
+    arguments, phi, alpha, bias = check_projected("post_head", x, phi, alpha, bias, spec, norm_weight, head=True)
     n, hidden_size = spec.num_streams, spec.hidden_size
-    check_mixed(arguments, x, layer_output, h_post, h_res)
+    h_post, h_res = check_mixed(arguments, x, layer_output, h_post, h_res)
     inputs = (x, layer_output, h_post, h_res, phi, alpha, bias, spec.pre_eps, spec.rms_eps)
     if out is None:
         x_next, output, *_ = operators.post_head.post_head(*inputs)

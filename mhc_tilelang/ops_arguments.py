@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .arguments import STREAM_DTYPES, Arguments, check_eps, check_spec
+from .arguments import STREAM_DTYPES, Arguments, check_eps, check_spec, shape_of
 from .spec import MHCSpec
 
 LAYER_NORM_EPS = 1e-6
@@ -23,47 +23,54 @@ def check_projected(
     norm_weight: torch.Tensor | None,
     head: bool = False,
     expanded: bool = True,
-) -> tuple[Arguments, torch.Tensor]:
-    """Check the arguments of a function that projects; return phi with norm_weight multiplied into it.
+) -> tuple[Arguments, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Check the arguments of a function that projects; return phi, alpha and bias as the operators take them.
 
-    x is the h of streams that are not `expanded` yet.
+    That is in float32, norm_weight multiplied into phi. x is the h of streams that are not `expanded` yet.
     """
     check_spec(function, spec)
     rows, groups = (spec.num_streams, 1) if head else (spec.num_coefficients, 3)
     arguments = Arguments(function)
     if expanded:
-        arguments.tensor("x", x, (spec.num_streams, spec.hidden_size), STREAM_DTYPES, batched=True)
+        arguments.tensor("x", x, (spec.num_streams, spec.hidden_size), batched=True)
     else:
-        arguments.tensor("h", x, (spec.hidden_size,), STREAM_DTYPES, batched=True)
-    arguments.tensor("phi", phi, (rows, spec.stream_size))
-    arguments.tensor("alpha", alpha, (groups,))
-    arguments.tensor("bias", bias, (rows,))
+        arguments.tensor("h", x, (spec.hidden_size,), batched=True)
+    phi = arguments.widened("phi", phi, (rows, spec.stream_size))
+    alpha = arguments.widened("alpha", alpha, (groups,))
+    bias = arguments.widened("bias", bias, (rows,))
     if norm_weight is not None:
-        arguments.tensor("norm_weight", norm_weight, (spec.stream_size,))
-        phi = phi * norm_weight
-    return arguments, phi
+        phi = phi * arguments.widened("norm_weight", norm_weight, (spec.stream_size,))
+    return arguments, phi, alpha, bias
 
 
 def check_mixed(
     arguments: Arguments, x: torch.Tensor, layer_output: torch.Tensor, h_post: torch.Tensor, h_res: torch.Tensor
-) -> None:
-    """Check what `post` mixes with a stream x that is checked already."""
-    n, hidden_size = x.shape[-2:]
-    layer_dtypes = STREAM_DTYPES if x.dtype == torch.float32 else (x.dtype,)
-    arguments.tensor("layer_output", layer_output, (hidden_size,), layer_dtypes, batched=True)
-    arguments.tensor("h_post", h_post, (n,), batched=True)
-    arguments.tensor("h_res", h_res, (n, n), batched=True)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Check what `post` mixes with a stream x that is checked already; return h_post and h_res in float32."""
+    n, hidden_size = shape_of(x)[-2:]
+    arguments.tensor("layer_output", layer_output, (hidden_size,), layer_dtypes(x.dtype), batched=True)
+    h_post = arguments.widened("h_post", h_post, (n,), batched=True)
+    return h_post, arguments.widened("h_res", h_res, (n, n), batched=True)
 
 
-def check_delayed(arguments: Arguments, h_pre: torch.Tensor | None, spec: MHCSpec) -> None:
-    """Check the h_pre of the delayed form; it may be absent unless the spec says otherwise."""
+def layer_dtypes(stream: torch.dtype) -> tuple[torch.dtype, ...]:
+    """The dtypes that a layer's output may have beside a stream: kernels read it as it is.
+
+    A 16-bit one beside a stream of the other 16 bits is a mistake of somebody's rather than anybody's wish.
+    """
+    return STREAM_DTYPES if stream == torch.float32 else (stream, torch.float32)
+
+
+def check_delayed(arguments: Arguments, h_pre: torch.Tensor | None, spec: MHCSpec) -> torch.Tensor | None:
+    """Check the h_pre of the delayed form, and return it in float32; it may be absent unless the spec says otherwise."""
     if h_pre is not None:
-        arguments.tensor("h_pre", h_pre, (spec.num_streams,), batched=True)
-    elif spec.delayed_pre:
+        return arguments.widened("h_pre", h_pre, (spec.num_streams,), batched=True)
+    if spec.delayed_pre:
         raise ValueError(
             f"{arguments.function}: h_pre: expected that of the sublayer before, as the spec has delayed_pre, got None "
             "(a first sublayer's is first_pre(x))"
         )
+    return None
 
 
 def check_layer_norm(

@@ -47,7 +47,7 @@ from typing import Any
 import torch
 
 from . import ops
-from .arguments import STREAM_DTYPES, Arguments, check_streams, sizes_of
+from .arguments import Arguments, check_streams, sizes_of
 from .connections import Connection, HyperConnection, HyperHead, check_kind
 from .overlap import SideStream
 from .recompute import make_recorder
@@ -94,7 +94,7 @@ class ResidualStream:
         self._x = ops.expand(h, num_streams) if connection == "hc" else h
         self._is_expanded = connection != "mhc"  # there the first read, or look, does it
         if not self._is_expanded:
-            Arguments("ResidualStream").tensor("h", h, (self._hidden_size,), STREAM_DTYPES, batched=True)
+            Arguments("ResidualStream").tensor("h", h, (self._hidden_size,), batched=True)
         self._begin(recompute, overlap)
 
     @classmethod
@@ -111,7 +111,7 @@ class ResidualStream:
 
         Args:
             x: [..., n, C], bfloat16, float16 or float32; for a plain residual [..., C]. Contiguous.
-            h_pre: [..., n], float32: with delayed_pre, what the last sublayer left for the next one. Without it, a
+            h_pre: [..., n]: with delayed_pre, what the last sublayer left for the next one. Without it, a
                 delayed connection is refused; with it, any other.
             connection, recompute, overlap: as for the class.
         """
@@ -122,7 +122,7 @@ class ResidualStream:
         if connection != "residual":
             check_streams(function, "x", sizes[0])
         if h_pre is not None:
-            check_h_pre(function, h_pre, x, connection)
+            h_pre = check_h_pre(function, h_pre, x, connection)
         stream = cls.__new__(cls)
         stream._kind, stream._x, stream._is_expanded = connection, x, True
         stream._num_streams, stream._hidden_size = (1, *sizes)[-2:]
@@ -177,8 +177,8 @@ class ResidualStream:
         """Hand back what the layer made of the input that was read.
 
         Args:
-            layer_output: [..., C] in the stream's dtype; in a float32 stream bfloat16 or float16 too, as
-                layers return under autocast.
+            layer_output: [..., C] in the stream's dtype or float32; in a float32 stream bfloat16 or float16 too, as
+                layers return under autocast. Read as it is, and rounded with the stream, once.
             overlap: False leaves this write to the next read, in a stream whose writes are merged beside it.
         """
         self._check_turn("write", writes=True)

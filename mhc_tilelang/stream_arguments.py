@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .arguments import STREAM_DTYPES, Arguments
+from .arguments import STREAM_DTYPES, Arguments, check_dense, shape_of
 from .connections import Connection, HyperHead
+from .ops_arguments import layer_dtypes
 
 
 def check_stream_dtype(function: str, name: str, value: torch.Tensor) -> None:
@@ -15,26 +16,24 @@ def check_stream_dtype(function: str, name: str, value: torch.Tensor) -> None:
         raise TypeError(f"{function}: {name}: expected dtype {wanted}, got {value.dtype}")
 
 
-def check_h_pre(function: str, h_pre: torch.Tensor, x: torch.Tensor, connection: str) -> None:
-    """Refuse an h_pre that does not go with the streams x that were handed over."""
+def check_h_pre(function: str, h_pre: torch.Tensor, x: torch.Tensor, connection: str) -> torch.Tensor:
+    """Refuse an h_pre that does not go with the streams x that were handed over; return it in float32."""
     if connection != "mhc":
         raise ValueError(f"{function}: h_pre: expected none for connections of kind {connection!r}, got one")
     arguments = Arguments(function)
-    arguments.tensor("x", x, x.shape[-2:], STREAM_DTYPES, batched=True)
-    arguments.tensor("h_pre", h_pre, (x.shape[-2],), batched=True)
+    sizes = tuple(shape_of(x)[-2:])
+    arguments.tensor("x", x, sizes, batched=True)
+    return arguments.widened("h_pre", h_pre, sizes[:1], batched=True)
 
 
 def check_layer_output(layer_output: torch.Tensor, x: torch.Tensor, kind: str) -> None:
     """Refuse what cannot be merged into a stream x of connections of this kind."""
-    if not isinstance(layer_output, torch.Tensor):
-        got = type(layer_output).__name__
-        raise TypeError(f"ResidualStream.write: layer_output: expected a torch.Tensor, got {got}")
-    shape = x.shape if kind == "residual" else (*x.shape[:-2], x.shape[-1])
-    if layer_output.shape != torch.Size(shape):
-        raise ValueError(
-            f"ResidualStream.write: layer_output: expected shape {list(shape)}, got {list(layer_output.shape)}"
-        )
-    dtypes = STREAM_DTYPES if x.dtype == torch.float32 else (x.dtype,)
+    check_dense("ResidualStream.write", "layer_output", layer_output)
+    got, sizes = shape_of(layer_output), shape_of(x)
+    shape = sizes if kind == "residual" else (*sizes[:-2], sizes[-1])
+    if got != torch.Size(shape):
+        raise ValueError(f"ResidualStream.write: layer_output: expected shape {list(shape)}, got {list(got)}")
+    dtypes = layer_dtypes(x.dtype)
     if layer_output.dtype not in dtypes:
         wanted = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"ResidualStream.write: layer_output: expected dtype {wanted}, got {layer_output.dtype}")

@@ -37,6 +37,15 @@ class StreamModule(nn.Module):
 
         return super()._apply(keep_float32, recurse)
 
+    def check_parameters(self, *parameters: torch.Tensor) -> None:
+        """Refuse phi, alpha and bias that something has rounded on the way, such as FSDP2 with a policy."""
+        for name, parameter in zip(("phi", "alpha", "bias"), parameters, strict=True):
+            if parameter.dtype != torch.float32:
+                raise TypeError(
+                    f"{type(self).__name__}: {name}: expected dtype torch.float32, got {parameter.dtype}; "
+                    "shard connections on their own, without a mixed-precision policy"
+                )
+
     def extra_repr(self) -> str:
         return f"hidden_size={self.spec.hidden_size}, num_streams={self.spec.num_streams}"
 

@@ -20,6 +20,13 @@ from mhc_tilelang.kernel import dtype_name
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 STREAMS = (2, 4, 8)
+# Of a stream, and of a layer's output beside it.
+MIXED_DTYPES = [
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    pytest.param(torch.float32, torch.float16, marks=pytest.mark.full),
+    pytest.param(torch.float16, torch.float32, marks=pytest.mark.full),
+]
 # Hidden sizes by the path they take on a CPU, where a tile has up to 1024 channels and a chunk up to 256.
 WIDTHS = {
     "one-channel": 1,

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, DTYPES, STREAMS, assert_same_bits, named
+from helpers import CPU, DTYPES, MIXED_DTYPES, STREAMS, assert_same_bits, named
 from helpers_backward import in_nan
 
 from mhc_tilelang import launch_backward, launch_boundary, launch_boundary_backward, reference
@@ -230,17 +230,15 @@ def test_delayed_form():
     assert_matches_float64(found, expected, torch.float32)
 
 
-@pytest.mark.parametrize("layer_dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)])
-def test_narrower_layer_output(layer_dtype):
-    """A float32 stream around a 16-bit layer, as under autocast: g_layer_output has the layer's dtype."""
-    drawn = Drawn(replace(SMALL, dtype=torch.float32))
-    drawn.inputs = replace(drawn.inputs, layer_output=drawn.inputs.layer_output.to(layer_dtype))
-    drawn.forward = launch_boundary.post_pre(*mixed(drawn.inputs), *parameters(drawn.inputs), drawn.spec)
+@pytest.mark.parametrize(("dtype", "layer_dtype"), MIXED_DTYPES)
+def test_a_layer_of_another_dtype(dtype, layer_dtype):
+    """16 bits in a float32 stream, as under autocast, or the reverse: g_layer_output has the layer's dtype."""
+    drawn = Drawn(replace(SMALL, dtype=dtype, layer_dtype=layer_dtype))
     got, expected = drawn.backward(), drawn.float64()
     assert got["g_layer_output"].dtype == layer_dtype
-    narrow = {name: expected.pop(name) for name in ("g_layer_output",)}
-    assert_matches_float64(got, expected, torch.float32)
-    assert_matches_float64(got, narrow, layer_dtype)
+    of_layer = {name: expected.pop(name) for name in ("g_layer_output",)}
+    assert_matches_float64(got, expected, dtype)
+    assert_matches_float64(got, of_layer, layer_dtype)
 
 
 def test_no_token_gives_zero_gradients_of_parameters():

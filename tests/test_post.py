@@ -78,6 +78,27 @@ def test_bits_of_the_contract(n, dtype):
     assert_contract(*arguments(inputs))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_float32_layer_is_rounded_once(dtype):
+    """With the stream, not before: within half an ulp of float64, and float32's own errors. A layer's output that is
+    rounded first, as the last lines show, is off by more and has other bits.
+    """
+    case = Case(4, 192, dtype, 127, layer_dtype=torch.float32)
+    x, layer_output, h_post, h_res = arguments(Inputs.of(case, CPU))
+    expected = assert_contract(x, layer_output, h_post, h_res)
+    rounded = ops.post(x, layer_output.to(dtype), h_post, h_res)
+    exact = [numpy64(tensor) for tensor in (x, layer_output, h_post, h_res)]
+    of_float32 = reference.post(*map(np.abs, exact)) * 6 * 2.0**-24  # a product and four fmas, then some
+    half_ulp = np.exp2(np.floor(np.log2(np.abs(reference.post(*exact))))) * torch.finfo(dtype).eps / 2
+
+    def share_within(got):
+        return (np.abs(got.astype(np.float64) - reference.post(*exact)) <= half_ulp + of_float32).mean()
+
+    assert share_within(expected) == 1
+    assert share_within(numpy64(rounded)) < 0.95
+    assert (numpy64(rounded) != expected.astype(np.float64)).mean() > 0.05
+
+
 def test_contract_tells_orders_apart():
     """Tests the test above: streams in descending order, or products rounded first, give other bits."""
     x, layer_output, h_post, h_res = arguments(Inputs.of(Case(4, 192, torch.float32, 127), CPU))

@@ -10,7 +10,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, DTYPES, STREAMS, assert_matches_float64, assert_same_bits, crosses, fma32
+from helpers import CPU, DTYPES, MIXED_DTYPES, STREAMS, assert_matches_float64, assert_same_bits, crosses, fma32
 from helpers_backward import BACKWARD, assert_reads_nothing_else, assert_special_values_stay
 
 from mhc_tilelang import reference
@@ -80,15 +80,15 @@ def test_every_subset_of_gradients(stream, layer, mixing):
     assert_same_bits([got[name] for name in asked_for], [full[name] for name in asked_for])
 
 
-@pytest.mark.parametrize("layer_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dtype", "layer_dtype"), MIXED_DTYPES)
 @pytest.mark.parametrize("size", [192, 333])
-def test_narrower_layer_output(size, layer_dtype):
-    """A float32 stream around a 16-bit layer. Catches the stream's dtype in the layer's place, and two roundings."""
-    case = Case(4, size, torch.float32, 63)
+def test_a_layer_of_another_dtype(size, dtype, layer_dtype):
+    """16 bits in a float32 stream, or the reverse. Catches the stream's dtype in the layer's place, two roundings."""
+    case = Case(4, size, dtype, 63)
     arguments = FUNCTION.arguments(case)
     arguments["layer_output"] = arguments["layer_output"].to(layer_dtype)
     got, expected = FUNCTION(arguments), FUNCTION.float64(arguments)
-    assert [tensor.dtype for tensor in got.values()] == [torch.float32, layer_dtype, torch.float32, torch.float32]
+    assert [tensor.dtype for tensor in got.values()] == [dtype, layer_dtype, torch.float32, torch.float32]
     exact = [numpy64(tensor) for tensor in arguments.values()]
     magnitudes = dict(zip(FUNCTION.outputs, reference.post_backward(*map(np.abs, exact)), strict=True))
     squares = dict(zip(FUNCTION.outputs, reference.post_backward(*map(np.square, exact)), strict=True))

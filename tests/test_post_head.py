@@ -4,11 +4,9 @@ Would catch: a sublayer's rows, alpha or partial sums where a head has its own, 
 what was mixed, the separate kernels' path called with arguments in another order.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
-from helpers import CPU, DTYPES, STREAMS, assert_matches_float64, assert_same_bits, named
+from helpers import CPU, DTYPES, MIXED_DTYPES, STREAMS, assert_matches_float64, assert_same_bits, named
 
 from mhc_tilelang import launch, launch_head
 from mhc_tilelang.checking.boundary import mixed
@@ -43,14 +41,16 @@ def test_fused_equals_separate(case):
     assert_same_bits(fused(inputs, case), (x_next, launch.aggregate(x_next, h_pre), h_pre, projected))
 
 
-@pytest.mark.parametrize("layer_dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)])
-def test_narrower_layer_output(layer_dtype):
-    """A float32 stream around a 16-bit layer, as under autocast."""
-    case = Case(8, 192, torch.float32, 67)
+@pytest.mark.parametrize(("dtype", "layer_dtype"), MIXED_DTYPES)
+def test_a_layer_of_another_dtype(dtype, layer_dtype):
+    """16 bits in a float32 stream, as under autocast, or float32 in a 16-bit one."""
+    case = Case(8, 192, dtype, 67, layer_dtype=layer_dtype)
     inputs = Inputs.of(case, CPU)
-    narrow = replace(inputs, layer_output=inputs.layer_output.to(layer_dtype))
-    wide = replace(inputs, layer_output=narrow.layer_output.float())
-    assert_same_bits(fused(narrow, case), fused(wide, case))
+    phi, alpha, bias = parameters(of_head(case, inputs))
+    x_next = launch.post(*mixed(inputs))
+    plan = launch.projection_plan(x_next, case.num_streams)
+    h_pre, projected = launch.head_coefficients(launch.project(x_next, phi, plan), alpha, bias, case.spec, plan)
+    assert_same_bits(fused(inputs, case), (x_next, launch.aggregate(x_next, h_pre), h_pre, projected))
 
 
 @pytest.mark.parametrize("case", CASES + TOKENS)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import CPU, DTYPES, STREAMS, assert_same_bits, map_tokens, named
+from helpers import CPU, DTYPES, MIXED_DTYPES, STREAMS, assert_same_bits, map_tokens, named
 from helpers_backward import in_nan
 
 from mhc_tilelang import launch, launch_boundary
@@ -149,12 +149,12 @@ def test_a_schedule_of_no_chunks_is_refused():
         launch_boundary.schedule(Inputs.of(SMALL, CPU).x, 24, 0)
 
 
-@pytest.mark.parametrize("layer_dtype", [torch.bfloat16, torch.float16])
-def test_narrower_layer_output(layer_dtype):
-    """A float32 stream around a 16-bit layer, as under autocast."""
-    case = replace(SMALL, dtype=torch.float32)
+@pytest.mark.parametrize(("dtype", "layer_dtype"), MIXED_DTYPES)
+def test_a_layer_of_another_dtype(dtype, layer_dtype):
+    """16 bits in a float32 stream, as under autocast, or float32 in a 16-bit one."""
+    case = replace(SMALL, dtype=dtype, layer_dtype=layer_dtype)
     inputs = Inputs.of(case, CPU)
-    inputs = replace(inputs, layer_output=inputs.layer_output.to(layer_dtype))
+    assert inputs.layer_output.dtype == layer_dtype
     assert_same_bits(fused(inputs, case.spec), separate(inputs, case.spec))
 
 

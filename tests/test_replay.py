@@ -73,10 +73,11 @@ def test_some_layer_inputs():
     assert_replayed(x, written, {})
 
 
-def test_layers_of_several_dtypes():
+@pytest.mark.parametrize(("dtype", "layer_dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_layers_of_several_dtypes(dtype, layer_dtype):
     """As autocast leaves them: a launch for each run of the same."""
-    x, written, h_pre = block(Case(4, 40, torch.float32, 5), 3)
-    written[1] = written[1]._replace(layer_output=written[1].layer_output.bfloat16())
+    x, written, h_pre = block(Case(4, 40, dtype, 5), 3)
+    written[1] = written[1]._replace(layer_output=written[1].layer_output.to(layer_dtype))
     assert [(first, len(part)) for first, part in launch_replay.parts(written)] == [(0, 1), (1, 1), (2, 1)]
     assert_replayed(x, written, h_pre)
 

@@ -369,10 +369,13 @@ def test_layer_outputs_that_do_not_fit(kind):
         stream.write(torch.zeros(*TOKENS, C, dtype=torch.float64))
     with pytest.raises(TypeError, match=r"write: layer_output: expected a torch.Tensor, got tuple"):
         stream.write((torch.zeros(*TOKENS, C),))
+    for value in (torch.zeros(*TOKENS, C).to_sparse(), torch.nested.nested_tensor([torch.zeros(5, C)] * 2)):
+        with pytest.raises(ValueError, match=r"write: layer_output: expected a dense tensor, got "):
+            stream.write(value)
     narrow = stream_of(kind, torch.bfloat16)
     narrow.read(connection)
-    with pytest.raises(TypeError, match=r"write: layer_output: expected dtype torch.bfloat16, got torch.float32"):
-        narrow.write(torch.zeros(*TOKENS, C))
+    with pytest.raises(TypeError, match=r"write: .* torch.bfloat16 or torch.float32, got torch.float16"):
+        narrow.write(torch.zeros(*TOKENS, C).half())
 
 
 @every_kind

@@ -24,6 +24,7 @@ class Case:
     num_tokens: int
     logit_std: float = 2.0
     seed: int = 0
+    layer_dtype: torch.dtype | None = None  # of the layer's output; the stream's unless given
 
     @property
     def spec(self) -> MHCSpec:
@@ -61,7 +62,7 @@ class Inputs:
         drawn = cls(
             h=normal(tokens, size).to(case.dtype),
             x=normal(tokens, n, size).to(case.dtype),
-            layer_output=normal(tokens, size).to(case.dtype),
+            layer_output=normal(tokens, size).to(case.layer_dtype or case.dtype),
             phi=normal(rows, n * size) * (case.logit_std / (n * size) ** 0.5),
             alpha=uniform(0.7, 1.3, 3),
             bias=normal(rows),

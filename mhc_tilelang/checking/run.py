@@ -33,7 +33,8 @@ class Row:
 
 
 def cases(quick: bool = False) -> list[Case]:
-    """Every n and dtype at one small width; wide, odd and single-channel streams at n = 4; few tokens and many.
+    """Every n and dtype at one small width; wide, odd and single-channel streams at n = 4; few tokens and many;
+    a float32 layer in a 16-bit stream.
 
     `quick` keeps one case per n and dtype: what a benchmark wants to know before it speaks.
     """
@@ -43,7 +44,8 @@ def cases(quick: bool = False) -> list[Case]:
     shapes = [(2560, 63), (1000, 128), (333, 65), (1, 4097), (64, 1), (64, 0)]
     spread = [Case(4, size, torch.bfloat16, tokens) for size, tokens in shapes]
     wide_logits = [Case(n, 192, torch.float32, 511, logit_std=6.0) for n in STREAM_COUNTS]
-    return everywhere + spread + wide_logits
+    wide_layer = Case(4, 192, torch.bfloat16, 127, layer_dtype=torch.float32)
+    return [*everywhere, *spread, *wide_logits, wide_layer]
 
 
 def small_cases() -> list[Case]:

@@ -53,6 +53,8 @@ VARIANTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ),
     ("post", "16-bit layer", "float32", {"layer_dtype": "bfloat16"}),
     ("post_backward", "16-bit layer", "float32", {"layer_dtype": "bfloat16"}),
+    ("post", "float32 layer", "bfloat16", {"layer_dtype": "float32"}),
+    ("post_backward", "float32 layer", "bfloat16", {"layer_dtype": "float32"}),
     ("post_backward", "mixing only", "bfloat16", {"stream": False, "layer": False}),
     ("coefficients_backward", "no res", "bfloat16", {"res_given": False}),
 )
