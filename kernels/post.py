@@ -10,7 +10,8 @@ consecutive channels of all n streams, so x is read once, and neither shared mem
 The order of the sum is part of the contract, since fused kernels must give the same bits:
 acc = h_post[j] · F, then acc = fma(h_res[j, i], x[i], acc) for i ascending, in float32, rounded once.
 
-`layer_dtype` differs from `dtype` under autocast: a float32 stream whose layers return 16 bits, read as they are.
+`layer_dtype` differs from `dtype` under autocast, where layers return 16 bits into a float32 stream, and where they
+return float32 into a 16-bit one. Either is read as it is; the latter is (n + 2)·C read, and rounded once, in x_next.
 """
 
 import tilelang.language as T

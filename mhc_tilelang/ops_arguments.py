@@ -54,15 +54,12 @@ def check_mixed(
 
 
 def layer_dtypes(stream: torch.dtype) -> tuple[torch.dtype, ...]:
-    """The dtypes that a layer's output may have beside a stream: kernels read it as it is.
-
-    A 16-bit one beside a stream of the other 16 bits is a mistake of somebody's rather than anybody's wish.
-    """
+    """The dtypes that a layer's output may have beside a stream: kernels read it as it is."""
     return STREAM_DTYPES if stream == torch.float32 else (stream, torch.float32)
 
 
 def check_delayed(arguments: Arguments, h_pre: torch.Tensor | None, spec: MHCSpec) -> torch.Tensor | None:
-    """Check the h_pre of the delayed form, and return it in float32; it may be absent unless the spec says otherwise."""
+    """Check the h_pre of the delayed form, which a spec may demand; return it in float32."""
     if h_pre is not None:
         return arguments.widened("h_pre", h_pre, (spec.num_streams,), batched=True)
     if spec.delayed_pre:
