@@ -145,11 +145,11 @@ def shape_of(value: torch.Tensor) -> torch.Size:
     state = None if torch.compiler.is_compiling() else torch._C._get_tracing_state()
     if state is None:
         return value.shape
-    torch._C._set_tracing_state(None)
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         return value.shape
     finally:
-        torch._C._set_tracing_state(state)
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 def check_spec(function: str, spec: MHCSpec) -> None:

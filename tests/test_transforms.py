@@ -109,7 +109,9 @@ def test_autocast():
     assert [tensor.dtype for tensor in got] == [torch.bfloat16, torch.float32, torch.float32]
 
 
-@pytest.mark.parametrize("name", ["post", "post_pre", "post_head"])
+@pytest.mark.parametrize(
+    "name", ["post", *(pytest.param(f, marks=pytest.mark.full) for f in ("post_pre", "post_head"))]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrower_layer_output(name, dtype):
     """Under a float32 stream it counts as its float32 value, and its gradient is rounded once."""
