@@ -2,13 +2,14 @@
 
 Marked `nvcc`: skipped by name where there is no nvcc, never in CI. Would catch: a kernel that nvcc refuses, a fragment
 without room for all its elements, too much shared memory, a register spill, an atomic, a narrow access to a stream
-tensor, a number in docs/kernels that is no longer so.
+tensor, in the source or in the machine code, a number in docs/kernels that is no longer so.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,8 @@ def test_builds(subject: Subject, arch: str) -> None:
         return  # what tilelang's prover finds varies: indices are written one way or another, the facts stay
     kept_versions, rows = stored.read(stored.KERNELS)
     kept = {row.key: row for row in rows}[row.key]
+    if kept.machine_reads is None:  # stored before they were counted
+        row = replace(row, machine_reads=None, machine_writes=None)
     if all(versions()[tool] == kept_versions[tool] for tool in ("nvcc", "tilelang")):
         assert row == kept, "docs are stale: make inspect-full, then make docs-kernels"
 

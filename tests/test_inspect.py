@@ -227,7 +227,7 @@ def test_a_truncated_fragment_is_found() -> None:
         ({"stream_writes": {"x_next": [4]}}, "x_next written 4 bytes wide"),
         (
             {"global_stores": {"32": 4}},
-            "x_next written 16 bytes wide in the source, 4 in the machine code",
+            "x_next written 16 bytes wide in the source, 4×4 in the machine code",
         ),
     ],
 )

@@ -7,7 +7,8 @@ more element through. Caught means that the executor reports it or that the resu
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -35,24 +36,28 @@ CHECKED_BY = {
 Mutation = Callable[[str], str]
 
 
-def outcome(
-    monkeypatch: pytest.MonkeyPatch, family: str, mutate: Mutation, case: Case = MAIN, parallel_blocks: int = 8
-) -> str:
-    """What the check of a kernel says when its source is damaged: "passed", "wrong", or the executor's findings."""
+@contextmanager
+def damaged(family: str, mutate: Mutation) -> Iterator[None]:
+    """Within this block a kernel's source is damaged."""
     generated = target.generated
 
-    def damaged(name: str, parameters: dict[str, Any], arch: str) -> tuple:
+    def generate_damaged(name: str, parameters: dict[str, Any], arch: str) -> tuple:
         source, signature = generated(name, parameters, arch)
         return (replace(source, code=mutate(source.code)) if name == family else source), signature
 
-    with monkeypatch.context() as patch:
-        patch.setattr(target, "generated", damaged)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target, "generated", generate_damaged)
         patch.setattr(compiler, "_kernels", {})
-        try:
-            with executing(parallel_blocks=parallel_blocks):
-                row = check_case(CHECKED_BY.get(family, family), case, Inputs.of(case, torch.device("cpu")))
-        except SimtError as error:
-            return ", ".join(sorted(error.kinds))
+        yield
+
+
+def outcome(family: str, mutate: Mutation, case: Case = MAIN, parallel_blocks: int = 8) -> str:
+    """What the check of a kernel says when its source is damaged: "passed", "wrong", or the executor's findings."""
+    try:
+        with damaged(family, mutate), executing(parallel_blocks=parallel_blocks):
+            row = check_case(CHECKED_BY.get(family, family), case, Inputs.of(case, torch.device("cpu")))
+    except SimtError as error:
+        return ", ".join(sorted(error.kinds))
     return "passed" if row.passed else "wrong"
 
 
@@ -96,11 +101,11 @@ MASKS = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_wrong_mask_is_caught(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_mask_is_caught(family: str) -> None:
     """One token or vector too many leaves the tensor, or a row of it."""
     pattern, replacement = MASKS[family]
     assert re.search(pattern, source_of(family))
-    assert outcome(monkeypatch, family, lambda code: re.sub(pattern, replacement, code)) != "passed"
+    assert outcome(family, lambda code: re.sub(pattern, replacement, code)) != "passed"
 
 
 MIXING = ("coefficients", "sinkhorn", "pre_mappings", "post", "replay")
@@ -108,7 +113,7 @@ MIXING += ("coefficients_backward", "sinkhorn_backward", "post_backward")
 
 
 @pytest.mark.parametrize("family", MIXING)
-def test_swapped_rows_of_h_res_are_caught(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swapped_rows_of_h_res_are_caught(family: str) -> None:
     """Wherever a kernel takes a row of H_res, of its logits or their gradients, it takes another one."""
     row = r"(\b(?:g_)?(?:h_res(?:_\d)?|logits)(?: \+|\[).*?)\(\(int64_t\)(\w+)\) \* \(int64_t\)4\)"
 
@@ -116,11 +121,11 @@ def test_swapped_rows_of_h_res_are_caught(family: str, monkeypatch: pytest.Monke
         return re.sub(row, r"\1((int64_t)(3 - \2)) * (int64_t)4)", code, count=1)
 
     assert swapped(source_of(family)) != source_of(family)
-    assert outcome(monkeypatch, family, swapped) == "wrong"
+    assert outcome(family, swapped) == "wrong"
 
 
 @pytest.mark.parametrize("family", ["post_project", "boundary_backward"])
-def test_a_transposed_element_of_h_res_is_caught(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_transposed_element_of_h_res_is_caught(family: str) -> None:
     """The same for the kernels whose source names each element: one of them is the one across the diagonal."""
     element = r"(h_res\[.*\* \(int64_t\)16\) \+ \(int64_t\))1\)\]"
 
@@ -128,7 +133,7 @@ def test_a_transposed_element_of_h_res_is_caught(family: str, monkeypatch: pytes
         return re.sub(element, r"\g<1>4)]", code, count=1)
 
     assert transposed(source_of(family)) != source_of(family)
-    assert outcome(monkeypatch, family, transposed) == "wrong"
+    assert outcome(family, transposed) == "wrong"
 
 
 # Barriers that tilelang sets and nothing needs: what follows begins with one, or touches what the same thread touched.
@@ -142,7 +147,7 @@ SYNCHRONIZED |= {"pre_norm_backward": 1, "expand_project": 2}
 @pytest.mark.parametrize(
     "family", [pytest.param(f, marks=[pytest.mark.full] * (f in ("boundary_backward", "project"))) for f in FAMILIES]
 )
-def test_dropped_synchronization_is_caught(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropped_synchronization_is_caught(family: str) -> None:
     """Every barrier and every wait, one after the other; a block takes several tiles here."""
     pattern = r"__syncthreads\(\);|tl::cp_async_wait<\d+>\(\);"
     found = list(re.finditer(pattern, source_of(family)))
@@ -155,5 +160,5 @@ def test_dropped_synchronization_is_caught(family: str, monkeypatch: pytest.Monk
 
         return drop
 
-    outcomes = [outcome(monkeypatch, family, without(k), LONG, parallel_blocks=1) for k in range(len(found))]
+    outcomes = [outcome(family, without(k), LONG, parallel_blocks=1) for k in range(len(found))]
     assert outcomes.count("passed") == REDUNDANT.get(family, 0), outcomes

@@ -6,6 +6,7 @@
     compiler         nvcc as tilelang calls it, ptxas's report, nvdisasm
     sass             what machine code consists of: instructions, barriers, accesses by width
     source_accesses  how wide the generated source reads and writes each buffer
+    machine_accesses how wide the machine code does, line by line of that source
     fragments        whether tilelang gave every fragment room for all its elements
     occupancy        blocks that fit a multiprocessor, and what limits them
     faults           what must not be: spills, narrow accesses to the stream, atomics

@@ -19,7 +19,15 @@ from .matrix import Subject
 from .row import Row, build_function
 
 HERE = Path(__file__).parent
-MAKERS = ("compiler", "fragments", "occupancy", "row", "sass", "source_accesses")  # whose code makes a row
+MAKERS = (
+    "compiler",
+    "fragments",
+    "machine_accesses",
+    "occupancy",
+    "row",
+    "sass",
+    "source_accesses",
+)  # whose code makes a row
 BUILDS_PER_PROCESS = 40  # 1.3 GB after 60
 
 

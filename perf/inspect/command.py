@@ -106,12 +106,14 @@ def inspect_kernels(wanted: Builds, args: argparse.Namespace) -> int:
 
     from . import stored, table
     from .built import build_all
-    from .faults import faults, with_faults
+    from .faults import faults, known_splits, place, with_faults
 
     rows = list(tqdm(build_all(wanted), total=len(wanted), desc="inspect", unit="kernel", leave=False))
     print(table.report(rows))
     faulty = [row for row in rows if faults(row)]
     print(f"\nfaults in {len(faulty)} of {len(rows)} builds", *map(with_faults, faulty), sep="\n")
+    if known := [f"{place(row)}: {split}" for row in rows for split in known_splits(row)]:
+        print("\nknown and no fault:", *known, sep="\n")
     stored.write(args.json, rows)
     return 0
 

@@ -1,7 +1,7 @@
 """From generated CUDA source to a listing of its machine code: nvcc as tilelang calls it, then nvdisasm.
 
 No GPU is needed. The flags are tilelang's (`tilelang.contrib.nvcc`, `tilelang.cuda.backend`) and the package's own,
-plus ptxas's report, which alone tells what was spilled.
+plus ptxas's report, which alone tells what was spilled, and line numbers, which change no instruction.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from ...cuda import COMPILE_FLAGS, nvcc, nvcc_command
 from ...errors import CompilerError
 from ...toolchain import Tool, find_nvdisasm, version_of
+from .sass import SOURCE
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Compiled:
         spill_bytes: stored to and loaded from local memory for want of registers, of a thread.
         static_shared_bytes: shared memory that the code declares.
         named_barriers: that a block occupies.
-        listing: the machine code, as text.
+        listing: the machine code, as text; comments name the line of SOURCE that what follows comes from.
     """
 
     registers: int
@@ -40,10 +41,11 @@ class Compiled:
 def compile_source(code: str, arch: str, flags: tuple[str, ...] = tuple(COMPILE_FLAGS)) -> Compiled:
     """Compile a translation unit with one kernel. Raises CompilerError where a tool is missing or refuses."""
     with TemporaryDirectory(prefix="mhc-inspect-") as folder:
-        source, cubin = Path(folder) / "kernel.cu", Path(folder) / "kernel.cubin"
+        source, cubin = Path(folder) / SOURCE, Path(folder) / "kernel.cubin"
         source.write_text(code, encoding="utf-8")
-        report = output([*nvcc_command(arch, flags), "-Xptxas", "-v", "-w", "-o", str(cubin), str(source)])
-        listing = output([nvdisasm().path, "-c", str(cubin)])
+        options = ("-lineinfo", "-Xptxas", "-v", "-w")
+        report = output([*nvcc_command(arch, flags), *options, "-o", str(cubin), str(source)])
+        listing = output([nvdisasm().path, "-c", "-gi", str(cubin)]).replace(f"{folder}/", "")
 
     def total(pattern: str) -> int:
         return sum(map(int, re.findall(pattern, report)))

@@ -17,6 +17,8 @@ from typing import Any
 
 from ...kernels import FAMILIES
 from . import matrix, stored
+from .faults import known_splits, listed
+from .machine_accesses import UNKNOWN
 from .matrix import MAIN, STUDIED, Subject
 from .occupancy import ARCHITECTURES
 from .row import Row
@@ -144,13 +146,12 @@ def resources(kernel: str) -> str:
     tools = ", ".join(f"{name} {number}" for name, number in versions.items())
     shape = STUDIED
     text = f"At n = {shape.num_streams}, C = {shape.hidden_size}, {shape.dtype}; {tools}."
-    return f"{text}\n\n{resource_table(chosen)}\n\n{limits(chosen)}"
+    parts = [text, resource_table(chosen), stream_table(chosen), limits(chosen)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def resource_table(rows: Iterable[Row]) -> str:
     """Rows as Markdown."""
-    from .table import widths
-
     lines = [
         "| kernel | arch | registers | spills | shared | blocks, warps | limited by | instructions | tensor | barriers "
         "| loads | stores |",
@@ -160,9 +161,33 @@ def resource_table(rows: Iterable[Row]) -> str:
         numbers = (row.instructions, row.tensor_instructions, row.barriers)
         fits = f"{row.blocks}, {row.occupancy:.0%}"
         cells = [row.label, row.arch, row.registers, row.spill_bytes, row.shared_bytes, fits, row.limiter, *numbers]
-        cells += [widths(row.global_loads) or "–", widths(row.global_stores) or "–"]
+        cells += [listed(row.global_loads) or "–", listed(row.global_stores) or "–"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
+
+
+def stream_table(rows: Iterable[Row]) -> str:
+    """How wide the machine code accesses each tensor that is as wide as the stream, and what nvcc splits.
+
+    Empty where no tensor is; builds that were stored before this was counted are named.
+    """
+    of_streams = [row for row in rows if row.stream_reads or row.stream_writes]
+    lines = ["| kernel | arch | tensor | loads | stores |", "|---|---|---|---|---|"]
+    for row in of_streams:
+        reads, writes = row.machine_reads or {}, row.machine_writes or {}
+        for name in dict.fromkeys([*reads, *writes]):
+            tensor = "not told" if name == UNKNOWN else f"`{name}`"
+            sides = [listed(side.get(name, {})) or "–" for side in (reads, writes)]
+            lines.append(f"| {row.label} | {row.arch} | {tensor} | {' | '.join(sides)} |")
+    if not of_streams:
+        return ""
+    parts = ["Accesses to what is as wide as the stream, in the machine code, how many × how many bytes:"]
+    parts += ["\n".join(lines)] if len(lines) > 2 else []
+    if missing := ", ".join(dict.fromkeys(row.arch for row in of_streams if row.machine_reads is None)):
+        parts.append(f"Not counted by tensor in the stored builds for {missing}.")
+    if split := "\n".join(f"- {row.label} on {row.arch}: {each}." for row in of_streams for each in known_splits(row)):
+        parts.append(f"Split by nvcc:\n\n{split}")
+    return "\n\n".join(parts)
 
 
 def limits(rows: Iterable[Row]) -> str:

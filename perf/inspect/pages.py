@@ -7,6 +7,7 @@ would write. They are a function of the repository: registers and counts come fr
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 from ...kernels import FAMILIES
 from . import matrix, stored
 from .explain import page, resource_table
-from .faults import faults, with_faults
+from .faults import SPLIT, faults, known_splits, with_faults
 from .matrix import MAIN, STUDIED
 from .row import Row
 from .tile_kernels import KERNELS as PEERS
@@ -87,18 +88,32 @@ def renamed(peer: Row) -> Row:
 def built(rows: list[Row]) -> str:
     """How many builds are stored, and a line for each kernel and architecture of which some have faults."""
     counts = [f"{sum(row.arch == arch for row in rows)} for {arch}" for arch in matrix.ARCHITECTURES]
-    text = f"{len(rows)} builds are stored: {', '.join(counts)}."
+    text = f"{len(rows)} builds are stored: {', '.join(counts)}.\n\n{widths(rows)}"
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if faults(row):
             found.setdefault((row.label, row.arch), []).append(row)
     if not found:
-        return f"{text} None spills, all fit, and every access to a tensor as wide as the stream is 16 bytes wide."
+        return f"{text}\n\nNone spills, all fit, and no other access to a tensor as wide as the stream is narrow."
     lines = [text, "", "| kernel | arch | builds with faults | the one with most |", "|---|---|---|---|"]
     for (kernel, arch), faulty in found.items():
         worst = max(faulty, key=lambda row: (row.spill_bytes, len(faults(row))))
         lines.append(f"| {kernel} | {arch} | {len(faulty)} | {with_faults(worst)} |")
     return "\n".join(lines)
+
+
+def widths(rows: list[Row]) -> str:
+    """What nvcc splits, and in how many of the builds that is known by tensor."""
+    found = Counter(row.kernel for row in rows if known_splits(row))
+    counted = sum(row.machine_reads is not None for row in rows)
+    text = (
+        f"In {counted} of them accesses are counted in the machine code tensor by tensor, in the others, which were "
+        "stored before,\nonly together."
+    )
+    if not found:
+        return f"{text} nvcc splits no access to the stream."
+    lines = [f"- {kernel}, in {number}: {SPLIT[kernel]}." for kernel, number in found.items()]
+    return "\n".join([f"{text} nvcc splits 16-byte accesses to the stream into narrower ones in:", "", *lines])
 
 
 def write(folder: Path) -> None:

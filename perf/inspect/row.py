@@ -26,6 +26,8 @@ class Row:
             machine code, see `sass`; accesses by their width in bits.
         stream_reads, stream_writes: widths in bytes of the accesses to each stream tensor in the generated source.
         truncated: fragments that tilelang gave too little room, see `fragments`.
+        machine_reads, machine_writes: accesses to each stream tensor in the machine code by their width in bits, see
+            `machine_accesses`; None in rows that were stored before it was counted, and of other implementations.
     """
 
     kernel: str
@@ -53,6 +55,8 @@ class Row:
     stream_reads: dict[str, list[int]]
     stream_writes: dict[str, list[int]]
     truncated: list[str]
+    machine_reads: dict[str, dict[str, int]] | None = None
+    machine_writes: dict[str, dict[str, int]] | None = None
 
     @property
     def key(self) -> tuple[str, str, str, int | None, int | None, str | None]:
@@ -70,12 +74,14 @@ def build_function(func: Any, subject: Subject, arch: str) -> Row:
     from ...cuda_source import generate_from
     from .compiler import compile_source
     from .fragments import truncated
+    from .machine_accesses import machine_accesses
     from .source_accesses import accesses
 
     source = generate_from(func, arch)
     buffers = accesses(source.code)
     streams = {name: buffers[name] for name in subject.launch.streams if name in buffers}
-    facts = measured(source, compile_source(source.code, arch), arch)
+    compiled = compile_source(source.code, arch)
+    machine_reads, machine_writes = machine_accesses(source.code, compiled.listing, streams)
     return Row(
         kernel=subject.kernel,
         variant=subject.variant,
@@ -86,7 +92,9 @@ def build_function(func: Any, subject: Subject, arch: str) -> Row:
         stream_reads={name: widths.read for name, widths in streams.items() if widths.read},
         stream_writes={name: widths.written for name, widths in streams.items() if widths.written},
         truncated=truncated(func, source.code),
-        **facts,
+        machine_reads=machine_reads,
+        machine_writes=machine_writes,
+        **measured(source, compiled, arch),
     )
 
 

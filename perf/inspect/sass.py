@@ -9,16 +9,22 @@ routines that a kernel calls (a division's slow path) are in. Left out are NOPs,
     global stores   STG, ST, by width
     atomics         ATOM*, RED*: there should be none
     local           LDL and STL: what ptxas spills, and arrays that it could not keep in registers
+
+The listing also says which line of the source each instruction comes from, see `global_accesses`.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
+SOURCE = "kernel.cu"  # the name of what was compiled
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+LOCATION = re.compile(r"^\s*//## File ")
+PLACE = re.compile(r'"([^"]+)", line (\d+)')
 TENSOR = re.compile(r"(?:[BDHIOQ]MMA|[BHIQ]GMMA|UTC\w*MMA)$")  # not HFMA2.MMA, which moves a constant
 LOADS, STORES = ("LDG", "LD", "LDGSTS"), ("STG", "ST")
 BULK_LOADS, BULK_STORES = ("UTMALDG", "UBLKCP"), ("UTMASTG",)
@@ -59,11 +65,44 @@ def count(listing: str) -> MachineCode:
 
 def accesses(instructions: Iterable[str], kinds: tuple[str, ...], bulk: tuple[str, ...]) -> dict[str, int]:
     """Accesses by width, the widest first."""
-    found: Counter[str] = Counter()
-    for name in instructions:
-        kind, *modifiers = name.split(".")
-        if kind in kinds:
-            found[str(next((WIDTHS[modifier] for modifier in modifiers if modifier in WIDTHS), 32))] += 1
-        elif kind in bulk:
-            found["bulk"] += 1
+    return by_width(width for name in instructions if (width := width_of(name, kinds, bulk)))
+
+
+def width_of(instruction: str, kinds: tuple[str, ...], bulk: tuple[str, ...]) -> str | None:
+    """Bits that an instruction of some kinds accesses, "bulk" for the bulk ones; None for any other."""
+    kind, *modifiers = instruction.split(".")
+    if kind in kinds:
+        return str(next((WIDTHS[modifier] for modifier in modifiers if modifier in WIDTHS), 32))
+    return "bulk" if kind in bulk else None
+
+
+def by_width(widths: Iterable[str]) -> dict[str, int]:
+    """How many of each width, the widest first."""
+    found = Counter(widths)
     return dict(sorted(found.items(), key=lambda item: (item[0] != "bulk", -int(item[0].replace("bulk", "0")))))
+
+
+class GlobalAccess(NamedTuple):
+    """An access to global memory: the line of the source, None where the listing has none; bits, or "bulk"."""
+
+    line: int | None
+    width: str
+    writes: bool
+
+
+def global_accesses(listing: str) -> Iterator[GlobalAccess]:
+    """Every access to global memory, with the line of SOURCE that it comes from: of a function that was inlined, the
+    line that calls it.
+    """
+    place: int | None = None
+    is_inside = False  # a run of location comments, of which the last one in SOURCE counts
+    for text in listing.splitlines():
+        if LOCATION.search(text):
+            lines = [int(line) for name, line in PLACE.findall(text) if name == SOURCE]
+            place = lines[-1] if lines else place if is_inside else None
+            is_inside = True
+        elif found := INSTRUCTION.match(text):
+            is_inside = False
+            for writes, kinds in ((False, (LOADS, BULK_LOADS)), (True, (STORES, BULK_STORES))):
+                if width := width_of(found.group(1), *kinds):
+                    yield GlobalAccess(place, width, writes)

@@ -6,7 +6,8 @@ Machine code does not tell which tensor an instruction reads; the source does, i
     tl::cp_async_gs<16>(…, &(x[…]))         as wide as the number says
     x[…]                                    one element
 
-What nvcc makes of them is another matter: it joins narrow accesses, and splits a wide one now and then (see `faults`).
+What nvcc makes of them is another matter: it joins narrow accesses, and splits a wide one now and then. The machine
+code that it makes of each line is in `machine_accesses`.
 """
 
 from __future__ import annotations
@@ -34,17 +35,36 @@ class Widths(NamedTuple):
     written: list[int]
 
 
+class Use(NamedTuple):
+    """One access: the line of the source, from 1, the bytes, whether it writes."""
+
+    line: int
+    width: int
+    writes: bool
+
+
 def accesses(code: str) -> dict[str, Widths]:
-    """How wide the kernel reads and writes every buffer.
+    """How wide the kernel reads and writes every buffer. Raises MHCError as `uses`."""
+    return {
+        name: Widths(*(sorted({use.width for use in found if use.writes == side}) for side in (False, True)))
+        for name, found in uses(code).items()
+    }
+
+
+def uses(code: str) -> dict[str, list[Use]]:
+    """Every access of the kernel to each buffer.
 
     Raises MHCError for a buffer that is used in another way, since its width would go unseen.
     """
-    definition = code[code.rindex("__global__") :]
-    head, body = definition[: definition.index("{")], definition[definition.index("{") :]
+    start = code.rindex("__global__")
+    start_of_body = code.index("{", start)
+    head, body, first_line = code[start:start_of_body], code[start_of_body:], code.count("\n", 0, start_of_body) + 1
     found = {}
     for element, name in PARAMETER.findall(head):
-        uses = [use_of(body, place, ELEMENT_BYTES[element], name) for place in places(body, name)]
-        found[name] = Widths(*(sorted({width for width, writes in uses if writes == side}) for side in (False, True)))
+        found[name] = [
+            Use(first_line + body.count("\n", 0, place.start()), *use_of(body, place, ELEMENT_BYTES[element], name))
+            for place in places(body, name)
+        ]
     return found
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
+from .faults import listed
 from .row import Row
 
 FOOTNOTES = """\
@@ -50,11 +51,6 @@ def cells(row: Row) -> tuple[str, ...]:
         str(row.instructions),
         str(row.tensor_instructions or ""),
         str(row.barriers or ""),
-        widths(row.global_loads),
-        widths(row.global_stores),
+        listed(row.global_loads),
+        listed(row.global_stores),
     )
-
-
-def widths(accesses: Mapping[str, int]) -> str:
-    """Accesses by their width in bytes: 4×16 20×4."""
-    return " ".join(f"{number}×{bits if bits == 'bulk' else int(bits) // 8}" for bits, number in accesses.items())
