@@ -11,43 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers_transformers import GRADIENTS, LOGITS, Counting, relative, tiny, tokens, transformers
 
 import mhc_tilelang as mhc
 from mhc_tilelang.errors import ConversionError
-
-transformers = pytest.importorskip(
-    "transformers", minversion="5.23", reason="no transformers, or one without deepseek_v4"
-)
-pytest.importorskip("transformers.models.deepseek_v4")
-
-# As many float32 roundings as a token meets in two layers, each 6e-8 of what it touches: found 3e-7 of the norm, and
-# 4e-2 with rows that are not permuted. Gradients are sums over tokens that cancel: 4e-6, and 2e-5 at another seed for
-# the head's scale, a single number.
-LOGITS, GRADIENTS = 2e-6, 1e-4
-
-
-def tiny(seed=0, **changes):
-    """Two layers of every part that a layer can have, 192 channels, and connections that do something."""
-    torch.manual_seed(seed)
-    sizes = {
-        "vocab_size": 64, "hidden_size": 192, "moe_intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 16,
-        "num_attention_heads": 2, "q_lora_rank": 16, "num_experts_per_tok": 2, "n_routed_experts": 4, "o_groups": 2,
-        "o_lora_rank": 8, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4, "sliding_window": 8,
-        "max_position_embeddings": 64, "pad_token_id": 0, "mlp_layer_types": ["hash_moe", "moe"],
-        "layer_types": ["sliding_attention", "heavily_compressed_attention"],
-        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
-    }  # fmt: skip
-    model = transformers.DeepseekV4ForCausalLM(transformers.DeepseekV4Config(**{**sizes, **changes}))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("fn"):
-                parameter.normal_(std=2 / parameter.shape[1] ** 0.5)
-            elif name.endswith("base"):
-                parameter.normal_()
-        for name, buffer in model.named_buffers():
-            if name.endswith("tid2eid"):  # two experts of four by token: zeros would be one of them twice
-                buffer.copy_((torch.arange(len(buffer)).unsqueeze(1) + torch.arange(buffer.shape[1])) % 4)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +27,6 @@ def replaced(eager):
     model = copy.deepcopy(eager)
     mhc.integrations.transformers.replace(model)
     return model
-
-
-def tokens(*shape):
-    return torch.randint(1, 64, shape, generator=torch.Generator().manual_seed(5))
-
-
-def relative(got, expected):
-    got, expected = got.detach().double(), expected.detach().double()
-    return float((got - expected).norm() / expected.norm())
 
 
 def test_logits_and_gradients(eager, replaced):
@@ -110,19 +68,13 @@ def test_every_connection_is_replaced_and_restored():
     connections = [f"{place}.{site}" for place in places for site in ("attn_hc", "ffn_hc")]
     assert set(names) == {*places, *connections, "model.hc_head"}
     assert held == {name: id(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-    for name in names:
-        assert type(model.get_submodule(name)).__module__ == "mhc_tilelang.integrations.transformers"
-    assert {type(module).__name__ for module in model.modules()} == {type(m).__name__ for m in tiny().modules()}
-
-    with pytest.raises(
-        ValueError, match=r"replace: model: expected a module with .*, got DeepseekV4ForCausalLM with none"
-    ):
-        mhc.integrations.transformers.replace(model)
+    assert {type(module) for module in model.modules()} == {type(module) for module in tiny().modules()}
+    assert mhc.integrations.transformers.replace(model) == names
     assert mhc.integrations.transformers.restore(model) == names
     with torch.no_grad():
         assert torch.equal(model(input_ids=tokens(1, 5), use_cache=False).logits, before)
     with pytest.raises(
-        ValueError, match=r"restore: model: expected a module with .*, got DeepseekV4ForCausalLM with none"
+        ValueError, match=r"restore: model: expected a module that replace has met, got DeepseekV4ForCausalLM with none"
     ):
         mhc.integrations.transformers.restore(model)
 
@@ -240,3 +192,34 @@ def test_spec_of_a_configuration():
     config = SimpleNamespace(hidden_size=40, hc_mult=2, hc_sinkhorn_iters=7, hc_eps=1e-5, rms_norm_eps=1e-4)
     spec = mhc.convert.transformers.spec(config)
     assert spec == mhc.MHCSpec(40, 2, sinkhorn_iters=7, sinkhorn_eps=1e-5, pre_eps=1e-5, rms_eps=1e-4)
+
+
+@pytest.mark.parametrize("method", [pytest.param("around", marks=pytest.mark.full), "in place"])
+@pytest.mark.parametrize("order", [pytest.param("before", marks=pytest.mark.full), "after"])
+def test_compiled(method, order):
+    """One graph with our operators; what was compiled and has run before `replace` or `restore` is compiled again."""
+    model = tiny(num_hidden_layers=1, layer_types=["sliding_attention"], mlp_layer_types=["moe"])
+    counting, fused = Counting(), {"pre": 1, "post_pre": 1, "post": 1, "head": 1}
+
+    def logits():
+        with torch.no_grad():
+            return compiled(input_ids=tokens(2, 12), use_cache=False).logits
+
+    compiled = model
+    expected = logits()
+    if order == "before":
+        mhc.integrations.transformers.replace(model)
+    if method == "around":
+        compiled = torch.compile(model, backend=counting.compiler, fullgraph=True)
+    else:
+        model.compile(backend=counting.compiler, fullgraph=True)
+    if order == "after":
+        assert relative(logits(), expected) < LOGITS
+        assert not counting.ran
+        mhc.integrations.transformers.replace(compiled)
+    assert relative(logits(), expected) < LOGITS
+    assert counting.ran == fused
+    if order == "before":
+        mhc.integrations.transformers.restore(compiled)
+        assert relative(logits(), expected) < LOGITS
+        assert counting.ran == fused

@@ -3,27 +3,37 @@
     model = AutoModelForCausalLM.from_pretrained(...)
     mhc.integrations.transformers.replace(model)
 
-replaces, in place, the connections before every attention and MLP, the mixing after them, and the head. A replaced
-module is the module that it was, with a class of ours that derives from its own and has its name. So parameters stay
-the same objects with transformers' names, shapes and orientation: state dicts, `save_pretrained`, optimizers, hooks and
-what looks modules up by class know no difference, and nothing has to be converted back. The res rows of `fn` are
-permuted to [out, in] in every call, a copy of M·n·C elements.
+runs, in place, the connections before every attention and MLP, the mixing after them, and the head by our operators. A
+replaced module stays the object of the class that it was; its instance gets a `forward` of ours. Parameters, state
+dicts, `save_pretrained` and optimizers see no difference, and what renames classes (`fully_shard`, parametrizations,
+subclasses) does not reach it. accelerate keeps its hooks in the same place: ours goes beneath them.
+
+Whatever else decides what a module runs (another `forward` on the instance or in its class) is refused by name. Hooks
+see the arguments and results that they see in transformers: a layer fuses with its second connection only where calling
+that module would run our forward and nothing else. A hook on a connection's `input_norm`, which the kernels contain, is
+refused.
 
 Results are those of the eager modules to float32 rounding in a float32 model. In a bfloat16 model these kernels round
-less: transformers rounds post, comb and each product to bfloat16, and here the streams are combined in float32.
+less: transformers rounds post, comb and each product to bfloat16, and here the streams are combined in float32. The res
+rows of `fn` are permuted to [out, in] in every call, a copy of M·n·C elements.
 
 The forward of the decoder layer is restated here, for it mixes the streams in between; its signature is checked.
-Tested with transformers 5.23.0.
+Tested with transformers 5.23.0, accelerate 1.15.0, peft 0.21.2.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from importlib import metadata
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers import modeling_layers
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as eager
 
 from .. import ops
@@ -33,91 +43,149 @@ from ..spec import MHCSpec
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 FORWARD = ("self", "hidden_states", "input_ids", "kwargs")  # of the decoder layer
-
-
-class DeepseekV4HyperConnection(eager.DeepseekV4HyperConnection):
-    """`DeepseekV4HyperConnection` by `pre`, or with what the sublayer before left to merge by `post_pre`."""
-
-    def forward(self, hidden_streams: torch.Tensor, *waiting: torch.Tensor) -> Any:
-        """hidden_streams [B, S, n, C] -> post [B, S, n], comb [B, S, n, n], collapsed [B, S, C], as transformers' own.
-
-        With waiting = (layer_output, post, comb) of the sublayer before: merges that first, and returns the merged
-        hidden_streams before the three. post and comb are float32; comb is a view.
-        """
-        n = self.hc_mult
-        phi, bias = swapped_rows(self.fn.float(), n), swapped_rows(self.base.float(), n)
-        alpha, x = self.scale.float(), hidden_streams.contiguous()
-        if not waiting:
-            collapsed, post, h_res = ops.pre(x, phi, alpha, bias, spec(self))
-            return post, h_res.mT, collapsed
-        merged, collapsed, post, h_res = ops.post_pre(x, *_ours(*waiting), phi, alpha, bias, spec(self))
-        return merged, post, h_res.mT, collapsed
-
-
-class DeepseekV4HyperHead(eager.DeepseekV4HyperHead):
-    """`DeepseekV4HyperHead` by `head`."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, S, n, C] -> [B, S, C]."""
-        parameters = (self.hc_fn.float(), self.hc_scale.float(), self.hc_base.float(), spec(self))
-        return ops.head(x.contiguous(), *parameters)
-
-
-class DeepseekV4DecoderLayer(eager.DeepseekV4DecoderLayer):
-    """`DeepseekV4DecoderLayer` with its two connections fused at the boundary between them."""
-
-    def forward(
-        self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None, **kwargs: Any
-    ) -> torch.Tensor:
-        """hidden_states [B, S, n, C] -> the same of the next layer."""
-        post, comb, collapsed = self.attn_hc(hidden_states)
-        attention, _ = self.self_attn(self.input_layernorm(collapsed), **kwargs)
-        hidden_states, post, comb, collapsed = self.ffn_hc(hidden_states, attention, post, comb)
-        mlp = self.mlp(self.post_attention_layernorm(collapsed), input_ids=input_ids)
-        return ops.post(hidden_states, *_ours(mlp, post, comb))
-
-
-CLASSES: dict[type[nn.Module], type[nn.Module]] = {
-    eager.DeepseekV4HyperConnection: DeepseekV4HyperConnection,
-    eager.DeepseekV4HyperHead: DeepseekV4HyperHead,
-    eager.DeepseekV4DecoderLayer: DeepseekV4DecoderLayer,
-}
+SITES = ("attn_hc", "ffn_hc")  # its connections
 
 
 def replace(model: nn.Module) -> tuple[str, ...]:
-    """Run a DeepSeek-V4 model's hyper-connections by these kernels from here on, in place.
+    """Run a DeepSeek-V4 model's hyper-connections by these kernels from here on, in place. Idempotent.
 
     Args:
         model: any module with DeepSeek-V4's connections in it, whole models and single layers alike.
 
     Returns:
-        The names of the modules that were replaced.
+        The names of the modules that run these kernels now.
 
     Raises:
         ValueError: there is nothing to replace, or a connection has a number of streams or constants without kernels.
-        ConversionError: the installed transformers' decoder layer is not the one that is restated here.
+        ConversionError: a module runs something other than transformers' own forward, under accelerate's hook at most;
+            a hook on an `input_norm` would never be called; a parameter is sharded to another shape; or the installed
+            transformers' decoder layer is not the one that is restated here.
         Nothing has been replaced then.
     """
     _check_version()
-    return _swap("replace", model, CLASSES)
+    found = _find("replace", model)
+    for name, module in found.items():
+        try:
+            _check_replaceable(module)
+        except (ConversionError, TypeError, ValueError) as error:
+            raise type(error)(f"replace: {name or type(module).__name__}: {error}") from None
+    for name, module in found.items():
+        setattr(module, _slot(module), partial(FORWARDS[_kind(module)], module, name))
+    return tuple(found)
 
 
 def restore(model: nn.Module) -> tuple[str, ...]:
-    """Undo `replace`: transformers' own modules again, with the parameters that they have now.
+    """Undo `replace`: transformers' own modules again, with the parameters and the hooks that they have now.
 
-    Returns the names of the modules that were restored. Raises ValueError if there are none.
+    Returns:
+        The names of the modules that were restored.
+
+    Raises:
+        ValueError: there are none.
+        ConversionError: a `forward` was put over ours, other than accelerate's. Nothing has been restored then.
     """
-    return _swap("restore", model, {ours: theirs for theirs, ours in CLASSES.items()})
+    found = _find("restore", model)
+    for name, module in found.items():
+        try:
+            _check_instance(module)
+        except ConversionError as error:
+            raise ConversionError(f"restore: {name or type(module).__name__}: {error}") from None
+    replaced = {name: module for name, module in found.items() if _is_ours(vars(module).get(_slot(module)))}
+    if not replaced:
+        raise ValueError(
+            f"restore: model: expected a module that replace has met, got {type(model).__name__} with none"
+        )
+    for module in replaced.values():
+        if _slot(module) == "forward":
+            del module.forward
+        else:
+            setattr(module, _slot(module), MethodType(type(module).forward, module))
+    return tuple(replaced)
 
 
 def spec(module: Any) -> MHCSpec:
-    """The sizes and constants of a `DeepseekV4HyperConnection` or `DeepseekV4HyperHead`."""
-    n = module.hc_mult
+    """The sizes and constants of a `DeepseekV4HyperConnection` or `DeepseekV4HyperHead`.
+
+    Raises ConversionError where the projection has no two dimensions, as flattened or partitioned parameters.
+    """
+    n, is_head = module.hc_mult, isinstance(module, eager.DeepseekV4HyperHead)
+    phi = module.hc_fn if is_head else module.fn
+    if phi.ndim != 2:
+        name = "hc_fn" if is_head else "fn"
+        raise ConversionError(
+            f"{name}: expected [M, n·C], got {list(phi.shape)}: gather it, or replace before sharding"
+        )
     constants = {"num_streams": n, "rms_eps": module.input_norm.eps}
-    if isinstance(module, eager.DeepseekV4HyperHead):
-        return MHCSpec(module.hc_fn.shape[1] // n, pre_eps=module.eps, **constants)
+    if is_head:
+        return MHCSpec(phi.shape[1] // n, pre_eps=module.eps, **constants)
     eps = {"pre_eps": module.hc_eps, "sinkhorn_eps": module.hc_eps}
-    return MHCSpec(module.fn.shape[1] // n, sinkhorn_iters=module.hc_sinkhorn_iters, **eps, **constants)
+    return MHCSpec(phi.shape[1] // n, sinkhorn_iters=module.hc_sinkhorn_iters, **eps, **constants)
+
+
+# What replaced modules run: functions of the module, its name and the arguments of transformers' forward.
+
+
+def _connection(module: Any, name: str, hidden_streams: torch.Tensor) -> Tensors:
+    """hidden_streams [B, S, n, C] -> post [B, S, n], comb [B, S, n, n], collapsed [B, S, C], as transformers' own.
+
+    post and comb are float32. comb is a view, but not for hooks: they may write into it, as into transformers' own.
+    """
+    collapsed, post, h_res = ops.pre(hidden_streams.contiguous(), *_projection(module, name))
+    return post, h_res.mT.contiguous() if _has_hooks(module) else h_res.mT, collapsed
+
+
+def _head(module: Any, name: str, x: torch.Tensor) -> torch.Tensor:
+    """x [B, S, n, C] -> [B, S, C]."""
+    _check_norm(module, name)
+    parameters = (module.hc_fn.float(), module.hc_scale.float(), module.hc_base.float(), spec(module))
+    return ops.head(x.contiguous(), *parameters)
+
+
+def _layer(
+    module: Any, name: str, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None, **kwargs: Any
+) -> torch.Tensor:
+    """hidden_states [B, S, n, C] -> the same of the next layer; its connections fused at the boundary between them."""
+    if module.gradient_checkpointing and module.training:
+        # transformers checkpoints in a wrapper around the forward of a class: run ours as that of one, on this module.
+        view = object.__new__(_Layer)
+        view.__dict__ = vars(module)
+        return _Layer.forward(view, name, hidden_states, input_ids=input_ids, **kwargs)
+    return _mix(module, name, hidden_states, input_ids, **kwargs)
+
+
+class _Layer(eager.DeepseekV4DecoderLayer):
+    def forward(self, *arguments: Any, **kwargs: Any) -> torch.Tensor:
+        return _mix(self, *arguments, **kwargs)
+
+
+def _mix(
+    module: Any, name: str, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None, **kwargs: Any
+) -> torch.Tensor:
+    post, comb, collapsed = module.attn_hc(hidden_states)
+    attention, _ = module.self_attn(module.input_layernorm(collapsed), **kwargs)
+    waiting = (hidden_states.contiguous(), *_ours(attention, post, comb))
+    if _runs_ours_alone(module.ffn_hc, hidden_states.device):
+        projection = _projection(module.ffn_hc, f"{name}.ffn_hc")
+        hidden_states, collapsed, post, h_res = ops.post_pre(*waiting, *projection)
+        comb = h_res.mT
+    else:
+        hidden_states = ops.post(*waiting)
+        post, comb, collapsed = module.ffn_hc(hidden_states)
+    mlp = module.mlp(module.post_attention_layernorm(collapsed), input_ids=input_ids)
+    return ops.post(hidden_states, *_ours(mlp, post, comb))
+
+
+FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
+    eager.DeepseekV4HyperConnection: _connection,
+    eager.DeepseekV4HyperHead: _head,
+    eager.DeepseekV4DecoderLayer: _layer,
+}
+
+
+def _projection(module: Any, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, MHCSpec]:
+    _check_norm(module, name)
+    phi, bias = (swapped_rows(parameter.float(), module.hc_mult) for parameter in (module.fn, module.base))
+    return phi, module.scale.float(), bias, spec(module)
 
 
 def _ours(layer_output: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> Tensors:
@@ -125,20 +193,105 @@ def _ours(layer_output: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) ->
     return layer_output.contiguous(), post.contiguous(), comb.mT.contiguous()
 
 
-def _swap(function: str, model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> tuple[str, ...]:
-    found = {name: module for name, module in model.named_modules() if type(module) in classes}
+# What decides which forward a module runs: its class, its instance, and accelerate's hook on the instance.
+
+
+def _find(function: str, model: nn.Module) -> dict[str, nn.Module]:
+    found = {name: module for name, module in model.named_modules() if any(isinstance(module, k) for k in FORWARDS)}
     if not found:
-        wanted = ", ".join(known.__name__ for known in classes)
+        wanted = ", ".join(known.__name__ for known in FORWARDS)
         raise ValueError(f"{function}: model: expected a module with {wanted}, got {type(model).__name__} with none")
-    for name, module in found.items():
-        if not isinstance(module, eager.DeepseekV4DecoderLayer):
-            try:
-                spec(module)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{function}: {name}: {error}") from None
-    for module in found.values():
-        module.__class__ = classes[type(module)]
-    return tuple(found)
+    return found
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    return next(known for known in FORWARDS if isinstance(module, known))
+
+
+def _is_ours(forward: Any) -> bool:
+    return isinstance(forward, partial) and forward.func in FORWARDS.values()
+
+
+def _is_theirs(forward: Any, kind: type[nn.Module]) -> bool:
+    """Whether this function is the forward that transformers defines for the class, in its checkpointing or not."""
+    while getattr(forward, "__globals__", None) is vars(modeling_layers):
+        forward = getattr(forward, "__wrapped__", None)
+    return getattr(forward, "__globals__", None) is vars(eager) and forward.__qualname__ == f"{kind.__name__}.forward"
+
+
+def _slot(module: nn.Module) -> str:
+    """The attribute of the instance for the module's own forward: the one that accelerate's hook calls, if there is."""
+    own = vars(module)
+    forward = own.get("forward")
+    hooked = isinstance(forward, partial) and getattr(forward.func, "__module__", None) == "accelerate.hooks"
+    return "_old_forward" if hooked and "_hf_hook" in own else "forward"
+
+
+def _check_class(module: nn.Module, kind: type[nn.Module], place: str = "forward") -> None:
+    """Raise where the module's class has a forward that is not transformers' own for it."""
+    forward = type(module).forward
+    if not _is_theirs(forward, kind):
+        got = f"{getattr(forward, '__module__', '?')}.{getattr(forward, '__qualname__', repr(forward))}"
+        raise ConversionError(f"{place}: expected transformers' {kind.__name__}.forward, got {got}")
+
+
+def _check_instance(module: nn.Module) -> None:
+    """Raise where the instance has a forward that is neither ours nor its class's, which accelerate leaves behind."""
+    forward = vars(module).get(_slot(module))
+    bound = isinstance(forward, MethodType) and forward.__self__ is module
+    if not (forward is None or _is_ours(forward) or (bound and _is_theirs(forward.__func__, _kind(module)))):
+        raise ConversionError(
+            f"forward: expected that of its class, under accelerate's hook at most, got another on the instance, "
+            f"{forward!r}: remove it; after replace it can be put over ours"
+        )
+
+
+def _check_norm(module: Any, name: str) -> None:
+    """Raise where somebody waits for the call of a connection's norm, which the kernels contain."""
+    norm = module.input_norm
+    if "forward" in vars(norm) or _has_hooks(norm) or not isinstance(norm, eager.DeepseekV4UnweightedRMSNorm):
+        place, held = f"{name}.input_norm".lstrip("."), "hooks" if _has_hooks(norm) else f"forward {norm.forward!r}"
+        raise ConversionError(
+            f"{place}: expected a DeepseekV4UnweightedRMSNorm without hooks, for it is part of the kernel and never "
+            f"called, got {type(norm).__name__} with {held}"
+        )
+
+
+def _check_replaceable(module: Any) -> None:
+    """Raise where our forward would not be what runs, or not what transformers' forward would have given."""
+    _check_class(module, _kind(module))
+    _check_instance(module)
+    if not isinstance(module, eager.DeepseekV4DecoderLayer):
+        _check_norm(module, "")
+        _check_class(module.input_norm, eager.DeepseekV4UnweightedRMSNorm, "input_norm: forward")
+        spec(module)
+        return
+    for site in SITES:
+        connection = getattr(module, site)
+        if not any(isinstance(part, eager.DeepseekV4HyperConnection) for part in connection.modules()):
+            got = type(connection).__name__
+            raise ConversionError(f"{site}: expected a DeepseekV4HyperConnection or what wraps one, got {got}")
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _runs_ours_alone(module: Any, device: torch.device) -> bool:
+    """Whether a call of this connection would be our forward and nothing that anybody sees: a layer may fuse with it.
+
+    FSDP2 gathers parameters in hooks, accelerate in the forward that it puts over ours. One hook of accelerate's does
+    nothing: one that does not offload, where the weights are on the streams' device already (`device_map`).
+    """
+    own = vars(module)
+    if _has_hooks(module) or _has_any_global_hook():
+        return False
+    if _slot(module) == "_old_forward":
+        hook = own["_hf_hook"]
+        if type(hook).__name__ != "AlignDevicesHook" or hook.offload or module.fn.device != device:
+            return False
+    return _is_ours(own.get(_slot(module)))
 
 
 def _check_version() -> None:
