@@ -182,6 +182,25 @@ def test_hooks_may_change_what_they_see(model, eager):
     assert max(map(relative, *results)) < GRADIENTS
 
 
+def test_a_hook_of_accelerates_is_called(model, eager):
+    """One of the user's: by the layer that would fuse, with what transformers gives."""
+    hooks, seen = pytest.importorskip("accelerate").hooks, []
+
+    class Hook(hooks.ModelHook):
+        def pre_forward(self, _module, *arguments, **keywords):
+            seen.append([tuple(argument.shape) for argument in arguments])
+            return arguments, keywords
+
+        def post_forward(self, _module, output):
+            seen.append([tuple(tensor.shape) for tensor in output])
+            return output
+
+    hooks.add_hook_to_module(model.get_submodule(CONNECTION), Hook())
+    replace(model)
+    assert relative(logits(model), logits(eager)) < LOGITS
+    assert seen == [[(2, 12, 4, 192)], [(2, 12, 4), (2, 12, 4, 4), (2, 12, 192)]]
+
+
 def test_global_hooks_see_every_connection(model, eager):
     """As in transformers, but for the norms within, which are part of the kernels."""
     replace(model)

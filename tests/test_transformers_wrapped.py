@@ -30,6 +30,7 @@ import mhc_tilelang as mhc
 accelerate = pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
 
+pytestmark = pytest.mark.filterwarnings("error:FSDP2-wrapped module:UserWarning")  # returns a view
 replace, restore = mhc.integrations.transformers.replace, mhc.integrations.transformers.restore
 UPSTREAM = torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(2))
 PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "model.hc_head")

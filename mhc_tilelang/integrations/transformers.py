@@ -128,7 +128,7 @@ def spec(module: Any) -> MHCSpec:
 def _connection(module: Any, name: str, hidden_streams: torch.Tensor) -> Tensors:
     """hidden_streams [B, S, n, C] -> post [B, S, n], comb [B, S, n, n], collapsed [B, S, C], as transformers' own.
 
-    post and comb are float32. comb is a view, but not for hooks: they may write into it, as into transformers' own.
+    post and comb are float32. comb is a view, but not for hooks, which may write into it: FSDP2's warns of views.
     """
     collapsed, post, h_res = ops.pre(hidden_streams.contiguous(), *_projection(module, name))
     return post, h_res.mT.contiguous() if _has_hooks(module) else h_res.mT, collapsed
@@ -149,17 +149,17 @@ def _layer(
         # transformers checkpoints in a wrapper around the forward of a class: run ours as that of one, on this module.
         view = object.__new__(_Layer)
         view.__dict__ = vars(module)
-        return _Layer.forward(view, name, hidden_states, input_ids=input_ids, **kwargs)
-    return _mix(module, name, hidden_states, input_ids, **kwargs)
+        return _Layer.forward(view, hidden_states, input_ids=input_ids, name=name, **kwargs)
+    return _mix(module, hidden_states, input_ids, name, **kwargs)
 
 
 class _Layer(eager.DeepseekV4DecoderLayer):
-    def forward(self, *arguments: Any, **kwargs: Any) -> torch.Tensor:
-        return _mix(self, *arguments, **kwargs)
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return _mix(self, hidden_states, **kwargs)
 
 
 def _mix(
-    module: Any, name: str, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None, **kwargs: Any
+    module: Any, hidden_states: torch.Tensor, input_ids: torch.Tensor | None, name: str, **kwargs: Any
 ) -> torch.Tensor:
     post, comb, collapsed = module.attn_hc(hidden_states)
     attention, _ = module.self_attn(module.input_layernorm(collapsed), **kwargs)
@@ -282,15 +282,15 @@ def _runs_ours_alone(module: Any, device: torch.device) -> bool:
     """Whether a call of this connection would be our forward and nothing that anybody sees: a layer may fuse with it.
 
     FSDP2 gathers parameters in hooks, accelerate in the forward that it puts over ours. One hook of accelerate's does
-    nothing: one that does not offload, where the weights are on the streams' device already (`device_map`).
+    nothing: `device_map`'s, where the weights are on the streams' device; those that it offloads are on meta.
     """
     own = vars(module)
     if _has_hooks(module) or _has_any_global_hook():
         return False
-    if _slot(module) == "_old_forward":
-        hook = own["_hf_hook"]
-        if type(hook).__name__ != "AlignDevicesHook" or hook.offload or module.fn.device != device:
-            return False
+    if _slot(module) == "_old_forward" and (
+        type(own["_hf_hook"]).__name__ != "AlignDevicesHook" or module.fn.device != device
+    ):
+        return False
     return _is_ours(own.get(_slot(module)))
 
 
