@@ -24,6 +24,7 @@ from tvm import arith, ir, tirx
 
 from ..errors import LoweringError
 from . import tile_ops
+from .outline import ELEMENTS, LONG, elements, outline
 from .types import Array, c_type, op_name
 from .views import View, accesses_of, views_of
 
@@ -71,6 +72,7 @@ class Emitter:
     registers: dict[str, tuple[Array, str]] = field(default_factory=dict)
     in_straight_line: bool = False
     stack_bytes: int = 0
+    nests: list[tuple[int, int]] = field(default_factory=list)
     analyzer: arith.Analyzer = field(default_factory=arith.Analyzer)
 
     def line(self, text: str) -> None:
@@ -109,7 +111,10 @@ class Emitter:
         handler = getattr(self, f"_{type(stmt).__name__}", None)
         if handler is None:
             raise LoweringError(f"statement {type(stmt).__name__}: {stmt}")
+        first = len(self.lines)
         handler(stmt)
+        if elements(stmt) >= ELEMENTS and len(self.lines) > first:  # nests within this one are a part of it
+            self.nests = [nest for nest in self.nests if nest[0] < first] + [(first, len(self.lines))]
 
     def _SeqStmt(self, stmt) -> None:
         for part in stmt.seq:
@@ -322,8 +327,11 @@ def emit(func: tirx.PrimFunc, checked: bool = False) -> str:
     emitter.statement(body)
     emitter.close()
 
-    name = func.attrs["global_symbol"]
-    head = ['#include "runtime.h"', "", f'extern "C" void {name}({", ".join(signature)}) {{']
+    name, functions = func.attrs["global_symbol"], []
+    if len(emitter.lines) > LONG and not checked:
+        arrays = {array.name: array for array in emitter.arrays.values()}
+        functions = outline(name, emitter.lines, emitter.nests, arrays, signature[len(buffers_of(func)) :])
+    head = ['#include "runtime.h"', "", *functions, f'extern "C" void {name}({", ".join(signature)}) {{']
     return "\n".join(head + emitter.lines + ["}", ""])
 
 
