@@ -7,6 +7,7 @@ differs from CUDA's own calculator, a kernel or a size that is not built.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from importlib import metadata
 from math import prod
@@ -17,7 +18,7 @@ import pytest
 from mhc_tilelang import cli, cuda
 from mhc_tilelang.errors import MHCError
 from mhc_tilelang.kernels import FAMILIES, plans
-from mhc_tilelang.perf.inspect import matrix, sass, stored, table
+from mhc_tilelang.perf.inspect import built, explain, matrix, sass, stored, table
 from mhc_tilelang.perf.inspect.faults import faults, with_faults
 from mhc_tilelang.perf.inspect.occupancy import ARCHITECTURES, Occupancy, occupancy
 from mhc_tilelang.perf.inspect.row import Row
@@ -309,3 +310,71 @@ def test_options_that_would_be_ignored(arguments, message, capsys):
     """Refused, with the one that decides."""
     assert cli.main(["inspect", *arguments.split()]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kernel", FAMILIES)
+def test_every_family_is_built(kernel: str) -> None:
+    """By `inspect`, at the studied shape: some call launches it."""
+    assert matrix.subjects(matrix.STUDIED, [kernel])
+
+
+def test_a_family_that_no_call_launches_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(FAMILIES, "forgotten", ("post", "post_kernel"))
+    for option in ((), ("--explain",), ("--full",)):
+        assert cli.main(["inspect", "forgotten", *option]) == 1
+        assert "forgotten: expected a call that launches it, got none of perf.launches" in capsys.readouterr().err
+
+
+def test_a_family_that_these_sizes_lack_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """At n = 8 no GPU's boundary is fused backward."""
+    assert cli.main(["inspect", "post", "boundary_backward", "--streams", "8"]) == 1
+    assert "boundary_backward: expected a call that launches it, got none at these sizes" in capsys.readouterr().err
+
+
+def test_a_call_names_its_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "post_pre"]) == 1
+    message = capsys.readouterr().err
+    assert "post_pre is a call; expected a kernel, of those it launches: " in message
+    for kernel in ("post_project", "coefficients", "pre_mappings"):
+        assert kernel in message
+    assert "boundary_backward" not in message
+
+
+def test_alone_it_shows_what_is_stored(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """And builds nothing; any option builds."""
+    monkeypatch.setattr(built, "build_all", lambda _: pytest.fail("built something"))
+    assert cli.main(["inspect"]) == 0
+    out = capsys.readouterr().out
+    versions, rows = stored.read(stored.KERNELS)
+    assert f"nvcc {versions['nvcc']}" in out
+    assert f"of {len(rows)} stored builds" in out
+    assert all(arch in out for arch in ARCHITECTURES)
+    assert all(f"\n{kernel} " in out for kernel in FAMILIES)
+    monkeypatch.setattr(built, "build_all", lambda wanted: [replace(ROW, arch=arch) for _, arch in wanted])
+    assert cli.main(["inspect", "--arch", "sm_80"]) == 0
+    captured = capsys.readouterr()
+    assert "stored builds" not in captured.out
+    assert re.search(r"inspect: \d+ builds, about \d+ (s|min) on \d+ cores", captured.err)
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_a_page_fits_a_terminal(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No line is longer, no word is lost, no table is left as Markdown, and a legend says what columns mean."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert cli.main(["inspect", "post", "sinkhorn", "--explain"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= columns
+    assert not any(line.startswith("|") for line in out.splitlines())
+    bare = re.compile(r"[\s|`*:,-]")
+    printed = bare.sub("", out)
+    pages = "".join(map(explain.page, ("post", "sinkhorn")))
+    for line in pages.replace("```python", "").splitlines():
+        for cell in line.split("|") if line.startswith("|") else [line]:
+            assert bare.sub("", cell) in printed, line
+    assert out.rstrip().endswith("what is in a loop counts once.")
+    for column in ("registers", "spills", "shared", "blocks", "tensor", "barriers", "read", "written"):
+        assert column in out[out.index("## Legend") :]

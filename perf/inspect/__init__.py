@@ -14,6 +14,7 @@
     command, table   the sub-command, what it prints
     stored           rows on disk; those in perf/results/inspect are what docs/kernels is made from
     explain, pages   the page of a kernel; all of docs/kernels
+    terminal         a page for a terminal, with a legend
     tile_kernels     TileKernels' kernels, built the same way
 
 Loads neither torch nor tilelang until something is built.

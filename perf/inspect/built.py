@@ -73,7 +73,7 @@ def entry_name(func: Any, subject: Subject, arch: str) -> str:
 def build_all(wanted: Sequence[tuple[Subject, str]]) -> Iterator[Row]:
     """Build many on all cores, in order: in processes, since lowering is Python; each for a while, since it leaks."""
     workers = min(len(wanted), os.cpu_count() or 1)
-    if workers == 1:
+    if workers <= 1:
         yield from starmap(build, wanted)
         return
     with get_context("spawn").Pool(workers, maxtasksperchild=BUILDS_PER_PROCESS) as pool:

@@ -6,8 +6,10 @@ Needs nvcc and nvdisasm, `--explain` and `--source` neither.
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...errors import MHCError
 from ...json_output import add_json_argument
@@ -22,12 +24,22 @@ if TYPE_CHECKING:
     Builds = Sequence[tuple[Subject, str]]
 
 PEERS = ("tile-kernels",)
+DEFAULTS: dict[str, Any] = {
+    "kernels": [],
+    "arch": list(ARCHITECTURES),
+    "streams": [4],
+    "widths": [2560],
+    "dtype": ["bfloat16"],
+    **dict.fromkeys(("full", "representative", "source", "sass", "explain"), False),
+    "peers": [],
+    "json": None,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `mhc-tilelang inspect`."""
     add = parser.add_argument
-    text = f"any of {', '.join(FAMILIES)} (default: all)"
+    text = f"any of {', '.join(FAMILIES)} (default: all; without any option, the stored builds are shown)"
     add("kernels", nargs="*", metavar="KERNEL", help=text)
     text = f"separated by commas, of {', '.join(ARCHITECTURES)} (default: all)"
     add("--arch", type=architectures, default=list(ARCHITECTURES), metavar="ARCH,…", help=text)
@@ -66,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
 
     refuse_what_is_ignored(args)
     kernels = matrix.chosen_kernels(args.kernels)
+    if nothing_asked(args):
+        return show_stored()
     if args.explain:
         return explain(kernels)
     if args.peers:
@@ -76,14 +90,36 @@ def run(args: argparse.Namespace) -> int:
         sizes = (args.streams, args.widths, args.dtype)
         subjects = matrix.full(kernels) if args.full else matrix.crossed(kernels, *sizes)
         wanted = [(subject, arch) for arch in args.arch for subject in subjects]
+    if args.kernels:
+        matrix.refuse_unbuilt(kernels, [subject for subject, _ in wanted])
     if args.source or args.sass:
         return print_code(wanted, args.sass)
     return inspect_kernels(wanted, args)
 
 
+def nothing_asked(args: argparse.Namespace) -> bool:
+    """Whether the command stands alone."""
+    return all(value == DEFAULTS[name] for name, value in vars(args).items() if name in DEFAULTS)
+
+
+def show_stored() -> int:
+    """The builds that the repository has, at the studied shape: nothing is built, which would take minutes."""
+    from . import matrix, stored, table
+
+    versions, rows = stored.read(stored.KERNELS)
+    keys = {subject.key(arch) for arch in ARCHITECTURES for subject in matrix.subjects(matrix.STUDIED)}
+    shown = [row for row in rows if row.key in keys]
+    print(table.report(shown))
+    tools = ", ".join(f"{name} {number}" for name, number in versions.items())
+    print(
+        f"\n{len(shown)} of {len(rows)} stored builds, made with {tools}; a kernel that was changed since has others.\n"
+        "mhc-tilelang inspect KERNEL builds one anew, inspect --arch sm_90a all for an architecture."
+    )
+    return 0
+
+
 def refuse_what_is_ignored(args: argparse.Namespace) -> None:
     """Raise MHCError for options that say nothing beside another one."""
-    defaults = {"arch": list(ARCHITECTURES), "streams": [4], "widths": [2560], "dtype": ["bfloat16"], "json": None}
     decided = {
         "full": ("streams", "widths", "dtype"),
         "representative": ("arch", "streams", "widths", "dtype"),
@@ -94,7 +130,7 @@ def refuse_what_is_ignored(args: argparse.Namespace) -> None:
     for option, others in decided.items():
         if getattr(args, option):
             for other in others:
-                if getattr(args, other) != defaults[other]:
+                if getattr(args, other) != DEFAULTS[other]:
                     raise MHCError(f"--{other}: expected none beside --{option}, got {getattr(args, other)}")
     if args.peers and args.kernels:
         raise MHCError(f"KERNEL: expected none beside --peers, got {', '.join(args.kernels)}")
@@ -108,6 +144,7 @@ def inspect_kernels(wanted: Builds, args: argparse.Namespace) -> int:
     from .built import build_all
     from .faults import faults, known_splits, place, with_faults
 
+    print(f"mhc-tilelang inspect: {estimate(wanted)}", file=sys.stderr)
     rows = list(tqdm(build_all(wanted), total=len(wanted), desc="inspect", unit="kernel", leave=False))
     print(table.report(rows))
     faulty = [row for row in rows if faults(row)]
@@ -116,6 +153,16 @@ def inspect_kernels(wanted: Builds, args: argparse.Namespace) -> int:
         print("\nknown and no fault:", *known, sep="\n")
     stored.write(args.json, rows)
     return 0
+
+
+def estimate(wanted: Builds) -> str:
+    """How long builds take at most, in words."""
+    from ..building import Job
+
+    cores = os.cpu_count() or 1
+    seconds = sum(Job(subject.kernel, subject.launch.parameters).seconds for subject, _ in wanted) / cores
+    took = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    return f"{len(wanted)} builds, about {took} on {cores} cores, less for those that are kept from before"
 
 
 def inspect_peers(args: argparse.Namespace) -> int:
@@ -148,8 +195,10 @@ def print_code(wanted: Builds, machine_code: bool) -> int:
 
 
 def explain(kernels: tuple[str, ...]) -> int:
-    """The page of each kernel."""
+    """The page of each kernel, for a terminal."""
+    from . import terminal
     from .explain import page
 
-    print("\n".join(page(kernel) for kernel in kernels))
+    pages = "\n".join([*(page(kernel) for kernel in kernels), terminal.LEGEND])
+    print(terminal.fitted(pages, terminal.width()))
     return 0

@@ -29,6 +29,7 @@ def page(kernel: str) -> str:
     module_name, factory = FAMILIES[kernel]
     module = import_module(f"mhc_tilelang.kernels.{module_name}")
     subjects = matrix.subjects(STUDIED, [kernel])
+    matrix.refuse_unbuilt([kernel], subjects)
     sections = [
         f"# {kernel}\n\n{equation(module)}",
         f"## TileLang\n\n{source_of(module, module_name, factory)}",

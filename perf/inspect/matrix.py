@@ -173,6 +173,23 @@ def representative(kernels: Sequence[str] = tuple(FAMILIES)) -> list[tuple[Subje
 
 def chosen_kernels(names: Sequence[str]) -> tuple[str, ...]:
     """The families that were named, all for none. Raises MHCError for a name that is no family."""
+    for name in names:
+        if name not in FAMILIES and name in CALLS:
+            raise MHCError(f"kernel: {name} is a call; expected a kernel, of those it launches: {launched_by(name)}")
     if unknown := [name for name in names if name not in FAMILIES]:
         raise MHCError(f"kernel: expected any of {', '.join(FAMILIES)}, got {', '.join(unknown)}")
     return tuple(names) or tuple(FAMILIES)
+
+
+def launched_by(call: str) -> str:
+    """The families of a call at the studied shape."""
+    return ", ".join(dict.fromkeys(each.family for each in launches(Case(call, STUDIED), "cuda", PARALLEL_BLOCKS)))
+
+
+def refuse_unbuilt(kernels: Iterable[str], found: Iterable[Subject]) -> None:
+    """Raise MHCError for a family that was named and of which nothing was found to build."""
+    built = {subject.kernel for subject in found}
+    for kernel in kernels:
+        if kernel not in built:
+            known = "at these sizes" if subjects(STUDIED, [kernel]) else "of perf.launches, which says what is built,"
+            raise MHCError(f"{kernel}: expected a call that launches it, got none {known}")
