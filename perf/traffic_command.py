@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "tokens of a batch (default: 4096; with --schedule powers of two from 1 to 16384)"
     add("--tokens", nargs="+", type=positive, metavar="T", help=text)
     text = "whose tiles to count: a GPU with 132 multiprocessors, or this machine's processor (default: cuda)"
-    add("--target", choices=("cuda", "cpu"), default="cuda", help=text)
+    add("--device", choices=("cuda", "cpu"), default="cuda", help=text)
     text = "print instead how the fused boundary is shared out over blocks: regime, tiles, splits; not with --kernels"
     add("--schedule", action="store_true", help=text)
     add_json_argument(parser)
@@ -47,16 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Count, print a table per batch, width and dtype; or print schedules, a table per width and dtype."""
-    blocks = PARALLEL_BLOCKS if args.target == "cuda" else os.cpu_count() or 1
+    blocks = PARALLEL_BLOCKS if args.device == "cuda" else os.cpu_count() or 1
     if args.schedule:
         return print_schedules(args, blocks)
     from .audited import audited
 
     rows = []
     for shape in shapes(args, args.tokens or DEFAULT_TOKENS):
-        calls = {kernel: audited(cases.Case(kernel, shape), args.target, blocks) for kernel in KERNELS}
+        calls = {kernel: audited(cases.Case(kernel, shape), args.device, blocks) for kernel in KERNELS}
         chosen = [traffic_report.Row(kernel, shape, calls[kernel]) for kernel in args.kernels or KERNELS]
-        print(traffic_report.report(shape, args.target, chosen, calls) + "\n")
+        print(traffic_report.report(shape, args.device, chosen, calls) + "\n")
         rows += chosen
     print(traffic_report.FOOTNOTES)
     write_json(args.json, [row.as_json() for row in rows])
@@ -68,9 +68,9 @@ def print_schedules(args: argparse.Namespace, parallel_blocks: int) -> int:
     if args.kernels:
         raise MHCError(f"--schedule: expected without --kernels, got {', '.join(args.kernels)}")
     every = shapes(args, args.tokens or traffic_schedule.TOKENS)
-    rows = [traffic_schedule.Row.of(shape, args.target, parallel_blocks) for shape in every]
+    rows = [traffic_schedule.Row.of(shape, args.device, parallel_blocks) for shape in every]
     for _, group in groupby(rows, key=lambda row: (row.shape.dtype, row.shape.hidden_size)):
-        print(traffic_schedule.report(args.target, parallel_blocks, list(group)) + "\n")
+        print(traffic_schedule.report(args.device, parallel_blocks, list(group)) + "\n")
     print(traffic_schedule.FOOTNOTES)
     write_json(args.json, [row.as_json() for row in rows])
     return 0

@@ -249,7 +249,7 @@ def line(text: str, start: str) -> list[str]:
 @pytest.mark.full
 def test_options_arrive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A CPU multiplies phi whole: no halves, so fewer small bytes than a GPU."""
-    options = ("--kernels", "project", "--target", "cpu", "--streams", "2", "--dtype", "float32", "float16")
+    options = ("--kernels", "project", "--device", "cpu", "--streams", "2", "--dtype", "float32", "float16")
     rows = rows_of(tmp_path, *options)
     assert [(row["kernel"], row["num_streams"], row["dtype"]) for row in rows] == [
         ("project", 2, "float32"),
@@ -261,7 +261,7 @@ def test_options_arrive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize(
-    "options", [["--kernels", "head"], ["--tokens", "0"], ["--streams", "3"], ["--dtype", "int8"], ["--target", "gpu"]]
+    "options", [["--kernels", "head"], ["--tokens", "0"], ["--streams", "3"], ["--dtype", "int8"], ["--device", "gpu"]]
 )
 def test_bad_options_exit_2(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

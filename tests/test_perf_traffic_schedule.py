@@ -38,7 +38,7 @@ def test_schedule_of_every_batch(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_schedule_is_that_of_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "parallel_blocks", lambda _: os.cpu_count() or 1)
-    options = ("--target", "cpu", "--widths", "600", "--tokens", "3", "100", "--dtype", "float32", "--streams", "2")
+    options = ("--device", "cpu", "--widths", "600", "--tokens", "3", "100", "--dtype", "float32", "--streams", "2")
     for row in schedules(tmp_path, *options):
         found = launch_boundary.schedule(torch.zeros(row["num_tokens"], 2, 600), rows=8)
         counts = (found.token_blocks, found.chunks_per_split, found.splits, found.slabs)
