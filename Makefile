@@ -25,7 +25,7 @@ READY := $(VENV)/.mhc-ready
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' Makefile
 
-bench: $(READY) ## check the kernels, measure them, then what they add to a layer; with ARGS, what these say
+bench: $(READY) ## check and measure the kernels, then what they add to a layer; with ARGS, what these say
 	$(BIN)/mhc-tilelang bench $(ARGS)
 	$(if $(ARGS),,$(BIN)/mhc-tilelang bench overhead --model 3b)
 

@@ -10,6 +10,7 @@
     peers      other implementations, verified and timed beside the kernels
     timing     interleaved rounds, clocks, quartiles
     machine    the last-level cache, the processor's and the GPU's
+    ready      what is measured is compiled on all cores and checked, before anything is timed
     bench      one case measured        report   the table, the JSON
 
 A whole layer:

@@ -129,9 +129,9 @@ def post_backward_dots(
 
 FORMS: dict[str, tuple[Form, ...]] = {
     "post_backward": (
-        Form("autograd", autograd.post_backward_recorded, modes=(EAGER,), binds=True),
+        Form("autograd", autograd.post_backward_recorded, modes=(EAGER,), binds=True, beaten_on=("cpu",)),
         Form("autograd", autograd.post_backward_vjp, modes=(COMPILED,)),
-        Form("einsum", post_backward_einsum),
+        Form("einsum", post_backward_einsum, beaten_on=("cpu",)),
         Form("multiply and sum", post_backward_multiply_sum, modes=(COMPILED,)),
         Form("stream by stream", post_backward_streams, modes=(COMPILED,)),
         Form("output by output", post_backward_outputs, modes=(COMPILED,)),

@@ -144,22 +144,22 @@ def project_backward_halves(g_projected: Tensor, x: Tensor, phi: Tensor, g_x: Te
 
 FORMS: dict[str, tuple[Form, ...]] = {
     "expand_backward": (
-        Form("sum", expand_backward_sum),
-        Form("stream by stream", expand_backward_streams),
+        Form("sum", expand_backward_sum, beaten_on=("cpu",)),
+        Form("stream by stream", expand_backward_streams, beaten_on=("cpu",)),
         Form("stream by stream, blocks", expand_backward_blocks, modes=(EAGER,), devices=("cpu",)),
     ),
     "project_backward": (
-        Form("autograd", autograd.project_backward_recorded, modes=(EAGER,), binds=True),
+        Form("autograd", autograd.project_backward_recorded, modes=(EAGER,), binds=True, beaten_on=("cpu",)),
         Form("autograd", autograd.project_backward_vjp, modes=(COMPILED,)),
-        Form("matmul", project_backward_matmul),
+        Form("matmul", project_backward_matmul, beaten_on=("cpu",)),
         Form("addmm", project_backward_addmm, modes=(EAGER,)),
         Form("row by row", project_backward_rows, modes=(COMPILED,)),
         Form("addmm in blocks", project_backward_blocks, modes=(EAGER,), devices=("cpu",)),
         Form("halves", project_backward_halves, modes=(EAGER,), devices=("cuda",), dtypes=HALF),
     ),
     "pre_backward": (
-        Form("einsum", pre_backward_einsum),
-        Form("multiply and sum", pre_backward_multiply_sum),
+        Form("einsum", pre_backward_einsum, beaten_on=("cpu",)),
+        Form("multiply and sum", pre_backward_multiply_sum, beaten_on=("cpu",)),
         Form("stream by stream", pre_backward_streams, modes=(COMPILED,)),
         Form("multiply and sum in blocks", pre_backward_blocks, modes=(EAGER,), devices=("cpu",)),
         Form("bmm of 16 bits", pre_backward_dots, modes=(EAGER,), devices=("cuda",), dtypes=HALF),

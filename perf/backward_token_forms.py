@@ -138,15 +138,15 @@ def coefficients_backward_blocks(
 
 FORMS: dict[str, tuple[Form, ...]] = {
     "coefficients_backward": (
-        Form("autograd", autograd.coefficients_backward_recorded, modes=(EAGER,), binds=True),
+        Form("autograd", autograd.coefficients_backward_recorded, modes=(EAGER,), binds=True, beaten_on=("cpu",)),
         Form("autograd", autograd.coefficients_backward_vjp, modes=(COMPILED,)),
-        Form("tokens innermost", coefficients_backward_innermost),
+        Form("tokens innermost", coefficients_backward_innermost, beaten_on=("cpu",)),
         Form("tokens innermost, blocks", coefficients_backward_blocks, modes=(EAGER,), devices=("cpu",)),
     ),
     "sinkhorn_backward": (
-        Form("autograd", autograd.sinkhorn_backward_recorded, modes=(EAGER,), binds=True),
+        Form("autograd", autograd.sinkhorn_backward_recorded, modes=(EAGER,), binds=True, beaten_on=("cpu",)),
         Form("autograd", autograd.sinkhorn_backward_vjp, modes=(COMPILED,)),
-        Form("as written", sinkhorn_backward_as_written),
+        Form("as written", sinkhorn_backward_as_written, beaten_on=("cpu",)),
         Form("tokens innermost", sinkhorn_backward_innermost),
         Form("tokens innermost, blocks", sinkhorn_backward_blocks, modes=(EAGER,), devices=("cpu",)),
         Form("scalars", sinkhorn_backward_scalars, modes=(COMPILED,)),

@@ -1,4 +1,6 @@
-"""Measure one case: the kernel, a copy of as many bytes, every form of plain torch, the peers: in the same rounds."""
+"""Measure a shape's cases, once they are ready: the kernel, a copy of as many bytes, every form of plain torch, the
+peers, in the same rounds.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,11 @@ from . import (
     stream_forms,
     token_forms,
 )
-from .baselines import MODES, Baseline, applicable, prepare, verify
-from .cases import BOUNDARY_KERNELS, BOUNDARY_STEP, SUBLAYER_INPUT, Case
+from .baselines import Baseline, applicable, prepare, verify
+from .cases import BOUNDARY_KERNELS, BOUNDARY_STEP, SUBLAYER_INPUT, Case, Shape
 from .machine import last_level_cache
 from .peers.prepare import Loaded, PeerResult, compare
+from .ready import Preparation
 from .timing import REPLAYED_TOKENS, GraphReplay, Statistics, capturable, clock_for, measure
 from .traffic import Traffic
 from .workloads import Stream, Workload, workload
@@ -101,50 +104,63 @@ class Result:
 def run_cases(
     cases: Iterable[Case], device: torch.device, baselines: str, repeats: int, *peers: Loaded
 ) -> Iterator[Result]:
-    """Measure the cases one by one; those of one shape, which are neighbours, share their inputs."""
+    """Measure the cases one by one; those of one shape, which are neighbours, share their inputs.
+
+    Before a shape's first, all of its kernels are compiled and checked. Raises FailedCheckError where one is off.
+    """
+    preparation = Preparation(device)
+    try:
+        for shape, group in groupby(cases, key=lambda case: case.shape):
+            of_shape = list(group)
+            preparation.prepare(of_shape)
+            yield from run_shape(shape, of_shape, device, baselines, repeats, *peers)
+    finally:
+        preparation.close()
+
+
+def run_shape(
+    shape: Shape, cases: Iterable[Case], device: torch.device, baselines: str, repeats: int, *peers: Loaded
+) -> Iterator[Result]:
+    """Measure the cases of one shape, whose kernels are checked."""
     cache_bytes = last_level_cache(device)
     events = clock_for(device, cache_bytes)
-    modes = MODES[baselines]
-    for shape, group in groupby(cases, key=lambda case: case.shape):
-        stream = Stream.of(shape, device)
-        replayed = device.type == "cuda" and shape.num_tokens <= REPLAYED_TOKENS
-        clock = GraphReplay(events, device) if replayed else events
-        selection = boundary_parts.Selection(shape, stream, modes, clock)
-        for case in group:
-            load = workload(case, stream)
-            load.run()
-            verified = torch_forms(case, load, modes, selection)
-            copy, copy_bytes = make_copy(load.traffic.total, device)
-            calls = [compare(peer, case.kernel, load.arguments, load.outputs()) for peer in peers]
-            candidates = {KERNEL: load.run, COPY: copy, **{form.name: form.run for form in verified}}
-            candidates |= {call.name: call.run for call in calls if call.run is not None}
-            error = verify_separate(case, load)
-            if load.separate:
-                candidates[SEPARATE] = load.separate[0]
-            times = measure(capturable(candidates, clock, needed=(KERNEL, COPY, SEPARATE)), clock, repeats)
-            in_cache = load.traffic.total <= cache_bytes
-            torch_results = tuple(form_result(form, times) for form in verified if form.name in times)
-            peer_results = tuple(PeerResult(call, times.get(call.name)) for call in calls)
-            yield Result(
-                case,
-                load.traffic,
-                in_cache,
-                times[KERNEL],
-                times[COPY],
-                copy_bytes,
-                torch_results,
-                peer_results,
-                SeparateResult(error, times[SEPARATE]) if SEPARATE in times else None,
-                replayed,
-            )
+    stream = Stream.of(shape, device)
+    replayed = device.type == "cuda" and shape.num_tokens <= REPLAYED_TOKENS
+    clock = GraphReplay(events, device) if replayed else events
+    selection = boundary_parts.Selection(shape, stream, baselines, clock)
+    for case in cases:
+        load = workload(case, stream)
+        load.run()
+        verified = torch_forms(case, load, selection)
+        copy, copy_bytes = make_copy(load.traffic.total, device)
+        calls = [compare(peer, case.kernel, load.arguments, load.outputs()) for peer in peers]
+        candidates = {KERNEL: load.run, COPY: copy, **{form.name: form.run for form in verified}}
+        candidates |= {call.name: call.run for call in calls if call.run is not None}
+        error = verify_separate(case, load)
+        if load.separate:
+            candidates[SEPARATE] = load.separate[0]
+        times = measure(capturable(candidates, clock, needed=(KERNEL, COPY, SEPARATE)), clock, repeats)
+        in_cache = load.traffic.total <= cache_bytes
+        torch_results = tuple(form_result(form, times) for form in verified if form.name in times)
+        peer_results = tuple(PeerResult(call, times.get(call.name)) for call in calls)
+        yield Result(
+            case,
+            load.traffic,
+            in_cache,
+            times[KERNEL],
+            times[COPY],
+            copy_bytes,
+            torch_results,
+            peer_results,
+            SeparateResult(error, times[SEPARATE]) if SEPARATE in times else None,
+            replayed,
+        )
 
 
-def torch_forms(
-    case: Case, load: Workload, modes: tuple[str, ...], selection: boundary_parts.Selection
-) -> list[Baseline]:
+def torch_forms(case: Case, load: Workload, selection: boundary_parts.Selection) -> list[Baseline]:
     """The forms of plain torch, verified; of a boundary also those put together from the fastest parts."""
-    x, expected = selection.stream.inputs.x, load.outputs()
-    forms = applicable((FORMS | COMPOSED_FORMS)[case.kernel], x.device, case.shape.dtype)
+    x, expected, modes = selection.stream.inputs.x, load.outputs(), selection.modes
+    forms = applicable((FORMS | COMPOSED_FORMS)[case.kernel], x.device, case.shape.dtype, selection.baselines)
     if case.kernel not in (*BOUNDARY_KERNELS, BOUNDARY_STEP):
         return prepare(case.kernel, forms, modes, load.arguments, expected)
     allowed = boundary_forms.allowed(case.kernel, x.dtype)

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from . import backward_post_forms, backward_stream_forms, backward_token_forms, stream_forms, token_forms
-from .baselines import COMPILED, EAGER, Baseline, Form, applicable, bind, prepare, verify
+from .baselines import COMPILED, EAGER, FAST, MODES, Baseline, Form, applicable, bind, prepare, verify
 from .boundary_workloads import MIXING
-from .cases import BOUNDARY_STEP, POST_PRE_BACKWARD, Case, Shape
+from .cases import BOUNDARY_STEP, FORWARD_PARTS, POST_PRE_BACKWARD, Case, Shape
 from .stream_forms import block_tokens, widened
 from .timing import Clock, capturable, measure
 from .workloads import Stream, workload
@@ -31,7 +31,7 @@ from .workloads import Stream, workload
 SELECTION_ROUNDS = 5
 SUM = "sum of g_x_next"  # of what came in, what came through phi, and the aggregation's share
 NAME, BLOCKS = "fastest parts", "fastest parts, block by block"
-FORWARD = ("post", "project", "coefficients", "pre")
+FORWARD = FORWARD_PARTS
 BACKWARD = ("pre_backward", "coefficients_backward", "project_backward", SUM, "post_backward")
 
 Run = Callable[[], object]
@@ -72,8 +72,9 @@ FORMS = {
 class Selection:
     """The forms of one shape's parts, fastest first, timed when they are first asked for."""
 
-    def __init__(self, shape: Shape, stream: Stream, modes: tuple[str, ...], clock: Clock) -> None:
-        self.shape, self.stream, self.modes, self.clock = shape, stream, modes, clock
+    def __init__(self, shape: Shape, stream: Stream, baselines: str, clock: Clock) -> None:
+        self.shape, self.stream, self.baselines, self.clock = shape, stream, baselines, clock
+        self.modes = MODES[baselines]
         self.ranked: dict[str, list[Part]] = {}
 
     def complete(self, case: Case) -> None:
@@ -91,9 +92,12 @@ class Selection:
         """Verify, then time."""
         arguments, outputs = self.case(part)
         device = self.stream.inputs.x.device
-        forms = {form.name: form for form in applicable(FORMS[part], device, self.shape.dtype) if not form.binds}
+        found = applicable(FORMS[part], device, self.shape.dtype, self.baselines)
+        forms = {form.name: form for form in found if not form.binds}
         prepared = prepare(part, tuple(forms.values()), self.modes, arguments, outputs)
         runs = capturable({one.name: one.run for one in prepared}, self.clock)
+        if len(runs) == 1:
+            return [(forms[one.form], one.mode) for one in prepared if one.name in runs]
         times = measure(runs, self.clock, SELECTION_ROUNDS)
         timed = sorted((one for one in prepared if one.name in times), key=lambda one: times[one.name].median)
         return [(forms[one.form], one.mode) for one in timed]
@@ -201,7 +205,8 @@ def prepare_parts(
             continue
         runs = {NAME: chain(case, selection.stream, parts, arguments, outputs)}
         x = selection.stream.inputs.x
-        if names == FORWARD and mode == EAGER and x.device.type == "cpu" and len(x) > block_tokens(x):
+        in_turn = names == FORWARD and mode == EAGER and selection.baselines != FAST  # never the fastest in stored runs
+        if in_turn and x.device.type == "cpu" and len(x) > block_tokens(x):
             runs[BLOCKS] = in_blocks(selection.stream, parts, arguments, outputs)
         used = tuple(f"{name}: {form.name}, {part_mode}" for name, (form, part_mode) in parts.items())
         for name, run in runs.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,15 +55,25 @@ def unique(jobs: Iterable[Job]) -> list[Job]:
     return sorted(found.values(), key=lambda job: -job.seconds)
 
 
-def build_all(jobs: Iterable[Job], target: str, processes: int) -> list[Built]:
-    """Compile every job for "cpu" or a CUDA architecture. A job that fails is reported, and the others go on."""
+def workers(processes: int) -> ProcessPoolExecutor:
+    """Processes that start when there is a job, and sleep when there is none."""
     context = multiprocessing.get_context("spawn")  # a fork would share what tilelang and CUDA hold
+    return ProcessPoolExecutor(processes, mp_context=context)
+
+
+def build_all(jobs: Iterable[Job], target: str, processes: int) -> list[Built]:
+    """Compile every job for "cpu" or a CUDA architecture."""
+    with workers(processes) as pool:
+        return build_in(pool, jobs, target)
+
+
+def build_in(pool: Executor, jobs: Iterable[Job], target: str) -> list[Built]:
+    """The same in workers that are there. A job that fails is reported, and the others go on."""
     results = []
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        futures = {pool.submit(build_one, job, target): job for job in unique(jobs)}
-        for future in as_completed(futures):
-            error = future.exception()  # a process that died, with all that were waiting for it
-            results.append(Built(futures[future], 0.0, brief(error)) if error else future.result())
+    futures = {pool.submit(build_one, job, target): job for job in unique(jobs)}
+    for future in as_completed(futures):
+        error = future.exception()  # a process that died, with all that were waiting for it
+        results.append(Built(futures[future], 0.0, brief(error)) if error else future.result())
     return results
 
 

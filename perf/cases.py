@@ -32,8 +32,20 @@ CALLS = (
     *("sinkhorn_backward", "pre_backward", "pre_norm_backward", "post_backward"),
     *BOUNDARY,
 )
+FORWARD_PARTS = ("post", "project", "coefficients", "pre")
+BACKWARD_PARTS = ("pre_backward", "coefficients_backward", "project_backward", "post_backward")
+# What else is run where these are measured: the parts, the separate kernels, those that make the inputs of a backward.
+MADE_OF = {
+    **dict.fromkeys(("coefficients", "coefficients_backward", "project_backward"), ("project",)),
+    SUBLAYER_INPUT: ("project", "coefficients", "pre"),
+    POST_PRE: FORWARD_PARTS,
+    POST_PRE_DELAYED: FORWARD_PARTS,
+    POST_PRE_BACKWARD: (*FORWARD_PARTS, *BACKWARD_PARTS),
+    BOUNDARY_STEP: (POST_PRE, POST_PRE_BACKWARD, *FORWARD_PARTS, *BACKWARD_PARTS),
+}
 TOKEN_KERNELS = ("coefficients", "sinkhorn", "coefficients_backward", "sinkhorn_backward")  # never see the stream
 WIDTHS = (1280, 1920, 2560, 4096, 7168)  # the paper's 3B, 9B and 27B models, then DeepSeek-V4's two
+CPU_WIDTHS = (1280, 2560, 7168)  # of these as many as take two cores three minutes
 GPU_TOKENS = (4096, 16384)  # the batch of one sequence, and of four
 REPLAYED = 4  # sublayers of the block that is replayed where its traffic is counted: L_r* of the paper's 3B model
 CPU_STREAM_BYTES = 64 << 20
@@ -60,6 +72,12 @@ class Case:
 
     kernel: str
     shape: Shape
+
+    @property
+    def calls(self) -> tuple[str, ...]:
+        """What is run to measure it: itself, where it is one call, and what it is made of."""
+        itself = () if self.kernel in (SUBLAYER_INPUT, BOUNDARY_STEP) else (self.kernel,)
+        return (*itself, *MADE_OF.get(self.kernel, ()))
 
     @property
     def reads_stream(self) -> bool:

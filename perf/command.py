@@ -1,6 +1,6 @@
-"""`mhc-tilelang bench`: check the kernels, then time them against a copy and against plain torch.
+"""`mhc-tilelang bench`: check the kernels, then time them against a copy and against plain torch, shape by shape.
 
-No number is printed over a failed check, and no torch form is timed whose result differs.
+No kernel is timed before its check has passed, and no torch form whose result differs.
 
 A first word asks for another measurement instead, `mhc-tilelang bench overhead`: see `MEASUREMENTS`.
 """
@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     choices = (*every, cases.SUBLAYER_INPUT, cases.BOUNDARY_STEP)
     add("--kernels", nargs="+", choices=choices, metavar="KERNEL", help=text)
-    text = f"hidden sizes (default: {', '.join(map(str, cases.WIDTHS))})"
-    add("--widths", nargs="+", type=positive, default=cases.WIDTHS, metavar="C", help=text)
+    text = f"hidden sizes (default: {listed(cases.WIDTHS)}; on a CPU {listed(cases.CPU_WIDTHS)})"
+    add("--widths", nargs="+", type=positive, metavar="C", help=text)
     text = (
         "token counts (default: 4096 and 16384 on a GPU, where up to 128 are timed as CUDA graphs; on a CPU so many "
         "that the stream misses the cache)"
@@ -48,8 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens", nargs="+", type=positive, metavar="T", help=text)
     add("--streams", type=int, choices=STREAM_COUNTS, default=4, help="residual streams, n (default: 4)")
     add("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="of the stream (default: bfloat16)")
-    text = "forms of plain torch to compare with: eager ones, or those of torch.compile too, which take minutes more"
-    add("--baselines", choices=("eager", "all"), default="eager", help=text)
+    text = (
+        "forms of plain torch to compare with: the eager ones that were ever near the fastest in a stored result "
+        "(default), all eager ones, or those of torch.compile too, which take minutes more"
+    )
+    add("--baselines", choices=("fast", "eager", "all"), default="fast", help=text)
     text = f"other implementations to compare with, where installed: {', '.join(peers.CHOICES)} (default: none)"
     add("--peers", nargs="+", choices=peers.CHOICES, default=["none"], metavar="NAME", help=text)
     add("--repeats", type=positive, metavar="R", help="rounds that count (default: 15 on a CPU, 50 on a GPU)")
@@ -89,18 +92,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure_kernels(args: argparse.Namespace) -> int:
-    """Check, measure, print; 1 without a number when a kernel is off."""
+    """Check and measure shape by shape, print each row when it is measured; 1 as soon as a kernel is off."""
     import torch
     from tqdm import tqdm
 
-    from .bench import run_cases
+    from ..checking.command import as_table
+    from .bench import Result, run_cases
     from .machine import clock_mhz
     from .peers.prepare import load
+    from .ready import FailedCheckError
     from .timing import WARMUP_ROUNDS
 
     device = pick_device(args.device)
-    if not check(device):
-        return 1
     repeats = args.repeats or REPEATS[device.type]
     wanted = load(peers.selected(args.peers), device)
     running = [peer for peer in wanted if peer.peer]
@@ -111,30 +114,31 @@ def measure_kernels(args: argparse.Namespace) -> int:
         "threads": torch.get_num_threads(),
         "method": report.method(device.type, repeats, WARMUP_ROUNDS, args.baselines, peer_facts(wanted)),
     }
-    print(report.header(facts) + "\n")
+    print(report.header(facts) + "\n", flush=True)
     every = (*cases.KERNELS, *cases.BACKWARD_KERNELS, *cases.BOUNDARY_KERNELS)
     kernels = args.kernels or (*every, *([cases.SUBLAYER_INPUT] if running else []))
     chosen = cases.make_cases(kernels, shapes(args, device))
-    with torch.no_grad():
-        measured = run_cases(chosen, device, args.baselines, repeats, *running)
-        results = list(tqdm(measured, total=len(chosen), desc="bench", unit="case", leave=False))
+    table, results = report.Table(chosen, args.baselines == "all"), list[Result]()
+    try:
+        with torch.no_grad():
+            measured = run_cases(chosen, device, args.baselines, repeats, *running)
+            for result in tqdm(measured, total=len(chosen), desc="bench", unit="case", leave=False):
+                tqdm.write(table.line(result) if results else f"{table.head}\n{table.line(result)}")
+                sys.stdout.flush()  # a row is there to be read when it is measured, through a pipe too
+                results.append(result)
+    except FailedCheckError as error:
+        print(as_table(error.rows))
+        print("\nFAILED: these kernels are wrong, so neither they nor what would follow is measured")
+        return 1
     facts["clock_mhz"] = clock_mhz(device)
-    print(report.table(results))
+    print("\n" + report.below(results))
     write_json(args.json, report.as_json(facts, results))
     return 0
 
 
-def check(device: torch.device) -> bool:
-    """Compare every kernel with float64; print the rows that are off."""
-    from ..checking.command import as_table
-    from ..checking.run import check_kernels
-
-    print("mhc-tilelang bench: checking the kernels first", file=sys.stderr)
-    failed = [row for row in check_kernels(device, quick=True) if not row.passed]
-    if failed:
-        print(as_table(failed))
-        print("\nFAILED: these kernels are wrong, so nothing is measured")
-    return not failed
+def listed(numbers: Sequence[int]) -> str:
+    """Numbers in a help text."""
+    return ", ".join(map(str, numbers))
 
 
 def shapes(args: argparse.Namespace, device: torch.device) -> list[cases.Shape]:
@@ -142,7 +146,7 @@ def shapes(args: argparse.Namespace, device: torch.device) -> list[cases.Shape]:
     return [
         cases.Shape(tokens, args.streams, width, dtype)
         for dtype in args.dtype
-        for width in args.widths
+        for width in args.widths or (cases.WIDTHS if device.type == "cuda" else cases.CPU_WIDTHS)
         for tokens in args.tokens or default_tokens(device, args.streams, width, dtype)
     ]
 

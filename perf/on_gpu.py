@@ -22,6 +22,7 @@ from typing import Any
 from .building import Job, build_all, unique
 from .cases import WIDTHS, Shape
 from .options import DTYPES, positive
+from .ready import CHECKED_TOKENS
 
 TARGET = "sm_90a"
 PARALLEL_BLOCKS = 2 * 132  # sets no compiled size, only run-time ones
@@ -36,9 +37,8 @@ def shapes_of(part: str) -> list[Shape]:
         return [SANITIZED]
     if part == "counters":
         return [Shape(TOKENS, 4, 2560, "bfloat16")]
-    everywhere = [Shape(127, n, 192, dtype) for n in (2, 4, 8) for dtype in DTYPES]
-    if part != "correctness":  # each of them checks its kernels before it measures
-        return everywhere + [Shape(TOKENS, 4, width, "bfloat16") for width in WIDTHS]
+    if part != "correctness":  # each of them checks its kernels at the width that it measures, with few tokens
+        return [Shape(tokens, 4, width, "bfloat16") for width in WIDTHS for tokens in (CHECKED_TOKENS, TOKENS)]
     from ..checking.real_stream import HIDDEN_SIZE
     from ..checking.run import cases
 
@@ -66,10 +66,10 @@ def compile_part(args: argparse.Namespace) -> int:
     """Build; 1 where something did not."""
     jobs, processes = jobs_of(args.part), args.processes or os.cpu_count() or 1
     estimate = sum(job.seconds for job in jobs) / processes
-    print(f"{len(jobs)} kernels for {args.target} in {processes} processes: about {estimate:.0f} s from empty caches")
+    print(f"{len(jobs)} kernels for {args.arch} in {processes} processes: about {estimate:.0f} s from empty caches")
     if args.list:
         return 0
-    built = build_all(jobs, args.target, processes)
+    built = build_all(jobs, args.arch, processes)
     failed = [one for one in built if one.error]
     for one in failed:
         print(f"FAILED {one.job.family} {one.job.parameters}: {one.error}")
@@ -160,7 +160,7 @@ def parser() -> argparse.ArgumentParser:
     actions = main_parser.add_subparsers(metavar="ACTION", required=True)
     one = actions.add_parser("compile", help="build a part's kernels in parallel")
     one.add_argument("part", choices=PARTS)
-    one.add_argument("--target", default=TARGET, help=f"a CUDA architecture (default: {TARGET})")
+    one.add_argument("--arch", default=TARGET, help=f"a CUDA architecture (default: {TARGET})")
     one.add_argument("--processes", type=positive, metavar="N", help="at a time (default: one per core)")
     one.add_argument("--list", action="store_true", help="only say how many kernels, and how long they take")
     one.set_defaults(run=compile_part)

@@ -10,9 +10,15 @@ from .peers import report as peer_report
 
 if TYPE_CHECKING:
     from .bench import FormResult, Result
+    from .cases import Case
     from .timing import Statistics
 
 IN_CACHE, DOUBTFUL = "*", "!"
+BASELINES = {
+    "fast": "eager ones that were near the fastest in a stored result (--baselines eager: all of them)",
+    "eager": "eager only (--baselines all for the rest)",
+    "all": "eager and torch.compile",
+}
 
 METHOD = {
     "cpu": "wall time of single calls from a cold cache, outputs allocated beforehand",
@@ -40,38 +46,61 @@ def header(facts: dict[str, Any]) -> str:
     """The lines above the table."""
     how = facts["method"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    compiled = "eager and torch.compile" if how["baselines"] == "all" else "eager only (--baselines all for the rest)"
     return "\n".join(
         (
             f"{facts['device']}, {facts['date']}",
             f"{versions}, torch threads {facts['threads']}",
             f"{how['clock']}; medians and quartiles of {how['rounds']} rounds,",
             f"{how['order']}",
-            f"torch forms: {compiled}",
+            f"torch forms: {BASELINES[how['baselines']]}",
             *peer_report.header(how["peers"]),
         )
     )
 
 
-def table(results: Sequence[Result]) -> str:
-    """A row per result, and below the table what its columns and marks mean."""
-    from tabulate import tabulate
+class Table:
+    """A row per result, of columns that are as wide as they will need to be: a row is printed when it is measured."""
 
-    compiled = any(form.mode == "compiled" for result in results for form in result.torch)
-    headers = ["kernel", "C", "tokens", "dtype", "time, ms", "quartiles", "stream, MB", "small, MB", "GB/s", "of copy"]
-    headers += ["vs eager", "fastest eager", *(["vs torch", "fastest torch"] if compiled else [])]
-    align = ["left", "right", "right", "left", "right", "left", *["right"] * 5, "left", *["right", "left"] * compiled]
-    lines = [row(result, compiled) for result in results]
-    if any(result.separate for result in results):
-        headers, align = [*headers, "vs separate"], [*align, "right"]
-        lines = [[*line, separate(result)] for line, result in zip(lines, results, strict=True)]
-    text = tabulate(lines, headers=headers, disable_numparse=True, colalign=align)
+    def __init__(self, cases: Sequence[Case], compiled: bool) -> None:
+        self.compiled = compiled
+        self.separate = any(case.kernel.startswith("post_pre") for case in cases)
+        kernel = max([6, *(len(case.kernel) for case in cases)]) + len(IN_CACHE + DOUBTFUL)
+        # Names and widths in characters; a negative width aligns on the left.
+        self.columns = [("kernel", -kernel), ("C", 5), ("tokens", 6), ("dtype", -8), ("time, ms", 8)]
+        self.columns += [("quartiles", -16), ("stream, MB", 10), ("small, MB", 9), ("GB/s", 6), ("of copy", 7)]
+        self.columns += [("vs separate", 11)] if self.separate else []
+        self.columns += [
+            ("vs eager", 8),
+            ("fastest eager", -28),
+            *([("vs torch", 8), ("fastest torch", -38)] * compiled),
+        ]
+
+    @property
+    def head(self) -> str:
+        """The names of the columns, and a rule."""
+        return "\n".join(
+            (self._joined([name for name, _ in self.columns]), self._joined(["-" * abs(w) for _, w in self.columns]))
+        )
+
+    def line(self, result: Result) -> str:
+        """One result."""
+        return self._joined(row(result, self.compiled, self.separate))
+
+    def _joined(self, cells: Sequence[str]) -> str:
+        padded = (
+            f"{cell:{'<' if size < 0 else '>'}{abs(size)}}" for cell, (_, size) in zip(cells, self.columns, strict=True)
+        )
+        return "  ".join(padded).rstrip()
+
+
+def below(results: Sequence[Result]) -> str:
+    """What the columns and marks mean, and the peers."""
     peers = peer_report.table(results)
-    return "\n".join((text, "", *footnotes(results), *(["", *peers] if peers else [])))
+    return "\n".join((*footnotes(results), *(["", *peers] if peers else [])))
 
 
-def row(result: Result, compiled: bool) -> list[str]:
-    """One line of the table."""
+def row(result: Result, compiled: bool, separate: bool) -> list[str]:
+    """The cells of a line."""
     case, time, traffic = result.case, result.kernel, result.traffic
     quartiles = f"{milliseconds(time.lower_quartile)} to {milliseconds(time.upper_quartile)}"
     marks = (IN_CACHE if result.in_cache else "") + (DOUBTFUL if is_doubtful(result) else "")
@@ -79,6 +108,7 @@ def row(result: Result, compiled: bool) -> list[str]:
     line = [case.kernel + marks, str(case.hidden_size or ""), str(case.shape.num_tokens), case.dtype]
     line += [milliseconds(time.median), quartiles, megabytes(traffic.stream), megabytes(traffic.small)]
     line += [f"{result.bandwidth / 1e9:.1f}", f"{result.share_of_copy:.0%}"]
+    line += [separate_ratio(result)] if separate else []
     line += [f"{result.speedup(eager):.2f}×", eager.form]
     if compiled:
         fastest = result.fastest()
@@ -86,7 +116,7 @@ def row(result: Result, compiled: bool) -> list[str]:
     return line
 
 
-def separate(result: Result) -> str:
+def separate_ratio(result: Result) -> str:
     """The separate kernels' time over the fused one's; empty where there are none."""
     return f"{result.speedup(result.separate):.2f}×" if result.separate else ""
 

@@ -159,10 +159,10 @@ def post_blocks(
 FORMS: dict[str, tuple[Form, ...]] = {
     "expand": (
         Form("broadcast copy", expand_copy),
-        Form("stack", expand_stack, modes=(EAGER,)),
+        Form("stack", expand_stack, modes=(EAGER,), beaten_on=("cpu",)),
     ),
     "project": (
-        Form("matmul", project_matmul),
+        Form("matmul", project_matmul, beaten_on=("cpu",)),
         Form("linear and norm", project_linear),
         Form("multiply and sum", project_multiply_sum, modes=(COMPILED,)),
         Form("matmul in blocks", project_blocks, modes=(EAGER,), devices=("cpu",)),
@@ -170,12 +170,12 @@ FORMS: dict[str, tuple[Form, ...]] = {
     ),
     "pre": (
         Form("einsum", pre_einsum),
-        Form("multiply and sum", pre_multiply_sum),
+        Form("multiply and sum", pre_multiply_sum, beaten_on=("cpu",)),
         Form("bmm in blocks", pre_blocks, modes=(EAGER,), devices=("cpu",)),
     ),
     "post": (
-        Form("einsum", post_einsum),
-        Form("multiply and sum", post_multiply_sum),
+        Form("einsum", post_einsum, beaten_on=("cpu",)),
+        Form("multiply and sum", post_multiply_sum, beaten_on=("cpu",)),
         Form("stream by stream", post_streams, modes=(COMPILED,)),
         Form("baddbmm in blocks", post_blocks, modes=(EAGER,), devices=("cpu",)),
     ),

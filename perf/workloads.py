@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ..spec import MHCSpec
 from .cases import BOUNDARY_KERNELS, BOUNDARY_STEP, SUBLAYER_INPUT, Case, Shape
 from .traffic import Traffic, traffic
 
+PROJECTED = ("project", "coefficients", SUBLAYER_INPUT)  # write or read partial sums of a projection
 SEED = 1  # of upstream gradients; the inputs' is 0
 Tensors = dict[str, torch.Tensor]
 
@@ -46,21 +48,25 @@ class Workload:
 
 @dataclass(frozen=True)
 class Stream:
-    """What all kernels of one shape share: the inputs, and the projection of the stream."""
+    """What all kernels of one shape share: the inputs, and the projection of the stream where one is asked for."""
 
     spec: MHCSpec
     inputs: Inputs
     plan: ProjectionPlan
-    partial: torch.Tensor
 
     @classmethod
     def of(cls, shape: Shape, device: torch.device) -> Stream:
-        """Draw the inputs and project the stream."""
+        """Draw the inputs."""
         dtype = getattr(torch, shape.dtype)
         case = checking.Case(shape.num_streams, shape.hidden_size, dtype, shape.num_tokens)
         inputs = Inputs.of(case, device)
         plan = launch.projection_plan(inputs.x, case.spec.num_coefficients)
-        return cls(case.spec, inputs, plan, launch.project(inputs.x, inputs.phi, plan))
+        return cls(case.spec, inputs, plan)
+
+    @cached_property
+    def partial(self) -> torch.Tensor:
+        """The partial sums that `project` leaves."""
+        return launch.project(self.inputs.x, self.inputs.phi, self.plan)
 
     def dots(self) -> torch.Tensor:
         """x·phi [M, T], the slabs and phi's halves added up."""
@@ -86,7 +92,8 @@ def workload(case: Case, stream: Stream) -> Workload:
         slabs = launch_boundary.schedule(stream.inputs.x, stream.spec.num_coefficients).slabs
         return Workload(run, outputs, arguments, traffic(case, stream.plan, num_slabs=slabs), separate)
     run, outputs, arguments = BUILDERS[case.kernel](stream)
-    return Workload(run, outputs, arguments, traffic(case, stream.plan, num_slabs=stream.partial.shape[0]))
+    slabs = stream.partial.shape[0] if case.kernel in PROJECTED else 0
+    return Workload(run, outputs, arguments, traffic(case, stream.plan, num_slabs=slabs))
 
 
 Parts = tuple[Callable[[], object], Callable[[], Tensors], dict[str, Any]]

@@ -6,6 +6,8 @@ phi or a product, a block that drops its tail, a backward that takes h_res or Si
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from mhc_tilelang.perf import (
     backward_post_forms,
     backward_stream_forms,
     backward_token_forms,
+    baselines,
     stream_forms,
     token_forms,
 )
@@ -29,6 +32,7 @@ from mhc_tilelang.perf.workloads import Stream, Workload, workload
 from mhc_tilelang.reference.coefficients import join_groups, sigmoid_slope, sum_groups
 
 CPU = torch.device("cpu")
+STORED = Path(__file__).resolve().parents[1] / "perf" / "results"
 EVERY_KERNEL = KERNELS + BACKWARD_KERNELS
 ALL = [pytest.param(kernel, form, mode, id=f"{kernel}-{mode}-{form.name}") for kernel in EVERY_KERNEL
        for form in FORMS[kernel] if "cpu" in form.devices for mode in form.modes]  # fmt: skip
@@ -265,3 +269,36 @@ def test_relative_error() -> None:
     assert relative_error(wanted, wanted) == 0
     assert relative_error(torch.tensor([3.0, 4.5]), wanted) == pytest.approx(0.1)
     assert not relative_error(torch.tensor([3.0, torch.nan]), wanted) <= max(TOLERANCE.values())
+
+
+def test_beaten_forms_are_those_that_never_came_near_the_fastest() -> None:
+    """In every stored run on a CPU, by the median; `beaten_on` says it of every eager form."""
+    if not STORED.is_dir():
+        pytest.skip("a wheel has no results")
+    closest: dict[tuple[str, str], float] = {}
+    for file in STORED.glob("amd*/*.json"):
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        for result in stored["results"] if stored["kind"] == "kernels" else []:
+            eager = {form["form"]: form["time"]["median"] for form in result["torch"] if form["mode"] == EAGER}
+            for name, seconds in eager.items():
+                key, ratio = (result["kernel"], name), seconds / min(eager.values())
+                closest[key] = min(closest.get(key, ratio), ratio)
+    assert closest
+    beaten = {(kernel, form.name) for kernel in FORMS for form in FORMS[kernel] if "cpu" in form.beaten_on}
+    known = {(kernel, form.name) for kernel in FORMS for form in FORMS[kernel] if EAGER in form.modes}
+    assert beaten == {key for key, ratio in closest.items() if ratio > 1.05 and key in known}
+    for kernel in FORMS:
+        assert applicable(FORMS[kernel], CPU, "bfloat16", "fast"), kernel
+
+
+def test_an_error_in_any_piece_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of five elements, the last one shorter: each counts, and NaN in one is NaN of all."""
+    monkeypatch.setattr(baselines, "PIECE", 5)
+    expected = torch.arange(1.0, 24.0).view(23, 1).to(torch.bfloat16)
+    for place in (0, 7, 22):
+        got = expected.clone()
+        got[place] += 1.0
+        wanted = ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+        assert relative_error(got, expected) == pytest.approx(wanted, rel=1e-12)
+        got[place] = float("nan")
+        assert np.isnan(relative_error(got, expected))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
 from .. import launch_backward, reference
 from ..compile import platform_of
@@ -82,11 +83,17 @@ def check_post_backward(case: Case, inputs: Inputs) -> list[Comparison]:
 
 
 def check_project_backward(case: Case, inputs: Inputs) -> list[Comparison]:
-    """Both products, with what the aggregation adds to g_x."""
-    x, phi, h_pre = inputs.x, inputs.phi, inputs.h_pre
-    gradients = Gradients.of(case, x.device)
+    """Both products, with what the aggregation adds to g_x, and without: two kernels."""
+    return [each for aggregated in (True, False) for each in compare_projection(case, inputs, aggregated)]
+
+
+def compare_projection(case: Case, inputs: Inputs, aggregated: bool) -> list[Comparison]:
+    """One of the two, with a comparison of g_x and one of g_phi."""
+    x, phi, gradients = inputs.x, inputs.phi, Gradients.of(case, inputs.x.device)
     g_projected, g_layer_input = gradients.g_projected, gradients.g_h
-    got = launch_backward.project_backward(g_projected, x, phi, h_pre=h_pre, g_layer_input=g_layer_input)
+    h_pre = inputs.h_pre if aggregated else torch.zeros_like(inputs.h_pre)
+    given = (h_pre, g_layer_input) if aggregated else (None, None)
+    got = launch_backward.project_backward(g_projected, x, phi, h_pre=given[0], g_layer_input=given[1])
 
     def formula(g_dots: Array, rho: Array, wide: Array, rows: Array, weights: Array, narrow: Array) -> list[Array]:
         through_dots, g_phi = reference.project_backward(g_dots.T, rho / 2, wide, rows)

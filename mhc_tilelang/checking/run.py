@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,15 +32,11 @@ class Row:
     passed: bool
 
 
-def cases(quick: bool = False) -> list[Case]:
+def cases() -> list[Case]:
     """Every n and dtype at one small width; wide, odd and single-channel streams at n = 4; few tokens and many;
     a float32 layer in a 16-bit stream.
-
-    `quick` keeps one case per n and dtype: what a benchmark wants to know before it speaks.
     """
     everywhere = [Case(n, 192, dtype, 127) for n in STREAM_COUNTS for dtype in STREAM_DTYPES]
-    if quick:
-        return everywhere
     shapes = [(2560, 63), (1000, 128), (333, 65), (1, 4097), (64, 1), (64, 0)]
     spread = [Case(4, size, torch.bfloat16, tokens) for size, tokens in shapes]
     wide_logits = [Case(n, 192, torch.float32, 511, logit_std=6.0) for n in STREAM_COUNTS]
@@ -67,14 +63,9 @@ def check_case(kernel: str, case: Case, inputs: Inputs) -> Row:
     return Row(kernel, *sizes, worst.error, worst.tolerance, worst.torch_error, passed)
 
 
-def iterate(device: torch.device, chosen: list[Case]) -> Iterator[Row]:
+def iterate(device: torch.device, chosen: Iterable[Case], kernels: Iterable[str] = CHECKS) -> Iterator[Row]:
     """The rows, as they are computed: case by case, kernel by kernel."""
     for case in chosen:
         inputs = Inputs.of(case, device)
-        for kernel in CHECKS:
+        for kernel in kernels:
             yield check_case(kernel, case, inputs)
-
-
-def check_kernels(device: torch.device, quick: bool = False) -> list[Row]:
-    """All rows at once."""
-    return list(iterate(device, cases(quick)))

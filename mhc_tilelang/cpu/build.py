@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import kernels
-from ..disk_cache import Made, kept, put
+from ..disk_cache import Made, kept, location, put
 from ..errors import CompilerError
 from ..json_input import fields
 from ..kernel import Kernel, Signature
@@ -47,13 +47,23 @@ FLAGS = [
 
 def load(family: str, parameters: dict[str, Any], checked: bool = False) -> Kernel:
     """The kernel, from disk if it is there. `checked` builds stop the process on an index out of bounds."""
-    name = f"{family}-{kernel_hash(family, parameters, checked)}"
+    name = entry_name(family, parameters, checked)
 
     def use(facts: dict[str, Any], library: Path) -> Kernel:
         symbol = fields(facts, {"symbol": str}, name)["symbol"]
         return bind(library, family, symbol, Signature.from_json(facts, name))
 
     return kept(folder(), name, partial(build, family, parameters, checked, name), use)
+
+
+def entry_name(family: str, parameters: dict[str, Any], checked: bool = False) -> str:
+    """What the cache has a kernel under."""
+    return f"{family}-{kernel_hash(family, parameters, checked)}"
+
+
+def is_built(family: str, parameters: dict[str, Any]) -> bool:
+    """Whether the cache has a kernel, sound or not."""
+    return (location() / folder() / f"{entry_name(family, parameters)}.so").exists()
 
 
 def build(family: str, parameters: dict[str, Any], checked: bool, name: str, scratch: Path) -> Made:
