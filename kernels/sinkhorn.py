@@ -7,7 +7,20 @@ h_res[j, i] is the weight of input stream i in output stream j; a column sums ov
     P = P / (Σ_i P + eps)                               rows
     iters − 1 times:  P = P / (Σ_j P + eps) ;  P = P / (Σ_i P + eps)
 
-With eps = 0 this is Eq. (9): the maximum only keeps exp in range and cancels in the first division.
+With eps = 0 this is Eq. (9): the maximum only keeps exp in range and cancels in the first division. Then nothing holds
+a row up that lies far below the largest of each of its columns (104 in float32): its softmax is 0, its sum is 0, and
+0 / 0 no number, though its ratios are ordinary ones. So for eps = 0 the row's own maximum is taken out as well, before
+exp, which it does not change either:
+
+    D[j, i] = z[j, i] − max_j z[j, i] ;  w[i] = 1 / Σ_j exp D[j, i] ;  r[j] = max_i D[j, i]
+    P = exp(D − r) · w ;  P = P / Σ_i P                 the first columns and rows
+
+w lies in [1/n, 1] and the largest exp of a row is 1: that sum lies in [1/n, n]. So does every later one. With S the
+softmax, which is at most 1 and has column sums of 1, rows first divide by Σ_i S ≤ n, so a column of P still sums to 1/n
+or more; a matrix of row sums 1, its columns divided by at most n, keeps row sums of 1/n or more; the other way round
+as well. A lone step can no longer divide by 0, however far apart the logits are, and each raises or lowers an entry
+by a factor of n at most. What stays lost is an entry that is below 2^-149 times its row after the first iteration: it
+is 0 from there on, where the others could have raised it to n^(2·iters − 2) times as much.
 
 One token is one thread. Its n × n matrix lives in that thread's registers through all iterations: no
 shuffle, no shared memory, no barrier; n² values are read and written once. The token is the last index of
@@ -58,11 +71,39 @@ def softmax_columns(P, scale, num_streams, block, eps):
 
 
 @T.macro
+def first_iteration_without_eps(P, scale, num_streams, block):
+    """The first columns and rows for eps = 0, of logits P: D, w, r as above."""
+    weights = T.alloc_fragment((num_streams, block), T.float32)
+    T.reduce_max(P, scale, dim=0)
+    for j, i, t in T.Parallel(num_streams, num_streams, block):
+        P[j, i, t] -= scale[i, t]
+    T.clear(weights)
+    for j in T.unroll(num_streams):
+        for i, t in T.Parallel(num_streams, block):
+            weights[i, t] += T.exp(P[j, i, t])
+    T.reduce_max(P, scale, dim=1)
+    for i, t in T.Parallel(num_streams, block):
+        weights[i, t] = 1.0 / weights[i, t]
+    for j, i, t in T.Parallel(num_streams, num_streams, block):
+        P[j, i, t] = T.exp(P[j, i, t] - scale[j, t]) * weights[i, t]
+    normalize(P, scale, num_streams, block, 0.0, axis=1)
+
+
+@T.macro
+def first_iteration(P, scale, num_streams, block, eps):
+    """The first columns and rows, of logits P."""
+    if eps == 0:
+        first_iteration_without_eps(P, scale, num_streams, block)
+    else:
+        softmax_columns(P, scale, num_streams, block, eps)
+        normalize(P, scale, num_streams, block, eps, axis=1)
+
+
+@T.macro
 def sinkhorn_inplace(P, num_streams, block, iters, eps):
     """Turn the logits P [n, n, block], a fragment with the tokens last, into h_res."""
     scale = T.alloc_fragment((num_streams, block), T.float32)
-    softmax_columns(P, scale, num_streams, block, eps)
-    normalize(P, scale, num_streams, block, eps, axis=1)
+    first_iteration(P, scale, num_streams, block, eps)
     for _ in iterations(iters - 1):
         normalize(P, scale, num_streams, block, eps, axis=0)
         normalize(P, scale, num_streams, block, eps, axis=1)

@@ -13,16 +13,17 @@ The first step is a softmax over j, P_0 = S + eps, and g_logits = S · (g_0 − 
 
     H = H · S / (S + eps) ;  g_logits = H − S · Σ_j H
 
-The way back needs the 2·iters − 1 vectors d_t and no stored matrix: the forward is run again on chip and keeps them, n
-values a step in shared memory (20 KB a warp at n = 4 and 20 iterations), and P is rebuilt from its last value. S is
-computed afresh from the logits, since P_0 − eps would lose its small elements.
+The way back needs the vectors d_t and no stored matrix: the forward is run again on chip and keeps them, n values a
+step in shared memory (20 KB a warp at n = 4 and 20 iterations), and P is rebuilt from its last value. The first rows'
+d_1 is not kept: their step takes P_1 alone, which is why it may underflow where eps = 0. S is computed afresh from the
+logits, since P_0 − eps would lose its small elements.
 
 One token is one thread, as in the forward; H and P are 2·n² registers.
 """
 
 import tilelang.language as T
 
-from .sinkhorn import iterations, softmax, softmax_columns
+from .sinkhorn import first_iteration, iterations, softmax
 
 
 @T.macro
@@ -38,11 +39,17 @@ def normalize_keeping(P, scale, denominators, step, num_streams, block, eps, axi
 
 
 @T.macro
-def undo_normalize(H, P, sums, denominators, step, num_streams, block, axis):
-    """H = H − P · Σ H ;  P = P · d."""
+def subtract_share(H, P, sums, num_streams, block, axis):
+    """H = H − P · Σ H."""
     T.reduce_sum(H, sums, dim=axis)
     for j, i, t in T.Parallel(num_streams, num_streams, block):
         H[j, i, t] = T.ieee_fmaf(-P[j, i, t], sums[i if axis == 0 else j, t], H[j, i, t])
+
+
+@T.macro
+def undo_normalize(H, P, sums, denominators, step, num_streams, block, axis):
+    """H = H − P · Σ H ;  P = P · d."""
+    subtract_share(H, P, sums, num_streams, block, axis)
     for k, t in T.Parallel(num_streams, block):
         sums[k, t] = denominators[step, k, t]
     for j, i, t in T.Parallel(num_streams, num_streams, block):
@@ -66,20 +73,19 @@ def sinkhorn_backward_inplace(g, logits, num_streams, block, iters, eps):
     n = num_streams
     P = T.alloc_fragment((n, n, block), T.float32)
     sums = T.alloc_fragment((n, block), T.float32)
-    denominators = T.alloc_shared((2 * iters - 1, n, block), T.float32)
+    denominators = T.alloc_shared((max(2 * iters - 2, 1), n, block), T.float32)
     for j, i, t in T.Parallel(n, n, block):
         P[j, i, t] = logits[j, i, t]
-    softmax_columns(P, sums, n, block, eps)
-    normalize_keeping(P, sums, denominators, 0, n, block, eps, axis=1)
+    first_iteration(P, sums, n, block, eps)
     for k in iterations(iters - 1):
-        normalize_keeping(P, sums, denominators, 2 * k + 1, n, block, eps, axis=0)
-        normalize_keeping(P, sums, denominators, 2 * k + 2, n, block, eps, axis=1)
+        normalize_keeping(P, sums, denominators, 2 * k, n, block, eps, axis=0)
+        normalize_keeping(P, sums, denominators, 2 * k + 1, n, block, eps, axis=1)
     for j, i, t in T.Parallel(n, n, block):
         g[j, i, t] *= P[j, i, t]
     for k in iterations(iters - 1):
-        undo_normalize(g, P, sums, denominators, 2 * (iters - 1 - k), n, block, axis=1)
-        undo_normalize(g, P, sums, denominators, 2 * (iters - 1 - k) - 1, n, block, axis=0)
-    undo_normalize(g, P, sums, denominators, 0, n, block, axis=1)
+        undo_normalize(g, P, sums, denominators, 2 * (iters - 2 - k) + 1, n, block, axis=1)
+        undo_normalize(g, P, sums, denominators, 2 * (iters - 2 - k), n, block, axis=0)
+    subtract_share(g, P, sums, n, block, axis=1)
     for j, i, t in T.Parallel(n, n, block):
         P[j, i, t] = logits[j, i, t]
     softmax(P, sums, n, block)

@@ -93,8 +93,8 @@ def sinkhorn(
     Args:
         logits: [..., n, n].
         iters: iterations, at least 1.
-        eps: added after the softmax over columns and to every later sum. With 0, a row that lies more than
-            104 below the largest entry of each of its columns gives NaN.
+        eps: added after the softmax over columns and to every later sum. With 0, logits may lie as far apart as
+            float32 has differences.
         out: the result's buffer.
 
     Returns:

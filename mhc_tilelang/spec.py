@@ -71,11 +71,7 @@ class MHCSpec:
 
     @classmethod
     def paper(cls, hidden_size: int, **changes: float) -> MHCSpec:
-        """The constants of the paper's equations: no eps but the RMS norm's 1e-20.
-
-        With sinkhorn_eps 0, a row of logits that lies more than 104 below the largest of every one of its
-        columns underflows in float32 and gives NaN.
-        """
+        """The constants of the paper's equations: no eps but the RMS norm's 1e-20."""
         return cls(hidden_size, **{"sinkhorn_eps": 0.0, "pre_eps": 0.0, "rms_eps": 1e-20, **changes})  # type: ignore[arg-type]
 
     @property

@@ -13,11 +13,16 @@ axis throughout:
     g_{t−1} = (g_t − Σ g_t·P_t) / d_t           collecting dP_{t−1} in the sum of g_t·dP_t over all j and i
     P_{t−1} = P_t · d_t
 
-So the way back from h_res, the last P_t, takes the 2·iters − 1 vectors d_t and no stored matrix. The very first
-step is a softmax S over j, and P_0 = S + eps adds a constant:
+So the way back from h_res, the last P_t, takes vectors d_t and no stored matrix. The very first step is a softmax S
+over j, and P_0 = S + eps adds a constant:
 
     dS[j, i]       = S[j, i] · (dlogits[j, i] − Σ_j S[j, i]·dlogits[j, i])
     g_logits[j, i] = S[j, i] · (g_0[j, i] − Σ_j g_0[j, i]·S[j, i])
+
+With eps = 0 a whole row of S may underflow, and the first rows' d_1 with it. P_1 does not where each row's maximum is
+taken out as well, and H_0 = g_0·P_0 = P_1 · (g_1 − Σ_i g_1·P_1) needs no more:
+
+    g_logits[j, i] = H_0[j, i]·S/P_0 − S[j, i]·Σ_j H_0[j, i]·S/P_0          S/P_0 = 1 for eps = 0
 """
 
 import numpy as np
@@ -45,11 +50,20 @@ def normalize_rows(h_res: Array, eps: float) -> Array:
     return h_res / (h_res.sum(axis=-1, keepdims=True) + eps)
 
 
+def first_iteration(logits: Array, eps: float) -> Array:
+    """T_r(T_c(exp(logits))), [..., n, n]; for eps = 0 right to rounding however far apart the logits are."""
+    if eps:
+        return normalize_rows(softmax_columns(logits) + eps, eps)
+    below = logits - logits.max(axis=COLUMNS, keepdims=True)
+    column_sums = np.exp(below).sum(axis=COLUMNS, keepdims=True)
+    return normalize_rows(np.exp(below - below.max(axis=ROWS, keepdims=True)) / column_sums, eps)
+
+
 def sinkhorn(logits: ArrayLike, iters: int = 20, eps: float = 1e-6) -> Array:
     """T_r(T_c(·)) applied `iters` times to exp(logits).
 
     The first T_c is a softmax, to which eps is added afterwards; every later step divides by its sum + eps.
-    With eps = 0 this is Eq. 9 as printed, and a row wholly 746 or more below its columns' maxima gives NaN.
+    With eps = 0 this is Eq. 9 as printed, for any finite logits.
 
     Args:
         logits: [..., n, n], [out, in].
@@ -61,8 +75,7 @@ def sinkhorn(logits: ArrayLike, iters: int = 20, eps: float = 1e-6) -> Array:
     """
     _check_iters(iters)
     logits = as_float64("logits", logits, (..., "n", "n"))
-    h_res = softmax_columns(logits) + eps
-    h_res = normalize_rows(h_res, eps)
+    h_res = first_iteration(logits, eps)
     for _ in range(iters - 1):
         h_res = normalize_columns(h_res, eps)
         h_res = normalize_rows(h_res, eps)
@@ -83,10 +96,9 @@ def sinkhorn_backward(g_h_res: ArrayLike | None, logits: ArrayLike, iters: int =
     logits = as_float64("logits", logits, (..., "n", "n"))
     gradient = as_gradient("g_h_res", g_h_res, logits.shape)
 
-    softmax = softmax_columns(logits)
-    matrix = softmax + eps
+    matrix = first_iteration(logits, eps)
     steps = []
-    for axis in [ROWS, *[COLUMNS, ROWS] * (iters - 1)]:
+    for axis in [COLUMNS, ROWS] * (iters - 1):
         denominator = matrix.sum(axis=axis, keepdims=True) + eps
         matrix = matrix / denominator
         steps.append((axis, denominator))
@@ -94,7 +106,11 @@ def sinkhorn_backward(g_h_res: ArrayLike | None, logits: ArrayLike, iters: int =
     for axis, denominator in reversed(steps):
         gradient = (gradient - (gradient * matrix).sum(axis=axis, keepdims=True)) / denominator
         matrix = matrix * denominator
-    return softmax * (gradient - (gradient * softmax).sum(axis=COLUMNS, keepdims=True))
+    weighted = matrix * (gradient - (gradient * matrix).sum(axis=ROWS, keepdims=True))
+    softmax = softmax_columns(logits)
+    if eps:
+        weighted = weighted * softmax / (softmax + eps)
+    return weighted - softmax * weighted.sum(axis=COLUMNS, keepdims=True)
 
 
 def _check_iters(iters: int) -> None:

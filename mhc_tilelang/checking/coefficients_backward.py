@@ -124,7 +124,7 @@ def logit_gradients(at: Logits, z: Array, z_bound: Array) -> tuple[Array, Array]
         rows = slice(group * n, (group + 1) * n)
         slope = 1 / (1 + np.exp(-z[rows])) / (1 + np.exp(z[rows]))
         g_z[rows] = factor * gradient.T * slope
-        bounds[rows] = tolerance.sigmoid_slope(g_z[rows], z_bound[rows])
+        bounds[rows] = tolerance.sigmoid_slope(factor * gradient.T, g_z[rows], z_bound[rows])
     if len(upstream) == 3:
         logits, logits_bound = (values[2 * n :].T.reshape(tokens, n, n) for values in (z, z_bound))
         g_res = reference.sinkhorn_backward(upstream[2], logits, spec.sinkhorn_iters, spec.sinkhorn_eps)

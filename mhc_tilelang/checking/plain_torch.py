@@ -26,8 +26,11 @@ def project(x: torch.Tensor, phi: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 def sinkhorn(logits: torch.Tensor, iters: int, eps: float) -> torch.Tensor:
     """logits [T, n, n] -> h_res [T, n, n]."""
-    matrix = torch.softmax(logits, -2) + eps
-    matrix = matrix / (matrix.sum(-1, keepdim=True) + eps)
+    if eps:
+        matrix = torch.softmax(logits, -2) + eps
+        matrix = matrix / (matrix.sum(-1, keepdim=True) + eps)
+    else:
+        matrix = torch.softmax(torch.log_softmax(logits, -2), -1)
     for _ in range(iters - 1):
         matrix = matrix / (matrix.sum(-2, keepdim=True) + eps)
         matrix = matrix / (matrix.sum(-1, keepdim=True) + eps)

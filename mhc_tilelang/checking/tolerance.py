@@ -22,6 +22,7 @@ U32 = 2.0**-24
 UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
 # Below these a rounding is off by up to half of the smallest subnormal instead.
 SMALLEST = {"bfloat16": 2.0**-134, "float16": 2.0**-25, "float32": 2.0**-150}
+LEAST_SIGMOID = 2.0**-128  # where exp(−z) overflows, and σ(z) is 0
 
 
 def combination(magnitude: Array, num_terms: int, dtype: str) -> Array:
@@ -70,7 +71,7 @@ def logits(values: Array, scaled_dots: Array, dots_bound: Array, scale: Array, a
 def sigmoid(gate: Array, logit_bound: Array, scale: float) -> Array:
     """scale · σ(z): σ' = σ(1 − σ) times the logit's bound; exp (2 u), sum, reciprocal and product round."""
     probability = gate / scale
-    return scale * (probability * (1 - probability) * logit_bound + 6 * U32 * probability)
+    return scale * (probability * (1 - probability) * logit_bound + 6 * U32 * probability + LEAST_SIGMOID)
 
 
 def sinkhorn(logit_bound: Array, values: Array, iters: int) -> Array:
@@ -87,9 +88,9 @@ def sinkhorn(logit_bound: Array, values: Array, iters: int) -> Array:
     return np.broadcast_to(n * (delta + (n + 3) * U32 * np.sqrt(2 * iters)), values.shape)
 
 
-def sigmoid_slope(values: Array, logit_bound: Array) -> Array:
+def sigmoid_slope(gradient: Array, values: Array, logit_bound: Array) -> Array:
     """values = gradient · σ'(z): |σ''| ≤ σ' times the logit's bound; two sigmoids (5 u each), four products round."""
-    return np.abs(values) * (logit_bound + 14 * U32)
+    return np.abs(values) * (logit_bound + 14 * U32) + np.abs(gradient) * LEAST_SIGMOID
 
 
 def sinkhorn_backward(gradient: Array, logit_bound: Array, values: Array, iters: int) -> Array:
