@@ -151,11 +151,6 @@ def coefficients_kernel(
     num_streams: int,
     hidden_size: int,
     plan: ProjectionPlan,
-    iters: int,
-    sinkhorn_eps: float,
-    pre_eps: float,
-    rms_eps: float,
-    post_scale: float,
     block: int,
     deferred: bool,
     chained: bool,
@@ -163,7 +158,8 @@ def coefficients_kernel(
     """partial [slabs, slab_rows, T], alpha [3], bias [M]
     -> h_pre [T, n], h_post [T, n], h_res [T, n, n], projected [M + 1, T].
 
-    Where they are `deferred`, h_post and h_res are tensors of one element that nobody touches. Where it is `chained`,
+    Where they are `deferred`, h_post and h_res are tensors of one element that nobody touches, and what they are made
+    with (iters, sinkhorn_eps, post_scale) is not read. Where it is `chained`,
     the launch waits on the device for the one before it, and the next may begin once all blocks have.
     """
     n = num_streams
@@ -182,6 +178,11 @@ def coefficients_kernel(
         h_post: T.Tensor[unused if deferred else (num_tokens, n), T.float32],
         h_res: T.Tensor[unused if deferred else (num_tokens, n, n), T.float32],
         projected: T.Tensor[(num_rows + 1, num_tokens), T.float32],
+        iters: T.int32,
+        sinkhorn_eps: T.float32,
+        pre_eps: T.float32,
+        rms_eps: T.float32,
+        post_scale: T.float32,
     ):
         with T.Kernel(T.ceildiv(num_tokens, block), threads=block) as tile:
             scale = T.alloc_fragment((1, block), T.float32)

@@ -32,12 +32,15 @@ def load_scaled(scaled, projected, group: RowGroup, first_token, num_tokens, blo
 
 
 @T.macro
-def gate_backward(g_z, g_h, scaled, alpha, bias, factor, group: RowGroup, first_token, num_tokens, block):
-    """g_z[0, j, t] = factor · g_h · σ(z)·σ(−z)."""
+def gate_backward(g_z, g_h, scaled, alpha, bias, post_scale, group: RowGroup, first_token, num_tokens, block):
+    """g_z[0, j, t] = post_scale · g_h · σ(z)·σ(−z), post_scale being 1 for h_pre.
+
+    As everywhere where a macro passes a kernel's scalar on, it has the scalar's name: TileLang 0.1.15 renames it.
+    """
     for k, j, t in T.Parallel(1, group.inner, block):
         z = alpha[group.index] * scaled[k, j, t] + bias[group.first + j]
         g = T.if_then_else(first_token + t < num_tokens, g_h[first_token + t, j], 0.0)
-        g_z[k, j, t] = factor * g * (sigmoid(z) * sigmoid(-z))
+        g_z[k, j, t] = post_scale * g * (sigmoid(z) * sigmoid(-z))
 
 
 @T.macro
@@ -88,9 +91,7 @@ def store_rho(g_projected, rho, scale, num_rows, num_elements, first_token, num_
 def coefficients_backward_kernel(
     num_streams: int,
     hidden_size: int,
-    iters: int,
-    sinkhorn_eps: float,
-    post_scale: float,
+    capacity: int,
     block: int,
     pre_given: bool,
     post_given: bool,
@@ -99,7 +100,8 @@ def coefficients_backward_kernel(
     """g_h_pre, g_h_post [T, n], g_h_res [T, n, n], projected [M + 1, T], alpha [3], bias [M]
     -> g_projected [M + 1, T], partial [blocks, 3 + M] of g_alpha and g_bias.
 
-    What is not given, as `…_given` say, is a tensor of one element that nobody touches, and counts as zero.
+    What is not given, as `…_given` say, is a tensor of one element that nobody touches, and counts as zero. iters may
+    be 1 to `capacity`.
     """
     n = num_streams
     pre, post, res = row_groups(n)
@@ -118,6 +120,9 @@ def coefficients_backward_kernel(
         bias: T.Tensor[(num_rows,), T.float32],
         g_projected: T.Tensor[(num_rows + 1, num_tokens), T.float32],
         partial: T.Tensor[(num_partials, 3 + num_rows), T.float32],
+        iters: T.int32,
+        sinkhorn_eps: T.float32,
+        post_scale: T.float32,
     ):
         with T.Kernel(T.ceildiv(num_tokens, block), threads=block) as tile:
             scale = T.alloc_fragment((block,), T.float32)
@@ -154,7 +159,7 @@ def coefficients_backward_kernel(
                     z_res[j, i, t] = alpha[2] * scaled_res[j, i, t] + bias[2 * n + j * n + i]
                 for j, i, t in T.Parallel(n, n, block):
                     g_z_res[j, i, t] = T.if_then_else(first + t < num_tokens, g_h_res[first + t, j, i], 0.0)
-                sinkhorn_backward_inplace(g_z_res, z_res, n, block, iters, sinkhorn_eps)
+                sinkhorn_backward_inplace(g_z_res, z_res, n, block, capacity, iters, sinkhorn_eps)
                 load_scaled(scaled_res, projected, res, first, num_tokens, block)  # not held in registers meanwhile
             else:
                 T.clear(g_z_res)

@@ -11,9 +11,7 @@ from .coefficients import RowGroup, inverse_rms, logits, sigmoid, slabs_per_grou
 from .plans import ProjectionPlan
 
 
-def head_coefficients_kernel(
-    num_streams: int, hidden_size: int, plan: ProjectionPlan, pre_eps: float, rms_eps: float, block: int
-):
+def head_coefficients_kernel(num_streams: int, hidden_size: int, plan: ProjectionPlan, block: int):
     """partial [slabs, slab_rows, T], alpha [1], bias [n] -> h_pre [T, n], projected [n + 1, T] as in `coefficients`."""
     n = num_streams
     rows = RowGroup(0, 0, 1, n)
@@ -27,6 +25,8 @@ def head_coefficients_kernel(
         bias: T.Tensor[(n,), T.float32],
         h_pre: T.Tensor[(num_tokens, n), T.float32],
         projected: T.Tensor[(n + 1, num_tokens), T.float32],
+        pre_eps: T.float32,
+        rms_eps: T.float32,
     ):
         with T.Kernel(T.ceildiv(num_tokens, block), threads=block) as tile:
             scale = T.alloc_fragment((1, block), T.float32)

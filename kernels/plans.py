@@ -262,17 +262,31 @@ def tokens_per_block(target: str) -> int:
 
 
 DENOMINATOR_BYTES = {"cuda": 80 * 1024, "cpu": 256 * 1024}  # beside the other tiles: of sm_120's 99 KB, of a stack
+FEWEST_ITERATIONS = 20  # that Sinkhorn's backward has room for on a GPU
 
 
-def sinkhorn_backward_tokens(num_streams: int, iters: int, target: str) -> int:
-    """Tokens of a block that keeps the 2·iters − 1 denominators of its tokens on chip; 0 where none would fit.
+@cache
+def sinkhorn_backward_blocks(num_streams: int, target: str) -> dict[int, int]:
+    """Iterations whose 2·iters − 2 denominators a block of Sinkhorn's backward has room for -> tokens of the block.
 
-    One warp on a GPU: up to 80 iterations at n = 4. A CPU takes fewer tokens for more iterations, down to one vector.
+    A kernel is compiled for each. On a GPU a block is a warp, and its shared memory decides how many run at a time: 20,
+    40, 80 … up to 320/n iterations. A CPU touches no more of its stack than it needs: as many as fit beside 64 tokens,
+    32, or 16, one vector, up to 2048/n.
     """
-    block, smallest = tokens_per_block(target), 16 if target == "cpu" else WARP
-    while block * (2 * iters - 1) * num_streams * 4 > DENOMINATOR_BYTES[target]:
-        block //= 2
-    return block if block >= smallest else 0
+
+    def most(block: int) -> int:
+        return DENOMINATOR_BYTES[target] // (2 * num_streams * 4 * block)
+
+    if target == "cpu":
+        return {most(block): block for block in (64, 32, 16)}
+    doubled = (FEWEST_ITERATIONS << k for k in range(most(WARP).bit_length()))
+    return dict.fromkeys((*(fewer for fewer in doubled if fewer < most(WARP)), most(WARP)), WARP)
+
+
+def sinkhorn_backward_sizes(num_streams: int, iters: int, target: str) -> tuple[int, int]:
+    """The fewest iterations that a kernel has room for and that are enough, and its block; zeros where none is."""
+    blocks = sinkhorn_backward_blocks(num_streams, target)
+    return next(((capacity, block) for capacity, block in blocks.items() if iters <= capacity), (0, 0))
 
 
 def partial_lanes(num_partials: int) -> int:

@@ -36,9 +36,6 @@ def pre_mappings_kernel(
     hidden_size: int,
     dtype: str,
     plan: PreMappingsPlan,
-    iters: int,
-    sinkhorn_eps: float,
-    post_scale: float,
     chained: bool,
 ):
     """x [T, n, C], h_pre [T, n], projected [M + 1, T], alpha [3], bias [M]
@@ -62,6 +59,9 @@ def pre_mappings_kernel(
         layer_input: T.Tensor[(num_tokens, hidden_size), dtype],
         h_post: T.Tensor[(num_tokens, n), T.float32],
         h_res: T.Tensor[(num_tokens, n, n), T.float32],
+        iters: T.int32,
+        sinkhorn_eps: T.float32,
+        post_scale: T.float32,
     ):
         with T.Kernel(T.ceildiv(num_tokens, tokens) + num_tokens * blocks, threads=plan.tile.threads) as index:
             mapping_blocks = T.ceildiv(num_tokens, tokens)

@@ -40,14 +40,14 @@ def add_squares(squares, u, slot, tile: NormTile):
 
 
 @T.macro
-def inverse_rms(scale, squares, hidden_size: int, eps: float):
+def inverse_rms(scale, squares, hidden_size: int, eps):
     """scale[0] = r, the lanes of squares added up."""
     T.reduce_sum(squares, scale, dim=1)
     for k in T.Parallel(1):
         scale[k] = T.rsqrt(scale[k] * (1.0 / hidden_size) + eps)
 
 
-def pre_norm_kernel(num_streams: int, hidden_size: int, dtype: str, weight_dtype: str, eps: float, tile: NormTile):
+def pre_norm_kernel(num_streams: int, hidden_size: int, dtype: str, weight_dtype: str, tile: NormTile):
     """x [T, n, C / width, width], h_pre [T, n], weight [C / width, width] -> layer_input [T, C / width, width]."""
     n, lanes, width = num_streams, tile.lanes, tile.width
     row = (hidden_size // width, width)
@@ -60,6 +60,7 @@ def pre_norm_kernel(num_streams: int, hidden_size: int, dtype: str, weight_dtype
         h_pre: T.Tensor[(num_tokens, n), T.float32],
         weight: T.Tensor[row, weight_dtype],
         layer_input: T.Tensor[(num_tokens, *row), dtype],
+        eps: T.float32,
     ):
         with T.Kernel(num_tokens, threads=lanes) as token:
             x_frag = T.alloc_fragment((n, lanes, width), dtype)

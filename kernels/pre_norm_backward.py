@@ -125,7 +125,7 @@ def store_partial(partial, g_weight, group, step, slot, tile: NormTile):
 
 
 def pre_norm_backward_kernel(
-    num_streams: int, hidden_size: int, dtype: str, weight_dtype: str, eps: float, tile: NormTile, weights: bool
+    num_streams: int, hidden_size: int, dtype: str, weight_dtype: str, tile: NormTile, weights: bool
 ):
     """g_layer_input [T, C], x [T, n, C], h_pre [T, n], weight [C]
     -> g_u [T, C], g_h_pre [T, n], partial [blocks, C] of g_w.
@@ -148,6 +148,7 @@ def pre_norm_backward_kernel(
         g_h_pre: T.Tensor[(num_tokens, n), T.float32],
         partial: T.Tensor[(num_partials, *row) if weights else (1,), T.float32],
         tokens_per_block: T.int32,
+        eps: T.float32,
     ):
         with T.Kernel(T.ceildiv(num_tokens, tokens_per_block), threads=lanes) as group:
             x_frag = T.alloc_fragment((n, lanes, width), dtype)

@@ -31,7 +31,7 @@ division is a multiplication by the reciprocal: n divisions a step instead of n�
 import tilelang.language as T
 
 
-def iterations(count: int):
+def iterations(count):
     """A loop that nvcc leaves one: no iteration can start before the last has ended, so unrolled code is only longer.
 
     At n = 8 the backward takes 167 registers this way, and took 199 unrolled.
@@ -40,11 +40,11 @@ def iterations(count: int):
 
 
 @T.macro
-def normalize(P, scale, num_streams, block, eps, axis):
-    """P /= Σ P + eps, the sum over j (axis 0: columns) or over i (axis 1: rows)."""
+def normalize(P, scale, num_streams, block, sinkhorn_eps, axis):
+    """P /= Σ P + sinkhorn_eps, the sum over j (axis 0: columns) or over i (axis 1: rows)."""
     T.reduce_sum(P, scale, dim=axis)
     for k, t in T.Parallel(num_streams, block):
-        scale[k, t] = 1.0 / (scale[k, t] + eps)
+        scale[k, t] = 1.0 / (scale[k, t] + sinkhorn_eps)
     for j, i, t in T.Parallel(num_streams, num_streams, block):
         P[j, i, t] *= scale[i if axis == 0 else j, t]
 
@@ -63,11 +63,11 @@ def softmax(P, scale, num_streams, block):
 
 
 @T.macro
-def softmax_columns(P, scale, num_streams, block, eps):
-    """The first step: a softmax, + eps."""
+def softmax_columns(P, scale, num_streams, block, sinkhorn_eps):
+    """The first step: a softmax, + sinkhorn_eps."""
     softmax(P, scale, num_streams, block)
     for j, i, t in T.Parallel(num_streams, num_streams, block):
-        P[j, i, t] += eps
+        P[j, i, t] += sinkhorn_eps
 
 
 @T.macro
@@ -90,26 +90,26 @@ def first_iteration_without_eps(P, scale, num_streams, block):
 
 
 @T.macro
-def first_iteration(P, scale, num_streams, block, eps):
+def first_iteration(P, scale, num_streams, block, sinkhorn_eps):
     """The first columns and rows, of logits P."""
-    if eps == 0:
+    if sinkhorn_eps == 0:
         first_iteration_without_eps(P, scale, num_streams, block)
     else:
-        softmax_columns(P, scale, num_streams, block, eps)
-        normalize(P, scale, num_streams, block, eps, axis=1)
+        softmax_columns(P, scale, num_streams, block, sinkhorn_eps)
+        normalize(P, scale, num_streams, block, sinkhorn_eps, axis=1)
 
 
 @T.macro
-def sinkhorn_inplace(P, num_streams, block, iters, eps):
+def sinkhorn_inplace(P, num_streams, block, iters, sinkhorn_eps):
     """Turn the logits P [n, n, block], a fragment with the tokens last, into h_res."""
     scale = T.alloc_fragment((num_streams, block), T.float32)
-    first_iteration(P, scale, num_streams, block, eps)
+    first_iteration(P, scale, num_streams, block, sinkhorn_eps)
     for _ in iterations(iters - 1):
-        normalize(P, scale, num_streams, block, eps, axis=0)
-        normalize(P, scale, num_streams, block, eps, axis=1)
+        normalize(P, scale, num_streams, block, sinkhorn_eps, axis=0)
+        normalize(P, scale, num_streams, block, sinkhorn_eps, axis=1)
 
 
-def sinkhorn_kernel(num_streams: int, iters: int, eps: float, block: int):
+def sinkhorn_kernel(num_streams: int, block: int):
     """logits [T, n, n] -> h_res [T, n, n], float32; `block` tokens a block, one thread each."""
     n = num_streams
     num_tokens = T.dynamic("num_tokens")
@@ -118,12 +118,14 @@ def sinkhorn_kernel(num_streams: int, iters: int, eps: float, block: int):
     def sinkhorn(
         logits: T.Tensor[(num_tokens, n, n), T.float32],
         h_res: T.Tensor[(num_tokens, n, n), T.float32],
+        iters: T.int32,
+        sinkhorn_eps: T.float32,
     ):
         with T.Kernel(T.ceildiv(num_tokens, block), threads=block) as tile:
             P = T.alloc_fragment((n, n, block), T.float32)
             for j, i, t in T.Parallel(n, n, block):
                 P[j, i, t] = T.if_then_else(tile * block + t < num_tokens, logits[tile * block + t, j, i], 0.0)
-            sinkhorn_inplace(P, n, block, iters, eps)
+            sinkhorn_inplace(P, n, block, iters, sinkhorn_eps)
             for j, i, t in T.Parallel(n, n, block):
                 if tile * block + t < num_tokens:
                     h_res[tile * block + t, j, i] = P[j, i, t]

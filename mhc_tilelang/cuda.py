@@ -47,7 +47,7 @@ def load(family: str, parameters: dict[str, Any], arch: str) -> Kernel:
     func = trace(family, parameters)
     jit_kernel = build(func, arch, family, parameters)
 
-    def launch(tensors: list[torch.Tensor], _sizes: dict[str, int], scalars: list[int]) -> None:
+    def launch(tensors: list[torch.Tensor], _sizes: dict[str, int], scalars: list[float]) -> None:
         import torch
 
         with torch.cuda.device(tensors[0].device):

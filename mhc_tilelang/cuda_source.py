@@ -40,7 +40,7 @@ class CudaSource:
     shared_bytes: int
     dtypes: tuple[str, ...] = ()
 
-    def grid_at(self, sizes: Mapping[str, int]) -> tuple[int, int, int]:
+    def grid_at(self, sizes: Mapping[str, float]) -> tuple[int, int, int]:
         """The grid for run-time sizes and scalars, by name. Raises NameError for one that is missing."""
         functions = {"__builtins__": {}, "T": SimpleNamespace(min=min, max=max)}
         x, y, z = (int(eval(extent, functions, dict(sizes))) for extent in self.grid)

@@ -28,22 +28,23 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Signature:
-    """What a kernel is called with: buffers in TileLang's order, then the scalars."""
+    """What a kernel is called with: buffers in TileLang's order, then the scalars, names with their dtypes."""
 
     buffers: tuple[Buffer, ...]
-    scalars: tuple[str, ...]
+    scalars: dict[str, str]
 
     @classmethod
     def from_json(cls, facts: Any, where: str) -> Signature:
         """A signature that was written as JSON. Raises ValueError where a field is missing or of another type."""
-        fields(facts, {"buffers": list, "scalars": list}, where)
+        fields(facts, {"buffers": list, "scalars": dict}, where)
         buffers = []
         for each in facts["buffers"]:
             fields(each, {"name": str, "dtype": str, "shape": list}, f"{where}: buffers")
             if not all(type(size) in (int, str) for size in each["shape"]):
                 raise ValueError(f"{where}: {each['name']}: shape: expected sizes or names, got {each['shape']}")
             buffers.append(Buffer(each["name"], each["dtype"], tuple(each["shape"])))
-        return cls(tuple(buffers), strings(facts["scalars"], f"{where}: scalars"))
+        strings([*facts["scalars"].values()], f"{where}: scalars")
+        return cls(tuple(buffers), facts["scalars"])
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -62,9 +63,9 @@ class Kernel:
 
     name: str
     signature: Signature
-    launch: Callable[[list[torch.Tensor], dict[str, int], list[int]], None]
+    launch: Callable[[list[torch.Tensor], dict[str, int], list[float]], None]
 
-    def __call__(self, **arguments: torch.Tensor | int) -> None:
+    def __call__(self, **arguments: torch.Tensor | float) -> None:
         """Check every dimension against what was compiled and against each other, then run.
 
         The CPU's code would read out of bounds on a wrong size without a word, so nothing is left out.

@@ -54,11 +54,9 @@ def sinkhorn(logits: torch.Tensor, iters: int, eps: float, *, out: torch.Tensor 
         "sinkhorn",
         target,
         num_streams=logits.shape[-1],
-        iters=iters,
-        eps=eps,
         block=plans.tokens_per_block(target),
     )
-    kernel(logits=aligned(logits), h_res=h_res)
+    kernel(logits=aligned(logits), h_res=h_res, iters=iters, sinkhorn_eps=eps)
     return h_res
 
 
@@ -136,11 +134,6 @@ def coefficients(
         num_streams=n,
         hidden_size=spec.hidden_size,
         plan=plan,
-        iters=spec.sinkhorn_iters,
-        sinkhorn_eps=spec.sinkhorn_eps,
-        pre_eps=spec.pre_eps,
-        rms_eps=spec.rms_eps,
-        post_scale=spec.post_scale,
         block=plans.tokens_per_block(target),
         deferred=deferred,
         chained=deferred and target in boundary_plans.CHAINED,
@@ -153,6 +146,11 @@ def coefficients(
         h_post=h_post.new_empty(1) if deferred else h_post,
         h_res=h_res.new_empty(1) if deferred else h_res,
         projected=projected,
+        iters=spec.sinkhorn_iters,
+        sinkhorn_eps=spec.sinkhorn_eps,
+        pre_eps=spec.pre_eps,
+        rms_eps=spec.rms_eps,
+        post_scale=spec.post_scale,
     )
     return h_pre, h_post, h_res, projected
 
@@ -174,11 +172,17 @@ def head_coefficients(
         num_streams=n,
         hidden_size=spec.hidden_size,
         plan=plan,
-        pre_eps=spec.pre_eps,
-        rms_eps=spec.rms_eps,
         block=plans.tokens_per_block(target),
     )
-    kernel(partial=partial, alpha=aligned(alpha), bias=aligned(bias), h_pre=h_pre, projected=projected)
+    kernel(
+        partial=partial,
+        alpha=aligned(alpha),
+        bias=aligned(bias),
+        h_pre=h_pre,
+        projected=projected,
+        pre_eps=spec.pre_eps,
+        rms_eps=spec.rms_eps,
+    )
     return h_pre, projected
 
 

@@ -44,23 +44,25 @@ def sinkhorn_backward(
     num_streams = logits.shape[-1]
     g_logits = torch.empty_like(logits) if out is None else out
     target = compiler.target_of(logits.device)
-    block = sinkhorn_tokens(num_streams, iters, target)
-    kernel = compiler.kernel("sinkhorn_backward", target, num_streams=num_streams, iters=iters, eps=eps, block=block)
-    kernel(g_h_res=aligned(g_h_res), logits=aligned(logits), g_logits=g_logits)
+    capacity, block = sinkhorn_sizes(num_streams, iters, target)
+    kernel = compiler.kernel("sinkhorn_backward", target, num_streams=num_streams, capacity=capacity, block=block)
+    kernel(g_h_res=aligned(g_h_res), logits=aligned(logits), g_logits=g_logits, iters=iters, sinkhorn_eps=eps)
     return g_logits
 
 
-def sinkhorn_tokens(num_streams: int, iters: int, target: str) -> int:
-    """Tokens of a block of Sinkhorn's backward. Raises GradientError where the iterations do not fit on the chip."""
+def sinkhorn_sizes(num_streams: int, iters: int, target: str) -> tuple[int, int]:
+    """Iterations that Sinkhorn's backward has room for, and tokens of its block. Raises GradientError where none has
+    room for so many.
+    """
     kind = "cpu" if target == "cpu" else "cuda"
-    block = plans.sinkhorn_backward_tokens(num_streams, iters, kind)
-    if not block:
-        most = max(k for k in range(1, iters) if plans.sinkhorn_backward_tokens(num_streams, k, kind))
+    capacity, block = plans.sinkhorn_backward_sizes(num_streams, iters, kind)
+    if not capacity:
+        most = max(plans.sinkhorn_backward_blocks(num_streams, kind))
         raise GradientError(
             f"sinkhorn: the backward keeps a vector per step on the chip: expected at most {most} iterations for "
             f"{num_streams} streams on {kind}, got {iters}"
         )
-    return block
+    return capacity, block
 
 
 def pre_backward(g_layer_input: torch.Tensor, x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -163,15 +165,13 @@ def mappings_backward(
     """
     target = compiler.target_of(projected.device)
     given = {"g_h_pre": g_h_pre, "g_h_post": g_h_post, "g_h_res": g_h_res}
-    block = sinkhorn_tokens(spec.num_streams, spec.sinkhorn_iters, target)
+    capacity, block = sinkhorn_sizes(spec.num_streams, spec.sinkhorn_iters, target)
     kernel = compiler.kernel(
         "coefficients_backward",
         target,
         num_streams=spec.num_streams,
         hidden_size=spec.hidden_size,
-        iters=spec.sinkhorn_iters,
-        sinkhorn_eps=spec.sinkhorn_eps,
-        post_scale=spec.post_scale,
+        capacity=capacity,
         block=block,
         pre_given=g_h_pre is not None,
         post_given=g_h_post is not None,
@@ -186,6 +186,9 @@ def mappings_backward(
         bias=aligned(bias),
         g_projected=out,
         partial=partial,
+        iters=spec.sinkhorn_iters,
+        sinkhorn_eps=spec.sinkhorn_eps,
+        post_scale=spec.post_scale,
     )
     return partial
 

@@ -72,9 +72,6 @@ def pre_mappings(
         hidden_size=hidden_size,
         dtype=dtype_name(x.dtype),
         plan=boundary_plans.pre_mappings_plan(n, hidden_size, x.element_size(), platform, starts),
-        iters=spec.sinkhorn_iters,
-        sinkhorn_eps=spec.sinkhorn_eps,
-        post_scale=spec.post_scale,
         chained=target in boundary_plans.CHAINED,
     )
     kernel(
@@ -86,5 +83,8 @@ def pre_mappings(
         layer_input=layer_input,
         h_post=h_post,
         h_res=h_res,
+        iters=spec.sinkhorn_iters,
+        sinkhorn_eps=spec.sinkhorn_eps,
+        post_scale=spec.post_scale,
     )
     return layer_input, h_post, h_res

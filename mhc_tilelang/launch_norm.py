@@ -30,12 +30,13 @@ def pre_norm(
 ) -> torch.Tensor:
     """x [T, n, C], h_pre [T, n], weight [C] float32 or of x's dtype -> layer_input [T, C]."""
     layer_input = x.new_empty(x.shape[0], x.shape[2]) if out is None else out
-    kernel, tile = _norm_kernel("pre_norm", x, weight, eps)
+    kernel, tile = _norm_kernel("pre_norm", x, weight)
     kernel(
         x=by_width(x, tile),
         h_pre=aligned(h_pre),
         weight=by_width(weight, tile),
         layer_input=layer_input.view(-1, *by_width(weight, tile).shape),
+        eps=eps,
     )
     return layer_input
 
@@ -57,7 +58,7 @@ def pre_norm_backward(
     g_u, g_h_pre = torch.empty_like(g_layer_input), torch.empty_like(h_pre)
     tokens_per_block = plans.norm_tokens(num_tokens) if needs_weight else 1
     partial = h_pre.new_empty(-(-num_tokens // tokens_per_block), hidden_size) if needs_weight else None
-    kernel, tile = _norm_kernel("pre_norm_backward", x, weight, eps, weights=needs_weight)
+    kernel, tile = _norm_kernel("pre_norm_backward", x, weight, weights=needs_weight)
     kernel(
         g_layer_input=by_width(g_layer_input, tile),
         x=by_width(x, tile),
@@ -67,6 +68,7 @@ def pre_norm_backward(
         g_h_pre=g_h_pre,
         partial=or_unused(None if partial is None else by_width(partial, tile), h_pre),
         tokens_per_block=tokens_per_block,
+        eps=eps,
     )
     if partial is None:
         return g_u, g_h_pre, None
@@ -76,7 +78,7 @@ def pre_norm_backward(
 
 
 def _norm_kernel(
-    family: str, x: torch.Tensor, weight: torch.Tensor, eps: float, **parameters: bool
+    family: str, x: torch.Tensor, weight: torch.Tensor, **parameters: bool
 ) -> tuple[Kernel, plans.NormTile]:
     """The kernel of a family that normalises rows of a stream, and its tile."""
     _, num_streams, hidden_size = x.shape
@@ -88,7 +90,6 @@ def _norm_kernel(
         hidden_size=hidden_size,
         dtype=dtype_name(x.dtype),
         weight_dtype=dtype_name(weight.dtype),
-        eps=eps,
         tile=tile,
         **parameters,
     )

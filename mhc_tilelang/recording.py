@@ -48,7 +48,7 @@ class Recorded:
         return signature_of(trace(self.family, self.parameters))
 
     @cached_property
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, float]:
         """The run-time sizes and scalars by name, as `audit` takes them. Loads tilelang."""
         found = {name: self.arguments[name] for name in self.signature.scalars}
         for buffer in self.signature.buffers:

@@ -54,7 +54,7 @@ def signature_of(func: Any) -> Signature:
             buffer = func.buffer_map[param]
             shape = tuple(d.name if isinstance(d, tirx.Var) else int(d) for d in buffer.shape)
             buffers.append(Buffer(buffer.name, str(buffer.dtype), shape))
-    scalars = tuple(param.name for param in func.params if param not in func.buffer_map)
+    scalars = {param.name: str(param.dtype) for param in func.params if param not in func.buffer_map}
     return Signature(tuple(buffers), scalars)
 
 

@@ -166,7 +166,7 @@ def separate_backward(case: Case, plan: ProjectionPlan) -> Traffic:
 def num_token_sums(case: Case, plan: ProjectionPlan) -> int:
     """Rows of partial sums of g_alpha and g_bias that `coefficients_backward` leaves: one a block of tokens."""
     n, iters = case.shape.num_streams, MHCSpec(case.shape.hidden_size, case.shape.num_streams).sinkhorn_iters
-    return -(-case.shape.num_tokens // plans.sinkhorn_backward_tokens(n, iters, target_of(plan)))
+    return -(-case.shape.num_tokens // plans.sinkhorn_backward_sizes(n, iters, target_of(plan))[1])
 
 
 def g_phi_slab_bytes(case: Case, plan: ProjectionPlan) -> int:

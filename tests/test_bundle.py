@@ -140,7 +140,7 @@ def test_a_damaged_bundle_is_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda facts: facts.update(format=2), r"format: expected 1, got 2; export the bundle again"),
+        (lambda facts: facts.update(format=3), r"format: expected 2, got 3; export the bundle again"),
         (lambda facts: facts.pop("targets"), r"targets: expected dict, got none"),
         (lambda facts: facts["versions"].update(sources="old"), r"made with this build .*, got one made with old"),
         (lambda facts: facts["targets"]["cpu"].update(machine="m68k"), r"got one for \w+ on m68k"),

@@ -162,8 +162,9 @@ def test_cuda_sources_give_the_golden_vectors(dtype: str, tmp_path: Path, monkey
         entry = entries[vector["kernel"]]
         how, code = entry["launch"], (tmp_path / "bundle" / entry["source"]).read_text(encoding="utf-8")
         names, kinds = zip(*how["arguments"], strict=True)
+        dtypes = tuple({kind: dtype for dtype, kind in cuda_target.KINDS.items()}[kind] for kind in kinds)
         grid, threads = tuple(how["grid"]), tuple(how["threads"])
-        source = CudaSource(how["function"], code, names, grid, threads, how["shared_bytes"], kinds)
+        source = CudaSource(how["function"], code, names, grid, threads, how["shared_bytes"], dtypes)
         tensors = {}
         for b in vector["buffers"]:
             unset = torch.full(b["shape"], torch.nan, dtype=getattr(torch, b["dtype"]))

@@ -164,8 +164,8 @@ def test_a_damaged_record_is_made_anew(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda facts: facts.pop("scalars"), "scalars: expected list, got none"),
-        (lambda facts: facts.update(scalars=[1]), "scalars: expected a list of strings"),
+        (lambda facts: facts.pop("scalars"), "scalars: expected dict, got none"),
+        (lambda facts: facts.update(scalars={"splits": 1}), "scalars: expected a list of strings"),
         (lambda facts: facts.update(buffers=None), "buffers: expected list, got NoneType"),
         (lambda facts: facts.update(buffers=["x"]), "buffers: expected an object, got str"),
         (lambda facts: facts["buffers"][0].pop("dtype"), "dtype: expected str, got none"),
@@ -174,7 +174,7 @@ def test_a_damaged_record_is_made_anew(
 )
 def test_a_signature_that_is_none_is_refused(change: Callable[[dict], object], message: str) -> None:
     """By the field, wherever one is read from a disk: the cache makes it anew, a bundle raises a BundleError."""
-    facts = {"buffers": [{"name": "x", "dtype": "float32", "shape": ["num_tokens", 4]}], "scalars": ["splits"]}
+    facts = {"buffers": [{"name": "x", "dtype": "float32", "shape": ["num_tokens", 4]}], "scalars": {"splits": "int32"}}
     assert Signature.from_json(facts, "post").names == ("x", "splits")
     change(facts)
     with pytest.raises(ValueError, match=f"post.*: {message}"):

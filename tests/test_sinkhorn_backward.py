@@ -115,7 +115,7 @@ def test_gradient_of_a_shifted_column_is_zero():
 @pytest.mark.parametrize("n", STREAMS)
 def test_most_iterations(n):
     """The largest count that a CPU keeps on chip works; one more is refused by name and with that number."""
-    fits = [k for k in range(1, 3000) if plans.sinkhorn_backward_tokens(n, k, "cpu")]
+    fits = [k for k in range(1, 3000) if all(plans.sinkhorn_backward_sizes(n, k, "cpu"))]
     most = max(fits)
     assert fits == list(range(1, most + 1))
     g_h_res, logits = drawn(n, 1.0, num_tokens=65)
@@ -139,13 +139,20 @@ def test_coefficients_have_the_same_limit(iters):
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("n", STREAMS)
 def test_denominators_fit(n, kind):
-    """At every count: whole vectors or warps, never more tokens for more iterations, nor more bytes than there are."""
-    blocks = [plans.sinkhorn_backward_tokens(n, k, kind) for k in range(1, 3000)]
+    """At every count: room for the denominators, whole vectors or warps, never more bytes than there are; few kernels.
+
+    Never more tokens for more iterations.
+    """
+    sizes = [plans.sinkhorn_backward_sizes(n, k, kind) for k in range(1, 3000)]
+    most = {"cpu": 2048, "cuda": 320}[kind] // n
+    assert all(capacity >= k for k, (capacity, _) in enumerate(sizes[:most], start=1))
+    assert set(sizes[most:]) == {(0, 0)}
+    blocks = [block for _, block in sizes]
     assert blocks == sorted(blocks, reverse=True)
     assert set(blocks) <= {0, 16, 32, 64}
-    for k, block in enumerate(blocks, start=1):
-        assert block * (2 * k - 1) * n * 4 <= plans.DENOMINATOR_BYTES[kind]
-    assert blocks[19] > 0  # the default
+    assert all(block * (2 * capacity - 2) * n * 4 <= plans.DENOMINATOR_BYTES[kind] for capacity, block in sizes)
+    assert len(set(sizes[:most])) <= 4
+    assert sizes[19] == {"cpu": (512 // n, 64), "cuda": (20, 32)}[kind]  # the default
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

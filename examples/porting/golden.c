@@ -15,8 +15,8 @@ int golden_open(const char *bundle, const char *target, FILE **index) {
     fprintf(stderr, "%s: expected the index of golden vectors, got no such file\n", path);
     return -1;
   }
-  if (fscanf(*index, "mhc-golden %d %d", &format, &count) != 2 || format != 1) {
-    fprintf(stderr, "%s: expected mhc-golden 1, got format %d\n", path, format);
+  if (fscanf(*index, "mhc-golden %d %d", &format, &count) != 2 || format != 2) {
+    fprintf(stderr, "%s: expected mhc-golden 2, got format %d\n", path, format);
     return -1;
   }
   return count;
@@ -58,9 +58,7 @@ int golden_next(FILE *index, const char *bundle, struct golden_vector *vector) {
     return -1;
   }
   for (int k = 0; k < numbers; ++k) {
-    long long value;
-    if (fscanf(index, " number %127s %lld", vector->number_names[k], &value) != 2) return -1;
-    vector->numbers[k] = value;
+    if (fscanf(index, " number %127s %lf", vector->number_names[k], &vector->numbers[k]) != 2) return -1;
     vector->num_numbers = k + 1;
   }
   for (int k = 0; k < buffers; ++k) {
@@ -79,7 +77,7 @@ void golden_free(struct golden_vector *vector) {
   vector->num_buffers = 0;
 }
 
-int golden_number(const struct golden_vector *vector, const char *name, int64_t *value) {
+int golden_number(const struct golden_vector *vector, const char *name, double *value) {
   for (int k = 0; k < vector->num_numbers; ++k)
     if (strcmp(vector->number_names[k], name) == 0) {
       *value = vector->numbers[k];

@@ -27,7 +27,7 @@ struct golden_vector {
   int num_buffers, num_numbers;
   struct golden_buffer buffers[GOLDEN_BUFFERS];
   char number_names[GOLDEN_NUMBERS][GOLDEN_NAME];
-  int64_t numbers[GOLDEN_NUMBERS];
+  double numbers[GOLDEN_NUMBERS];
 };
 
 /* Open BUNDLE/golden/TARGET/index.txt; how many vectors it has, or -1 after a message on stderr. */
@@ -38,7 +38,7 @@ int golden_next(FILE *index, const char *bundle, struct golden_vector *vector);
 void golden_free(struct golden_vector *vector);
 
 /* The number of a name; -1 after a message where the vector has none. */
-int golden_number(const struct golden_vector *vector, const char *name, int64_t *value);
+int golden_number(const struct golden_vector *vector, const char *name, double *value);
 
 /* The largest share of its tolerance that an element of `got`, the whole buffer, takes, 1 being the limit; infinite
    for a NaN anywhere. */

@@ -24,7 +24,7 @@ from .described import Described, entry_of
 if TYPE_CHECKING:
     from ..cuda_source import CudaSource
 
-KINDS = {"handle": "p", "int32": "i", "int64": "l"}
+KINDS = {"handle": "p", "int32": "i", "int64": "l", "float32": "f"}
 
 
 def check_arch(arch: str) -> None:

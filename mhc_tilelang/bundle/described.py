@@ -39,9 +39,11 @@ class Described:
     func: Any
 
     @property
-    def numbers(self) -> tuple[str, ...]:
-        """Run-time sizes and scalars, in the order of a call."""
-        return (*self.signature.sizes, *self.signature.scalars)
+    def numbers(self) -> dict[str, str]:
+        """Run-time sizes and scalars, in the order of a call, and what they are in C: float, or int64_t."""
+        floats = {name for name, dtype in self.signature.scalars.items() if dtype == "float32"}
+        names = (*self.signature.sizes, *self.signature.scalars)
+        return {name: "float" if name in floats else "int64_t" for name in names}
 
 
 def describe(family: str, parameters: dict[str, Any], common: dict[str, Any]) -> Described:
@@ -131,5 +133,5 @@ def entry_of(kernel: Described) -> dict[str, Any]:
         "parameters": encoded_parameters(kernel.parameters),
         "buffers": buffers,
         "sizes": list(kernel.signature.sizes),
-        "scalars": list(kernel.signature.scalars),
+        "scalars": kernel.signature.scalars,
     }

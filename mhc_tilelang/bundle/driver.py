@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
 SHARED_BYTES = 48 * 1024  # that a launch may have without asking
-CTYPES: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int32, "l": ctypes.c_int64}
+CTYPES: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int32, "l": ctypes.c_int64, "f": ctypes.c_float}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Launch:
     arguments: tuple[Any, ...]
 
 
-def launch_at(facts: Mapping[str, Any], pointers: Mapping[str, int], numbers: Mapping[str, int]) -> Launch:
+def launch_at(facts: Mapping[str, Any], pointers: Mapping[str, int], numbers: Mapping[str, float]) -> Launch:
     """The launch of a kernel of the manifest, for the addresses of its buffers and its run-time sizes and scalars."""
     x, y, z = (value_of(extent, numbers) for extent in facts["grid"])
     values = {**pointers, **numbers}
@@ -52,7 +52,7 @@ def kernel(name: str, signature: Signature, cubin: bytes, facts: Mapping[str, An
     lock = threading.Lock()
     names = [buffer.name for buffer in signature.buffers]
 
-    def launch(tensors: list[torch.Tensor], sizes: dict[str, int], scalars: list[int]) -> None:
+    def launch(tensors: list[torch.Tensor], sizes: dict[str, int], scalars: list[float]) -> None:
         import torch
 
         numbers = {**sizes, **dict(zip(signature.scalars, scalars, strict=True))}

@@ -50,6 +50,10 @@ SEED = 1234
 MANY = 1 << 15  # elements of an output that are kept, about
 ARRAYS = "golden/vectors.npz"
 HERE = Path(__file__).parent
+PASSED: dict[str, Any] = {
+    "int64_t": ctypes.c_int64,
+    "float": lambda value: ctypes.c_double(ctypes.c_float(value).value),  # as a mhc::real is: the double in it
+}
 
 
 class Recorder:
@@ -73,7 +77,7 @@ class Recorder:
         kernel = self.kernels[key_of(family, parameters)]
         library = compiled(kernel, self.scratch)
 
-        def launch(tensors: list[torch.Tensor], sizes: dict[str, int], scalars: list[int]) -> None:
+        def launch(tensors: list[torch.Tensor], sizes: dict[str, int], scalars: list[float]) -> None:
             numbers = {**sizes, **dict(zip(kernel.signature.scalars, scalars, strict=True))}
             if kernel.name in self.vectors:
                 evaluate(library, kernel, tensors, numbers)
@@ -84,7 +88,7 @@ class Recorder:
         return Kernel(family, kernel.signature, launch)
 
     def record(
-        self, library: ctypes.CDLL, kernel: Described, tensors: list[torch.Tensor], numbers: Mapping[str, int]
+        self, library: ctypes.CDLL, kernel: Described, tensors: list[torch.Tensor], numbers: Mapping[str, float]
     ) -> dict[str, Any]:
         """Compute a call, and keep its arrays."""
         exact = evaluate(library, kernel, tensors, numbers)
@@ -203,7 +207,7 @@ def evaluate(
     library: ctypes.CDLL,
     kernel: Described,
     tensors: list[torch.Tensor],
-    numbers: Mapping[str, int],
+    numbers: Mapping[str, float],
     amplitude: float = 0.0,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -212,10 +216,10 @@ def evaluate(
     """
     arrays = [doubles_of(tensor) for tensor in tensors]
     function = getattr(library, kernel.symbol)
-    count = len(kernel.numbers)
-    function.argtypes = [ctypes.c_void_p] * len(arrays) + [ctypes.c_int64] * count + [ctypes.c_int]
+    passed = [PASSED[kind](numbers[name]) for name, kind in kernel.numbers.items()]
+    function.argtypes = [ctypes.c_void_p] * len(arrays) + [type(number) for number in passed] + [ctypes.c_int]
     library.mhc_arithmetic(amplitude, seed)
-    function(*(array.ctypes.data for array in arrays), *(numbers[name] for name in kernel.numbers), 1)
+    function(*(array.ctypes.data for array in arrays), *passed, 1)
     before = {}
     for buffer, role, tensor, array in zip(kernel.signature.buffers, kernel.roles, tensors, arrays, strict=True):
         if role == OUTPUT:
@@ -253,12 +257,12 @@ def tensor_of(arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> torch.Tens
 def as_text(index: Sequence[Mapping[str, Any]]) -> str:
     """The index for a host without JSON: words with a space between them.
 
-    mhc-golden 1 KERNELS
+    mhc-golden 2 KERNELS
     kernel NAME BUFFERS NUMBERS
     number NAME VALUE
     buffer NAME DTYPE ROLE ELEMENTS OFFSET STEP ATOL RTOL          OFFSET is -1 for a buffer that is not touched
     """
-    lines = [f"mhc-golden 1 {len(index)}"]
+    lines = [f"mhc-golden 2 {len(index)}"]
     for vector in index:
         lines.append(f"kernel {vector['kernel']} {len(vector['buffers'])} {len(vector['numbers'])}")
         lines += [f"number {name} {value}" for name, value in vector["numbers"].items()]

@@ -59,13 +59,14 @@ def c_arguments(kernel: Described) -> list[str]:
     """The parameters of a kernel's C function."""
     pairs = zip(kernel.signature.buffers, kernel.roles, strict=True)
     buffers = [f"{'' if role == OUTPUT else 'const '}{C_TYPES[b.dtype]} *{b.name}" for b, role in pairs]
-    return [*buffers, *(f"int64_t {number}" for number in kernel.numbers), "int threads"]
+    return [*buffers, *(f"{kind} {number}" for number, kind in kernel.numbers.items()), "int threads"]
 
 
 def table(kernels: Sequence[Described]) -> str:
     """`mhc_table.h` of the CPU target."""
     parts = [
-        """/* The kernels of mhc_kernels.h as a table; `call` takes buffers and numbers in the names' order. */
+        """/* The kernels of mhc_kernels.h as a table; `call` takes buffers and numbers in the names' order. Numbers are
+   doubles, which hold every size and every float. */
 #pragma once
 
 #include <stddef.h>
@@ -77,7 +78,7 @@ struct mhc_entry {
   int num_buffers, num_numbers;
   const char *buffers; /* names, a space between them */
   const char *numbers; /* run-time sizes, then scalars */
-  void (*call)(void *const *buffers, const int64_t *numbers, int threads);
+  void (*call)(void *const *buffers, const double *numbers, int threads);
 };
 """
     ]
@@ -86,10 +87,10 @@ struct mhc_entry {
             f"({'' if role == OUTPUT else 'const '}{C_TYPES[b.dtype]} *)b[{k}]"
             for k, (b, role) in enumerate(zip(kernel.signature.buffers, kernel.roles, strict=True))
         ]
-        numbers = [f"n[{k}]" for k in range(len(kernel.numbers))]
+        numbers = [f"({kind})n[{k}]" for k, kind in enumerate(kernel.numbers.values())]
         unused = "" if numbers else "  (void)n;\n"
         parts.append(
-            f"static void mhc_call_{kernel.name}(void *const *b, const int64_t *n, int threads) {{\n{unused}"
+            f"static void mhc_call_{kernel.name}(void *const *b, const double *n, int threads) {{\n{unused}"
             f"  {kernel.symbol}({', '.join([*buffers, *numbers, 'threads'])});\n}}\n"
         )
     parts.append("static const struct mhc_entry mhc_entries[] = {")
@@ -111,9 +112,9 @@ def launches(arch: str, kernels: Sequence[tuple[Described, CudaSource, dict[str,
         f"""/* How the cubins of this folder, for {arch}, are launched.
 
    Buffers are contiguous, row-major and start on 16 bytes. Numbers are run-time sizes, then scalars, in the order of
-   `numbers`. The parameters of `function` are named by `parameters` in their order: buffers as pointers, numbers as
-   int32_t or int64_t as `types` says (p, i, l). Set CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES to shared_bytes
-   where it is above 48 KB. Do not launch where a size is 0. */
+   `numbers`, as doubles. The parameters of `function` are named by `parameters` in their order: buffers as pointers,
+   numbers as int32_t, int64_t or float as `types` says (p, i, l, f). Where shared_bytes is above 48 KB, set
+   CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES to it. Do not launch where a size is 0. */
 #pragma once
 
 #include <stddef.h>
@@ -128,17 +129,21 @@ struct mhc_kernel {{
   const char *buffers, *numbers; /* names, a space between them */
   const char *cubin, *function, *parameters, *types;
   unsigned threads[3], shared_bytes;
-  void (*grid)(const int64_t *numbers, unsigned *grid);
+  void (*grid)(const double *numbers, unsigned *grid);
 }};
 """
     ]
     rows = []
     for kernel, source, launch in kernels:
-        sizes = "".join(f"  const int64_t {name} = n[{k}];\n  (void){name};\n" for k, name in enumerate(kernel.numbers))
+        sizes = "".join(
+            f"  const int64_t {name} = (int64_t)n[{k}];\n  (void){name};\n"
+            for k, (name, kind) in enumerate(kernel.numbers.items())
+            if kind != "float"
+        )
         grid = "".join(f"  grid[{k}] = (unsigned)({c_of(extent)});\n" for k, extent in enumerate(source.grid))
         unused = "" if sizes else "  (void)n;\n"
         parts.append(
-            f"static void mhc_grid_{kernel.name}(const int64_t *n, unsigned *grid) {{\n{unused}{sizes}{grid}}}\n"
+            f"static void mhc_grid_{kernel.name}(const double *n, unsigned *grid) {{\n{unused}{sizes}{grid}}}\n"
         )
         types = "".join(kind for _, kind in launch["arguments"])
         names = " ".join(name for name, _ in launch["arguments"])

@@ -24,7 +24,7 @@ Value = TypeVar("Value", int, str)
 FUNCTIONS: dict[str, tuple[str, Callable[[int, int], int]]] = {"min": ("MHC_MIN", min), "max": ("MHC_MAX", max)}
 
 
-def value_of(expression: str, numbers: Mapping[str, int]) -> int:
+def value_of(expression: str, numbers: Mapping[str, float]) -> int:
     """The expression's value. Raises BundleError for a size that is missing or anything but arithmetic."""
 
     def walk(node: ast.AST) -> int:
@@ -32,7 +32,7 @@ def value_of(expression: str, numbers: Mapping[str, int]) -> int:
             return OPERATORS[type(node.op)][1](walk(node.left), walk(node.right))
         if isinstance(node, ast.Call):
             return FUNCTIONS[function_of(node)][1](*map(walk, node.args))
-        return numbers[node.id] if isinstance(node, ast.Name) else constant(node)
+        return int(numbers[node.id]) if isinstance(node, ast.Name) else constant(node)
 
     return walked(expression, walk)
 

@@ -26,7 +26,7 @@ from ..errors import BundleError
 from ..json_input import fields, strings
 from ..kernel import Signature
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, SEAL = "manifest.json", "manifest.sha256"
 REQUIRED = {
     "format": int,

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 HERE = Path(__file__).parent
+NUMBERS: dict[str, Any] = {"int32": ctypes.c_int64, "float32": ctypes.c_float}  # scalars as `emit` has them
 # No flag here lets the compiler change a float32 result: contraction is off (fma is written out where it is
 # meant), and errno and traps, which nothing reads, only keep loops from becoming vector code.
 FLAGS = [
@@ -92,11 +93,11 @@ def bind(library: Path, name: str, symbol: str, signature: Signature) -> Kernel:
     import torch  # before the library: its OpenMP threads are the ones that the kernel runs on
 
     function = getattr(ctypes.CDLL(str(library)), symbol)
-    numbers = len(signature.sizes) + len(signature.scalars)
-    function.argtypes = [ctypes.c_void_p] * len(signature.buffers) + [ctypes.c_int64] * numbers + [ctypes.c_int]
+    numbers = [ctypes.c_int64] * len(signature.sizes) + [NUMBERS[dtype] for dtype in signature.scalars.values()]
+    function.argtypes = [ctypes.c_void_p] * len(signature.buffers) + numbers + [ctypes.c_int]
     function.restype = None
 
-    def launch(tensors: list[torch.Tensor], sizes: dict[str, int], scalars: list[int]) -> None:
+    def launch(tensors: list[torch.Tensor], sizes: dict[str, int], scalars: list[float]) -> None:
         pointers = [tensor.data_ptr() for tensor in tensors]
         function(*pointers, *sizes.values(), *scalars, torch.get_num_threads())
 

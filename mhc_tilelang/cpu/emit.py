@@ -311,7 +311,8 @@ def emit(func: tirx.PrimFunc, checked: bool = False) -> str:
     for buffer in buffers_of(func):
         array = emitter.declare(buffer, is_global=True)
         signature.append(f"{array.c_type}* __restrict {array.name}")
-    signature += [f"int64_t {emitter.name(var)}" for var in sizes_of(func) + scalars_of(func)]
+    for var in sizes_of(func) + scalars_of(func):
+        signature.append(f"{'float' if str(var.dtype) == 'float32' else 'int64_t'} {emitter.name(var)}")
     signature.append("int threads")
 
     grid, body = grid_of(func)

@@ -46,7 +46,7 @@ class BufferTraffic:
     written: Movement
 
 
-def audit(family: str, parameters: dict[str, Any], sizes: Mapping[str, int]) -> dict[str, BufferTraffic]:
+def audit(family: str, parameters: dict[str, Any], sizes: Mapping[str, float]) -> dict[str, BufferTraffic]:
     """Count the traffic of one launch of a kernel family, by the names of its buffers.
 
     Args:
@@ -63,7 +63,7 @@ def audit(family: str, parameters: dict[str, Any], sizes: Mapping[str, int]) -> 
     return audit_function(trace(family, parameters), sizes)
 
 
-def audit_function(func: Any, sizes: Mapping[str, int]) -> dict[str, BufferTraffic]:
+def audit_function(func: Any, sizes: Mapping[str, float]) -> dict[str, BufferTraffic]:
     """The same for a TIR function that is not a family's."""
     from .values import AuditError
 
@@ -73,7 +73,7 @@ def audit_function(func: Any, sizes: Mapping[str, int]) -> dict[str, BufferTraff
         raise AuditError(f"audit: {func.attrs['global_symbol']}: {error}") from None
 
 
-def _audit(func: Any, sizes: Mapping[str, int]) -> dict[str, BufferTraffic]:
+def _audit(func: Any, sizes: Mapping[str, float]) -> dict[str, BufferTraffic]:
     from .accesses import accesses_of
     from .counting import distinct, executions
 

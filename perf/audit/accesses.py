@@ -48,7 +48,7 @@ class Access:
     guards: tuple[tirx.PrimExpr, ...]
 
 
-def accesses_of(func: tirx.PrimFunc, sizes: Mapping[str, int]) -> tuple[list[Access], Values]:
+def accesses_of(func: tirx.PrimFunc, sizes: Mapping[str, float]) -> tuple[list[Access], Values]:
     """Every place, and what the variables in it stand for. Raises AuditError for a size too few or too many."""
     variables = {var.name: var for var in (*sizes_of(func), *scalars_of(func))}
     if set(variables) != set(sizes):

@@ -54,7 +54,7 @@ class Loop:
 class Values:
     """What the variables of a function stand for: sizes, loops, names given to expressions."""
 
-    sizes: Mapping[tirx.Var, int]
+    sizes: Mapping[tirx.Var, float]
     loops: dict[tirx.Var, Loop] = field(default_factory=dict)
     names: dict[tirx.Var, tirx.PrimExpr] = field(default_factory=dict)
     grid: tuple[tirx.Var, ...] = ()
@@ -94,6 +94,8 @@ class Values:
             kind = type(node).__name__
             if kind == "IntImm":
                 return np.int64(int(node))
+            if kind == "FloatImm":
+                return np.float32(node.value)
             if kind == "Var":
                 return variable(node)
             if kind in BINARY:
@@ -108,7 +110,7 @@ class Values:
 
         def variable(node):
             if node in self.sizes:
-                return np.int64(self.sizes[node])
+                return np.float32(self.sizes[node]) if str(node.dtype) == "float32" else np.int64(self.sizes[node])
             if node in self.names:
                 return value(self.names[node])
             if node not in self.loops:

@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...cuda import SHARED_BYTES
 from ...cuda_source import CudaSource
@@ -22,6 +22,7 @@ MAX_GRID = (2**31 - 1, 65_535, 65_535)
 MAX_BLOCK = (1024, 1024, 64)
 MAX_THREADS = 1024
 STATIC_SHARED_BYTES = 48 * 1024
+NUMBERS: dict[str, Any] = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "float32": ctypes.c_float}
 
 
 class LaunchError(MHCError):
@@ -105,7 +106,7 @@ class Counts:
     worst: tuple[Conflict, ...]
 
 
-def launch(source: CudaSource, arch: str, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, int]) -> Counts:
+def launch(source: CudaSource, arch: str, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, float]) -> Counts:
     """Run a kernel on CPU tensors, which it changes in place.
 
     Args:
@@ -133,7 +134,8 @@ def launch(source: CudaSource, arch: str, tensors: Mapping[str, torch.Tensor], n
         tensor = tensors[name]
         slot.name, slot.data = name.encode(), tensor.data_ptr()
         slot.bytes, slot.element_bytes = tensor.numel() * tensor.element_size(), tensor.element_size()
-    scalars = [ctypes.c_int64(numbers[name]) for name in source.arguments if name not in tensors]
+    dtypes = dict(zip(source.arguments, source.dtypes, strict=False))
+    scalars = [NUMBERS[dtypes.get(name, "int64")](numbers[name]) for name in source.arguments if name not in tensors]
     addresses = (ctypes.c_void_p * len(scalars))(*(ctypes.addressof(scalar) for scalar in scalars))
     call = interface.Launch(
         grid=interface.Index(*grid),

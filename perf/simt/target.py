@@ -38,7 +38,7 @@ class Launched:
 
     family: str
     parameters: dict[str, Any]
-    numbers: dict[str, int]
+    numbers: dict[str, float]
     counts: Counts
 
 
@@ -68,7 +68,7 @@ def load(arch: str, family: str, parameters: dict[str, Any]) -> Kernel:
     """The kernel of a family as one that the executor runs."""
     source, signature = generated(family, parameters, arch)
 
-    def run(tensors: list[torch.Tensor], sizes: dict[str, int], scalars: list[int]) -> None:
+    def run(tensors: list[torch.Tensor], sizes: dict[str, int], scalars: list[float]) -> None:
         named = dict(zip((buffer.name for buffer in signature.buffers), tensors, strict=True))
         numbers = {**sizes, **dict(zip(signature.scalars, scalars, strict=True))}
         used = {name: tensor for name, tensor in named.items() if name in source.arguments}

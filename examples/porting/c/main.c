@@ -22,7 +22,7 @@ static int run(const struct golden_vector *vector, int threads) {
     return 2;
   }
   void *buffers[GOLDEN_BUFFERS] = {0};
-  int64_t numbers[GOLDEN_NUMBERS] = {0};
+  double numbers[GOLDEN_NUMBERS] = {0};
   char name[GOLDEN_NAME];
   int status = 0;
   for (int k = 0; k < entry->num_numbers; ++k) {

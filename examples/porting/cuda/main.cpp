@@ -79,7 +79,7 @@ static bool run(const Driver &driver, const std::string &bundle, const golden_ve
     std::fprintf(stderr, "%s: expected a kernel of mhc_kernels.h, got none\n", vector.kernel);
     throw Failure();
   }
-  std::vector<int64_t> numbers(size_t(kernel->num_numbers) + 1);
+  std::vector<double> numbers(size_t(kernel->num_numbers) + 1);
   for (int k = 0; k < kernel->num_numbers; ++k)
     if (golden_number(&vector, word(kernel->numbers, k).c_str(), &numbers[size_t(k)]) != 0) throw Failure();
 
@@ -97,8 +97,9 @@ static bool run(const Driver &driver, const std::string &bundle, const golden_ve
   std::vector<CUdeviceptr> pointers;
   std::vector<int32_t> ints;
   std::vector<int64_t> longs;
+  std::vector<float> floats;
   const size_t count = std::strlen(kernel->types);
-  pointers.reserve(count), ints.reserve(count), longs.reserve(count);
+  pointers.reserve(count), ints.reserve(count), longs.reserve(count), floats.reserve(count);
   std::vector<void *> parameters;
   for (size_t p = 0; p < count; ++p) {
     const std::string name = word(kernel->parameters, int(p));
@@ -112,9 +113,13 @@ static bool run(const Driver &driver, const std::string &bundle, const golden_ve
     } else {
       for (int k = 0; k < kernel->num_numbers; ++k)
         if (name == word(kernel->numbers, k)) {
+          const char type = kernel->types[p];
           ints.push_back(int32_t(numbers[size_t(k)]));
-          longs.push_back(numbers[size_t(k)]);
-          parameters.push_back(kernel->types[p] == 'i' ? (void *)&ints.back() : (void *)&longs.back());
+          longs.push_back(int64_t(numbers[size_t(k)]));
+          floats.push_back(float(numbers[size_t(k)]));
+          parameters.push_back(type == 'i'   ? static_cast<void *>(&ints.back())
+                               : type == 'f' ? static_cast<void *>(&floats.back())
+                                             : static_cast<void *>(&longs.back()));
         }
     }
     if (parameters.size() != before + 1) {

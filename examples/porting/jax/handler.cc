@@ -21,7 +21,7 @@ static const mhc_entry *find(std::string_view name) {
   return nullptr;
 }
 
-static ffi::Error call(std::string_view kernel, std::string_view roles, ffi::Span<const int64_t> numbers,
+static ffi::Error call(std::string_view kernel, std::string_view roles, ffi::Span<const double> numbers,
                        int64_t threads, ffi::RemainingArgs operands, ffi::RemainingRets results) {
   const mhc_entry *entry = find(kernel);
   if (!entry || static_cast<size_t>(entry->num_buffers) != roles.size() ||
@@ -49,7 +49,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mhc_call, call,
                               ffi::Ffi::Bind()
                                   .Attr<std::string_view>("kernel")
                                   .Attr<std::string_view>("roles")
-                                  .Attr<ffi::Span<const int64_t>>("numbers")
+                                  .Attr<ffi::Span<const double>>("numbers")
                                   .Attr<int64_t>("threads")
                                   .RemainingArgs()
                                   .RemainingRets());

@@ -23,6 +23,7 @@ import numpy as np
 
 TOKENS_PER_PARTIAL, MAX_PARTIALS = 512, 8  # of g_phi: other numbers are as right, in other bits
 FEW_PARTIALS = 16  # are added in one lane, more in 16
+CONSTANTS = ("sinkhorn_eps", "pre_eps", "rms_eps", "post_scale")  # of the bundle's spec, which kernels take as numbers
 
 Arrays = tuple[jax.Array, ...]
 
@@ -56,7 +57,9 @@ class Sublayer:
         self._target, built_from = register(Path(library).resolve())
         if built_from != made_from:
             raise ValueError(f"{library}: expected one built from {bundle} ({made_from}), got one from {built_from}")
-        self.num_streams, self.hidden_size = manifest["spec"]["num_streams"], manifest["spec"]["hidden_size"]
+        spec = manifest["spec"]
+        self.num_streams, self.hidden_size = spec["num_streams"], spec["hidden_size"]
+        self.constants = {"iters": spec["sinkhorn_iters"], **{name: spec[name] for name in CONSTANTS}}
         self.rows = self.num_streams * (self.num_streams + 2)
         self.dtype = jnp.dtype(manifest["dtype"])
         self.threads = (os.cpu_count() or 1) if threads is None else threads
@@ -170,8 +173,8 @@ class Sublayer:
         shapes = {b["name"]: tuple(sizes.get(extent, extent) for extent in b["shape"]) for b in kernel["buffers"]}
         outputs = [b for b in kernel["buffers"] if b["role"] == "out"]
         results = [jax.ShapeDtypeStruct(shapes[b["name"]], b["dtype"]) for b in outputs]
-        numbers = [sizes[number] for number in (*kernel["sizes"], *kernel["scalars"])]
-        if 0 in numbers:  # is not a launch: no token has no outputs, and gradients that are sums over tokens are zero
+        numbers = [{**self.constants, **sizes}[number] for number in (*kernel["sizes"], *kernel["scalars"])]
+        if 0 in map(sizes.get, kernel["sizes"]):  # no launch: no token has no outputs, and sums over tokens are zero
             return tuple(jnp.zeros(result.shape, result.dtype) for result in results)
         operands = [inputs[b["name"]].reshape(shapes[b["name"]]) for b in kernel["buffers"] if b["role"] == "in"]
         # Under vmap a kernel runs once for each: partial sums are laid out with tokens innermost.
@@ -181,7 +184,7 @@ class Sublayer:
                 *operands,
                 kernel=name,
                 roles="".join(b["role"][0] for b in kernel["buffers"]),
-                numbers=np.array(numbers, np.int64),
+                numbers=np.array(numbers, np.float64),
                 threads=np.int64(self.threads),
             )
         )
