@@ -75,7 +75,7 @@ def test_the_c_host(tmp_path: Path) -> None:
     assert (done.returncode, "got no such file" in done.stderr) == (2, True)
     index.write_text("mhc-golden 7 1\n")
     done = call(host, bundle)
-    assert (done.returncode, "expected mhc-golden 1, got format 7" in done.stderr) == (2, True)
+    assert (done.returncode, "expected mhc-golden 2, got format 7" in done.stderr) == (2, True)
     assert call(host, tmp_path / "none").returncode == 2
 
 
