@@ -42,8 +42,8 @@ docs: $(READY) ## build the documentation as a site in build/site; a link that l
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 docs-guide: $(READY) ## take the excerpts, tables, numbers and figures of the pages from their sources again
-	$(BIN)/python -m mhc_tilelang.perf.guide .
-	$(BIN)/python -m mhc_tilelang.perf.figures_guide docs/guide/figures
+	$(BIN)/python -m mhc_tilelang.perf.figures.excerpts .
+	$(BIN)/python -m mhc_tilelang.perf.figures.guide docs/guide/figures
 
 docs-kernels: $(READY) ## write the pages of docs/kernels
 	$(BIN)/python -m mhc_tilelang.perf.inspect.pages docs/kernels

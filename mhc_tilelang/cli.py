@@ -31,13 +31,13 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "check": Command("mhc_tilelang.checking.command", "compare the kernels with the float64 reference"),
-    "bench": Command("mhc_tilelang.perf.command", "measure the kernels: time, bandwidth, ratio to plain torch"),
-    "traffic": Command("mhc_tilelang.perf.traffic_command", "count the bytes that the kernels move, from their code"),
+    "bench": Command("mhc_tilelang.perf.bench.command", "measure the kernels: time, bandwidth, ratio to plain torch"),
+    "traffic": Command("mhc_tilelang.perf.traffic.command", "count the bytes that the kernels move, from their code"),
     "inspect": Command("mhc_tilelang.perf.inspect.command", "build the CUDA kernels without a GPU, and study them"),
     "study": Command("mhc_tilelang.perf.study.command", "run experiments: gain over depth, training, Sinkhorn"),
     "export": Command("mhc_tilelang.bundle.command", "write a model's kernels as a bundle, for use without a compiler"),
     "warmup": Command("mhc_tilelang.bundle.warmup_command", "compile or load every kernel that a model needs"),
-    "memory": Command("mhc_tilelang.perf.memory_command", "model what a backward needs kept, recomputed or not"),
+    "memory": Command("mhc_tilelang.perf.memory.command", "model what a backward needs kept, recomputed or not"),
     "simulate": Command("mhc_tilelang.perf.simulation.command", "simulate a pipeline stage: what mHC adds to it"),
     "doctor": Command("mhc_tilelang.doctor", "report what this machine has and what is missing"),
 }

@@ -40,7 +40,7 @@ overhead-27b        overhead     60  30   $MHC bench overhead --device cuda --mo
 overhead-v4-flash   overhead     70  40   $MHC bench overhead --device cuda --model v4-flash --json $JSON
 overhead-v4-pro     overhead     80  50   $MHC bench overhead --device cuda --model v4-pro --json $JSON
 compile-counters    counters     60  10   $ON_GPU compile counters
-counters            counters    150  80   $PYTHON -m mhc_tilelang.perf.counters --csv $COUNTERS --json $JSON
+counters            counters    150  80   $PYTHON -m mhc_tilelang.perf.gpu.counters --csv $COUNTERS --json $JSON
 compile-peers       peers       200  10   $ON_GPU compile peers
 peers-warm          peers       180 120   for k in project+coefficients+pre coefficients sinkhorn pre post sinkhorn_backward pre_backward post_backward project_backward; do $MHC bench --device cuda --kernels $k --widths 2560 --tokens 4096 --peers all --repeats 1 & done; wait
 peers               peers       120  60   $MHC bench --device cuda --widths 2560 --tokens 4096 --peers all --json $JSON
@@ -102,8 +102,8 @@ if [ -z "$out" ]; then
   out=perf/results/${device:-gpu}
 fi
 mkdir -p "$out" || fail "--out: cannot make $out"
-export MHC="$PYTHON -m mhc_tilelang.cli" ON_GPU="$PYTHON -m mhc_tilelang.perf.on_gpu"
-export TUNE="$PYTHON -m mhc_tilelang.perf.tune --device cuda" COUNTERS="$out/counters.csv"
+export MHC="$PYTHON -m mhc_tilelang.cli" ON_GPU="$PYTHON -m mhc_tilelang.perf.gpu.run"
+export TUNE="$PYTHON -m mhc_tilelang.perf.gpu.tune --device cuda" COUNTERS="$out/counters.csv"
 
 # A step's record is one line: status, seconds, limit.
 while read -r name part limit estimate command; do

@@ -27,13 +27,7 @@ from .coefficients import (
     gate_pre,
     split_groups,
 )
-from .delayed import (
-    delayed_post_pre,
-    delayed_post_pre_backward,
-    delayed_pre,
-    delayed_pre_backward,
-    first_pre,
-)
+from .delayed import delayed_post_pre, delayed_post_pre_backward, delayed_pre, delayed_pre_backward, first_pre
 from .expand import collapse, collapse_backward, expand, expand_backward
 from .expand_pre import expand_pre, expand_pre_backward
 from .head import head, head_backward, head_coefficients, head_coefficients_backward

@@ -9,14 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mhc_tilelang import (
-    launch,
-    launch_backward,
-    launch_boundary,
-    launch_boundary_backward,
-    launch_expand,
-    launch_head,
-)
+from mhc_tilelang import launch, launch_backward, launch_boundary, launch_boundary_backward, launch_expand, launch_head
 from mhc_tilelang.checking import backward, real_stream, run
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
 from mhc_tilelang.checking.kernels import Comparison, compare

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from mhc_tilelang.perf import facts, guide
+from mhc_tilelang.perf.figures.run import excerpts as guide
+from mhc_tilelang.perf.figures.run import facts
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -128,7 +129,7 @@ def held_by_nothing(text: str) -> list[str]:
 def test_numbers_that_commands_print_are_held(page: str) -> None:
     """A number of a kind that commands print has a marker; else it is right on the day that it is written."""
     found = held_by_nothing((ROOT / page).read_text(encoding="utf-8"))
-    assert found == [], f"{page}: {found}: mark them (perf/guide.py), or leave them to the command"
+    assert found == [], f"{page}: {found}: mark them (perf/figures/excerpts.py), or leave them to the command"
 
 
 def test_numbers_that_nothing_holds_are_noticed() -> None:
@@ -166,7 +167,7 @@ def test_the_stored_report_is_that_of_the_stored_results(name: str) -> None:
 def test_figures_are_fresh(tmp_path: Path) -> None:
     """The same bytes, where matplotlib is the version that drew them."""
     matplotlib = pytest.importorskip("matplotlib")
-    from mhc_tilelang.perf import figures_guide
+    from mhc_tilelang.perf.figures.run import guide as figures_guide
 
     for path in figures_guide.write(tmp_path):
         stored = (ROOT / "docs" / "guide" / "figures" / path.name).read_bytes()

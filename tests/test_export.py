@@ -23,8 +23,8 @@ from mhc_tilelang.bundle import cpu_target, export, golden, manifest, verify, wo
 from mhc_tilelang.bundle.described import name_of
 from mhc_tilelang.errors import MHCError
 from mhc_tilelang.perf import sizes
-from mhc_tilelang.perf.cases import CALLS, Case, Shape
-from mhc_tilelang.perf.launches import launches
+from mhc_tilelang.perf.calls.every_call.cases import CALLS, Case, Shape
+from mhc_tilelang.perf.calls.every_call.launches import launches
 from mhc_tilelang.spec import HIDDEN_SIZES, MHCSpec
 
 
@@ -39,7 +39,7 @@ def arrays(folder: Path, kernel: str) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("target", ["cpu", "sm_90a"])
 @pytest.mark.parametrize("num_streams", [2, 4, 8])
 def test_every_launch_of_the_audit_is_exported(num_streams: int, target: str) -> None:
-    """What `perf.launches` says a model launches, at any number of tokens, is in the bundle.
+    """What `perf.calls.launches` says a model launches, at any number of tokens, is in the bundle.
 
     Catches a workload that does not reach a function, a reduction or a form, or a token count that compiles anew.
     Recomputation is left out: a kernel for every length of block.

@@ -12,7 +12,7 @@ import mhc_tilelang as mhc
 from mhc_tilelang import launch, launch_backward, tracing
 from mhc_tilelang.cuda_source import generate
 from mhc_tilelang.kernels import plans
-from mhc_tilelang.perf.cases import Shape
+from mhc_tilelang.perf.calls.every_call.cases import Shape
 from mhc_tilelang.perf.inspect import matrix
 
 

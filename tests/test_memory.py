@@ -13,8 +13,10 @@ import pytest
 
 import mhc_tilelang as mhc
 from mhc_tilelang import cli
-from mhc_tilelang.perf import memory_command, memory_measured, memory_report
-from mhc_tilelang.perf.memory import Stage, coefficient_bytes, layer_bytes, stage_of
+from mhc_tilelang.perf.memory.estimate import command as memory_command
+from mhc_tilelang.perf.memory.estimate import measured as memory_measured
+from mhc_tilelang.perf.memory.estimate import report as memory_report
+from mhc_tilelang.perf.memory.estimate.estimate import Stage, coefficient_bytes, layer_bytes, stage_of
 from mhc_tilelang.perf.sizes import MODELS, NUM_LAYERS, LayerSizes
 
 

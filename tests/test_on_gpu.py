@@ -22,11 +22,12 @@ from mhc_tilelang import compile as compiler
 from mhc_tilelang.errors import MHCError
 from mhc_tilelang.kernel import Kernel
 from mhc_tilelang.kernels import FAMILIES
-from mhc_tilelang.perf import counters, on_gpu
-from mhc_tilelang.perf.calls import every_call
-from mhc_tilelang.perf.cases import CALLS, Case, Shape
-from mhc_tilelang.perf.counters import Launched
-from mhc_tilelang.perf.launches import launches
+from mhc_tilelang.perf.calls.every_call.cases import CALLS, Case, Shape
+from mhc_tilelang.perf.calls.every_call.every_call import every_call
+from mhc_tilelang.perf.calls.every_call.launches import launches
+from mhc_tilelang.perf.gpu import counters
+from mhc_tilelang.perf.gpu import run as on_gpu
+from mhc_tilelang.perf.gpu.counters import Launched
 from mhc_tilelang.recording import launched
 from mhc_tilelang.tracing import signature_of, trace
 
@@ -85,7 +86,7 @@ def test_steps_run_in_order_and_a_failed_one_stops_nothing(machine: Machine) -> 
     assert printed.splitlines()[-len(status) - 1].startswith("step ")
     assert len(printed) < 12_000
     calls = machine.calls.read_text()
-    assert "compute-sanitizer --tool racecheck --error-exitcode 9 python -m mhc_tilelang.perf.on_gpu launch" in calls
+    assert "compute-sanitizer --tool racecheck --error-exitcode 9 python -m mhc_tilelang.perf.gpu.run launch" in calls
 
 
 def test_what_is_done_is_not_done_again(machine: Machine) -> None:

@@ -17,9 +17,7 @@ import torch
 from mhc_tilelang import cli
 from mhc_tilelang import compile as compiler
 from mhc_tilelang.kernels import FAMILIES, plans
-from mhc_tilelang.perf.audited import Audited, audited
-from mhc_tilelang.perf.calls import every_call
-from mhc_tilelang.perf.cases import (
+from mhc_tilelang.perf.calls.every_call.cases import (
     AGGREGATED,
     BACKWARD_KERNELS,
     BOUNDARY,
@@ -33,10 +31,12 @@ from mhc_tilelang.perf.cases import (
     Case,
     Shape,
 )
-from mhc_tilelang.perf.launches import launches
-from mhc_tilelang.perf.traffic import stream_elements, traffic
-from mhc_tilelang.perf.traffic_command import PARALLEL_BLOCKS
-from mhc_tilelang.perf.traffic_report import BACKWARD, FORWARD, formula
+from mhc_tilelang.perf.calls.every_call.every_call import every_call
+from mhc_tilelang.perf.calls.every_call.launches import launches
+from mhc_tilelang.perf.traffic.formulas.audited import Audited, audited
+from mhc_tilelang.perf.traffic.formulas.command import PARALLEL_BLOCKS
+from mhc_tilelang.perf.traffic.formulas.formulas import stream_elements, traffic
+from mhc_tilelang.perf.traffic.formulas.report import BACKWARD, FORWARD, formula
 from mhc_tilelang.recording import launched
 
 BLOCKS = {"cuda": PARALLEL_BLOCKS, "cpu": 2}

@@ -17,18 +17,25 @@ import torch
 from mhc_tilelang import reference
 from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.errors import MHCError
-from mhc_tilelang.perf import (
-    backward_post_forms,
-    backward_stream_forms,
-    backward_token_forms,
-    baselines,
-    stream_forms,
-    token_forms,
+from mhc_tilelang.perf.bench.run.run import FORMS
+from mhc_tilelang.perf.calls.every_call.cases import BACKWARD_KERNELS, KERNELS, Case, Shape
+from mhc_tilelang.perf.calls.every_call.workloads import Stream, Workload, workload
+from mhc_tilelang.perf.torch_forms import backward_post as backward_post_forms
+from mhc_tilelang.perf.torch_forms import backward_streams as backward_stream_forms
+from mhc_tilelang.perf.torch_forms import backward_tokens as backward_token_forms
+from mhc_tilelang.perf.torch_forms import baselines
+from mhc_tilelang.perf.torch_forms import streams as stream_forms
+from mhc_tilelang.perf.torch_forms import tokens as token_forms
+from mhc_tilelang.perf.torch_forms.baselines import (
+    COMPILED,
+    EAGER,
+    TOLERANCE,
+    Form,
+    applicable,
+    bind,
+    prepare,
+    relative_error,
 )
-from mhc_tilelang.perf.baselines import COMPILED, EAGER, TOLERANCE, Form, applicable, bind, prepare, relative_error
-from mhc_tilelang.perf.bench import FORMS
-from mhc_tilelang.perf.cases import BACKWARD_KERNELS, KERNELS, Case, Shape
-from mhc_tilelang.perf.workloads import Stream, Workload, workload
 from mhc_tilelang.reference.coefficients import join_groups, sigmoid_slope, sum_groups
 
 CPU = torch.device("cpu")

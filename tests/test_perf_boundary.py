@@ -20,10 +20,9 @@ from mhc_tilelang import cli, launch_backward, reference
 from mhc_tilelang.checking import run as checks
 from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.errors import MHCError
-from mhc_tilelang.perf import bench, boundary_forms, boundary_parts, stream_forms, token_forms
-from mhc_tilelang.perf.baselines import COMPILED, EAGER, TOLERANCE, Form, bind, prepare
-from mhc_tilelang.perf.boundary_workloads import GRADIENTS
-from mhc_tilelang.perf.cases import (
+from mhc_tilelang.perf.bench.run import run as bench
+from mhc_tilelang.perf.calls.every_call.boundary_workloads import GRADIENTS
+from mhc_tilelang.perf.calls.every_call.cases import (
     BOUNDARY_KERNELS,
     BOUNDARY_STEP,
     POST_PRE,
@@ -32,9 +31,14 @@ from mhc_tilelang.perf.cases import (
     Case,
     Shape,
 )
-from mhc_tilelang.perf.flops import flops
-from mhc_tilelang.perf.timing import Run, Sample
-from mhc_tilelang.perf.workloads import Stream, Workload, workload
+from mhc_tilelang.perf.calls.every_call.workloads import Stream, Workload, workload
+from mhc_tilelang.perf.figures.run.flops import flops
+from mhc_tilelang.perf.measure.timing import Run, Sample
+from mhc_tilelang.perf.torch_forms import boundary as boundary_forms
+from mhc_tilelang.perf.torch_forms import boundary_parts
+from mhc_tilelang.perf.torch_forms import streams as stream_forms
+from mhc_tilelang.perf.torch_forms import tokens as token_forms
+from mhc_tilelang.perf.torch_forms.baselines import COMPILED, EAGER, TOLERANCE, Form, bind, prepare
 
 CPU = torch.device("cpu")
 EVERY = (*BOUNDARY_KERNELS, BOUNDARY_STEP)

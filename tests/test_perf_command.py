@@ -19,8 +19,11 @@ from mhc_tilelang import cli, launch
 from mhc_tilelang import compile as compiler
 from mhc_tilelang.checking import run as checks
 from mhc_tilelang.checking.run import Row
-from mhc_tilelang.perf import bench, cases, command, ready, timing, workloads
-from mhc_tilelang.perf.timing import Sample
+from mhc_tilelang.perf.bench.run import command, ready
+from mhc_tilelang.perf.bench.run import run as bench
+from mhc_tilelang.perf.calls.every_call import cases, workloads
+from mhc_tilelang.perf.measure import timing
+from mhc_tilelang.perf.measure.timing import Sample
 
 SMALL = ("--device", "cpu", "--widths", "48", "--tokens", "32", "--repeats", "2")
 UNUSUAL = (*cases.BOUNDARY_KERNELS, cases.SUBLAYER_INPUT, cases.BOUNDARY_STEP)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from mhc_tilelang.perf import timing
-from mhc_tilelang.perf.timing import GraphReplay, Run, Sample
+from mhc_tilelang.perf.measure import timing
+from mhc_tilelang.perf.measure.timing import GraphReplay, Run, Sample
 
 
 def clock(run: Run) -> Sample:

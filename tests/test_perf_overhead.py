@@ -22,10 +22,12 @@ from mhc_tilelang import ResidualStream, cli, launch, launch_boundary, ops
 from mhc_tilelang.checking import plain_torch
 from mhc_tilelang.connections import ResidualConnection
 from mhc_tilelang.errors import MHCError
-from mhc_tilelang.perf import overhead, overhead_report, timing
-from mhc_tilelang.perf.layers import EAGER, HC, KERNELS, KINDS, RESIDUAL, Layer, make_layers
+from mhc_tilelang.perf.measure import timing
+from mhc_tilelang.perf.measure.timing import Run, Sample
+from mhc_tilelang.perf.overhead.run import report as overhead_report
+from mhc_tilelang.perf.overhead.run import run as overhead
+from mhc_tilelang.perf.overhead.run.layers import EAGER, HC, KERNELS, KINDS, RESIDUAL, Layer, make_layers
 from mhc_tilelang.perf.sizes import LayerSizes
-from mhc_tilelang.perf.timing import Run, Sample
 
 CPU = torch.device("cpu")
 SIZES = LayerSizes(hidden_size=48, num_heads=2, ffn_width=64, head_size=8)

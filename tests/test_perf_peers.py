@@ -24,14 +24,21 @@ from mhc_tilelang import cli, reference
 from mhc_tilelang.checking import run as checks
 from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.checking.run import Row
-from mhc_tilelang.perf import bench
-from mhc_tilelang.perf.cases import BACKWARD_KERNELS, BOUNDARY_KERNELS, KERNELS, SUBLAYER_INPUT, Case, Shape
+from mhc_tilelang.perf.bench.run import run as bench
+from mhc_tilelang.perf.calls.every_call.cases import (
+    BACKWARD_KERNELS,
+    BOUNDARY_KERNELS,
+    KERNELS,
+    SUBLAYER_INPUT,
+    Case,
+    Shape,
+)
+from mhc_tilelang.perf.calls.every_call.workloads import Stream, Workload, workload
+from mhc_tilelang.perf.measure.timing import Sample
 from mhc_tilelang.perf.peers import PEERS, deepseek, huggingface, lucidrains, prepare, selected
 from mhc_tilelang.perf.peers.compiled import compiled
 from mhc_tilelang.perf.peers.peer import Peer, UnsupportedError
 from mhc_tilelang.perf.peers.prepare import Compared, Loaded, compare, load
-from mhc_tilelang.perf.timing import Sample
-from mhc_tilelang.perf.workloads import Stream, Workload, workload
 
 CPU = torch.device("cpu")
 EVERY = (*KERNELS, *BACKWARD_KERNELS, *BOUNDARY_KERNELS, SUBLAYER_INPUT)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from mhc_tilelang.perf import timing
-from mhc_tilelang.perf.timing import WARMUP_ROUNDS, Sample, Statistics, measure, ratios, summarize
+from mhc_tilelang.perf.measure import timing
+from mhc_tilelang.perf.measure.timing import WARMUP_ROUNDS, Sample, Statistics, measure, ratios, summarize
 
 QUIET = [Sample(seconds) for seconds in (5.0, 1.0, 2.0, 100.0, 3.0)]
 WAITED = Sample(seconds=50.0, waited=10.0)

@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from mhc_tilelang import cli, reference
+from mhc_tilelang.perf.measure.timing import Statistics
 from mhc_tilelang.perf.study import convergence, gain, gradients, runs, sinkhorn, summary
 from mhc_tilelang.perf.study.matrices import Curve, gains_by_depth, measure
 from mhc_tilelang.perf.study.model import Sizes, read_text
-from mhc_tilelang.perf.timing import Statistics
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

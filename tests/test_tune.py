@@ -13,11 +13,11 @@ import pytest
 import torch
 from helpers import CPU
 
-from mhc_tilelang.perf import tune
-from mhc_tilelang.perf.building import Job, build_all, unique
-from mhc_tilelang.perf.cases import CALLS, Case, Shape
-from mhc_tilelang.perf.launches import launches
-from mhc_tilelang.perf.tune_plans import alternatives
+from mhc_tilelang.perf.calls.every_call.cases import CALLS, Case, Shape
+from mhc_tilelang.perf.calls.every_call.launches import launches
+from mhc_tilelang.perf.gpu import tune
+from mhc_tilelang.perf.gpu.building import Job, build_all, unique
+from mhc_tilelang.perf.gpu.tune_plans import alternatives
 
 SHAPE = Shape(4096, 4, 2560, "bfloat16")
 WITHOUT = ("split_phi",)  # its plan is the projection's

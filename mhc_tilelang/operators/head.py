@@ -12,16 +12,7 @@ import torch
 from .. import launch, launch_backward
 from ..spec import MHCSpec
 from .coefficients import INPUTS, Tensors, allocate_gradients, allocate_projected, project_backward
-from .library import (
-    check_buffers,
-    define,
-    define_backward,
-    define_out,
-    differentiate,
-    flat,
-    needed,
-    spec_of,
-)
+from .library import check_buffers, define, define_backward, define_out, differentiate, flat, needed, spec_of
 
 _CONSTANTS = "float pre_eps, float rms_eps"
 

@@ -16,15 +16,7 @@ from typing import Any
 import torch
 
 from .. import launch_backward, launch_norm
-from .coefficients import (
-    CONSTANTS,
-    Tensors,
-    allocate,
-    allocate_gradients,
-    allocate_projected,
-    project_backward,
-    write,
-)
+from .coefficients import CONSTANTS, Tensors, allocate, allocate_gradients, allocate_projected, project_backward, write
 from .coefficients import INPUTS as PROJECTED
 from .library import (
     absent,

@@ -1,6 +1,6 @@
 """CUDA builds without a GPU: what nvcc makes of every kernel, and a page to study each. `mhc-tilelang inspect`.
 
-    matrix           which kernels are built, at which sizes: from `perf.launches`, so all of them ship
+    matrix           which kernels are built, at which sizes: from `perf.calls.launches`, so all of them ship
     row              one build as a row of facts
     built            many of them, on all cores; kept on disk
     compiler         nvcc as tilelang calls it, ptxas's report, nvdisasm

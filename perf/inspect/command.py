@@ -157,7 +157,7 @@ def inspect_kernels(wanted: Builds, args: argparse.Namespace) -> int:
 
 def estimate(wanted: Builds) -> str:
     """How long builds take at most, in words."""
-    from ..building import Job
+    from ..gpu.building import Job
 
     cores = os.cpu_count() or 1
     seconds = sum(Job(subject.kernel, subject.launch.parameters).seconds for subject, _ in wanted) / cores

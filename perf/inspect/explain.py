@@ -93,7 +93,7 @@ def traffic(subjects: Iterable[Subject]) -> str:
 
 def counted(subject: Subject) -> dict[str, Any]:
     """The traffic of each buffer."""
-    from ..audit import audit
+    from ..traffic.audit import audit
 
     return audit(subject.kernel, subject.launch.parameters, subject.launch.sizes)
 

@@ -1,7 +1,7 @@
 """Which kernels are built: those that calls launch, at which sizes, for which architectures.
 
-`perf.launches` says what a call launches, so nothing is built here that does not ship. A subject is one of its kernels;
-it is named by its family and, where a family is compiled in more than one way at the same sizes, a variant. Loads
+`calls.launches` says what a call launches, so nothing is built here that does not ship. A subject is one of its
+kernels, named by its family and, where a family is compiled in more than one way at the same sizes, a variant. Loads
 neither torch nor tilelang until `subjects` is called.
 """
 
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import MHCError
 from ...kernels import FAMILIES, boundary_plans, plans
-from ..cases import CALLS, Case, Shape
-from ..launches import launches
+from ..calls.cases import CALLS, Case, Shape
+from ..calls.launches import launches
 from ..options import DTYPES
 from .occupancy import ARCHITECTURES
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..cases import POST_PRE, SUBLAYER_INPUT
+from ..calls.cases import POST_PRE, SUBLAYER_INPUT
 from . import deepseek_calls as calls
 from .compiled import compiled
 from .deepseek_calls import Kernels

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ...convert import comb, transformers
-from ..cases import SUBLAYER_INPUT
+from ..calls.cases import SUBLAYER_INPUT
 from .peer import Call, Function, Inputs, Outputs, Peer, copy_to, recorded_backward, require
 
 MODULE = "transformers.models.deepseek_v4.modeling_deepseek_v4"

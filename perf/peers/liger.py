@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ...convert import comb, swapped_rows
-from ..cases import SUBLAYER_INPUT
+from ..calls.cases import SUBLAYER_INPUT
 from .peer import Call, Function, Inputs, Outputs, Peer, copy_to, recorded_backward, require
 
 RMS_EPS = 1e-6  # of the projection, whose Σx² it returns as the norm: taken out again

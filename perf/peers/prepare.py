@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from ...errors import LoweringError
-from ..baselines import TOLERANCE, relative_errors
-from ..timing import Statistics
+from ..measure.timing import Statistics
+from ..torch_forms.baselines import TOLERANCE, relative_errors
 from . import PEERS
 from .peer import Peer, UnsupportedError
 

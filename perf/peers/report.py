@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..bench import Result
+    from ..bench.run import Result
     from .prepare import Loaded, PeerResult
 
 TIME = "time: of the peer's own call in its own layout; one that returns new tensors allocates them within it."

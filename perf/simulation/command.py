@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 from ...errors import MHCError
 from ...json_output import add_json_argument, write_json
 from ...spec import STREAM_COUNTS
-from ..model import DEVICES
+from ..figures.pictures import add_out_argument, write_pictures
 from ..options import positive, positive_number
-from ..pictures import add_out_argument, write_pictures
+from ..overhead.model import DEVICES
 from ..sizes import MODELS, NUM_LAYERS
 from . import measured, report
 from .costs import Assumptions, forms
 
 if TYPE_CHECKING:
-    from ..figures import Picture
+    from ..figures.run import Picture
 
 DEFAULT = Assumptions()
 

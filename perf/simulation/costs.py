@@ -23,10 +23,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..memory import stage_of
-from ..model import BANDWIDTH_SHARE, DEVICES, FLOPS_SHARE, FORMS, RESIDUAL, SUBLAYERS, Form, Work
+from ..memory.estimate import stage_of
+from ..overhead.model import BANDWIDTH_SHARE, DEVICES, FLOPS_SHARE, FORMS, RESIDUAL, SUBLAYERS, Form, Work
 from ..sizes import MODELS, NUM_LAYERS, SEQUENCE, LayerSizes
-from ..traffic import stream_elements
+from ..traffic.formulas import stream_elements
 
 ITEMSIZE = 2
 FUSED = "fused boundary"

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from ..figures import BLUE, GREY, INK, ORANGE, Bar, Card, Picture, bars_height, draw_bars
-from ..figures_sublayer import exactly
-from ..overhead_report import PAPER, percent
+from ..figures.run import BLUE, GREY, INK, ORANGE, Bar, Card, Picture, bars_height, draw_bars
+from ..figures.sublayer import exactly
+from ..overhead.report import PAPER, percent
 from .costs import Assumptions
 from .overhead import overhead, pipeline_of, step_overhead
 from .pipeline import BACKWARD, FORWARD

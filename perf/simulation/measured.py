@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...errors import MHCError
-from ..model import BANDWIDTH_SHARE, Device, known_device
+from ..overhead.model import BANDWIDTH_SHARE, Device, known_device
 from ..sizes import LayerSizes
-from ..stored import KernelResults
-from ..stored_json import load
+from ..stored.from_json import load
+from ..stored.results import KernelResults
 from .costs import ITEMSIZE, Measured
 
 FUSED = ("post_pre",), ("post_pre_backward",)

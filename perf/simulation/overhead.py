@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import sqrt
 
-from ..model import Form
+from ..overhead.model import Form
 from .costs import Assumptions, forms
 from .pipeline import Pipeline
 from .stage import Stage, stage_of

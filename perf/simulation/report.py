@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..model import DEVICES
-from ..overhead_report import PAPER, percent
+from ..overhead.model import DEVICES
+from ..overhead.report import PAPER, percent
 from ..sizes import NUM_LAYERS, SEQUENCE
 from .costs import Assumptions, costs, forms
 from .overhead import Change, Solution, overhead, pipeline_of, sensitivity, solve, step_overhead

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..model import SUBLAYERS
+from ..overhead.model import SUBLAYERS
 from .costs import Assumptions, Costs, costs
 from .streams import Span, Task, run
 

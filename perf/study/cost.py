@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ... import launch, launch_backward
-from .. import timing
-from ..machine import last_level_cache
+from ..measure import timing
+from ..measure.machine import last_level_cache
 
 Times = dict[str, dict[int, timing.Statistics]]
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from ..figures import GREY, INK, KERNEL_COLOURS, Card, Picture
+from ..figures.run import GREY, INK, KERNEL_COLOURS, Card, Picture
 from .matrices import STRUCTURES, Curve
 from .output import one_line
 

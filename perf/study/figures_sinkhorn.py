@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
-from ..figures import BLUE, GREEN, GREY, INK, KERNEL_COLOURS, ORANGE, PALE_BLUE, WIDTH, Card, Picture
+from ..figures.run import BLUE, GREEN, GREY, INK, KERNEL_COLOURS, ORANGE, PALE_BLUE, WIDTH, Card, Picture
 from .convergence import Distance, Matrices, iterate
 from .cost import Times, doubtful
 from .gradients import Error

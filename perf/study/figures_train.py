@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from ..figures import BLUE, GREY, INK, ORANGE, WIDTH, Card, Picture
+from ..figures.run import BLUE, GREY, INK, ORANGE, WIDTH, Card, Picture
 from .output import one_line
 from .runs import Evaluation, Run
 from .summary import NAMES

@@ -18,7 +18,7 @@ from ...connections import connection
 from ...errors import MHCError
 from ...residual_stream import ResidualStream
 from ...spec import MHCSpec
-from ..layers import Attention, FeedForward
+from ..overhead.layers import Attention, FeedForward
 from ..sizes import LayerSizes
 
 WARMUP = 20  # steps, of the learning rate

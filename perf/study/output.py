@@ -16,7 +16,7 @@ from ...json_output import add_json_argument
 if TYPE_CHECKING:
     import torch
 
-    from ..figures import Picture
+    from ..figures.run import Picture
 
 MATPLOTLIB = "--out: expected matplotlib, which draws the pictures: pip install 'mhc-tilelang[plots]'"
 Rows = Sequence[dict[str, Any]]

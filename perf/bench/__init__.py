@@ -1,0 +1,1 @@
+"""`mhc-tilelang bench`: check, measure, report."""

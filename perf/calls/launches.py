@@ -1,0 +1,52 @@
+"""What a call launches on a target, from sizes alone: the call itself is run, on meta tensors.
+
+So what `launch` decides here is what it decides on a device, for tensors that start on 16 bytes. Loads torch when
+`launches` is called, not before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING
+
+from .cases import Case, Shape
+
+if TYPE_CHECKING:
+    from ...recording import Recorded
+
+TELLING = 128  # more than there are rows of phi, slabs or splits where a stream has no more tokens or channels
+
+
+def launches(case: Case, target: str, parallel_blocks: int) -> tuple[Recorded, ...]:
+    """The kernels of one call, in order, each with the names of its tensors that are as wide as the stream or a layer.
+
+    Args:
+        case: a call of `cases.CALLS` at a shape.
+        target: "cuda" or "cpu".
+        parallel_blocks: how many blocks of a projection the device runs at a time.
+    """
+    shape = case.shape
+    # Shapes tell streams from small tensors, where neither tokens nor channels are as few as other extents.
+    tokens, width = (size if size > TELLING else size + TELLING for size in (shape.num_tokens, shape.hidden_size))
+    telling = replace(shape, num_tokens=tokens, hidden_size=width)
+    found, told_apart = (recorded(one, target, parallel_blocks)[case.kernel] for one in (shape, telling))
+    wide = (one.wide(tokens, width) for one in told_apart)
+    return tuple(replace(one, streams=names) for one, names in zip(found, wide, strict=True))
+
+
+@cache
+def recorded(shape: Shape, target: str, parallel_blocks: int) -> dict[str, list[Recorded]]:
+    """The kernels of every call at these sizes."""
+    import torch
+
+    from ...recording import recording
+    from .every_call import every_call
+
+    found = {}
+    with recording(target, parallel_blocks) as noted:
+        for name, run in every_call(shape, torch.device("meta")).items():
+            noted.clear()
+            run()
+            found[name] = list(noted)
+    return found

@@ -1,0 +1,253 @@
+"""Time the plans around a heuristic's choice: `python -m mhc_tilelang.perf.gpu.tune post_project --width 2560`.
+
+For each family at one shape: enumerate (`tune_plans`), compile in parallel (`building`), run on the arguments of the
+ordinary call, compare what every plan writes with what the heuristic's writes, and time those that agree in the same
+rounds, from a cold cache (`timing`). A plan may change the order of sums over channels or tokens, and so bits; those
+of bfloat16 and float16 then differ by a rounding. What is compiled in is the heuristic's all the same: this only says
+where it is worth changing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ...device import add_device_argument, describe, pick_device
+from ...errors import MHCError
+from ...json_output import add_json_argument, write_json
+from ...kernels.boundary_plans import BoundaryBackwardPlan
+from ..calls.cases import Shape
+from ..options import DTYPES, positive
+from .building import Job, build_all
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...recording import Recorded
+    from ..measure.timing import Statistics
+
+TOLERANCE = {"bfloat16": 2**-7, "float16": 2**-10, "float32": 1e-5}  # of the norm: a rounding, and the order of sums
+TOKENS = {"cuda": 4096, "cpu": 1024}
+REPEATS = {"cuda": 30, "cpu": 10}
+SHOWN = 10
+SAME, CLOSE, WRONG = "same bits", "close", "WRONG"
+ONE_A_BLOCK = ("coefficients_backward", "head_coefficients_backward")  # a row of partial sums
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A plan: what it changes, how its outputs compare, its time; `refused` says why where it could not run."""
+
+    plan: str
+    heuristic: bool
+    outputs: str = ""
+    refused: str = ""
+    time: Statistics | None = None
+
+
+def calls_with(family: str) -> list[str]:
+    """The calls that launch a family, those first that launch little else."""
+    from ..calls.cases import CALLS, Case
+    from ..calls.launches import launches
+
+    shape = Shape(4096, 4, 2560, "bfloat16")
+    found = {name: [one.family for one in launches(Case(name, shape), "cuda", 264)] for name in CALLS}
+    return sorted((name for name, families in found.items() if family in families), key=lambda name: len(found[name]))
+
+
+def find(family: str, shape: Shape, device: torch.device) -> Recorded:
+    """The kernel of a family as an ordinary call launches it. Raises MHCError for a family that none launches."""
+    from ...recording import launched
+    from ..calls.every_call import every_call
+
+    runs = every_call(shape, device)
+    for name in calls_with(family):
+        for one in launched(runs[name]):
+            if one.family == family:
+                return one
+    raise MHCError(f"tune: {family}: expected a kernel family that a call launches here, got one that none does")
+
+
+def tune(one: Recorded, target: str, processes: int, repeats: int, limit: int | None) -> list[Tried]:
+    """Every plan, the heuristic's first; then those that were timed, fastest first, then the others."""
+    from ... import compile as compiler
+    from ..measure.machine import last_level_cache
+    from ..measure.timing import clock_for, measure
+    from .building import brief
+    from .tune_plans import alternatives
+
+    kind = "cpu" if target == "cpu" else "cuda"
+    plans = [one.parameters, *alternatives(one.parameters, kind)[:limit]]
+    built = build_all([Job(one.family, plan) for plan in plans], target, processes)
+    errors = {str(each.job.parameters): each.error for each in built}
+    written = outputs_of(one)
+    tried, runs = [], {}
+    for plan in plans:
+        label, heuristic = changes(plan, one.parameters), plan is one.parameters
+        if refused := errors[str(plan)]:
+            tried.append(Tried(label, heuristic, refused=refused))
+            continue
+        try:
+            arguments = adapted(one, plan, written)
+            run = partial(compiler.kernel(one.family, target, **plan), **arguments)
+            run()
+            outputs = compare(arguments, one.arguments, written)
+        except Exception as error:  # a launch that the device refuses, or an argument that no longer fits
+            tried.append(Tried(label, heuristic, refused=brief(error)))
+            continue
+        tried.append(Tried(label, heuristic, outputs))
+        if outputs != WRONG:
+            runs[label] = run
+    device = next(value.device for value in one.arguments.values() if hasattr(value, "device"))
+    times = measure(runs, clock_for(device, last_level_cache(device)), repeats)
+    timed = [Tried(each.plan, each.heuristic, each.outputs, each.refused, times.get(each.plan)) for each in tried]
+    return sorted(timed, key=lambda each: each.time.median if each.time else float("inf"))
+
+
+def outputs_of(one: Recorded) -> list[str]:
+    """The buffers that a kernel writes."""
+    from ..traffic.audit import audit
+
+    return [name for name, moved in audit(one.family, one.parameters, one.sizes).items() if moved.written.accessed]
+
+
+def adapted(one: Recorded, parameters: Mapping[str, Any], written: Sequence[str]) -> dict[str, Any]:
+    """The arguments for other parameters: outputs of their own, NaN, and what depends on the plan."""
+    import torch
+
+    found = dict(one.arguments)
+    for name in written:
+        found[name] = torch.full_like(found[name], float("nan"))
+    plan = parameters.get("plan")
+    if isinstance(plan, BoundaryBackwardPlan):
+        tokens = one.arguments["tiles_per_range"] * one.parameters["plan"].tokens
+        if tokens % plan.tokens:
+            raise ValueError(f"{tokens} tokens share a partial sum, which {plan.tokens} do not divide")
+        found["tiles_per_range"] = tokens // plan.tokens
+        shape = (-(-parameters["hidden_size"] // plan.channels), *found["partial_mixing"].shape[1:])
+        found["partial_mixing"] = found["partial_mixing"].new_full(shape, float("nan"))
+    elif one.family in ONE_A_BLOCK:
+        num_tokens, partial_sums = found["projected"].shape[1], found["partial"]
+        shape = (-(-num_tokens // parameters["block"]), partial_sums.shape[1])
+        found["partial"] = partial_sums.new_full(shape, float("nan"))
+    return found
+
+
+def compare(got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], written: Sequence[str]) -> str:
+    """What became of the outputs. Those whose number of partial sums differs are added up first."""
+    import torch
+
+    verdict = SAME
+    for name in written:
+        one, other = got[name], expected[name]
+        if one.shape != other.shape:
+            one, other = one.sum(0), other.sum(0)
+        if not torch.equal(one, other):
+            norm = torch.linalg.vector_norm
+            error = float(norm((one - other).float()) / norm(other.float()).clamp_min(1e-30))
+            if not error <= TOLERANCE[str(other.dtype).rpartition(".")[2]]:  # NaN is refused too
+                return WRONG
+            verdict = CLOSE
+    return verdict
+
+
+def changes(parameters: Mapping[str, Any], heuristic: Mapping[str, Any]) -> str:
+    """The fields in which a plan differs from the heuristic's, all of the heuristic's own."""
+    whole, other = flat(parameters), flat(heuristic)
+    differing = {name: value for name, value in whole.items() if value != other.get(name)}
+    shown = differing or {name: value for name, value in whole.items() if name in tuned_fields(other)}
+    return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
+def flat(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters with the fields of a plan, and of a plan within it, beside the others."""
+    found: dict[str, Any] = {}
+    for name, value in parameters.items():
+        found |= flat(vars(value)) if hasattr(value, "__dataclass_fields__") else {name: value}
+    return found
+
+
+def tuned_fields(fields: Mapping[str, Any]) -> list[str]:
+    """What a heuristic's plan is described by."""
+    names = ("channels", "tokens", "threads", "stages", "rows", "blocks_per_sm", "lanes", "width", "kept", "block")
+    return [name for name in names if name in fields]
+
+
+def table(tried: Sequence[Tried]) -> str:
+    """The ten fastest, and the heuristic's wherever it stands."""
+    from tabulate import tabulate
+
+    timed = [each for each in tried if each.time]
+    chosen = next((each for each in timed if each.heuristic), None)
+    lines = []
+    for place, each in enumerate(timed, start=1):
+        if each.time and (place <= SHOWN or each.heuristic):
+            quartiles = f"{each.time.lower_quartile * 1e3:.4g} to {each.time.upper_quartile * 1e3:.4g}"
+            ratio = f"{chosen.time.median / each.time.median:.2f}x" if chosen and chosen.time else ""
+            mark = "heuristic" if each.heuristic else ""
+            lines.append((place, f"{each.time.median * 1e3:.4g}", quartiles, ratio, each.outputs, mark, each.plan))
+    headers = ("", "time, ms", "quartiles", "faster", "outputs", "", "plan")
+    return tabulate(lines, headers=headers, disable_numparse=True, colalign=("right", "right", *["left"] * 5))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    one = argparse.ArgumentParser(prog="python -m mhc_tilelang.perf.gpu.tune", description=__doc__.split("\n")[0])
+    one.add_argument("families", nargs="+", metavar="FAMILY", help="kernel families, such as post_project")
+    add_device_argument(one)
+    one.add_argument("--tokens", type=positive, metavar="T", help="token count (default: 4096, on a CPU 1024)")
+    one.add_argument("--streams", type=int, choices=(2, 4, 8), default=4, help="residual streams, n (default: 4)")
+    one.add_argument("--width", type=positive, default=2560, metavar="C", help="hidden size (default: 2560)")
+    one.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the stream (default: bfloat16)")
+    one.add_argument("--plans", type=positive, metavar="N", help="try so many besides the heuristic's (default: all)")
+    one.add_argument("--processes", type=positive, metavar="N", help="that compile (default: one per core)")
+    one.add_argument("--repeats", type=positive, metavar="R", help="rounds that count (default: 30, on a CPU 10)")
+    add_json_argument(one)
+    return one
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Tune one family after the other; 1 where a plan wrote something else."""
+    args = parser().parse_args(argv)
+    try:
+        return run(args)
+    except MHCError as error:
+        print(f"tune: {error}", file=sys.stderr)
+        return 1
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a table a family, and what was refused."""
+    import torch
+
+    from ...compile import target_of
+
+    device = pick_device(args.device)
+    shape = Shape(args.tokens or TOKENS[device.type], args.streams, args.width, args.dtype)
+    processes, repeats = args.processes or os.cpu_count() or 1, args.repeats or REPEATS[device.type]
+    results: dict[str, list[Tried]] = {}
+    for family in args.families:
+        with torch.no_grad():
+            results[family] = tune(find(family, shape, device), target_of(device), processes, repeats, args.plans)
+        tried = results[family]
+        refused, wrong = (
+            sum(bool(test) for test in tests)
+            for tests in ([each.refused for each in tried], [each.outputs == WRONG for each in tried])
+        )
+        print(
+            f"{family}, {shape.num_tokens} x {shape.num_streams} x {shape.hidden_size}, {shape.dtype}: "
+            f"{len(tried)} plans, {refused} refused, {wrong} wrong\n{table(tried)}\n"
+        )
+    found = {family: [asdict(each) for each in tried] for family, tried in results.items()}
+    facts = {"device": describe(device), "shape": asdict(shape), "repeats": repeats, "families": found}
+    write_json(args.json, facts)
+    return 1 if any(each.outputs == WRONG for tried in results.values() for each in tried) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

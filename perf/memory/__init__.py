@@ -1,0 +1,1 @@
+"""`mhc-tilelang memory`: what a backward needs kept, with and without recomputation."""

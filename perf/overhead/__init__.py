@@ -1,0 +1,1 @@
+"""`mhc-tilelang bench overhead`: what mHC adds to one layer, measured and modelled."""

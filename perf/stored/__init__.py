@@ -1,0 +1,1 @@
+"""Stored results: read, compared, written as Markdown and figures."""

@@ -1,0 +1,195 @@
+"""Bytes that a kernel has to move: every tensor it takes or writes, once. From sizes alone, without torch.
+
+Stream tensors are counted in elements per token, in units of C (4n + 2 for the sum of the paper's
+kernels, project, pre and post):
+
+    expand   reads 1      writes n
+    project  reads n      writes 0
+    pre      reads n      writes 1
+    post     reads n + 1  writes n
+
+    expand_backward   reads n       writes 1
+    project_backward  reads n       writes n
+    pre_backward      reads n + 1   writes 0
+    post_backward     reads 2n + 1  writes n + 1
+
+    pre_norm           reads n      writes 1
+    pre_norm_backward  reads n + 1  writes 1
+
+Fused across a boundary (delayed is the form whose h_pre is there already; at n = 8 a GPU's backward is not fused):
+
+    post_pre, post_head         reads 2n + 1  writes n + 1
+    post_pre_delayed            reads n + 1   writes n + 1
+    post_pre_backward           reads 3n + 3  writes n + 1
+    post_pre_delayed_backward   reads 2n + 2  writes n + 1
+    post_head_backward          reads 3n + 3  writes n + 1
+    expand_pre                  reads 2       writes n + 1
+    expand_pre_backward         reads n + 4   writes 2, and torch adds the two, 3 more
+
+    replay  reads n + L − 1  writes n·(L − 1) + L     of a block of L sublayers, 4 where it is counted
+
+Everything else is small and counted apart: phi (and its halves, where it is split for tensor cores) and its
+gradient, partial sums, coefficients, logits. A workspace is written, then read.
+
+The formulas are here because they cost nothing; `audited` counts the same bytes from the kernels' code, and a test
+holds the two together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...kernels import boundary_plans, plans
+from ...kernels.plans import BYTES, ProjectionPlan
+from ...spec import MHCSpec
+from ..calls.cases import POST_PRE, POST_PRE_BACKWARD, POST_PRE_DELAYED, REPLAYED, Case
+
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one call."""
+
+    stream_read: int = 0
+    stream_written: int = 0
+    small: int = 0
+
+    @property
+    def stream(self) -> int:
+        """Bytes of stream tensors, read and written."""
+        return self.stream_read + self.stream_written
+
+    @property
+    def total(self) -> int:
+        """All bytes, read and written."""
+        return self.stream + self.small
+
+    def __add__(self, other: Traffic) -> Traffic:
+        """Both calls."""
+        return Traffic(
+            self.stream_read + other.stream_read,
+            self.stream_written + other.stream_written,
+            self.small + other.small,
+        )
+
+
+def stream_elements(kernel: str, num_streams: int) -> tuple[int, int]:
+    """Elements of stream dtype read and written per token, in units of C."""
+    n = num_streams
+    return {
+        "expand": (1, n),
+        "project": (n, 0),
+        "pre": (n, 1),
+        "post": (n + 1, n),
+        "expand_backward": (n, 1),
+        "project_backward": (n, n),
+        "pre_backward": (n + 1, 0),
+        "pre_norm": (n, 1),
+        "pre_norm_backward": (n + 1, 1),
+        "post_backward": (2 * n + 1, n + 1),
+        "replay": (n + REPLAYED - 1, n * (REPLAYED - 1) + REPLAYED),
+        "post_pre": (2 * n + 1, n + 1),
+        "post_head": (2 * n + 1, n + 1),
+        "post_pre_delayed": (n + 1, n + 1),
+        "post_pre_backward": (3 * n + 3, n + 1),
+        "post_pre_delayed_backward": (2 * n + 2, n + 1),
+        "post_head_backward": (3 * n + 3, n + 1),
+        "expand_pre": (2, n + 1),
+        "expand_pre_backward": (n + 4, 2),
+    }.get(kernel, (0, 0))
+
+
+def small_bytes(case: Case, plan: ProjectionPlan, num_slabs: int) -> int:
+    """Bytes of everything that is not a stream tensor; `plan` and `num_slabs` are the projection's.
+
+    Of a boundary `num_slabs` are those of its schedule.
+    """
+    n, tokens = case.shape.num_streams, case.shape.num_tokens
+    rows = n * n + 2 * n
+    partial = num_slabs * plan.slab_rows * tokens * FLOAT32
+    if case.kernel == "project":
+        stream_size = n * case.shape.hidden_size
+        halves = plan.columns * stream_size * BYTES[plan.operand_dtype] if plan.split else 0
+        return rows * stream_size * FLOAT32 + 2 * halves + partial  # the halves are written, then read
+    if case.kernel == "coefficients":
+        return partial + (3 + rows + (2 * rows + 1) * tokens) * FLOAT32  # the mappings, and what a backward needs
+    if case.kernel == "coefficients_backward":  # g_h_*, and what is projected in and out; alpha, bias in and out
+        token_sums = 2 * num_token_sums(case, plan) * (3 + rows)
+        return ((3 * rows + 2) * tokens + 2 * (3 + rows) + token_sums) * FLOAT32
+    if case.kernel in (POST_PRE, POST_PRE_DELAYED):  # h_pre, h_post, h_res and phi, then what `coefficients` moves
+        read = (2 * n + n * n) * tokens + rows * n * case.shape.hidden_size
+        if case.kernel == POST_PRE and plan.split:  # on a GPU two of the mappings are made by the aggregation's launch
+            read += (n + n * n) * tokens
+        return read * FLOAT32 + partial + small_bytes(Case("coefficients", case.shape), plan, num_slabs)
+    if case.kernel == POST_PRE_BACKWARD:
+        return boundary_backward_bytes(case, plan)
+    if case.kernel == "project_backward":  # phi in and out
+        phi = rows * n * case.shape.hidden_size
+        return (2 * phi + (rows + 1) * tokens) * FLOAT32 + g_phi_slab_bytes(case, plan)
+    per_token = {
+        "sinkhorn": 2 * n * n,
+        "pre": n,
+        "post": n + n * n,
+        "sinkhorn_backward": 3 * n * n,
+        "pre_backward": n,
+        "post_backward": 2 * (n + n * n),
+    }.get(case.kernel, 0)
+    return per_token * tokens * FLOAT32
+
+
+def boundary_backward_bytes(case: Case, plan: ProjectionPlan) -> int:
+    """Of `post_pre_backward`, four kernels: h_pre's gradient, the mappings', the mixing's and phi's, then the sums."""
+    shape, rows = case.shape, plan.rows
+    n, tokens, mixing = shape.num_streams, shape.num_tokens, shape.num_streams * (shape.num_streams + 1)
+    backward = boundary_plans.boundary_backward_plan(rows, n, shape.hidden_size, shape.dtype, target_of(plan))
+    num_ranges = -(-tokens // (boundary_plans.tiles_per_range(tokens, backward) * backward.tokens))
+    blocks = -(-shape.hidden_size // backward.channels)
+    phi = rows * n * shape.hidden_size
+    ranges = 2 * num_ranges * phi if num_ranges > 1 else 0  # partial sums in and out; a single range's is g_phi itself
+    token_sums = 2 * num_token_sums(case, plan) * (3 + rows)
+    parameters = 2 * (3 + rows)  # alpha and bias in, their gradients out
+    per_token = n + (3 * rows + 2) + (rows + 1 + n + mixing) + mixing  # pre, mappings, what the mixing reads, sums out
+    elements = (per_token + 2 * blocks * mixing) * tokens + 2 * phi + ranges + token_sums + parameters
+    return elements * FLOAT32
+
+
+def separate_backward(case: Case, plan: ProjectionPlan) -> Traffic:
+    """Of `post_pre_backward` where the separate kernels run it: theirs, and g_layer_input and h_pre on the way."""
+    shape = case.shape
+    n, unit = shape.num_streams, shape.num_tokens * shape.hidden_size * shape.itemsize
+    kernels = ("pre_backward", "coefficients_backward", "project_backward", "post_backward")
+    parts = (traffic(Case(kernel, shape), plan, num_slabs=1) for kernel in kernels)
+    return sum(parts, start=Traffic(unit, 0, n * shape.num_tokens * FLOAT32))
+
+
+def num_token_sums(case: Case, plan: ProjectionPlan) -> int:
+    """Rows of partial sums of g_alpha and g_bias that `coefficients_backward` leaves: one a block of tokens."""
+    n, iters = case.shape.num_streams, MHCSpec(case.shape.hidden_size, case.shape.num_streams).sinkhorn_iters
+    return -(-case.shape.num_tokens // plans.sinkhorn_backward_sizes(n, iters, target_of(plan))[1])
+
+
+def g_phi_slab_bytes(case: Case, plan: ProjectionPlan) -> int:
+    """Bytes of partial sums of g_phi that `project_backward` writes and reads again; none where one sum is all."""
+    shape = case.shape
+    backward = plans.projection_backward_plan(plan.rows, shape.hidden_size, shape.dtype, target_of(plan))
+    num_splits = -(-shape.num_tokens // plans.tokens_per_split(shape.num_tokens, backward))
+    phi = plan.rows * shape.num_streams * shape.hidden_size * FLOAT32
+    return 2 * num_splits * phi if num_splits > 1 else 0
+
+
+def target_of(plan: ProjectionPlan) -> str:
+    """The target that a plan is for: only on a CPU is phi multiplied whole."""
+    return "cuda" if plan.split else "cpu"
+
+
+def traffic(case: Case, plan: ProjectionPlan, num_slabs: int) -> Traffic:
+    """The bytes of one call of the case's kernel, or of the kernels that its name joins."""
+    n, kernels = case.shape.num_streams, case.kernel.split("+")
+    if case.kernel == POST_PRE_BACKWARD and not boundary_plans.backward_is_fused(n, target_of(plan)):
+        return separate_backward(case, plan)
+    if len(kernels) > 1:
+        return sum((traffic(Case(kernel, case.shape), plan, num_slabs) for kernel in kernels), start=Traffic())
+    unit = case.shape.num_tokens * case.shape.hidden_size * case.shape.itemsize
+    read, written = stream_elements(case.kernel, n)
+    return Traffic(read * unit, written * unit, small_bytes(case, plan, num_slabs))
