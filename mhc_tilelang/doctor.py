@@ -26,7 +26,7 @@ from mhc_tilelang.device import processor_name
 from mhc_tilelang.json_output import add_json_argument, write_json
 from mhc_tilelang.toolchain import CXX_NAMES, find_cxx, find_nvcc, find_nvdisasm, output_of, version_of
 
-# Oldest versions that work; tests/test_doctor.py compares them with the package's own requirements.
+# Oldest versions that work; tests/package/test_doctor.py compares them with the package's own requirements.
 OLDEST_PYTHON = (3, 10)
 OLDEST = {"torch": (2, 10), "tilelang": (0, 1, 15), "numpy": ()}
 OLDEST_COMPUTE_CAPABILITY = (8, 0)

@@ -28,7 +28,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor that is allocated without a value starts as NaN: what a kernel leaves unwritten shows.
 
-    `tests/test_of_tests.py` sees to it that this is so.
+    `tests/kernels/test_of_tests.py` sees to it that this is so.
     """
     import torch
 
@@ -44,5 +44,5 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # pytest -n runs more OpenMP threads than there are cores. One that spins at a barrier keeps the one it waits for
-# from running: 43 s for tests/test_bits.py and test_of_tests.py on two cores, 9 s without. Read when torch loads.
+# from running: 43 s for tests/kernels/test_bits.py and test_of_tests.py on two cores, 9 s without. Read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

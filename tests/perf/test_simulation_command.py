@@ -18,7 +18,7 @@ from mhc_tilelang.perf.simulation.costs import Assumptions
 from mhc_tilelang.perf.simulation.overhead import overhead, step_overhead
 from mhc_tilelang.perf.sizes import MODELS
 
-STORED = Path(__file__).parent.parent / "perf" / "results" / "amd-epyc-2-cores"
+STORED = Path(__file__).parents[2] / "perf" / "results" / "amd-epyc-2-cores"
 
 
 def test_the_command_prints_every_assumption(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_kernels_of_the_file_are_known() -> None:
 # The page
 
 
-PAGE = Path(__file__).parent.parent / "docs" / "at-scale-model.md"
+PAGE = Path(__file__).parents[2] / "docs" / "at-scale-model.md"
 SHOWN = re.findall(r"```\n\$ mhc-tilelang (.*?) --out docs/at-scale\n(.*?)\n```", PAGE.read_text("utf-8"), re.DOTALL)
 
 

@@ -16,7 +16,7 @@ from mhc_tilelang.perf.stored.results.compare import compare, differences
 from mhc_tilelang.perf.stored.results.from_json import load
 from mhc_tilelang.perf.stored.results.results import KernelResults, OverheadResults, Spread
 
-STORED = Path(__file__).parent.parent / "perf" / "results" / "amd-epyc-2-cores"
+STORED = Path(__file__).parents[2] / "perf" / "results" / "amd-epyc-2-cores"
 KERNELS, OVERHEAD = STORED / "default.json", STORED / "overhead-3b.json"
 
 

@@ -27,7 +27,7 @@ from mhc_tilelang.cpu import build
 from mhc_tilelang.errors import BundleError, TrustError
 from mhc_tilelang.spec import MHCSpec
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def resealed(folder: Path, change: Callable[[dict], None]) -> Path:

@@ -16,7 +16,7 @@ from test_connections import randomize
 from mhc_tilelang import ops
 from mhc_tilelang.checking import plain_torch
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "gpt.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "gpt.py"
 STEPS, BATCH, CONTEXT, WIDTH = 20, 4, 32, 32
 # Losses of 3 to 6 have a unit in the last place of 2e-7 to 5e-7. The curves differ by one or two of these: errors of
 # 1e-7 in the gradients turn AdamW's steps by as little, and twenty steps do not amplify them much. Forty allow for

@@ -31,7 +31,7 @@ from mhc_tilelang.perf.gpu.counters import Launched
 from mhc_tilelang.recording import launched
 from mhc_tilelang.tracing import signature_of, trace
 
-SCRIPT = Path(__file__).resolve().parents[1] / "perf" / "on_gpu.sh"
+SCRIPT = Path(__file__).resolve().parents[2] / "perf" / "on_gpu.sh"
 # Stands for Python and for every tool: notes the call; fails, or takes too long, where its words match.
 FAKE = """#!/bin/bash
 echo "$(basename "$0") $*" >>"$CALLS"

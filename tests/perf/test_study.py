@@ -24,7 +24,7 @@ from mhc_tilelang.perf.study import convergence, gain, gradients, runs, sinkhorn
 from mhc_tilelang.perf.study.matrices import Curve, gains_by_depth, measure
 from mhc_tilelang.perf.study.model import Sizes, read_text
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 EPS = 1e-6
 SIZES = Sizes(width=24, depth=1, heads=2, context=16, batch=2, steps=3, rate=1e-3)

@@ -18,7 +18,7 @@ from mhc_tilelang.perf.figures.run.sublayer import stages
 
 matplotlib = pytest.importorskip("matplotlib")
 
-STORED = Path(__file__).parent.parent / "perf" / "results" / "amd-epyc-2-cores"
+STORED = Path(__file__).parents[2] / "perf" / "results" / "amd-epyc-2-cores"
 FILES = [STORED / "default.json", STORED / "overhead-3b.json"]
 
 

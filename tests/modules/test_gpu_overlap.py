@@ -1,4 +1,4 @@
-"""On a GPU: writes merged on a stream of their own. tests/test_overlap.py has the order of what happens."""
+"""On a GPU: writes merged on a stream of their own. tests/modules/test_overlap.py has the order of what happens."""
 
 from __future__ import annotations
 

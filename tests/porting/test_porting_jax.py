@@ -31,7 +31,7 @@ from mhc_tilelang.spec import MHCSpec
 jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "porting" / "jax"
 sys.path.insert(0, str(EXAMPLE))
 from mhc_jax import Sublayer  # noqa: E402

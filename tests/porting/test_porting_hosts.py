@@ -19,7 +19,7 @@ from mhc_tilelang.bundle import export
 from mhc_tilelang.spec import MHCSpec
 from mhc_tilelang.toolchain import find_nvcc
 
-PORTING = Path(__file__).resolve().parents[1] / "examples" / "porting"
+PORTING = Path(__file__).resolve().parents[2] / "examples" / "porting"
 NEITHER = {"PATH": "/usr/bin:/bin"}  # no virtual environment, no PYTHONPATH
 
 needs_cmake = pytest.mark.skipif(shutil.which("cmake", path=NEITHER["PATH"]) is None, reason="no cmake of the system")

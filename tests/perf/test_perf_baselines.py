@@ -39,7 +39,7 @@ from mhc_tilelang.perf.torch_forms.baselines import (
 from mhc_tilelang.reference.coefficients import join_groups, sigmoid_slope, sum_groups
 
 CPU = torch.device("cpu")
-STORED = Path(__file__).resolve().parents[1] / "perf" / "results"
+STORED = Path(__file__).resolve().parents[2] / "perf" / "results"
 EVERY_KERNEL = KERNELS + BACKWARD_KERNELS
 ALL = [pytest.param(kernel, form, mode, id=f"{kernel}-{mode}-{form.name}") for kernel in EVERY_KERNEL
        for form in FORMS[kernel] if "cpu" in form.devices for mode in form.modes]  # fmt: skip

@@ -18,7 +18,7 @@ from mhc_tilelang.perf.inspect import explain, matrix, pages, stored
 from mhc_tilelang.perf.inspect.matrix import STUDIED
 from mhc_tilelang.perf.inspect.occupancy import ARCHITECTURES
 
-FOLDER = Path(__file__).parent.parent / "docs" / "kernels"
+FOLDER = Path(__file__).parents[2] / "docs" / "kernels"
 STALE = "stale: run make docs-kernels"
 
 
@@ -42,7 +42,7 @@ def test_page_has_all_that_the_kernel_uses_of_its_module(kernel: str) -> None:
     text = (FOLDER / f"{kernel}.md").read_text(encoding="utf-8")
     [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     shown = {node.name for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)}
-    source = (Path(__file__).parent.parent / "kernels" / f"{module}.py").read_text(encoding="utf-8")
+    source = (Path(__file__).parents[2] / "kernels" / f"{module}.py").read_text(encoding="utf-8")
     own = {node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
     assert factory in shown
     assert {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)} & own <= shown

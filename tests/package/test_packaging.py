@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 INSTALLED_AS = {
     "mhc_tilelang": "mhc_tilelang",
     "kernels": "mhc_tilelang/kernels",

@@ -19,7 +19,7 @@ import pytest
 from mhc_tilelang.perf.figures.run import excerpts as guide
 from mhc_tilelang.perf.figures.run import facts
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 GUIDE = [page for page in PAGES if page.startswith("docs/guide/")]

@@ -1,4 +1,4 @@
-"""Writes merged on a CUDA stream of their own, with stand-ins for CUDA: tests/test_gpu.py has the real thing.
+"""Writes merged on a CUDA stream of their own, with stand-ins for CUDA: tests/package/test_gpu.py has the real thing.
 
 Would catch: a merge that does not wait for the layer's output, a read that does not wait for the merge, memory that is
 given away while the other stream still uses it, a write merged twice or lost, other bits.

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mhc_tilelang as mhc
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SPEC = mhc.MHCSpec.deepseek_v4(64)
 STEPS, TOKENS = 2, 12
 
