@@ -1,4 +1,4 @@
-"""TileLang device code, written for the GPU; the CPU target runs the same functions (see `mhc_tilelang.cpu`).
+"""TileLang device code, written for the GPU; the CPU target runs the same functions (see `mhc_tilelang.compiler.cpu`).
 
 One family a file, its equation at the head, then macros, then the kernel: a function of the sizes that are
 compiled in (streams, channels, dtype, a tile) which returns a `T.prim_func`. Token counts and split counts

@@ -31,8 +31,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import convert, diagnostics, integrations
-    from .connections import HyperConnection, HyperHead, ResidualConnection, UnconstrainedHyperConnection, connection
     from .errors import BundleError, CompilerError, GradientError, MHCError, MHCWarning
+    from .modules.connections import (
+        HyperConnection,
+        HyperHead,
+        ResidualConnection,
+        UnconstrainedHyperConnection,
+        connection,
+    )
+    from .modules.pipeline import wire_bytes
+    from .modules.recompute import recompute_length
+    from .modules.residual_stream import ResidualStream
+    from .modules.saved import saved_bytes
     from .ops import (
         coefficients,
         collapse,
@@ -46,10 +56,6 @@ if TYPE_CHECKING:
         pre,
         sinkhorn,
     )
-    from .pipeline import wire_bytes
-    from .recompute import recompute_length
-    from .residual_stream import ResidualStream
-    from .saved import saved_bytes
     from .spec import MHCSpec
 
 __all__ = [

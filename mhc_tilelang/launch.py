@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from . import compile as compiler
-from .kernel import Kernel, dtype_name
+from . import compiler
+from .compiler.kernel import Kernel, dtype_name
 from .kernels import boundary_plans, plans
 from .spec import MHCSpec
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from . import compile as compiler
+from . import compiler
+from .compiler.kernel import dtype_name
 from .errors import GradientError
-from .kernel import dtype_name
 from .kernels import plans
 from .launch import aligned, alignment
 from .spec import MHCSpec

@@ -16,9 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import compile as compiler
-from . import launch, launch_mappings, launch_norm
-from .kernel import dtype_name
+from . import compiler, launch, launch_mappings, launch_norm
+from .compiler.kernel import dtype_name
 from .kernels import boundary_plans
 from .launch import aligned
 from .spec import MHCSpec

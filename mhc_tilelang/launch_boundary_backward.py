@@ -14,9 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import compile as compiler
-from . import launch_backward, launch_norm
-from .kernel import dtype_name
+from . import compiler, launch_backward, launch_norm
+from .compiler.kernel import dtype_name
 from .kernels import boundary_plans, plans
 from .launch import aligned
 from .launch_backward import or_unused

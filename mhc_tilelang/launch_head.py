@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from . import launch, launch_backward, launch_boundary
-from .compile import platform_of
+from .compiler import platform_of
 from .kernels import boundary_plans
 from .launch_boundary_backward import BoundaryGradients, Gradient, boundary_sums, mixing_backward, separate_backward
 from .spec import MHCSpec

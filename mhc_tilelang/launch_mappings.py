@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from . import compile as compiler
-from . import launch
-from .kernel import dtype_name
+from . import compiler, launch
+from .compiler.kernel import dtype_name
 from .kernels import boundary_plans, plans
 from .launch import aligned
 from .spec import MHCSpec

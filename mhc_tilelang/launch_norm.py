@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from . import compile as compiler
-from . import launch, launch_backward
-from .kernel import Kernel, dtype_name
+from . import compiler, launch, launch_backward
+from .compiler.kernel import Kernel, dtype_name
 from .kernels import plans
 from .launch import aligned
 from .launch_backward import by_width, or_unused

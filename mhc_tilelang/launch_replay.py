@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from . import launch
-from .kernel import dtype_name
+from .compiler.kernel import dtype_name
 from .kernels.plans import MAX_SUBLAYERS
 
 

@@ -9,7 +9,7 @@ import os
 
 import pytest
 
-from mhc_tilelang.toolchain import find_nvcc
+from mhc_tilelang.compiler.toolchain import find_nvcc
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -44,5 +44,5 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # pytest -n runs more OpenMP threads than there are cores. One that spins at a barrier keeps the one it waits for
-# from running: 43 s for tests/kernels/test_bits.py and test_of_tests.py on two cores, 9 s without. Read when torch loads.
+# from running: 43 s for test_bits.py and test_of_tests.py on two cores, 9 s without. Read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

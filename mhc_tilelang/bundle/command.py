@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..cli.json_output import add_json_argument, write_json
 from ..errors import MHCError
-from ..json_output import add_json_argument, write_json
 from .options import add_model_arguments, spec_of
 
 

@@ -21,9 +21,9 @@ from shutil import copyfile
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..cpu import build
+from ..compiler.cpu import build
+from ..compiler.toolchain import version_of
 from ..errors import BundleError, CompilerError, MHCError
-from ..toolchain import version_of
 from . import headers
 from .described import Described, entry_of
 
@@ -119,7 +119,7 @@ def write(
 
     Raises CompilerError where there is no C++ compiler, or it refuses.
     """
-    from ..cpu.emit import emit
+    from ..compiler.cpu.emit import emit
 
     features = features_of(march)
     place = folder / FOLDER

@@ -15,21 +15,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..compiler.toolchain import version_of
 from ..errors import MHCError
-from ..toolchain import version_of
 from . import headers
 from .cpu_target import call, workers
 from .described import Described, entry_of
 
 if TYPE_CHECKING:
-    from ..cuda_source import CudaSource
+    from ..compiler.cuda_source import CudaSource
 
 KINDS = {"handle": "p", "int32": "i", "int64": "l", "float32": "f"}
 
 
 def check_arch(arch: str) -> None:
     """Raise MHCError for an architecture that the kernels are not made for. Loads tilelang."""
-    from ..cuda import SHARED_BYTES
+    from ..compiler.cuda import SHARED_BYTES
 
     if arch not in SHARED_BYTES:
         raise MHCError(f"--arch: expected cpu or any of {', '.join(SHARED_BYTES)}, got {arch}")
@@ -40,8 +40,8 @@ def write(kernels: Sequence[Described], arch: str, folder: Path, tick: Callable[
 
     Raises CompilerError where there is no nvcc, or it refuses.
     """
-    from ..cuda import nvcc, nvcc_command
-    from ..cuda_source import generate_from
+    from ..compiler.cuda import nvcc, nvcc_command
+    from ..compiler.cuda_source import generate_from
 
     place = folder / arch
     place.mkdir()

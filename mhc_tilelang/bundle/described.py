@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
 
-from ..kernel import Signature
+from ..compiler.kernel import Signature
 
 INPUT, OUTPUT, UNUSED = "in", "out", "unused"
 ABBREVIATED = {"num_streams": "n", "hidden_size": "c", "dtype": ""}
@@ -48,10 +48,10 @@ class Described:
 
 def describe(family: str, parameters: dict[str, Any], common: dict[str, Any]) -> Described:
     """Trace a kernel, and say what it reads and writes; `common` are the sizes of its bundle. Loads tilelang."""
-    from ..tracing import signature_of, trace
+    from ..compiler.tracing import signature_of, trace
 
     func = trace(family, parameters)
-    from ..cpu.views import accesses_of  # after tilelang, which puts tvm on the path
+    from ..compiler.cpu.views import accesses_of  # after tilelang, which puts tvm on the path
 
     signature = signature_of(func)
     accesses = accesses_of(func.body)

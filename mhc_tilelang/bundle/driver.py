@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from ..compiler.kernel import Kernel, Signature
 from ..errors import BundleError
-from ..kernel import Kernel, Signature
 from .launch_size import value_of
 
 if TYPE_CHECKING:

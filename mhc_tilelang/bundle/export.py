@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..device import versions
+from ..cli.device import versions
 from ..errors import MHCError
 from ..spec import MHCSpec
 from . import cpu_target, cuda_target, golden, manifest, workload

@@ -34,10 +34,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import compile as compiler
-from ..cpu.build import cxx
+from .. import compiler
+from ..compiler.cpu.build import cxx
+from ..compiler.kernel import Kernel
 from ..errors import CompilerError
-from ..kernel import Kernel
 from ..spec import MHCSpec
 from . import manifest, workload
 from .described import OUTPUT, UNUSED, Described, key_of
@@ -186,7 +186,7 @@ def random_arguments(kernel: Described) -> dict[str, torch.Tensor]:
 
 def compiled(kernel: Described, scratch: Path) -> ctypes.CDLL:
     """A kernel in float64."""
-    from ..cpu.emit import emit
+    from ..compiler.cpu.emit import emit
 
     code = emit(kernel.func.with_attr("global_symbol", kernel.symbol)).replace("runtime.h", "float64.h")
     source, library = scratch / f"{kernel.name}.cpp", scratch / f"{kernel.name}.so"

@@ -16,7 +16,7 @@ from .described import OUTPUT, Described
 from .launch_size import c_of
 
 if TYPE_CHECKING:
-    from ..cuda_source import CudaSource
+    from ..compiler.cuda_source import CudaSource
 
 C_TYPES = {"float32": "float", "bfloat16": "uint16_t", "float16": "uint16_t"}
 OPEN = """#ifdef __cplusplus

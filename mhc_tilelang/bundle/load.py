@@ -13,8 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..compiler.kernel import Kernel, Signature
 from ..errors import BundleError
-from ..kernel import Kernel, Signature
 from . import cpu_target, manifest
 from .described import encoded_parameters, key_of
 
@@ -35,7 +35,7 @@ class Bundle:
     def kernel(self, target: str, entry: dict[str, Any]) -> Kernel:
         """A kernel of the manifest. Raises BundleError where its code was changed or this machine cannot run it."""
         if self.manifest["targets"][target]["kind"] == "cpu":
-            from ..cpu.build import bind
+            from ..compiler.cpu.build import bind
 
             library = self.library(target)
             try:

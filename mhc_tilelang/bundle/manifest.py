@@ -21,10 +21,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .. import trust
+from ..compiler import trust
+from ..compiler.json_input import fields, strings
+from ..compiler.kernel import Signature
 from ..errors import BundleError
-from ..json_input import fields, strings
-from ..kernel import Signature
 
 FORMAT = 2
 MANIFEST, SEAL = "manifest.json", "manifest.sha256"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..compile import target_of
+from ..compiler import target_of
 from ..errors import BundleError
 from . import cpu_target, golden, manifest
 from .described import INPUT, OUTPUT

@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import time
 
-from ..device import add_device_argument, pick_device
+from ..cli.device import add_device_argument, pick_device
+from ..cli.json_output import add_json_argument, write_json
 from ..errors import MHCError
-from ..json_output import add_json_argument, write_json
 from .options import add_model_arguments, spec_of
 
 
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     """Get the kernels, one after the other."""
     from tqdm import tqdm
 
-    from .. import compile as compiler
+    from .. import compiler
     from .cuda_target import check_arch
     from .workload import kernels_of
 

@@ -15,12 +15,11 @@ from typing import Any, cast
 
 import torch
 
-from .. import compile as compiler
-from .. import ops
+from .. import compiler, ops
 from ..checking.inputs import Case, Inputs
-from ..connections import HyperConnection, HyperHead
-from ..kernel import Kernel
-from ..residual_stream import ResidualStream
+from ..compiler.kernel import Kernel
+from ..modules.connections import HyperConnection, HyperHead
+from ..modules.residual_stream import ResidualStream
 from ..spec import MHCSpec
 
 # Token counts between which what is compiled may differ: gradients of parameters are one partial sum or several, and

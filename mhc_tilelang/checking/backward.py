@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from .. import launch_backward, reference
-from ..compile import platform_of
-from ..kernel import dtype_name
+from ..compiler import platform_of
+from ..compiler.kernel import dtype_name
 from ..kernels import plans
 from . import plain_torch, tolerance
 from .coefficients_backward import check_coefficients_backward, check_head_coefficients_backward

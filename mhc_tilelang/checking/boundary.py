@@ -23,8 +23,8 @@ from .. import (
     launch_mappings,
     reference,
 )
-from ..compile import platform_of
-from ..kernel import dtype_name
+from ..compiler import platform_of
+from ..compiler.kernel import dtype_name
 from ..kernels import boundary_plans
 from . import plain_torch, tolerance
 from .coefficients_backward import Logits, comparisons, sublayer_mappings

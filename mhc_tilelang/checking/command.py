@@ -8,8 +8,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..device import EXECUTOR, add_device_argument, describe, pick_device, versions
-from ..json_output import add_json_argument, write_json
+from ..cli.device import EXECUTOR, add_device_argument, describe, pick_device, versions
+from ..cli.json_output import add_json_argument, write_json
 
 if TYPE_CHECKING:
     from .run import Row

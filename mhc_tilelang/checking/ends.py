@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from .. import launch_backward, launch_expand, launch_head, reference
-from ..compile import platform_of
-from ..kernel import dtype_name
+from ..compiler import platform_of
+from ..compiler.kernel import dtype_name
 from ..kernels import plans
 from . import plain_torch, tolerance
 from .boundary import compare_mixing, mixed

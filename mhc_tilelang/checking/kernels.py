@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from .. import launch, ops, reference
-from ..kernel import dtype_name
+from ..compiler.kernel import dtype_name
 from . import plain_torch, tolerance
 from .inputs import Case, Inputs
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .. import launch_norm, reference
-from ..kernel import dtype_name
+from ..compiler.kernel import dtype_name
 from . import plain_torch, tolerance
 from .inputs import Case, Gradients, Inputs, drawing_device
 from .kernels import Array, Comparison, numpy64

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from .. import ops, reference
+from ..compiler.kernel import dtype_name
 from ..errors import MHCError
-from ..kernel import dtype_name
 from ..spec import MHCSpec
 from . import plain_torch, tolerance
 from .kernels import Array, numpy64

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .. import launch_replay, reference
-from ..kernel import dtype_name
+from ..compiler.kernel import dtype_name
 from ..launch_replay import Written
 from . import plain_torch, tolerance
 from .inputs import Case, Inputs

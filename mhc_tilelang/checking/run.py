@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..arguments import STREAM_DTYPES
-from ..kernel import dtype_name
+from ..compiler.kernel import dtype_name
 from ..spec import STREAM_COUNTS
 from . import backward, boundary, ends, kernels, norm, replay
 from .inputs import Case, Inputs

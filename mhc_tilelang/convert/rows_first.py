@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import ops
-from ..connections import HyperConnection
+from ..modules.connections import HyperConnection
 from .tensors import swapped_rows
 
 

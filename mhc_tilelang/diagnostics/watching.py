@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..connections import HyperConnection, ResidualConnection, UnconstrainedHyperConnection
-from ..stream_state import backward_pass
+from ..modules.connections import HyperConnection, ResidualConnection, UnconstrainedHyperConnection
+from ..modules.stream_state import backward_pass
 from .measures import res_logits, stream_rms
 from .report import Call, Finding, Report, Thresholds
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from ...device import add_device_argument, describe, pick_device, versions
-from ...json_output import add_json_argument, write_json
+from ...cli.device import add_device_argument, describe, pick_device, versions
+from ...cli.json_output import add_json_argument, write_json
 from ...spec import STREAM_COUNTS
 from .. import peers
 from ..calls import cases

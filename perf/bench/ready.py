@@ -82,7 +82,7 @@ def width(shape: Shape) -> str:
 
 def missing_jobs(calls: Sequence[Case]) -> list[Job]:
     """The CPU kernels of these calls that are not on disk."""
-    from ...cpu.build import is_built
+    from ...compiler.cpu.build import is_built
     from ..calls.launches import launches
 
     found = (launch for call in calls for launch in launches(call, "cpu", os.cpu_count() or 1))

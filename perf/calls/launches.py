@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from .cases import Case, Shape
 
 if TYPE_CHECKING:
-    from ...recording import Recorded
+    from ...compiler.recording import Recorded
 
 TELLING = 128  # more than there are rows of phi, slabs or splits where a stream has no more tokens or channels
 
@@ -40,7 +40,7 @@ def recorded(shape: Shape, target: str, parallel_blocks: int) -> dict[str, list[
     """The kernels of every call at these sizes."""
     import torch
 
-    from ...recording import recording
+    from ...compiler.recording import recording
     from .every_call import every_call
 
     found = {}

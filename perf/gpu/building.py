@@ -79,7 +79,7 @@ def build_in(pool: Executor, jobs: Iterable[Job], target: str) -> list[Built]:
 
 def build_one(job: Job, target: str) -> Built:
     """One job, in the process that it is given."""
-    from ... import compile as compiler
+    from ... import compiler
 
     start = time.monotonic()
     try:

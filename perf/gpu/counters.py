@@ -23,16 +23,16 @@ from pathlib import Path
 from shutil import which
 from typing import TYPE_CHECKING, Any
 
-from ...device import pick_device
+from ...cli.device import pick_device
+from ...cli.json_output import add_json_argument, write_json
 from ...errors import MHCError
-from ...json_output import add_json_argument, write_json
 from ..calls.cases import Shape
 from ..options import DTYPES, positive
 
 if TYPE_CHECKING:
     import torch
 
-    from ...recording import Recorded
+    from ...compiler.recording import Recorded
 
 ALLOWED = 0.05
 READ, WRITTEN, TIME = "dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum"
@@ -86,7 +86,7 @@ class Compared:
 
 def launches_at(shape: Shape, device: torch.device) -> list[tuple[str, Recorded]]:
     """Every kernel of every call, each once, run already."""
-    from ...recording import launched
+    from ...compiler.recording import launched
     from ..calls.every_call import every_call
 
     found: dict[tuple[object, ...], tuple[str, Recorded]] = {}
@@ -116,7 +116,7 @@ def launch(shape: Shape, device: torch.device, manifest: Path) -> None:
     """The inner run: say what is launched, then launch each kernel once between the profiler's start and stop."""
     import torch
 
-    from ... import compile as compiler
+    from ... import compiler
 
     chosen = launches_at(shape, device)
     source = torch.ones(PROBE_BYTES // 4 if device.type == "cuda" else 1, device=device)

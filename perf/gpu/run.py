@@ -83,7 +83,7 @@ def launch_every_call(args: argparse.Namespace) -> int:
     """Every call of `launches` once, without a comparison: a sanitizer slows down what runs beside the kernels too."""
     import torch
 
-    from ...device import pick_device
+    from ...cli.device import pick_device
     from ..calls.every_call import every_call
 
     device = pick_device(args.device)

@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ...device import add_device_argument, describe, pick_device
+from ...cli.device import add_device_argument, describe, pick_device
+from ...cli.json_output import add_json_argument, write_json
 from ...errors import MHCError
-from ...json_output import add_json_argument, write_json
 from ...kernels.boundary_plans import BoundaryBackwardPlan
 from ..calls.cases import Shape
 from ..options import DTYPES, positive
@@ -28,7 +28,7 @@ from .building import Job, build_all
 if TYPE_CHECKING:
     import torch
 
-    from ...recording import Recorded
+    from ...compiler.recording import Recorded
     from ..measure.timing import Statistics
 
 TOLERANCE = {"bfloat16": 2**-7, "float16": 2**-10, "float32": 1e-5}  # of the norm: a rounding, and the order of sums
@@ -62,7 +62,7 @@ def calls_with(family: str) -> list[str]:
 
 def find(family: str, shape: Shape, device: torch.device) -> Recorded:
     """The kernel of a family as an ordinary call launches it. Raises MHCError for a family that none launches."""
-    from ...recording import launched
+    from ...compiler.recording import launched
     from ..calls.every_call import every_call
 
     runs = every_call(shape, device)
@@ -75,7 +75,7 @@ def find(family: str, shape: Shape, device: torch.device) -> Recorded:
 
 def tune(one: Recorded, target: str, processes: int, repeats: int, limit: int | None) -> list[Tried]:
     """Every plan, the heuristic's first; then those that were timed, fastest first, then the others."""
-    from ... import compile as compiler
+    from ... import compiler
     from ..measure.machine import last_level_cache
     from ..measure.timing import clock_for, measure
     from .building import brief
@@ -225,7 +225,7 @@ def run(args: argparse.Namespace) -> int:
     """Print a table a family, and what was refused."""
     import torch
 
-    from ...compile import target_of
+    from ...compiler import target_of
 
     device = pick_device(args.device)
     shape = Shape(args.tokens or TOKENS[device.type], args.streams, args.width, args.dtype)

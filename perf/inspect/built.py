@@ -14,7 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ...disk_cache import Made, kept
+from ...compiler.disk_cache import Made, kept
 from .matrix import Subject
 from .row import Row, build_function
 
@@ -33,7 +33,7 @@ BUILDS_PER_PROCESS = 40  # 1.3 GB after 60
 
 def build(subject: Subject, arch: str, cached: bool = True) -> Row:
     """Build a subject, or find what was built. Raises CompilerError where a tool is missing or refuses."""
-    from ...tracing import trace
+    from ...compiler.tracing import trace
 
     func = trace(subject.kernel, subject.launch.parameters)
     if not cached:
@@ -59,9 +59,9 @@ def renamed(row: Row, subject: Subject) -> Row:
 
 def entry_name(func: Any, subject: Subject, arch: str) -> str:
     """What a kernel's row is kept under: a hash of what it is made from."""
-    from ... import cuda_source
-    from ...cpu.build import digest
-    from ...cuda import PASS_CONFIGS
+    from ...compiler import cuda_source
+    from ...compiler.cpu.build import digest
+    from ...compiler.cuda import PASS_CONFIGS
     from .compiler import COMPILE_FLAGS, versions
 
     makers = [Path(cuda_source.__file__), *(HERE / f"{name}.py" for name in MAKERS)]

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ...cli.json_output import add_json_argument
 from ...errors import MHCError
-from ...json_output import add_json_argument
 from ...kernels import FAMILIES
 from ...spec import STREAM_COUNTS
 from ..options import DTYPES, positive
@@ -184,7 +184,7 @@ def inspect_peers(args: argparse.Namespace) -> int:
 
 def print_code(wanted: Builds, machine_code: bool) -> int:
     """CUDA source or machine code of each kernel."""
-    from ...cuda_source import generate
+    from ...compiler.cuda_source import generate
     from .compiler import compile_source
 
     for subject, arch in wanted:

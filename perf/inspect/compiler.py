@@ -13,9 +13,9 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ...cuda import COMPILE_FLAGS, nvcc, nvcc_command
+from ...compiler.cuda import COMPILE_FLAGS, nvcc, nvcc_command
+from ...compiler.toolchain import Tool, find_nvdisasm, version_of
 from ...errors import CompilerError
-from ...toolchain import Tool, find_nvdisasm, version_of
 from .sass import SOURCE
 
 

@@ -106,8 +106,8 @@ def units(num_bytes: float) -> str:
 
 def launch_shape(subjects: Iterable[Subject]) -> str:
     """A table of grids and threads, and what was compiled in."""
-    from ...cuda_source import CudaSource, text_of
-    from ...tracing import trace
+    from ...compiler.cuda_source import CudaSource, text_of
+    from ...compiler.tracing import trace
     from .fragments import tiles_of
 
     rows = [f"| kernel | grid | at {STUDIED.num_tokens} tokens | threads |", "|---|---|---|---|"]

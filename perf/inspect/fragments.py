@@ -51,7 +51,7 @@ def tiles_of(func: Any) -> tuple[int, list[Any]]:
     """The threads of a block, and the shared and fragment buffers that something touches."""
     from tvm import tirx
 
-    from ...cpu.views import accesses_of
+    from ...compiler.cpu.views import accesses_of
 
     touched = {access.buffer for access in accesses_of(func.body)}
     threads: list[Any] = []

@@ -19,7 +19,7 @@ from ..options import DTYPES
 from .occupancy import ARCHITECTURES
 
 if TYPE_CHECKING:
-    from ...recording import Recorded
+    from ...compiler.recording import Recorded
 
 TOKENS = 4096  # sets the run-time sizes of a launch, and in how many lanes partial sums are added
 PARALLEL_BLOCKS = 2 * 132  # of a projection, on the multiprocessors of an H100 or H200

@@ -71,7 +71,7 @@ class Row:
 
 def build_function(func: Any, subject: Subject, arch: str) -> Row:
     """Lower, compile, disassemble, count."""
-    from ...cuda_source import generate_from
+    from ...compiler.cuda_source import generate_from
     from .compiler import compile_source
     from .fragments import truncated
     from .machine_accesses import machine_accesses

@@ -98,7 +98,7 @@ def lowered(func: Any, arch: str, configs: Mapping[Any, Any]) -> Any:
     from tvm import transform
     from tvm.target import Target
 
-    from ...cuda_source import CudaSource
+    from ...compiler.cuda_source import CudaSource
 
     target = Target({"kind": "cuda", "arch": arch})
     with target, transform.PassContext(opt_level=3, config={key.value: value for key, value in configs.items()}):

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ...connections import Connection, HyperConnection, ResidualConnection
-from ...residual_stream import ResidualStream
-from ...saved import saved_bytes
+from ...modules.connections import Connection, HyperConnection, ResidualConnection
+from ...modules.residual_stream import ResidualStream
+from ...modules.saved import saved_bytes
 from ...spec import MHCSpec
 from ..overhead.layers import Attention, FeedForward
 from ..overhead.model import SUBLAYERS

@@ -10,9 +10,9 @@ import sys
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from ...device import add_device_argument, describe, pick_device, versions
+from ...cli.device import add_device_argument, describe, pick_device, versions
+from ...cli.json_output import add_json_argument, write_json
 from ...errors import MHCError
-from ...json_output import add_json_argument, write_json
 from ...spec import STREAM_COUNTS
 from ..options import DTYPES, positive, positive_number
 from ..sizes import MODELS, SEQUENCE, LayerSizes

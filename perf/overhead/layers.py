@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...checking import plain_torch
-from ...connections import Connection, HyperConnection, ResidualConnection, UnconstrainedHyperConnection
+from ...modules.connections import Connection, HyperConnection, ResidualConnection, UnconstrainedHyperConnection
 from ...spec import MHCSpec
 from ..sizes import LayerSizes
 

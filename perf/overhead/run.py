@@ -14,11 +14,10 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
-from ... import compile as compiler
-from ... import launch_backward, launch_boundary, launch_boundary_backward
+from ... import compiler, launch_backward, launch_boundary, launch_boundary_backward
 from ...checking.tolerance import UNIT_ROUNDOFF
+from ...compiler.kernel import dtype_name
 from ...errors import MHCError
-from ...kernel import dtype_name
 from ...kernels import boundary_plans
 from ..calls.boundary_workloads import Left
 from ..calls.cases import Case, Shape

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from ...cpu import build
-from ...disk_cache import Made, kept
-from ...kernel import Kernel
-from ...tracing import signature_of
+from ...compiler.cpu import build
+from ...compiler.disk_cache import Made, kept
+from ...compiler.kernel import Kernel
+from ...compiler.tracing import signature_of
 
 Factory = Any  # tilelang.jit's; importing the type takes seconds
 
@@ -33,7 +33,7 @@ def compiled(factory: Factory, device: torch.device, *parameters: Any) -> Callab
 
 def cpu_kernel(func: Any) -> Kernel:
     """A TIR function on the CPU."""
-    from ...cpu.emit import emit
+    from ...compiler.cpu.emit import emit
 
     source, symbol = emit(func), str(func.attrs["global_symbol"])
     runtime = (build.HERE / "runtime.h").read_text(encoding="utf-8")

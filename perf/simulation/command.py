@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...cli.json_output import add_json_argument, write_json
 from ...errors import MHCError
-from ...json_output import add_json_argument, write_json
 from ...spec import STREAM_COUNTS
 from ..figures.pictures import add_out_argument, write_pictures
 from ..options import positive, positive_number

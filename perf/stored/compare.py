@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...cli.json_output import add_json_argument, write_json
 from ...errors import MHCError
-from ...json_output import add_json_argument, write_json
 from ..bench.report import DOUBTFUL, milliseconds
 from .from_json import load
 from .results import Facts, KernelResults, OverheadResults, Spread

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...connections import connection
 from ...errors import MHCError
-from ...residual_stream import ResidualStream
+from ...modules.connections import connection
+from ...modules.residual_stream import ResidualStream
 from ...spec import MHCSpec
 from ..overhead.layers import Attention, FeedForward
 from ..sizes import LayerSizes

@@ -9,9 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...device import describe, versions
+from ...cli.device import describe, versions
+from ...cli.json_output import add_json_argument
 from ...errors import MHCError
-from ...json_output import add_json_argument
 
 if TYPE_CHECKING:
     import torch

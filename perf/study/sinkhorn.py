@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from ...device import add_device_argument, pick_device
-from ...json_output import write_json
+from ...cli.device import add_device_argument, pick_device
+from ...cli.json_output import write_json
 from ...spec import STREAM_COUNTS
 from ..options import positive, positive_number
 from . import output

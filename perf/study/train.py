@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ...device import add_device_argument, pick_device
-from ...json_output import write_json
+from ...cli.device import add_device_argument, pick_device
+from ...cli.json_output import write_json
 from ..options import positive, positive_number
 from . import output
 

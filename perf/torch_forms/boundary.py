@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...checking import plain_torch
 from ...checking.tolerance import UNIT_ROUNDOFF
-from ...kernel import dtype_name
+from ...compiler.kernel import dtype_name
 from ...spec import MHCSpec
 from ..calls.boundary_workloads import FORWARD_RESULTS, GRADIENTS, MIXING, PARAMETERS, Trained
 from ..calls.cases import BOUNDARY_STEP, POST_PRE, POST_PRE_BACKWARD, POST_PRE_DELAYED

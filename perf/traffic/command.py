@@ -11,8 +11,8 @@ import os
 from collections.abc import Sequence
 from itertools import groupby
 
+from ...cli.json_output import add_json_argument, write_json
 from ...errors import MHCError
-from ...json_output import add_json_argument, write_json
 from ...spec import STREAM_COUNTS
 from ..bench.command import DTYPES, positive
 from ..calls import cases

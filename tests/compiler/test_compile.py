@@ -14,10 +14,10 @@ import torch
 from helpers import CPU
 from helpers_backward import BACKWARD
 
-from mhc_tilelang import compile as compiler
-from mhc_tilelang import disk_cache, ops
+from mhc_tilelang import compiler, ops
 from mhc_tilelang.checking.inputs import Case, Inputs
-from mhc_tilelang.cpu import build
+from mhc_tilelang.compiler import disk_cache
+from mhc_tilelang.compiler.cpu import build
 from mhc_tilelang.errors import CompilerError
 from mhc_tilelang.kernels import plans
 
@@ -210,7 +210,7 @@ def test_cache_directory(monkeypatch, tmp_path):
     [
         "import mhc_tilelang",
         "from mhc_tilelang import MHCSpec, CompilerError; MHCSpec.deepseek_v4(64)",
-        "import mhc_tilelang.compile",
+        "import mhc_tilelang.compiler",
         "import mhc_tilelang; dir(mhc_tilelang)",
     ],
 )

@@ -13,9 +13,9 @@ import tilelang.language as T
 import torch
 from helpers import run_lowered
 
-from mhc_tilelang import compile as compiler
-from mhc_tilelang.cpu import build
-from mhc_tilelang.cpu.emit import emit
+from mhc_tilelang import compiler
+from mhc_tilelang.compiler.cpu import build
+from mhc_tilelang.compiler.cpu.emit import emit
 from mhc_tilelang.errors import LoweringError
 
 
@@ -184,9 +184,9 @@ def test_a_checked_build_stops_at_an_index_out_of_bounds(tmp_path: Path) -> None
     script.write_text(
         "import tilelang.language as T, torch\n"
         "from pathlib import Path\n"
-        "from mhc_tilelang.tracing import signature_of\n"
-        "from mhc_tilelang.cpu import build\n"
-        "from mhc_tilelang.cpu.emit import emit\n"
+        "from mhc_tilelang.compiler.tracing import signature_of\n"
+        "from mhc_tilelang.compiler.cpu import build\n"
+        "from mhc_tilelang.compiler.cpu.emit import emit\n"
         "@T.prim_func\n"
         "def beyond(values: T.Tensor[(16,), T.float32]):\n"
         "    with T.Kernel(1, threads=16):\n"

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mhc_tilelang.cpu import build
+from mhc_tilelang.compiler.cpu import build
 
 SOURCE = """
 #include "runtime.h"

@@ -16,7 +16,7 @@ import tilelang.language as T
 import torch
 from helpers import run_lowered
 
-from mhc_tilelang.cpu.emit import emit
+from mhc_tilelang.compiler.cpu.emit import emit
 
 
 @pytest.fixture

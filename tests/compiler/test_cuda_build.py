@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from mhc_tilelang import cli
+from mhc_tilelang.compiler.toolchain import find_nvdisasm
 from mhc_tilelang.kernels import FAMILIES
 from mhc_tilelang.perf.inspect import matrix, stored
 from mhc_tilelang.perf.inspect.matrix import Subject
 from mhc_tilelang.perf.inspect.occupancy import ARCHITECTURES
-from mhc_tilelang.toolchain import find_nvdisasm
 
 pytestmark = pytest.mark.nvcc
 
@@ -116,7 +116,7 @@ def test_what_ships_is_what_is_inspected() -> None:
     """
     from tilelang.contrib import nvcc
 
-    from mhc_tilelang import cuda, cuda_source, tracing
+    from mhc_tilelang.compiler import cuda, cuda_source, tracing
     from mhc_tilelang.perf.inspect.compiler import COMPILE_FLAGS, nvcc_command
 
     parameters = matrix.subjects(matrix.STUDIED, ["post"])[0].launch.parameters

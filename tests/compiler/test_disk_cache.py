@@ -18,10 +18,11 @@ from pathlib import Path
 
 import pytest
 
-from mhc_tilelang import disk_cache, doctor, trust
-from mhc_tilelang.cpu import build
+from mhc_tilelang.cli import doctor
+from mhc_tilelang.compiler import disk_cache, trust
+from mhc_tilelang.compiler.cpu import build
+from mhc_tilelang.compiler.kernel import Signature
 from mhc_tilelang.errors import CompilerError, TrustError
-from mhc_tilelang.kernel import Signature
 
 CODE = """
 import ctypes, shutil, sys

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from mhc_tilelang import tracing
 from mhc_tilelang.bundle.workload import kernels_of
-from mhc_tilelang.cpu import build, outline
-from mhc_tilelang.cpu import emit as emitting
-from mhc_tilelang.cpu.types import Array
+from mhc_tilelang.compiler import tracing
+from mhc_tilelang.compiler.cpu import build, outline
+from mhc_tilelang.compiler.cpu import emit as emitting
+from mhc_tilelang.compiler.cpu.types import Array
 from mhc_tilelang.kernels import boundary_plans
 from mhc_tilelang.kernels.plans import projection_plan
 from mhc_tilelang.spec import MHCSpec

@@ -12,7 +12,7 @@ import torch
 from mhc_tilelang import launch, launch_backward, launch_replay
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.checking.run import CHECKS, check_case
-from mhc_tilelang.cuda_source import generate
+from mhc_tilelang.compiler.cuda_source import generate
 from mhc_tilelang.kernels import FAMILIES
 from mhc_tilelang.perf.calls.every_call.cases import CALLS, Shape
 from mhc_tilelang.perf.calls.every_call.cases import Case as Call

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from mhc_tilelang import compile as compiler
+from mhc_tilelang import compiler
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.checking.run import check_case
 from mhc_tilelang.kernels import FAMILIES

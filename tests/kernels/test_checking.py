@@ -239,7 +239,7 @@ def test_what_the_executor_finds_fails_the_command(monkeypatch, capsys, tmp_path
     """A kernel that reads and writes beyond its rows: its name, the thread, exit status 1."""
     from dataclasses import replace
 
-    from mhc_tilelang import compile as compiler
+    from mhc_tilelang import compiler
     from mhc_tilelang.perf.simt import target
 
     generated = target.generated

@@ -11,8 +11,7 @@ import pytest
 import torch
 from helpers import CPU, assert_matches_float64, verdicts
 
-from mhc_tilelang import compile as compiler
-from mhc_tilelang import launch, launch_backward, launch_norm
+from mhc_tilelang import compiler, launch, launch_backward, launch_norm
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
 from mhc_tilelang.checking.kernels import compare
 from mhc_tilelang.checking.norm import layer_norm_weight

@@ -17,7 +17,7 @@ from helpers import CPU, assert_same_bits, assert_views_can_start_anywhere
 import mhc_tilelang as mhc
 from mhc_tilelang import launch, launch_boundary, launch_mappings, ops
 from mhc_tilelang.checking.inputs import Case, Inputs
-from mhc_tilelang.cuda_source import generate
+from mhc_tilelang.compiler.cuda_source import generate
 from mhc_tilelang.kernels import boundary_plans
 from mhc_tilelang.perf.calls.every_call.cases import Case as Call
 from mhc_tilelang.perf.calls.every_call.cases import Shape

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import mhc_tilelang as mhc
-from mhc_tilelang import launch, launch_backward, tracing
-from mhc_tilelang.cuda_source import generate
+from mhc_tilelang import launch, launch_backward
+from mhc_tilelang.compiler import tracing
+from mhc_tilelang.compiler.cuda_source import generate
 from mhc_tilelang.kernels import plans
 from mhc_tilelang.perf.calls.every_call.cases import Shape
 from mhc_tilelang.perf.inspect import matrix
@@ -89,7 +90,7 @@ def test_cuda_indexes_streams_of_a_backward_in_64_bits(family: str) -> None:
 @pytest.mark.parametrize("family", ["pre", "post", "expand", "project"])
 def test_cuda_indexes_streams_in_64_bits(family: str) -> None:
     """The generated source multiplies the token by its stride in 64 bits, on a GPU that CI does not have."""
-    from mhc_tilelang import cuda
+    from mhc_tilelang.compiler import cuda
 
     sizes = {"num_streams": 4, "hidden_size": 1280, "dtype": "bfloat16"}
     plan = plans.projection_plan(24, 1280, "bfloat16", "cuda")

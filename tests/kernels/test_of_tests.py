@@ -15,7 +15,7 @@ from mhc_tilelang import launch, reference
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.checking.kernels import compare, numpy64
 from mhc_tilelang.checking.run import CHECKS
-from mhc_tilelang.kernel import dtype_name
+from mhc_tilelang.compiler.kernel import dtype_name
 from mhc_tilelang.kernels import plans
 
 OUTPUTS = {

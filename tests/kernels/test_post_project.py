@@ -13,7 +13,7 @@ from helpers_backward import in_nan
 
 from mhc_tilelang import launch, launch_boundary
 from mhc_tilelang.checking.inputs import Case, Inputs
-from mhc_tilelang.kernel import dtype_name
+from mhc_tilelang.compiler.kernel import dtype_name
 from mhc_tilelang.kernels import boundary_plans
 
 pytestmark = pytest.mark.usefixtures("poisoned")

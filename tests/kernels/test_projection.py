@@ -14,7 +14,7 @@ from helpers import CPU, DTYPES, STREAMS, assert_matches_float64, assert_same_bi
 from mhc_tilelang import launch
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.checking.kernels import numpy64
-from mhc_tilelang.kernel import dtype_name
+from mhc_tilelang.compiler.kernel import dtype_name
 from mhc_tilelang.kernels import plans
 
 pytestmark = pytest.mark.usefixtures("poisoned")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mhc_tilelang import launch_backward
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
 from mhc_tilelang.checking.kernels import numpy64
-from mhc_tilelang.kernel import dtype_name
+from mhc_tilelang.compiler.kernel import dtype_name
 from mhc_tilelang.kernels import plans
 
 pytestmark = pytest.mark.usefixtures("poisoned")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import mhc_tilelang as mhc
-from mhc_tilelang import overlap
+from mhc_tilelang.modules import overlap
 
 SPEC = mhc.MHCSpec.deepseek_v4(64)
 

@@ -15,8 +15,9 @@ from recomputed import DEPTH, TOKENS, C, Model, assert_same, gradients, handles_
 from test_connections import normal, randomize
 
 import mhc_tilelang as mhc
-from mhc_tilelang import blocks, launch_replay
-from mhc_tilelang.blocks import Workspace
+from mhc_tilelang import launch_replay
+from mhc_tilelang.modules import blocks
+from mhc_tilelang.modules.blocks import Workspace
 
 WIDE = (*TOKENS, 4, C)
 

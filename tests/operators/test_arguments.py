@@ -13,8 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mhc_tilelang as mhc
-from mhc_tilelang import MHCSpec, ops
-from mhc_tilelang import compile as compiler
+from mhc_tilelang import MHCSpec, compiler, ops
 
 SPEC = MHCSpec.deepseek_v4(64)
 n, C, M, K, T = 4, 64, 24, 256, 6

@@ -14,8 +14,7 @@ from differentiable import FORMS, requiring
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mhc_tilelang as mhc
-from mhc_tilelang import compile as compiler
-from mhc_tilelang import ops
+from mhc_tilelang import compiler, ops
 from mhc_tilelang.checking.inputs import Case
 
 CASE = Case(4, 64, torch.float32, 6)

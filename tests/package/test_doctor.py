@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from mhc_tilelang import doctor, toolchain
+from mhc_tilelang.cli import doctor
+from mhc_tilelang.compiler import toolchain
 from mhc_tilelang.errors import MHCError
 
 SEARCHED = ("PATH", "CXX", "CUDA_HOME", "CUDA_PATH")

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from mhc_tilelang import cli, cuda
+from mhc_tilelang import cli
+from mhc_tilelang.compiler import cuda
 from mhc_tilelang.errors import MHCError
 from mhc_tilelang.kernels import FAMILIES, plans
 from mhc_tilelang.perf.inspect import built, explain, matrix, sass, stored, table
@@ -182,8 +183,8 @@ def test_variants_differ_from_the_kernel() -> None:
 @pytest.mark.parametrize("n", matrix.STREAMS)
 def test_shared_memory_fits_every_architecture(n: int, dtype: str) -> None:
     """Of every plan of `project_backward`; float32 at n = 4 takes 96.5 of the 99 KB that sm_120 has."""
+    from mhc_tilelang.compiler.tracing import trace
     from mhc_tilelang.perf.inspect.fragments import shared_bytes
-    from mhc_tilelang.tracing import trace
 
     shape = replace(matrix.STUDIED, num_streams=n, dtype=dtype)
     for subject in matrix.subjects(shape, ["project_backward"]):
@@ -195,7 +196,7 @@ def test_a_truncated_fragment_is_found() -> None:
     """A fragment whose first loop covers a part of it."""
     import tilelang.language as T
 
-    from mhc_tilelang.cuda_source import generate_from
+    from mhc_tilelang.compiler.cuda_source import generate_from
     from mhc_tilelang.perf.inspect.fragments import truncated
 
     @T.prim_func

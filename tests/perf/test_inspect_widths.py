@@ -142,7 +142,7 @@ def test_kernels_that_are_excused_are_those_that_split() -> None:
 @pytest.mark.nvcc
 def test_a_store_that_is_split_is_seen() -> None:
     """nvcc gets a `post` whose stores of x_next are in four parts; what it is held to is the source without."""
-    from mhc_tilelang.cuda_source import generate
+    from mhc_tilelang.compiler.cuda_source import generate
     from mhc_tilelang.perf.inspect import matrix
     from mhc_tilelang.perf.inspect.compiler import compile_source
 
@@ -160,7 +160,7 @@ def test_a_store_that_is_split_is_seen() -> None:
 @pytest.mark.parametrize("kernel", ["pre", pytest.param("post_project", marks=pytest.mark.full)])
 def test_line_numbers_change_no_instruction(kernel: str, tmp_path) -> None:
     """What is looked at is what ships."""
-    from mhc_tilelang.cuda_source import generate
+    from mhc_tilelang.compiler.cuda_source import generate
     from mhc_tilelang.perf.inspect import matrix
     from mhc_tilelang.perf.inspect.compiler import COMPILE_FLAGS, compile_source, nvcc_command, nvdisasm, output
 

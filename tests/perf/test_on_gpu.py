@@ -18,9 +18,11 @@ import pytest
 import torch
 from helpers import CPU
 
-from mhc_tilelang import compile as compiler
+from mhc_tilelang import compiler
+from mhc_tilelang.compiler.kernel import Kernel
+from mhc_tilelang.compiler.recording import launched
+from mhc_tilelang.compiler.tracing import signature_of, trace
 from mhc_tilelang.errors import MHCError
-from mhc_tilelang.kernel import Kernel
 from mhc_tilelang.kernels import FAMILIES
 from mhc_tilelang.perf.calls.every_call.cases import CALLS, Case, Shape
 from mhc_tilelang.perf.calls.every_call.every_call import every_call
@@ -28,8 +30,6 @@ from mhc_tilelang.perf.calls.every_call.launches import launches
 from mhc_tilelang.perf.gpu import counters
 from mhc_tilelang.perf.gpu import run as on_gpu
 from mhc_tilelang.perf.gpu.counters import Launched
-from mhc_tilelang.recording import launched
-from mhc_tilelang.tracing import signature_of, trace
 
 SCRIPT = Path(__file__).resolve().parents[2] / "perf" / "on_gpu.sh"
 # Stands for Python and for every tool: notes the call; fails, or takes too long, where its words match.

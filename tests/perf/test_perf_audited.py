@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from mhc_tilelang import cli
-from mhc_tilelang import compile as compiler
+from mhc_tilelang import cli, compiler
+from mhc_tilelang.compiler.recording import launched
 from mhc_tilelang.kernels import FAMILIES, plans
 from mhc_tilelang.perf.calls.every_call.cases import (
     AGGREGATED,
@@ -37,7 +37,6 @@ from mhc_tilelang.perf.traffic.formulas.audited import Audited, audited
 from mhc_tilelang.perf.traffic.formulas.command import PARALLEL_BLOCKS
 from mhc_tilelang.perf.traffic.formulas.formulas import stream_elements, traffic
 from mhc_tilelang.perf.traffic.formulas.report import BACKWARD, FORWARD, formula
-from mhc_tilelang.recording import launched
 
 BLOCKS = {"cuda": PARALLEL_BLOCKS, "cpu": 2}
 CLI_SHAPE = Shape(1100, 4, 640, "bfloat16")  # several slabs of x·phi, several partials of g_phi

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from mhc_tilelang import cli, launch
-from mhc_tilelang import compile as compiler
+from mhc_tilelang import cli, compiler, launch
 from mhc_tilelang.checking import run as checks
 from mhc_tilelang.checking.run import Row
 from mhc_tilelang.perf.bench.run import command, ready

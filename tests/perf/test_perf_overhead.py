@@ -20,8 +20,8 @@ from torch import nn
 
 from mhc_tilelang import ResidualStream, cli, launch, launch_boundary, ops
 from mhc_tilelang.checking import plain_torch
-from mhc_tilelang.connections import ResidualConnection
 from mhc_tilelang.errors import MHCError
+from mhc_tilelang.modules.connections import ResidualConnection
 from mhc_tilelang.perf.measure import timing
 from mhc_tilelang.perf.measure.timing import Run, Sample
 from mhc_tilelang.perf.overhead.run import report as overhead_report

@@ -19,11 +19,11 @@ import torch
 from helpers_bundle import PYTHON, RUN, blocked_imports, changed_bytes, few_functions, small_bundle, use
 
 import mhc_tilelang as mhc
-from mhc_tilelang import cli, trust
-from mhc_tilelang import compile as compiler
+from mhc_tilelang import cli, compiler
 from mhc_tilelang.bundle import cpu_target, export, manifest, workload
 from mhc_tilelang.checking.inputs import Case, Inputs
-from mhc_tilelang.cpu import build
+from mhc_tilelang.compiler import trust
+from mhc_tilelang.compiler.cpu import build
 from mhc_tilelang.errors import BundleError, TrustError
 from mhc_tilelang.spec import MHCSpec
 

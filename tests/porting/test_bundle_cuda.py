@@ -15,7 +15,7 @@ import torch
 from helpers_bundle import RUN, SPEC, changed_bytes, make, use
 
 import mhc_tilelang as mhc
-from mhc_tilelang import compile as compiler
+from mhc_tilelang import compiler
 from mhc_tilelang.bundle import cuda_target, driver, export, golden, launch_size, verify, workload
 from mhc_tilelang.errors import BundleError
 
@@ -47,7 +47,7 @@ def test_a_launch_is_tilelangs() -> None:
 
     Catches an argument out of order or of the wrong width: a GPU would read past its parameters without a word.
     """
-    from mhc_tilelang import cuda_source
+    from mhc_tilelang.compiler import cuda_source
 
     kernels = workload.kernels_of(SPEC, "bfloat16", "sm_90a", forward_only=True)
     family, parameters = next(each for each in kernels if each[0] == "project")
@@ -148,7 +148,7 @@ def test_cuda_sources_give_the_golden_vectors(dtype: str, tmp_path: Path, monkey
     Catches golden vectors or tolerances that a GPU's order of sums does not fit, and a launch that is written down
     wrong: the executor watches every access.
     """
-    from mhc_tilelang.cuda_source import CudaSource
+    from mhc_tilelang.compiler.cuda_source import CudaSource
     from mhc_tilelang.perf.simt import launch
 
     monkeypatch.setattr(cuda_target, "call", lambda command: Path(command[-2]).write_bytes(b"no cubin"))

@@ -16,8 +16,8 @@ import pytest
 from helpers_bundle import make, small_bundle
 
 from mhc_tilelang.bundle import export
+from mhc_tilelang.compiler.toolchain import find_nvcc
 from mhc_tilelang.spec import MHCSpec
-from mhc_tilelang.toolchain import find_nvcc
 
 PORTING = Path(__file__).resolve().parents[2] / "examples" / "porting"
 NEITHER = {"PATH": "/usr/bin:/bin"}  # no virtual environment, no PYTHONPATH
@@ -165,7 +165,7 @@ def test_the_cuda_host_on_a_gpu(tmp_path: Path) -> None:
     """Every forward kernel of a bundle for the GPU at hand, within its tolerance."""
     import torch
 
-    from mhc_tilelang.compile import target_of
+    from mhc_tilelang.compiler import target_of
 
     arch = target_of(torch.device("cuda", 0))
     bundle = make(tmp_path / "bundle", [arch])

@@ -24,8 +24,8 @@ from mhc_tilelang.bundle import cpu_target, export, golden, workload
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.checking.tolerance import UNIT_ROUNDOFF
-from mhc_tilelang.cpu import build
-from mhc_tilelang.kernel import dtype_name
+from mhc_tilelang.compiler.cpu import build
+from mhc_tilelang.compiler.kernel import dtype_name
 from mhc_tilelang.spec import MHCSpec
 
 jax = pytest.importorskip("jax")

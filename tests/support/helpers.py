@@ -15,7 +15,7 @@ import torch
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.checking.kernels import compare, numpy64
 from mhc_tilelang.checking.run import CHECKS
-from mhc_tilelang.kernel import dtype_name
+from mhc_tilelang.compiler.kernel import dtype_name
 
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -144,9 +144,9 @@ def assert_special_values_stay_in_their_token(call, reference, case, field, valu
 
 def run_lowered(func, folder, **arguments):
     """Compile a traced function for the CPU in `folder`, every index checked, and call it; returns its C++ source."""
-    from mhc_tilelang.cpu import build
-    from mhc_tilelang.cpu.emit import emit
-    from mhc_tilelang.tracing import signature_of
+    from mhc_tilelang.compiler.cpu import build
+    from mhc_tilelang.compiler.cpu.emit import emit
+    from mhc_tilelang.compiler.tracing import signature_of
 
     source, library = folder / "kernel.cpp", folder / f"kernel{len(list(folder.iterdir()))}.so"
     source.write_text(emit(func, checked=True))

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mhc_tilelang import compile as compiler
-from mhc_tilelang import launch, ops
+from mhc_tilelang import compiler, launch, ops
 from mhc_tilelang.bundle import export, load, workload
 from mhc_tilelang.checking.inputs import Inputs
 from mhc_tilelang.spec import MHCSpec

@@ -8,8 +8,8 @@ import torch
 from test_connections import normal, randomize
 
 import mhc_tilelang as mhc
-from mhc_tilelang.blocks import Handle
-from mhc_tilelang.saved import nodes, saved_by
+from mhc_tilelang.modules.blocks import Handle
+from mhc_tilelang.modules.saved import nodes, saved_by
 
 C, DEPTH, TOKENS = 24, 7, (2, 5)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mhc_tilelang.cuda_source import CudaSource
+from mhc_tilelang.compiler.cuda_source import CudaSource
 from mhc_tilelang.perf.simt import Counts, launch
 
 

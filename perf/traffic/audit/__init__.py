@@ -58,7 +58,7 @@ def audit(family: str, parameters: dict[str, Any], sizes: Mapping[str, float]) -
         AuditError: a size is missing or unknown; the kernel does what cannot be counted without running it (an
             index or a guard that depends on data), or touches an element outside a buffer.
     """
-    from ....tracing import trace
+    from ....compiler.tracing import trace
 
     return audit_function(trace(family, parameters), sizes)
 

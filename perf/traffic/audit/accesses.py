@@ -1,6 +1,6 @@
 """The walk over a kernel's TIR: every place that reads or writes a global buffer.
 
-It reads the TIR that the CPU target reads (see `mhc_tilelang.cpu`), from `@T.prim_func`, before any lowering:
+It reads the TIR that the CPU target reads (see `mhc_tilelang.compiler.cpu`), from `@T.prim_func`, before any lowering:
 
     a load, a store        a place with its indices, run once per value of every loop around it
     T.copy, T.fill, …      the same, with a loop along each axis of the region; what hangs over an edge is guarded off
@@ -21,9 +21,9 @@ from tilelang import tvm  # noqa: F401  (puts tilelang's tvm on the path)
 from tvm import ir, tirx
 from tvm.arith import Analyzer
 
-from ....cpu.emit import BITWISE, CALLS, scalars_of, sizes_of
-from ....cpu.tile_ops import LOWERINGS
-from ....cpu.types import op_name
+from ....compiler.cpu.emit import BITWISE, CALLS, scalars_of, sizes_of
+from ....compiler.cpu.tile_ops import LOWERINGS
+from ....compiler.cpu.types import op_name
 from .values import BINARY, AuditError, Loop, Values
 
 COPY = "tl.tileop.copy"

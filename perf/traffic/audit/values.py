@@ -14,7 +14,7 @@ import numpy as np
 from tilelang import tvm  # noqa: F401  (puts tilelang's tvm on the path)
 from tvm import tirx
 
-from ....cpu.types import op_name
+from ....compiler.cpu.types import op_name
 from ....errors import MHCError
 
 MAX_POINTS = 1 << 26  # of one array: 512 MB of 64-bit indices

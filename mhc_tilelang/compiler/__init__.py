@@ -91,7 +91,7 @@ def kernel(family: str, target: str, **parameters: Any) -> Kernel:
 
 def _load(family: str, target: str, parameters: dict[str, Any]) -> Kernel:
     if named := os.environ.get(BUNDLE_VARIABLE):
-        from .bundle import load
+        from ..bundle import load
 
         return load.kernel(named, family, target, parameters)
     if target == "cpu":

@@ -31,8 +31,8 @@ from typing import Any
 
 import torch
 
-from . import launch, launch_expand, launch_norm
-from .arguments import check_streams
+from .. import launch, launch_expand, launch_norm
+from ..arguments import check_streams
 from .blocks import Block, Watched, Workspace
 from .connections import HyperConnection
 from .saved import PLAIN, is_untouched, nodes, saved_by, sequence_number

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .arguments import STREAM_DTYPES, Arguments, check_dense, shape_of
+from ..arguments import STREAM_DTYPES, Arguments, check_dense, shape_of
+from ..ops_arguments import layer_dtypes
 from .connections import Connection, HyperHead
-from .ops_arguments import layer_dtypes
 
 
 def check_stream_dtype(function: str, name: str, value: torch.Tensor) -> None:

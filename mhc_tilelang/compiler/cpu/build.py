@@ -20,9 +20,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import kernels
+from ... import kernels
+from ...errors import CompilerError
 from ..disk_cache import Made, kept, location, put
-from ..errors import CompilerError
 from ..json_input import fields
 from ..kernel import Kernel, Signature
 from ..toolchain import CXX_NAMES, Tool, find_cxx, output_of

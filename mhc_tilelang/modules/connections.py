@@ -30,9 +30,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from . import ops
-from .arguments import check_dense, check_eps, shape_of
-from .spec import MHCSpec
+from .. import ops
+from ..arguments import check_dense, check_eps, shape_of
+from ..spec import MHCSpec
 from .stream_module import INITIAL_ALPHA, Device, StreamModule, SublayerModule, make_parameter
 
 KINDS = ("mhc", "hc", "residual")

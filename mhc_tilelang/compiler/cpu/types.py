@@ -7,7 +7,7 @@ from typing import Any
 
 from tvm import tirx
 
-from ..errors import LoweringError
+from ...errors import LoweringError
 
 C_TYPES = {
     "float32": "float",

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .arguments import check_spec
-from .spec import MHCSpec
+from ..arguments import check_spec
+from ..spec import MHCSpec
 
 INITIAL_ALPHA = 0.01  # the mHC paper's and the HC paper's
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from tvm import arith, tirx
 
-from ..errors import LoweringError
+from ...errors import LoweringError
 from .types import Array
 from .views import paired_axes
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+from ..errors import CompilerError
 from . import trust
-from .errors import CompilerError
 from .json_input import fields
 
 VARIABLE = "MHC_TILELANG_CACHE"

@@ -39,7 +39,7 @@ COMMANDS = {
     "warmup": Command("mhc_tilelang.bundle.warmup_command", "compile or load every kernel that a model needs"),
     "memory": Command("mhc_tilelang.perf.memory.command", "model what a backward needs kept, recomputed or not"),
     "simulate": Command("mhc_tilelang.perf.simulation.command", "simulate a pipeline stage: what mHC adds to it"),
-    "doctor": Command("mhc_tilelang.doctor", "report what this machine has and what is missing"),
+    "doctor": Command("mhc_tilelang.cli.doctor", "report what this machine has and what is missing"),
 }
 
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def executor(args: argparse.Namespace) -> AbstractContextManager[object]:
     """What a command runs within: the SIMT executor where `--device` asks for it."""
-    from mhc_tilelang.device import EXECUTOR
+    from mhc_tilelang.cli.device import EXECUTOR
 
     if getattr(args, "device", None) != EXECUTOR:
         return nullcontext()

@@ -17,7 +17,7 @@ from itertools import accumulate
 from operator import mul
 from typing import TYPE_CHECKING, Any, cast
 
-from . import compile as compiler
+from .. import compiler
 from .kernel import Kernel, Signature
 
 if TYPE_CHECKING:

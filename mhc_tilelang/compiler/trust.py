@@ -21,7 +21,7 @@ import os
 import stat
 from pathlib import Path
 
-from .errors import TrustError
+from ..errors import TrustError
 
 VARIABLE = "MHC_TILELANG_TRUST"
 

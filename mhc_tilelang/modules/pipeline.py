@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from .arguments import STREAM_DTYPES, check_spec
+from ..arguments import STREAM_DTYPES, check_spec
+from ..spec import MHCSpec
 from .connections import check_kind
-from .spec import MHCSpec
 
 
 def wire_bytes(spec: MHCSpec, tokens: int, dtype: torch.dtype = torch.bfloat16, connection: str = "mhc") -> int:

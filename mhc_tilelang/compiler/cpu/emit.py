@@ -22,7 +22,7 @@ from math import prod
 from tilelang import tvm  # noqa: F401  (puts tilelang's tvm on the path)
 from tvm import arith, ir, tirx
 
-from ..errors import LoweringError
+from ...errors import LoweringError
 from . import tile_ops
 from .outline import ELEMENTS, LONG, elements, outline
 from .types import Array, c_type, op_name

@@ -19,7 +19,7 @@ from functools import cache
 
 import torch
 
-from .operators.sharding import is_dtensor
+from ..operators.sharding import is_dtensor
 
 
 class SideStream:

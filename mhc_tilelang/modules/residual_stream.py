@@ -46,8 +46,8 @@ from typing import Any
 
 import torch
 
-from . import ops
-from .arguments import Arguments, check_streams, sizes_of
+from .. import ops
+from ..arguments import Arguments, check_streams, sizes_of
 from .connections import Connection, HyperConnection, HyperHead, check_kind
 from .overlap import SideStream
 from .recompute import make_recorder

@@ -13,8 +13,8 @@ import tilelang
 from tilelang import PassConfigKey
 from tvm.target import Target
 
+from ..errors import CompilerError
 from . import trust
-from .errors import CompilerError
 from .kernel import Kernel
 from .toolchain import Tool, find_nvcc
 from .tracing import progress, signature_of, trace

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from . import launch_replay
-from .launch_replay import Written
-from .operators.library import flat
+from .. import launch_replay
+from ..launch_replay import Written
+from ..operators.library import flat
 
 Maker = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x [T, n, C], h_pre [T, n] -> layer_input [T, C]
 Key = tuple[str, int]  # ("x" or "u", sublayer of the block)

@@ -13,8 +13,8 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ..kernels import FAMILIES
 from .kernel import Buffer, Signature
-from .kernels import FAMILIES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -22,9 +22,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from mhc_tilelang.device import processor_name
-from mhc_tilelang.json_output import add_json_argument, write_json
-from mhc_tilelang.toolchain import CXX_NAMES, find_cxx, find_nvcc, find_nvdisasm, output_of, version_of
+from mhc_tilelang.cli.device import processor_name
+from mhc_tilelang.cli.json_output import add_json_argument, write_json
+from mhc_tilelang.compiler.toolchain import CXX_NAMES, find_cxx, find_nvcc, find_nvdisasm, output_of, version_of
 
 # Oldest versions that work; tests/package/test_doctor.py compares them with the package's own requirements.
 OLDEST_PYTHON = (3, 10)
@@ -261,7 +261,7 @@ def cpuinfo() -> str:
 
 def cache_row() -> Row:
     """Report the directory of compiled kernels: who can write it, its size, the space left."""
-    from mhc_tilelang import disk_cache
+    from mhc_tilelang.compiler import disk_cache
 
     directory = disk_cache.location()
     if row := untrusted_row("kernel cache", directory):
@@ -283,7 +283,7 @@ def cache_row() -> Row:
 
 def bundle_rows() -> list[Row]:
     """Report the bundles that kernels come from, where $MHC_TILELANG_BUNDLE names some."""
-    from mhc_tilelang.compile import BUNDLE_VARIABLE
+    from mhc_tilelang.compiler import BUNDLE_VARIABLE
 
     folders = [Path(name) for name in os.environ.get(BUNDLE_VARIABLE, "").split(os.pathsep) if name]
     absent = f"a bundle, or ${BUNDLE_VARIABLE} unset"
@@ -296,7 +296,7 @@ def bundle_rows() -> list[Row]:
 
 def untrusted_row(name: str, folder: Path) -> Row | None:
     """Report a folder whose code is refused, since others can change it; None for one that is taken or absent."""
-    from mhc_tilelang import trust
+    from mhc_tilelang.compiler import trust
     from mhc_tilelang.errors import TrustError
 
     try:

@@ -9,8 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import MHCError
-from .toolchain import output_of
+from ..compiler.toolchain import output_of
+from ..errors import MHCError
 
 if TYPE_CHECKING:
     import torch
