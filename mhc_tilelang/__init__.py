@@ -5,20 +5,18 @@
     stream.write(layer(stream.read(connection)))          connection = mhc.HyperConnection(spec, sublayer=0)
     h = stream.reduce("sum")
 
-    residual_stream, connections   what a model uses; `stream_module` has what the modules share, `stream_arguments` and
-                                   `stream_state` what the stream checks and remembers
-    recompute, blocks   what a stream need not keep for its backward; `saved` counts what it does
-    overlap, pipeline              merging a write on a CUDA stream of its own; what crosses between stages
-    spec       the sizes and constants
+    modules    what a model uses: connections, the stream, recomputation, overlap, pipeline stages
     ops        the functions; they check with `arguments` and `ops_arguments` and call `operators`
-    operators  what autograd and torch.compile see; they run kernels through `launch` and `launch_backward`
-    compile    (kernel family, sizes, target) -> a `kernel`, something to call
-    cpu, cuda  the targets; both start from the TIR that `tracing` gets
+    operators  what autograd and torch.compile see; they run kernels through the `launch` modules
+    launch*    where a launch is decided: plans, outputs, the kernels of a call
+    compiler   (kernel family, sizes, target) -> a kernel, something to call; the CPU's lowering, CUDA, caches
+    spec       the sizes and constants
     kernels    the TileLang code          reference   the same in numpy float64
     convert    other frameworks' weights and conventions      integrations   other frameworks' models
     checking   `mhc-tilelang check`       perf        `mhc-tilelang bench`
+    bundle     `mhc-tilelang export`: kernels ahead of time, and loading them
     diagnostics   numbers of a model's mappings, and a watch over one that runs
-    cli, doctor, toolchain, errors
+    cli, errors
 
 Importing this package loads neither TileLang nor PyTorch: `mhc-tilelang --help` and `mhc-tilelang doctor`
 pass through here, and doctor must be able to say that one of them is missing. Names load on first use.
@@ -97,15 +95,15 @@ _HOMES = {
     "BundleError": "errors",
     "GradientError": "errors",
     "MHCWarning": "errors",
-    "HyperConnection": "connections",
-    "HyperHead": "connections",
-    "ResidualConnection": "connections",
-    "UnconstrainedHyperConnection": "connections",
-    "connection": "connections",
-    "ResidualStream": "residual_stream",
-    "recompute_length": "recompute",
-    "saved_bytes": "saved",
-    "wire_bytes": "pipeline",
+    "HyperConnection": "modules.connections",
+    "HyperHead": "modules.connections",
+    "ResidualConnection": "modules.connections",
+    "UnconstrainedHyperConnection": "modules.connections",
+    "connection": "modules.connections",
+    "ResidualStream": "modules.residual_stream",
+    "recompute_length": "modules.recompute",
+    "saved_bytes": "modules.saved",
+    "wire_bytes": "modules.pipeline",
 }
 _PACKAGES = ("convert", "diagnostics", "integrations")
 

@@ -14,12 +14,12 @@ from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.checking.run import CHECKS, check_case
 from mhc_tilelang.compiler.cuda_source import generate
 from mhc_tilelang.kernels import FAMILIES
-from mhc_tilelang.perf.calls.every_call.cases import CALLS, Shape
-from mhc_tilelang.perf.calls.every_call.cases import Case as Call
-from mhc_tilelang.perf.calls.every_call.launches import launches as launches_of
+from mhc_tilelang.perf.calls.cases import CALLS, Shape
+from mhc_tilelang.perf.calls.cases import Case as Call
+from mhc_tilelang.perf.calls.launches import launches as launches_of
 from mhc_tilelang.perf.simt import Launched, executing
 from mhc_tilelang.perf.simt.target import generated
-from mhc_tilelang.perf.traffic.formulas.audit import audit
+from mhc_tilelang.perf.traffic.audit import audit
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CPU = torch.device("cpu")

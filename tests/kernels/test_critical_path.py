@@ -19,9 +19,9 @@ from mhc_tilelang import launch, launch_boundary, launch_mappings, ops
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.compiler.cuda_source import generate
 from mhc_tilelang.kernels import boundary_plans
-from mhc_tilelang.perf.calls.every_call.cases import Case as Call
-from mhc_tilelang.perf.calls.every_call.cases import Shape
-from mhc_tilelang.perf.calls.every_call.launches import launches
+from mhc_tilelang.perf.calls.cases import Case as Call
+from mhc_tilelang.perf.calls.cases import Shape
+from mhc_tilelang.perf.calls.launches import launches
 from mhc_tilelang.perf.inspect.compiler import compile_source
 from mhc_tilelang.perf.simt import executing
 

@@ -13,7 +13,7 @@ from mhc_tilelang import launch, launch_backward
 from mhc_tilelang.compiler import tracing
 from mhc_tilelang.compiler.cuda_source import generate
 from mhc_tilelang.kernels import plans
-from mhc_tilelang.perf.calls.every_call.cases import Shape
+from mhc_tilelang.perf.calls.cases import Shape
 from mhc_tilelang.perf.inspect import matrix
 
 

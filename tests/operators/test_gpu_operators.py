@@ -15,8 +15,8 @@ from helpers_gpu import CUDA, shifted
 
 import mhc_tilelang as mhc
 from mhc_tilelang.checking.inputs import Case, Inputs
-from mhc_tilelang.perf.calls.every_call.cases import CALLS, Shape
-from mhc_tilelang.perf.calls.every_call.every_call import every_call
+from mhc_tilelang.perf.calls.cases import CALLS, Shape
+from mhc_tilelang.perf.calls.every_call import every_call
 
 pytestmark = pytest.mark.gpu
 

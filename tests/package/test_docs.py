@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from mhc_tilelang.perf.figures.run import excerpts as guide
-from mhc_tilelang.perf.figures.run import facts
+from mhc_tilelang.perf.figures import excerpts as guide
+from mhc_tilelang.perf.figures import facts
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -167,7 +167,7 @@ def test_the_stored_report_is_that_of_the_stored_results(name: str) -> None:
 def test_figures_are_fresh(tmp_path: Path) -> None:
     """The same bytes, where matplotlib is the version that drew them."""
     matplotlib = pytest.importorskip("matplotlib")
-    from mhc_tilelang.perf.figures.run import guide as figures_guide
+    from mhc_tilelang.perf.figures import guide as figures_guide
 
     for path in figures_guide.write(tmp_path):
         stored = (ROOT / "docs" / "guide" / "figures" / path.name).read_bytes()

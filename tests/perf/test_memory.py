@@ -13,10 +13,10 @@ import pytest
 
 import mhc_tilelang as mhc
 from mhc_tilelang import cli
-from mhc_tilelang.perf.memory.estimate import command as memory_command
-from mhc_tilelang.perf.memory.estimate import measured as memory_measured
-from mhc_tilelang.perf.memory.estimate import report as memory_report
-from mhc_tilelang.perf.memory.estimate.estimate import Stage, coefficient_bytes, layer_bytes, stage_of
+from mhc_tilelang.perf.memory import command as memory_command
+from mhc_tilelang.perf.memory import measured as memory_measured
+from mhc_tilelang.perf.memory import report as memory_report
+from mhc_tilelang.perf.memory.estimate import Stage, coefficient_bytes, layer_bytes, stage_of
 from mhc_tilelang.perf.sizes import MODELS, NUM_LAYERS, LayerSizes
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import tilelang.language as T
 
-from mhc_tilelang.perf.traffic.formulas.audit import BufferTraffic, Movement, audit, audit_function
-from mhc_tilelang.perf.traffic.formulas.audit.values import AuditError
+from mhc_tilelang.perf.traffic.audit import BufferTraffic, Movement, audit, audit_function
+from mhc_tilelang.perf.traffic.audit.values import AuditError
 
 NOTHING = Movement()
 

@@ -17,7 +17,7 @@ import torch
 from mhc_tilelang import cli, compiler
 from mhc_tilelang.compiler.recording import launched
 from mhc_tilelang.kernels import FAMILIES, plans
-from mhc_tilelang.perf.calls.every_call.cases import (
+from mhc_tilelang.perf.calls.cases import (
     AGGREGATED,
     BACKWARD_KERNELS,
     BOUNDARY,
@@ -31,12 +31,12 @@ from mhc_tilelang.perf.calls.every_call.cases import (
     Case,
     Shape,
 )
-from mhc_tilelang.perf.calls.every_call.every_call import every_call
-from mhc_tilelang.perf.calls.every_call.launches import launches
-from mhc_tilelang.perf.traffic.formulas.audited import Audited, audited
-from mhc_tilelang.perf.traffic.formulas.command import PARALLEL_BLOCKS
-from mhc_tilelang.perf.traffic.formulas.formulas import stream_elements, traffic
-from mhc_tilelang.perf.traffic.formulas.report import BACKWARD, FORWARD, formula
+from mhc_tilelang.perf.calls.every_call import every_call
+from mhc_tilelang.perf.calls.launches import launches
+from mhc_tilelang.perf.traffic.audited import Audited, audited
+from mhc_tilelang.perf.traffic.command import PARALLEL_BLOCKS
+from mhc_tilelang.perf.traffic.formulas import stream_elements, traffic
+from mhc_tilelang.perf.traffic.report import BACKWARD, FORWARD, formula
 
 BLOCKS = {"cuda": PARALLEL_BLOCKS, "cpu": 2}
 CLI_SHAPE = Shape(1100, 4, 640, "bfloat16")  # several slabs of x·phi, several partials of g_phi

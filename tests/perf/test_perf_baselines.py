@@ -17,9 +17,9 @@ import torch
 from mhc_tilelang import reference
 from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.errors import MHCError
-from mhc_tilelang.perf.bench.run.run import FORMS
-from mhc_tilelang.perf.calls.every_call.cases import BACKWARD_KERNELS, KERNELS, Case, Shape
-from mhc_tilelang.perf.calls.every_call.workloads import Stream, Workload, workload
+from mhc_tilelang.perf.bench.run import FORMS
+from mhc_tilelang.perf.calls.cases import BACKWARD_KERNELS, KERNELS, Case, Shape
+from mhc_tilelang.perf.calls.workloads import Stream, Workload, workload
 from mhc_tilelang.perf.torch_forms import backward_post as backward_post_forms
 from mhc_tilelang.perf.torch_forms import backward_streams as backward_stream_forms
 from mhc_tilelang.perf.torch_forms import backward_tokens as backward_token_forms

@@ -20,9 +20,9 @@ from mhc_tilelang import cli, launch_backward, reference
 from mhc_tilelang.checking import run as checks
 from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.errors import MHCError
-from mhc_tilelang.perf.bench.run import run as bench
-from mhc_tilelang.perf.calls.every_call.boundary_workloads import GRADIENTS
-from mhc_tilelang.perf.calls.every_call.cases import (
+from mhc_tilelang.perf.bench import run as bench
+from mhc_tilelang.perf.calls.boundary_workloads import GRADIENTS
+from mhc_tilelang.perf.calls.cases import (
     BOUNDARY_KERNELS,
     BOUNDARY_STEP,
     POST_PRE,
@@ -31,8 +31,8 @@ from mhc_tilelang.perf.calls.every_call.cases import (
     Case,
     Shape,
 )
-from mhc_tilelang.perf.calls.every_call.workloads import Stream, Workload, workload
-from mhc_tilelang.perf.figures.run.flops import flops
+from mhc_tilelang.perf.calls.workloads import Stream, Workload, workload
+from mhc_tilelang.perf.figures.flops import flops
 from mhc_tilelang.perf.measure.timing import Run, Sample
 from mhc_tilelang.perf.torch_forms import boundary as boundary_forms
 from mhc_tilelang.perf.torch_forms import boundary_parts

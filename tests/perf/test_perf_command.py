@@ -18,9 +18,9 @@ import torch
 from mhc_tilelang import cli, compiler, launch
 from mhc_tilelang.checking import run as checks
 from mhc_tilelang.checking.run import Row
-from mhc_tilelang.perf.bench.run import command, ready
-from mhc_tilelang.perf.bench.run import run as bench
-from mhc_tilelang.perf.calls.every_call import cases, workloads
+from mhc_tilelang.perf.bench import command, ready
+from mhc_tilelang.perf.bench import run as bench
+from mhc_tilelang.perf.calls import cases, workloads
 from mhc_tilelang.perf.measure import timing
 from mhc_tilelang.perf.measure.timing import Sample
 

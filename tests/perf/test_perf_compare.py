@@ -12,9 +12,9 @@ import pytest
 
 from mhc_tilelang import cli
 from mhc_tilelang.errors import MHCError
-from mhc_tilelang.perf.stored.results.compare import compare, differences
-from mhc_tilelang.perf.stored.results.from_json import load
-from mhc_tilelang.perf.stored.results.results import KernelResults, OverheadResults, Spread
+from mhc_tilelang.perf.stored.compare import compare, differences
+from mhc_tilelang.perf.stored.from_json import load
+from mhc_tilelang.perf.stored.results import KernelResults, OverheadResults, Spread
 
 STORED = Path(__file__).parents[2] / "perf" / "results" / "amd-epyc-2-cores"
 KERNELS, OVERHEAD = STORED / "default.json", STORED / "overhead-3b.json"

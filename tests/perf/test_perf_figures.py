@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from mhc_tilelang import cli
-from mhc_tilelang.perf.calls.every_call.cases import BACKWARD_KERNELS, KERNELS, SUBLAYER_INPUT
-from mhc_tilelang.perf.figures.run.flops import flops
-from mhc_tilelang.perf.figures.run.sublayer import stages
+from mhc_tilelang.perf.calls.cases import BACKWARD_KERNELS, KERNELS, SUBLAYER_INPUT
+from mhc_tilelang.perf.figures.flops import flops
+from mhc_tilelang.perf.figures.sublayer import stages
 
 matplotlib = pytest.importorskip("matplotlib")
 

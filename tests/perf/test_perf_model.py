@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 
-from mhc_tilelang.perf.overhead.run import model
-from mhc_tilelang.perf.overhead.run.model import (
+from mhc_tilelang.perf.overhead import model
+from mhc_tilelang.perf.overhead.model import (
     DEVICES,
     FORMS,
     ONE_BY_ONE,
@@ -21,7 +21,7 @@ from mhc_tilelang.perf.overhead.run.model import (
     predict,
 )
 from mhc_tilelang.perf.sizes import MODELS, LayerSizes
-from mhc_tilelang.perf.traffic.formulas.formulas import stream_elements
+from mhc_tilelang.perf.traffic.formulas import stream_elements
 
 
 def test_3b_forward_on_an_h200_by_hand() -> None:

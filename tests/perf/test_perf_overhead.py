@@ -24,9 +24,9 @@ from mhc_tilelang.errors import MHCError
 from mhc_tilelang.modules.connections import ResidualConnection
 from mhc_tilelang.perf.measure import timing
 from mhc_tilelang.perf.measure.timing import Run, Sample
-from mhc_tilelang.perf.overhead.run import report as overhead_report
-from mhc_tilelang.perf.overhead.run import run as overhead
-from mhc_tilelang.perf.overhead.run.layers import EAGER, HC, KERNELS, KINDS, RESIDUAL, Layer, make_layers
+from mhc_tilelang.perf.overhead import report as overhead_report
+from mhc_tilelang.perf.overhead import run as overhead
+from mhc_tilelang.perf.overhead.layers import EAGER, HC, KERNELS, KINDS, RESIDUAL, Layer, make_layers
 from mhc_tilelang.perf.sizes import LayerSizes
 
 CPU = torch.device("cpu")

@@ -24,8 +24,8 @@ from mhc_tilelang import cli, reference
 from mhc_tilelang.checking import run as checks
 from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.checking.run import Row
-from mhc_tilelang.perf.bench.run import run as bench
-from mhc_tilelang.perf.calls.every_call.cases import (
+from mhc_tilelang.perf.bench import run as bench
+from mhc_tilelang.perf.calls.cases import (
     BACKWARD_KERNELS,
     BOUNDARY_KERNELS,
     KERNELS,
@@ -33,7 +33,7 @@ from mhc_tilelang.perf.calls.every_call.cases import (
     Case,
     Shape,
 )
-from mhc_tilelang.perf.calls.every_call.workloads import Stream, Workload, workload
+from mhc_tilelang.perf.calls.workloads import Stream, Workload, workload
 from mhc_tilelang.perf.measure.timing import Sample
 from mhc_tilelang.perf.peers import PEERS, deepseek, huggingface, lucidrains, prepare, selected
 from mhc_tilelang.perf.peers.compiled import compiled

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from mhc_tilelang.kernels import plans
-from mhc_tilelang.perf.calls.every_call.cases import BACKWARD_KERNELS, KERNELS, Case, Shape, cpu_tokens, make_cases
-from mhc_tilelang.perf.calls.every_call.workloads import Stream, workload
+from mhc_tilelang.perf.calls.cases import BACKWARD_KERNELS, KERNELS, Case, Shape, cpu_tokens, make_cases
+from mhc_tilelang.perf.calls.workloads import Stream, workload
 from mhc_tilelang.perf.measure.machine import cpu_clock_mhz, cpu_last_level_cache
-from mhc_tilelang.perf.traffic.formulas.formulas import small_bytes, stream_elements, traffic
+from mhc_tilelang.perf.traffic.formulas import small_bytes, stream_elements, traffic
 
 STREAM_DTYPES = ("bfloat16", "float32")
 STREAMS = ("h", "x", "layer_input", "layer_output", "x_next")

@@ -10,9 +10,9 @@ from dataclasses import fields, replace
 
 import pytest
 
-from mhc_tilelang.perf.memory.estimate.estimate import stage_of as memory_stage_of
-from mhc_tilelang.perf.overhead.run.model import DEVICES, FORMS, RESIDUAL, predict
-from mhc_tilelang.perf.overhead.run.report import PAPER
+from mhc_tilelang.perf.memory.estimate import stage_of as memory_stage_of
+from mhc_tilelang.perf.overhead.model import DEVICES, FORMS, RESIDUAL, predict
+from mhc_tilelang.perf.overhead.report import PAPER
 from mhc_tilelang.perf.simulation.costs import Assumptions, Costs, costs, forms
 from mhc_tilelang.perf.simulation.overhead import overhead, pipeline_of, sensitivity, solve, step_overhead
 from mhc_tilelang.perf.simulation.pipeline import Pipeline

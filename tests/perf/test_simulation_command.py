@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from mhc_tilelang import cli
-from mhc_tilelang.perf.calls.every_call.cases import BACKWARD_KERNELS, KERNELS
-from mhc_tilelang.perf.overhead.run.model import DEVICES
+from mhc_tilelang.perf.calls.cases import BACKWARD_KERNELS, KERNELS
+from mhc_tilelang.perf.overhead.model import DEVICES
 from mhc_tilelang.perf.simulation.costs import Assumptions
 from mhc_tilelang.perf.simulation.overhead import overhead, step_overhead
 from mhc_tilelang.perf.sizes import MODELS

@@ -13,8 +13,8 @@ import pytest
 import torch
 from helpers import CPU
 
-from mhc_tilelang.perf.calls.every_call.cases import CALLS, Case, Shape
-from mhc_tilelang.perf.calls.every_call.launches import launches
+from mhc_tilelang.perf.calls.cases import CALLS, Case, Shape
+from mhc_tilelang.perf.calls.launches import launches
 from mhc_tilelang.perf.gpu import tune
 from mhc_tilelang.perf.gpu.building import Job, build_all, unique
 from mhc_tilelang.perf.gpu.tune_plans import alternatives
