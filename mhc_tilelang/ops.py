@@ -286,8 +286,9 @@ def post_pre(
         spec: sizes and constants.
         h_pre: [..., n]: the delayed form, in which the streams are aggregated with this instead of with
             what x_next's own projection gives; (2n + 2)·C. A spec with delayed_pre demands it.
-        layer_norm_weight, layer_norm_eps: the RMSNorm of the layer's input, as in `pre`. The delayed form then takes
-            (3n + 2)·C too, since the norm needs a whole row of x_next.
+        layer_norm_weight: [C] of the RMSNorm of the layer's input, as in `pre`. The delayed form then takes (3n + 2)·C
+            too, since the norm needs a whole row of x_next.
+        layer_norm_eps: its eps.
         out: the results' buffers, in their order.
 
     Returns:

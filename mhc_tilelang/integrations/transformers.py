@@ -60,7 +60,8 @@ def replace(model: nn.Module) -> tuple[str, ...]:
         ConversionError: a module runs something other than transformers' own forward, under accelerate's hook at most;
             a hook on an `input_norm` would never be called; a parameter is sharded to another shape; or the installed
             transformers' decoder layer is not the one that is restated here.
-        Nothing has been replaced then.
+
+    Nothing has been replaced then.
     """
     _check_version()
     found = _find("replace", model)

@@ -67,7 +67,9 @@ def connection(
 
     Args:
         kind: "mhc", "hc" or "residual".
-        spec, sublayer, device: as for `HyperConnection`. A plain residual has no use for them.
+        spec: as for `HyperConnection`. A plain residual has no use for it, nor for what follows.
+        sublayer: as for `HyperConnection`.
+        device: as for `HyperConnection`.
 
     Raises ValueError for another kind.
     """
@@ -188,8 +190,8 @@ class UnconstrainedHyperConnection(SublayerModule):
         h_post = alpha[1] · t[1] + bias[n:2n]
         h_res  = alpha[2] · t[2:] + bias[2n:] as [n, n], [out, in]
 
-    Args: as for `HyperConnection`; of the spec's constants only rms_eps has a meaning here. There is no delayed form: a
-        spec with delayed_pre is refused.
+    Arguments are those of `HyperConnection`; of the spec's constants only rms_eps has a meaning here. There is no
+    delayed form: a spec with delayed_pre is refused.
 
     Parameters (float32), which start as in the HC paper:
         theta [n + 2, C], rows pre, post, res n, at 0; alpha [3] at 0.01.
@@ -271,7 +273,8 @@ class HyperHead(StreamModule):
     """`head` as a module: the streams aggregated by coefficients of their own, after the last sublayer.
 
     Args:
-        spec, device: as for `HyperConnection`.
+        spec: as for `HyperConnection`.
+        device: as for `HyperConnection`.
 
     Parameters (float32): phi [n, K] starts at 0, alpha [1] at 0.01 and bias [n] at −log(n − 1), where the
     sigmoid gives 1/n. So a head starts as the mean of the streams (to pre_eps); our choice.

@@ -113,7 +113,9 @@ class ResidualStream:
             x: [..., n, C], bfloat16, float16 or float32; for a plain residual [..., C]. Contiguous.
             h_pre: [..., n]: with delayed_pre, what the last sublayer left for the next one. Without it, a
                 delayed connection is refused; with it, any other.
-            connection, recompute, overlap: as for the class.
+            connection: as for the class.
+            recompute: as for the class.
+            overlap: as for the class.
         """
         function = "ResidualStream.from_streams"
         check_kind(function, "connection", connection)
