@@ -26,7 +26,7 @@ from mhc_tilelang.errors import CompilerError, TrustError
 
 CODE = """
 import ctypes, shutil, sys
-from mhc_tilelang import disk_cache
+from mhc_tilelang.compiler import disk_cache
 
 def make(scratch):
     print("made")
