@@ -149,7 +149,8 @@ def sources_hash() -> str:
     """A hash of the sources that a kernel, its plan and its call come from: another build's may differ in meaning."""
     from .. import kernels
 
+    compiler = PACKAGE / "compiler"
     files = [*Path(kernels.__file__).parent.glob("*.py"), *PACKAGE.glob("launch*.py")]
-    files += [path for path in (PACKAGE / "cpu").iterdir() if path.suffix in (".py", ".h")]
-    files += [PACKAGE / name for name in ("kernel.py", "tracing.py", "cuda.py", "cuda_source.py")]
+    files += [path for path in (compiler / "cpu").iterdir() if path.suffix in (".py", ".h")]
+    files += [compiler / name for name in ("kernel.py", "tracing.py", "cuda.py", "cuda_source.py")]
     return sha256("".join(sorted(facts_of(path)["sha256"] for path in files)).encode())[:20]
