@@ -265,3 +265,14 @@ def test_a_damaged_kernel_is_made_anew(cold):
         assert done.returncode == 0, (done.returncode, done.stderr)
         assert f"{damaged}: expected " in done.stderr
         assert damaged.read_bytes() == whole
+
+
+def test_each_target_has_kernels_of_its_own(monkeypatch):
+    """Some are compiled with the same on all of them. Catches a CPU's kernel that is handed out for a GPU's tensors."""
+    monkeypatch.setattr(compiler, "_kernels", {})
+    monkeypatch.setattr(compiler, "_load", lambda family, target, parameters: (family, target, parameters["lanes"]))
+    for _ in range(2):
+        for family in ("sum_partials", "boundary_sums"):
+            for target in ("cpu", "sm_90a", "sm_100a"):
+                for lanes in (1, 16):
+                    assert compiler.kernel(family, target, lanes=lanes) == (family, target, lanes)

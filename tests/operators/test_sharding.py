@@ -295,3 +295,26 @@ def test_every_operator_has_a_rule() -> None:
     }
     expected = {name: count for name, count in returns.items() if not name.endswith("_out")}
     assert {name: len(roles) for name, roles in sharding.RESULTS.items()} == expected
+
+
+@pytest.mark.parametrize(
+    "placements", [(Shard(0), Replicate()), (Replicate(), Shard(1)), (Shard(0), Shard(1))], ids=str
+)
+def test_two_dimensions_of_a_mesh(mesh: dist.DeviceMesh, placements: tuple[Shard | Replicate, ...]) -> None:
+    """Each dimension by its own placement: parameters' gradients are partial where tokens are sharded, and only there.
+
+    Placements of one rank are those of many; values over four ranks are a test of minutes.
+    """
+    two = dist.init_device_mesh("cpu", (1, 1))
+    partial = tuple(Partial() if isinstance(one, Shard) else Replicate() for one in placements)
+    for name, gradient in gradients(shard(two, *placements)).items():
+        assert gradient.placements == (placements if name in TOKENS else partial), name
+
+
+def test_first_pre_lies_as_tokens_do(mesh: dist.DeviceMesh) -> None:
+    """Of a stream that is a sum as well: the ones of a first h_pre are not to be added up over ranks."""
+    local = torch.randn(2, 3, 4, 64)
+    for placement, expected in ((Shard(1), Shard(1)), (Replicate(), Replicate()), (Partial(), Replicate())):
+        h_pre = mhc.first_pre(DTensor.from_local(local, mesh, [placement]))
+        assert h_pre.placements == (expected,)
+        assert h_pre.stride() == h_pre.to_local().stride() == (12, 4, 1)
