@@ -294,3 +294,13 @@ def test_errors_name_what_was_expected():
     for make in (mhc.HyperConnection, mhc.UnconstrainedHyperConnection, mhc.HyperHead):
         with pytest.raises(TypeError, match=f"{make.__name__}: spec: expected an MHCSpec, got int"):
             make(24)
+
+
+@pytest.mark.parametrize("factor", [1e-3, 0.0])
+def test_unconstrained_at_small_streams(factor):
+    """At 1e-3 rms_eps is as large as the mean square, and a stream of zeros has no other scale."""
+    spec = mhc.MHCSpec.deepseek_v4(24)
+    module, x = randomize(mhc.UnconstrainedHyperConnection(spec)), factor * normal(*TOKENS, 4, 24)
+    expected = reference.hc_pre(numpy64(x), *(numpy64(getattr(module, name).detach()) for name in HC_PARAMETERS), spec)
+    for got, exact in zip(module(x)[1:], expected[1:], strict=True):
+        assert relative(got, exact) < 2e-6

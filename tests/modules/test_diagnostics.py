@@ -112,3 +112,12 @@ def test_res_logits_are_those_of_the_operator():
 def test_bad_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_res_logits_of_small_streams():
+    """At 1e-3 rms_eps is as large as the mean square: logits without it give another h_res than the operator's."""
+    connection, x = randomize(mhc.HyperConnection(SPEC)), 1e-3 * normal(5, 4, 24)
+    parameters = connection.phi.detach(), connection.alpha.detach(), connection.bias.detach()
+    h_res = mhc.coefficients(x, *parameters, SPEC)[2]
+    expected = reference.sinkhorn(numpy64(diagnostics.res_logits(x, *parameters, SPEC)))
+    np.testing.assert_allclose(h_res.numpy(), expected, atol=1e-5)

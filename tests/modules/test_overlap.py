@@ -160,3 +160,11 @@ def test_overlap_and_recomputation_exclude_each_other() -> None:
     for make, value in ((mhc.ResidualStream, x[:, 0].contiguous()), (mhc.ResidualStream.from_streams, x)):
         with pytest.raises(ValueError, match="overlap: expected False beside recompute=2, got True"):
             make(value, recompute=2, overlap=True)
+
+
+def test_a_stream_that_goes_on_merges_beside_too(events: list[str]) -> None:
+    """What `from_streams` is told is what a stream from an embedding is told."""
+    first, *_ = connections()
+    stream = mhc.ResidualStream.from_streams(torch.randn(3, 4, 64), overlap=True)
+    stream.write(torch.tanh(stream.read(first)))
+    assert events == EARLY

@@ -46,6 +46,14 @@ def test_other_reductions(reduction):
     assert_same(model, normal(*TOKENS, C))
 
 
+def test_a_heads_stream_is_not_kept():
+    """`post_head` merges the last write itself; what it made and saved is the last block's like any other."""
+    model, h = Model(), normal(*TOKENS, C).requires_grad_()
+    model.reduction = randomize(mhc.HyperHead(model.spec))
+    kept = saved(model, h, None) - saved(model, h, 3)
+    assert kept == 4 * 10 * C * ((DEPTH - 3 + 1) * 4 + DEPTH)
+
+
 def test_delayed_pre():
     """A layer's input is made again with the h_pre that the sublayer before left, across looks at the stream too."""
     model, h = Model(delayed=True), normal(*TOKENS, C)
@@ -62,6 +70,15 @@ def test_normalised_layer_inputs(delayed):
     model, h = Model(delayed=delayed, eps=1e-5), normal(*TOKENS, C)
     for k, connection in enumerate(model.connections):
         torch.nn.init.normal_(connection.layer_norm_weight, 1.0, 0.1, generator=torch.Generator().manual_seed(k))
+    assert_same(model, h)
+    kept = saved(model, h.requires_grad_(), None) - saved(model, h, 3)
+    assert kept == 4 * 10 * C * ((DEPTH - 3) * 4 + DEPTH)
+
+
+def test_a_stream_that_goes_on():
+    """What `from_streams` is told is what a stream from an embedding is told; its first x is a block's start."""
+    model, h = Model(), normal(*TOKENS, C)
+    model.stream = lambda h: mhc.ResidualStream.from_streams(mhc.expand(h, 4), recompute=model.recompute)
     assert_same(model, h)
     kept = saved(model, h.requires_grad_(), None) - saved(model, h, 3)
     assert kept == 4 * 10 * C * ((DEPTH - 3) * 4 + DEPTH)

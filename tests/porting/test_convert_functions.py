@@ -201,3 +201,25 @@ def test_hyper_connections_package():
         x_next = convert.lucidrains.import_stream(add_residual(layer_output), 4)
         got = run(connection, x, layer_output)
         assert max(map(relative, got, (branch_input.double(), x_next.double()))) < TOLERANCE
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_same_function_of_small_streams(framework):
+    """At 1e-3 an rms_eps of 1e-6 is as large as the mean square. Catches that of another framework, which elsewhere
+    is nothing beside 1; a mean square that forgets it is √2 off.
+    """
+    theirs, connection, sublayer = imported(framework)
+    x, layer_output = (1e-3 * tensor for tensor in streams(4))
+    got, expected = run(connection, x, layer_output), sublayer(double(theirs), x.double(), layer_output.double())
+    assert max(map(relative, got, expected)) < TOLERANCE
+
+
+def test_unconstrained_of_small_streams():
+    """The same of lucidrains' plain hyper-connections, whose norm has no eps."""
+    theirs = states("unconstrained")
+    connection = mhc.UnconstrainedHyperConnection(convert.lucidrains.unconstrained_spec(C))
+    connection.load_state_dict(convert.lucidrains.import_unconstrained(theirs))
+    x, layer_output = (1e-3 * tensor for tensor in streams(4))
+    weights = {name: tensor.double() for name, tensor in theirs.items()}
+    expected = foreign_sublayers.unconstrained_lucidrains(weights, x.double(), layer_output.double())
+    assert max(map(relative, run(connection, x, layer_output), expected)) < TOLERANCE

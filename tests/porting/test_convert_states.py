@@ -234,3 +234,25 @@ def test_importing_the_package_loads_no_framework():
     assert done.returncode == 0, done.stderr
     with pytest.raises(AttributeError, match="no attribute 'jax'"):
         mhc.integrations.jax  # noqa: B018
+
+
+@pytest.mark.parametrize("between", [(), (5,), (5, 6)])
+def test_lucidrains_streams_of_any_rank(between: tuple[int, ...]) -> None:
+    """Whatever lies between batch and channels keeps its order. Catches an axis that changes places with another."""
+    x = torch.randn(2, *between, 4, 3)
+    folded = mhc.convert.lucidrains.export_stream(x)
+    for b in range(2):
+        for i in range(4):
+            assert torch.equal(folded[4 * b + i], x[b, ..., i, :])
+    assert torch.equal(mhc.convert.lucidrains.import_stream(folded, 4), x)
+
+
+def test_models_of_another_convention():
+    """A whole model's states are those of its sublayers one by one, in the convention that is asked for."""
+    megatron, earlier, place = mhc.convert.megatron, mhc.convert.CONVENTIONS["liger"], MODELS["megatron"][0]
+    state = states("megatron")
+    model = {f"{place}.{name}": tensor for name, tensor in state.items()}
+    ours = megatron.import_model(model, earlier)
+    assert_equal_states(ours[place], megatron.import_state(state, earlier))
+    assert not torch.equal(ours[place]["phi"], megatron.import_state(state)["phi"])
+    assert_equal_states(megatron.export_model(ours, earlier), model)
