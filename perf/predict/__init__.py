@@ -1,0 +1,13 @@
+"""What a kernel takes on a GPU that is not here, with a known error: `mhc-tilelang predict`.
+
+One warp is walked through the machine code; its integer registers are computed at the sizes of the call, so trip
+counts, guards and addresses are facts. The control bits give its own cycles and the round trips to memory that nothing
+hides. A small queueing model puts the resident blocks on an SM, waves and bytes on top; no constant belongs to a
+kernel.
+
+    listing        instructions with operands and control bits, from `nvdisasm -hex`
+    integers, registers, instructions    what integer instructions compute, over the lanes of a warp
+    walk           a warp's way through the code
+    schedule       the same in time, as the control bits say
+    block          what a block does: the features that the model takes
+"""
