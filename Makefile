@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.mhc-ready
 
 .DELETE_ON_ERROR:
-.PHONY: help bench check doctor inspect-full docs docs-guide docs-kernels test test-full lint format clean
+.PHONY: help bench check doctor inspect-full docs docs-guide docs-predict docs-kernels test test-full lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' Makefile
@@ -44,6 +44,9 @@ docs: $(READY) ## build the documentation as a site in build/site; a link that l
 docs-guide: $(READY) ## take the excerpts, tables, numbers and figures of the pages from their sources again
 	$(BIN)/python -m mhc_tilelang.perf.figures.excerpts .
 	$(BIN)/python -m mhc_tilelang.perf.figures.guide docs/guide/figures
+
+docs-predict: $(READY) ## write the tables of docs/predict.md: how far predictions are off
+	$(BIN)/python -m mhc_tilelang.perf.predict.page docs/predict.md
 
 docs-kernels: $(READY) ## write the pages of docs/kernels
 	$(BIN)/python -m mhc_tilelang.perf.inspect.pages docs/kernels

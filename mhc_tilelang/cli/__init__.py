@@ -34,6 +34,7 @@ COMMANDS = {
     "bench": Command("mhc_tilelang.perf.bench.command", "measure the kernels: time, bandwidth, ratio to plain torch"),
     "traffic": Command("mhc_tilelang.perf.traffic.command", "count the bytes that the kernels move, from their code"),
     "inspect": Command("mhc_tilelang.perf.inspect.command", "build the CUDA kernels without a GPU, and study them"),
+    "predict": Command("mhc_tilelang.perf.predict.command", "predict what kernels take on a GPU that is not here"),
     "study": Command("mhc_tilelang.perf.study.command", "run experiments: gain over depth, training, Sinkhorn"),
     "export": Command("mhc_tilelang.bundle.command", "write a model's kernels as a bundle, for use without a compiler"),
     "warmup": Command("mhc_tilelang.bundle.warmup_command", "compile or load every kernel that a model needs"),

@@ -52,10 +52,10 @@ def generate(family: str, parameters: dict[str, Any], arch: str) -> CudaSource:
     return generate_from(trace(family, parameters), arch)
 
 
-def generate_from(func: Any, arch: str) -> CudaSource:
-    """The same for any TIR function that launches one kernel."""
+def generate_from(func: Any, arch: str, configs: Mapping[Any, Any] = PASS_CONFIGS) -> CudaSource:
+    """The same for any TIR function that launches one kernel, under these passes."""
     target = Target({"kind": "cuda", "arch": arch})
-    with target, transform.PassContext(opt_level=3, config={key.value: on for key, on in PASS_CONFIGS.items()}):
+    with target, transform.PassContext(opt_level=3, config={key.value: value for key, value in configs.items()}):
         artifact = lower(func, target=target)
     (device,) = artifact.device_mod.functions.values()
     extents = device.attrs["thread_extent"]

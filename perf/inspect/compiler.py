@@ -38,14 +38,19 @@ class Compiled:
     listing: str
 
 
-def compile_source(code: str, arch: str, flags: tuple[str, ...] = tuple(COMPILE_FLAGS)) -> Compiled:
-    """Compile a translation unit with one kernel. Raises CompilerError where a tool is missing or refuses."""
+def compile_source(
+    code: str, arch: str, flags: tuple[str, ...] = tuple(COMPILE_FLAGS), encoded: bool = False
+) -> Compiled:
+    """Compile a translation unit with one kernel; `encoded`: with each instruction's encoding in the listing.
+
+    Raises CompilerError where a tool is missing or refuses.
+    """
     with TemporaryDirectory(prefix="mhc-inspect-") as folder:
         source, cubin = Path(folder) / SOURCE, Path(folder) / "kernel.cubin"
         source.write_text(code, encoding="utf-8")
         options = ("-lineinfo", "-Xptxas", "-v", "-w")
         report = output([*nvcc_command(arch, flags), *options, "-o", str(cubin), str(source)])
-        listing = output([nvdisasm().path, "-c", "-gi", str(cubin)]).replace(f"{folder}/", "")
+        listing = output([nvdisasm().path, "-c", "-hex" if encoded else "-gi", str(cubin)]).replace(f"{folder}/", "")
 
     def total(pattern: str) -> int:
         return sum(map(int, re.findall(pattern, report)))

@@ -7,13 +7,15 @@ a place for them. It is no dependency: `pip install tile-kernels`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...errors import MHCError
 from ...spec import MHCSpec
 from .row import Row, measured
+
+if TYPE_CHECKING:
+    from ...compiler.cuda_source import CudaSource
 
 PACKAGE = "tile-kernels"
 NUM_STREAMS = 4
@@ -45,15 +47,9 @@ KERNELS = {
 
 def build(name: str, hidden_size: int, arch: str) -> Row:
     """Build one of KERNELS. Raises MHCError where the package is missing."""
-    from .compiler import COMPILE_FLAGS, compile_source
+    from .compiler import compile_source
 
-    module, factory_name, _ = KERNELS[name]
-    factory = getattr(factories()(module), factory_name)
-    configs = factory.pass_configs or {}
-    source = lowered(factory.get_tir(*parameters(name, hidden_size)), arch, configs)
-    flags = [flag for flag in (factory.compile_flags or []) if flag not in COMPILE_FLAGS]
-    if level := {key.value: value for key, value in configs.items()}.get(REGISTER_USAGE_LEVEL):
-        flags.append(f"--ptxas-options=--register-usage-level={level}")
+    source, flags = source_of(name, hidden_size, arch)
     return Row(
         kernel=name,
         variant="",
@@ -64,8 +60,23 @@ def build(name: str, hidden_size: int, arch: str) -> Row:
         stream_reads={},
         stream_writes={},
         truncated=[],
-        **measured(source, compile_source(source.code, arch, tuple(flags)), arch),
+        **measured(source, compile_source(source.code, arch, flags), arch),
     )
+
+
+def source_of(name: str, hidden_size: int, arch: str) -> tuple[CudaSource, tuple[str, ...]]:
+    """The source of one of KERNELS under its own passes, and its own flags for nvcc."""
+    from ...compiler.cuda_source import generate_from
+    from .compiler import COMPILE_FLAGS
+
+    module, factory_name, _ = KERNELS[name]
+    factory = getattr(factories()(module), factory_name)
+    configs = factory.pass_configs or {}
+    source = generate_from(factory.get_tir(*parameters(name, hidden_size)), arch, configs)
+    flags = [flag for flag in (factory.compile_flags or []) if flag not in COMPILE_FLAGS]
+    if level := {key.value: value for key, value in configs.items()}.get(REGISTER_USAGE_LEVEL):
+        flags.append(f"--ptxas-options=--register-usage-level={level}")
+    return source, tuple(flags)
 
 
 def parameters(name: str, hidden_size: int) -> tuple[Any, ...]:
@@ -90,30 +101,6 @@ def parameters(name: str, hidden_size: int) -> tuple[Any, ...]:
         "head_compute_mix_bwd": (n, SPLIT_BLOCK, NUM_SMS),
     }
     return chosen.get(name, (n, hidden_size))
-
-
-def lowered(func: Any, arch: str, configs: Mapping[Any, Any]) -> Any:
-    """`cuda_source.generate_from`, under the kernel's own passes."""
-    from tilelang.engine.lower import lower
-    from tvm import transform
-    from tvm.target import Target
-
-    from ...compiler.cuda_source import CudaSource
-
-    target = Target({"kind": "cuda", "arch": arch})
-    with target, transform.PassContext(opt_level=3, config={key.value: value for key, value in configs.items()}):
-        artifact = lower(func, target=target)
-    (device,) = artifact.device_mod.functions.values()
-    extents = device.attrs["thread_extent"]
-    x, y, z = (int(extents.get(f"threadIdx.{axis}", 1)) for axis in "xyz")
-    return CudaSource(
-        entry=str(device.attrs["global_symbol"]),
-        code=str(artifact.kernel_source),
-        arguments=(),
-        grid=("1", "1", "1"),
-        threads=(x, y, z),
-        shared_bytes=int(device.attrs.get("dyn_shared_memory_buf", 0)),
-    )
 
 
 def factories() -> Any:

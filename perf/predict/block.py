@@ -1,12 +1,11 @@
 """What one block of a kernel does, from the walks of its warps: the model's features that the machine code gives.
 
-The first, the second and the last warp are walked, and all of them where those three do not issue the same
-instructions.
+The first, the second and the last warp are walked, and all of them where those three are not alike.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -41,7 +40,7 @@ class Block:
         barriers: that its slowest warp comes to.
     """
 
-    warps: int
+    warps: float
     cycles: float
     round_trips: float
     issued: float
@@ -82,7 +81,7 @@ def walk_block(code: Sequence[Instruction], entry: Entry, block: tuple[int, int,
     slowest = max(range(len(walks)), key=lambda number: timed[number][0])
     near, far = timed[slowest]
     round_trips = (far - near) / (FAR - NEAR)
-    counts: Counter[str] = Counter()
+    counts: dict[str, float] = defaultdict(float)
     moved: Counter[tuple[int, str]] = Counter()
     undecided = {}
     for walk, number in walks:
@@ -121,13 +120,15 @@ def walks_of(code: Sequence[Instruction], entry: Entry, block: tuple[int, int, i
 
 
 def is_alike(one: Walk, other: Walk) -> bool:
-    """Whether two warps issue the same instructions."""
-    return [index for index, _ in one.steps] == [index for index, _ in other.steps]
+    """Whether two warps issue the same instructions, whose guards let as many lanes through."""
+    return [(index, access and access.lanes) for index, access in one.steps] == [
+        (index, access and access.lanes) for index, access in other.steps
+    ]
 
 
-def counts_of(code: Sequence[Instruction], walk: Walk) -> Counter[str]:
+def counts_of(code: Sequence[Instruction], walk: Walk) -> dict[str, float]:
     """Instructions of one warp, by pipe."""
-    found: Counter[str] = Counter()
+    found: dict[str, float] = defaultdict(float)
     for index, times in Counter(index for index, _ in walk.steps).items():
         step = code[index]
         if step.kind == "NOP":

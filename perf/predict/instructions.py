@@ -30,12 +30,14 @@ from .integers import (
     shifted_right,
     signed,
     total,
+    wide_sum,
 )
 from .listing import Instruction
 from .registers import Registers, is_predicate
 
 Results = list[tuple[str, int, Value]]  # operand, registers after it, value
 Step = Callable[[Instruction, Registers], Results]
+PREDICATES = 7  # of a lane
 REGISTERS_OF = {"64": 2, "128": 4, "256": 4, "U64": 2, "S64": 2}
 
 
@@ -79,12 +81,12 @@ def multiply_add(step: Instruction, registers: Registers) -> Results:
     left, right = (as_read(registers.word(number)) for number in numbers[:2])
     none = any(isinstance(value, int) and value == 0 for value in (left, right))
     both = 0 if none else product(left, right)  # 0 times something unknown: a move is written so
+    ones = [chosen(registers.predicate(flag), 1, 0) for flag in carried]
     if "WIDE" in step.modifiers or "HI" in step.modifiers:
-        value = total(both, registers.double(numbers[2]))
+        value, over = wide_sum(both, registers.double(numbers[2]), *(ones or [0]))
         if "HI" in step.modifiers:
             return [(result, 0, high(value))]
-        return [*doubled(result, value), *((flag, 0, None) for flag in flags)]
-    ones = [chosen(registers.predicate(flag), 1, 0) for flag in carried]
+        return [*doubled(result, value), *((flag, 0, over) for flag in flags)]
     value = total(both, registers.term(numbers[2]), *ones)
     return [(result, 0, low(value)), *((flag, 0, None) for flag in flags)]
 
@@ -120,10 +122,14 @@ def shift(step: Instruction, registers: Registers) -> Results:
         value = total(value, shifted_left(shifted_left(registers.word(upper), count), 32))
         return [(result, 0, high(value))]
     top = registers.word(upper)
-    top = signed(top) if names[-1] in ("S32", "S64") or "S32" in names or "S64" in names else top
+    whole = pair(registers.word(lower), top)
+    if "S32" in names or "S64" in names:
+        top = signed(top)
+    elif isinstance(whole, int):
+        whole &= PAIR
     if "HI" in names or (not wide and lower in ("RZ", "URZ") and "W" not in names):
         return [(result, 0, low(shifted_right(top, count)))]
-    return [(result, 0, low(shifted_right(pair(registers.word(lower), top), count)))]
+    return [(result, 0, low(shifted_right(whole, count)))]
 
 
 def logic(step: Instruction, registers: Registers) -> Results:
@@ -271,6 +277,79 @@ def half_constant(step: Instruction, _registers: Registers) -> Results:
     return [(result, 0, numbers[0] << 16 | numbers[1] if is_constant else None)]
 
 
+def packed(step: Instruction, registers: Registers) -> Results:
+    """P2R[.B1] Rd, PR, a, mask: predicates as bits of a byte, the others from a."""
+    result, _, source, mask = step.operands
+    shift, bits = byte_of(step.opcode), int(mask, 16)
+    value = registers.word(source)
+    value = None if value is None else value & (WORD ^ bits << shift)
+    for number in range(PREDICATES):
+        if bits >> number & 1:
+            value = total(value, chosen(registers.predicate(f"P{number}"), 1 << number + shift, 0))
+    return [(result, 0, value)]
+
+
+def unpacked(step: Instruction, registers: Registers) -> Results:
+    """R2P PR, a[.B1], mask: the way back."""
+    _, source, mask = step.operands
+    value = registers.word(source.split(".")[0])
+    found: Results = []
+    for number in range(PREDICATES):
+        if int(mask, 16) >> number & 1:
+            found.append((f"P{number}", 0, None if value is None else value >> number + byte_of(source) & 1 != 0))
+    return found
+
+
+def byte_of(text: str) -> int:
+    """The bit that a byte starts at: 8 of R4.B1."""
+    return 8 * next((number for number in range(1, 4) if f".B{number}" in text), 0)
+
+
+def to_float(step: Instruction, registers: Registers) -> Results:
+    """I2F[.RP][.U32] Rd, a: a division of integers starts so, .RP rounds up."""
+    value = registers.word(step.operands[-1])
+    value = value if "U32" in step.modifiers else signed(value)
+    if value is None:
+        return [(step.operands[0], 0, None)]
+    number = np.asarray(value, dtype=np.float64).astype(np.float32)
+    if "RP" in step.modifiers:
+        number = np.where(number < value, np.nextafter(number, np.float32(np.inf)), number)
+    return [(step.operands[0], 0, bits_of(number))]
+
+
+def special(step: Instruction, registers: Registers) -> Results:
+    """MUFU.RCP Rd, a: of a known number, as in a division of integers; the last bit is corrected there anyway."""
+    value = registers.word(step.operands[1]) if "RCP" in step.modifiers else None
+    if value is None:
+        return [(step.operands[0], 0, None)]
+    with np.errstate(divide="ignore"):
+        return [(step.operands[0], 0, bits_of(np.float32(1) / float_of(value)))]
+
+
+def to_integer(step: Instruction, registers: Registers) -> Results:
+    """F2I.U32.TRUNC Rd, a."""
+    value = registers.word(step.operands[-1])
+    if value is None or not {"U32", "TRUNC"} <= set(step.modifiers):
+        return [(step.operands[0], 0, None)]
+    number = np.clip(np.nan_to_num(float_of(value).astype(np.float64)), 0, WORD)
+    return [(step.operands[0], 0, scalar_or_lanes(number.astype(np.int64)))]
+
+
+def float_of(value: Value) -> np.ndarray:
+    """32 bits as a float."""
+    return np.asarray(value, dtype=np.int64).astype(np.uint32).view(np.float32)
+
+
+def bits_of(number: np.ndarray) -> Value:
+    """A float as 32 bits."""
+    return scalar_or_lanes(np.asarray(number, dtype=np.float32).view(np.uint32).astype(np.int64))
+
+
+def scalar_or_lanes(value: np.ndarray) -> Value:
+    """An array of no axis as a number."""
+    return value if value.ndim else int(value)
+
+
 def exchange(step: Instruction, registers: Registers) -> Results:
     """SHFL.IDX P, Rd, a, lane, …: one lane's value in all; the other forms move what is data."""
     flag, result, source, lane = step.operands[:4]
@@ -312,6 +391,11 @@ STEPS: dict[str, Step] = {
     **dict.fromkeys(("LDC", "LDCU", "ULDC"), constant),
     **dict.fromkeys(("SGXT", "USGXT"), extended),
     "HFMA2": half_constant,
+    "P2R": packed,
+    "R2P": unpacked,
+    **dict.fromkeys(("I2F", "I2FP"), to_float),
+    "MUFU": special,
+    "F2I": to_integer,
     "IABS": absolute,
     "CS2R": clear,
     "SHFL": exchange,

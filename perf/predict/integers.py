@@ -76,6 +76,21 @@ def carry(value: Value, count: Value = 1) -> Value:
     return value >> 32 >= count
 
 
+def wide_sum(left: Value, right: Value, one: Value) -> tuple[Value, Value]:
+    """A sum of 64 bits, and whether it left them as a sum of numbers without a sign."""
+    if left is None or right is None or one is None:
+        return None, None
+    if isinstance(left, int) and isinstance(right, int) and isinstance(one, int):
+        whole = (left & PAIR) + (right & PAIR) + one
+        return whole & PAIR, whole >> 64 != 0
+    parts = [
+        np.asarray(part & PAIR if isinstance(part, int) else part).astype(np.uint64) for part in (left, right, one)
+    ]
+    first = parts[0] + parts[1]
+    both = first + parts[2]
+    return both.astype(np.int64), (first < parts[0]) | (both < first)
+
+
 @known
 def shifted_left(value: Value, by: Value) -> Value:
     """By less than 64."""

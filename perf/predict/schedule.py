@@ -36,7 +36,7 @@ SCOREBOARDS = 6
 class Issued(NamedTuple):
     """One instruction of the walk: when it was its turn, when it issued, and when its result is there."""
 
-    index: int
+    at: int  # the instruction's index
     turn: float
     time: float
     ready: float
@@ -90,5 +90,5 @@ def cycles(code: Sequence[Instruction], steps: Sequence[Step], memory_cycles: fl
     """What a lone warp takes for its walk."""
     last = 0.0
     for issued in schedule(code, steps, memory_cycles):
-        last = issued.time + max(1, code[issued.index].stall)
+        last = issued.time + max(1, code[issued.at].stall)
     return last

@@ -44,16 +44,16 @@ SPECIAL = {"SR_LANEID": "lane", "SR_TID.X": "x", "SR_TID.Y": "y", "SR_TID.Z": "z
 
 @dataclass(frozen=True)
 class Argument:
-    """A parameter of the entry: `kind` "buffer", "tensor map" (128 bytes), "int32" or "int64"; `value` of a number."""
+    """A parameter of the entry: `kind` "buffer", "tensor map" (128 bytes) or a number's dtype; `value` of a number."""
 
     name: str
     kind: str
-    value: int = 0
+    value: float = 0
 
     @property
     def size(self) -> tuple[int, int]:
         """Bytes, and what its place is a multiple of."""
-        return {"int32": (4, 4), "tensor map": (128, 128)}.get(self.kind, (8, 8))
+        return {"int32": (4, 4), "float32": (4, 4), "tensor map": (128, 128)}.get(self.kind, (8, 8))
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class Entry:
         for number, argument in enumerate(self.arguments):
             size, alignment = argument.size
             place = -(-place // alignment) * alignment
-            value = (number + 1) << BUFFER_SHIFT if argument.kind == "buffer" else argument.value
-            if argument.kind != "tensor map":
+            value = (number + 1) << BUFFER_SHIFT if argument.kind == "buffer" else int(argument.value)
+            if argument.kind not in ("tensor map", "float32"):  # what is computed with a float is not followed
                 for offset in range(0, size, 4):
                     bank[place + offset] = value >> 8 * offset & 0xFFFFFFFF
             place += size
@@ -192,6 +192,9 @@ class Walker:
         access = None
         if step.kind in GLOBAL and guard is not False:
             active = lanes if guard is None or guard is True else lanes & guard
+            if step.kind == "LDGSTS" and is_predicate(step.operands[-1]):  # where it is false, zeros are written
+                fetched = self.registers.predicate(step.operands[-1])
+                active = active if fetched is None else active & fetched
             if number := int(active.sum()):
                 access = self.touched(step, active, number)
         self.found.steps.append((index, access))

@@ -40,7 +40,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
     shown = capsys.readouterr().out
-    commands = "check bench traffic inspect study export warmup memory simulate doctor"
+    commands = "check bench traffic inspect predict study export warmup memory simulate doctor"
     assert set(cli.COMMANDS) == {*commands.split()}
     assert all(command.help in shown for command in cli.COMMANDS.values())
 

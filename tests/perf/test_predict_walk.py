@@ -137,6 +137,8 @@ def test_carries_reach_the_upper_half_of_an_address():
     [
         ("SHF.R.S32.HI R0, RZ, 0x4, R1", {"R1": 0xFFFFFF00}, 0xFFFFFFF0),
         ("SHF.L.U64.HI R0, R1, 0x2, R2", {"R1": 0xC0000000, "R2": 1}, 7),
+        ("SHF.R.S64 R0, R1, 0x4, R2", {"R1": 0x10, "R2": 0xFFFFFFFF}, 0xF0000001),
+        ("SHF.R.U64 R0, R1, 0x24, R2", {"R1": 0, "R2": 0xFFFFFFFF}, 0x0FFFFFFF),
         ("LEA.HI.X R0, R1, R2, R3, 0x2, P0", {"R1": 0x80000000, "R2": 5, "R3": 1, "P0": True}, 4 + 2 + 5 + 1),
         ("LOP3.LUT R0, R1, 0xf, R2, 0xf8, !PT", {"R1": 0x30, "R2": 0x1F}, 0x3F),
         ("PRMT R0, R1, 0x7610, R2", {"R1": 0x1234, "R2": 0x56780000}, 0x56781234),
@@ -145,6 +147,7 @@ def test_carries_reach_the_upper_half_of_an_address():
         ("VIADDMNMX R0, R1, R2, 0x10, PT", {"R1": 0xFFFFFFFF, "R2": 4}, 3),
         ("SGXT R0, R1, 0x8", {"R1": 0x1F0}, 0xFFFFFFF0),
         ("HFMA2 R0, -RZ, RZ, 0, 5.9604644775390625e-08", {}, 1),
+        ("P2R R0, PR, R1, 0xa", {"R1": 0xF0F, "P0": None, "P1": True, "P3": False}, 0xF07),
         ("SEL R0, R1, 0x3, P0", {"R1": 9, "P0": False}, 3),
     ],
 )
@@ -162,6 +165,55 @@ def test_lanes_are_computed_one_by_one():
     expected = [(int(lane) * 0x30 + (1 << 32) + 5) for lane in lanes]
     assert (np.asarray(low) == [value & 0xFFFFFFFF for value in expected]).all()
     assert (np.asarray(high) == [value >> 32 for value in expected]).all()
+
+
+def test_wide_sums_carry():
+    wide = sass.code("IMAD.WIDE.U32 R4, P0, R0, R1, R2")[0]
+    top = 0xFFFFFFFF
+    for lanes in (top, np.full(32, top)):
+        values = results(wide, Registers({}.get, {"R0": lanes, "R1": top, "R2": 0xFFFFFFFF, "R3": 0x2}))
+        whole = top * top + (0x2 << 32 | 0xFFFFFFFF)
+        expected = [whole & top, whole >> 32 & top, bool(whole >> 64)]
+        assert [
+            np.asarray(value).all() if value is True else np.asarray(value).flat[0] for _, _, value in values
+        ] == expected
+
+
+def test_packed_predicates_come_back():
+    [step] = sass.code("R2P PR, R4.B1, 0x6")
+    written = results(step, Registers({}.get, {"R4": 0x0400}))
+    assert written == [("P1", 0, False), ("P2", 0, True)]
+
+
+@pytest.mark.parametrize(("a", "b"), [(20, 7), (1000003, 128), (4096, 4096), (5, 9), (0xFFFFFFF0, 3)])
+def test_a_division_of_runtime_sizes(a, b):
+    """As nvcc writes it: by a float's reciprocal, one step of Newton's, then corrections."""
+    registers = Registers({}.get, {"R4": a, "R5": b})
+    steps = """
+        I2F.U32.RP R6, R5
+        MUFU.RCP R6, R6
+        VIADD R2, R6, 0xffffffe
+        F2I.FTZ.U32.TRUNC.NTZ R3, R2
+        IADD3 R7, RZ, -R3, RZ
+        IMAD R7, R7, R5, RZ
+        MOV R2, RZ
+        IMAD.HI.U32 R3, R3, R7, R2
+        IMAD.HI.U32 R3, R3, R4, RZ
+        IADD3 R8, -R3, RZ, RZ
+        IMAD R2, R5, R8, R4
+        ISETP.GE.U32.AND P0, PT, R2, R5, PT
+        SEL R9, R5, RZ, P0
+        SEL R10, 0x1, RZ, P0
+        IADD3 R2, R2, -R9, RZ
+        IADD3 R3, R3, R10, RZ
+        ISETP.GE.U32.AND P1, PT, R2, R5, PT
+        SEL R10, 0x1, RZ, P1
+        IADD3 R3, R3, R10, RZ
+    """
+    for step in sass.code(steps):
+        for operand, offset, value in results(step, registers):
+            registers.write(operand, value, None, offset)
+    assert registers.word("R3") == a // b
 
 
 def test_an_instruction_that_is_not_known_leaves_its_results_unknown():
