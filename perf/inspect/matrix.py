@@ -120,8 +120,10 @@ def variants(kernels: Iterable[str] = FAMILIES) -> list[Subject]:
     for family, variant, dtype, changes in VARIANTS:
         if family in kernels:
             shape = replace(STUDIED, dtype=dtype)
-            base = min(subjects(shape, [family]), key=lambda subject: bool(subject.variant)).launch
-            launch = replace(base, parameters={**base.parameters, **changes})
+            every = subjects(shape, [family])
+            base = min(every, key=lambda subject: bool(subject.variant)).launch
+            streams = tuple(dict.fromkeys(name for subject in every for name in subject.launch.streams))
+            launch = replace(base, parameters={**base.parameters, **changes}, streams=streams)
             found.append(subject_of(launch, shape, variant))
     return found
 

@@ -123,7 +123,7 @@ def test_shared_macros_change_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def reducing() -> list[tuple[str, dict[str, Any]]]:
-    constants = {"num_streams": 4, "iters": 3, "eps": 1e-6, "block": 64}
+    constants = {"num_streams": 4, "capacity": 20, "block": 64}
     return [("boundary_backward", boundary()), ("sinkhorn_backward", constants)]
 
 

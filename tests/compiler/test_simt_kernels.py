@@ -41,7 +41,9 @@ STREAMS = {
     for one in launches_of(Call(call, Shape(300, 4, 640, "bfloat16")), "cuda", 264)
     if one.streams
 }
-OF_STREAMS = [kernel for kernel in CHECKS if kernel in STREAMS or kernel.startswith(("post_", "expand_pre"))]
+ALONE = [kernel for kernel in CHECKS if kernel.removesuffix("_aggregated") in STREAMS]
+OF_STREAMS = [kernel for kernel in CHECKS if kernel in ALONE or kernel.startswith(("post_", "expand_pre"))]
+HELD_BY_OTHERS = ("post_head_backward", "project_backward")  # whose kernels, or more of them, other checks launch
 
 
 def runs() -> list:
@@ -52,7 +54,7 @@ def runs() -> list:
     for case in CASES + FULL:
         for kernel in CHECKS if case.dtype == BF16 else OF_STREAMS:
             n, hidden_size, dtype = case.num_streams, case.hidden_size, str(case.dtype).removeprefix("torch.")
-            takes_long = (case != MAIN and kernel not in STREAMS) or kernel == "post_head_backward"
+            takes_long = (case != MAIN and kernel not in ALONE) or kernel in HELD_BY_OTHERS
             takes_long |= case != MAIN and kernel == "pre_mappings"
             marks = [pytest.mark.full] if case in FULL or takes_long else []
             found.append(pytest.param(case, kernel, id=f"{kernel}-n{n}-C{hidden_size}-{dtype}", marks=marks))
@@ -73,7 +75,7 @@ def all_launches() -> list[Launched]:
     """Every launch of every check at one case whose rows are whole sectors."""
     with executing() as launches:
         for kernel in CHECKS:
-            if kernel != "post_head_backward":  # whose kernels other checks launch, and which take long to generate
+            if kernel not in HELD_BY_OTHERS:
                 check_case(kernel, MAIN, Inputs.of(MAIN, CPU))
     return launches
 

@@ -31,6 +31,7 @@ OUTPUTS = {
     "pre_backward": ("g_h_pre",),
     "post_backward": ("g_x", "g_layer_output", "g_h_post", "g_h_res"),
     "project_backward": ("g_x", "g_phi"),
+    "project_backward_aggregated": ("g_x", "g_phi"),
     "coefficients_backward": ("g_dots", "rho", "g_alpha", "g_bias"),
     "head_coefficients_backward": ("g_dots", "rho", "g_alpha", "g_bias"),
     "pre_mappings": ("layer_input", "h_pre", "h_post", "h_res"),

@@ -24,7 +24,7 @@ COEFFICIENTS = {
     "sinkhorn_backward": OUTPUTS["sinkhorn_backward"],
     "pre_backward": OUTPUTS["pre_backward"],
     "post_backward": ("g_h_post", "g_h_res"),
-    "project_backward": ("g_phi",),
+    "project_backward_aggregated": ("g_phi",),
     "coefficients_backward": OUTPUTS["coefficients_backward"],
     "head_coefficients_backward": OUTPUTS["head_coefficients_backward"],
 }
@@ -46,7 +46,7 @@ def bfloat16(tensor):
 @every_case
 def test_exact_gradients_are_accepted(case):
     """The float64 functions of `helpers_backward`, which the tests below spoil, agree with the checks'."""
-    for kernel in ("pre_backward", "post_backward", "project_backward"):
+    for kernel in ("pre_backward", "post_backward", "project_backward_aggregated"):
         exact = BACKWARD[kernel].float64(BACKWARD[kernel].arguments(case))
         for output in OUTPUTS[kernel]:
             assert not rejected(comparison_of(kernel, output, case), exact[output])
@@ -132,14 +132,14 @@ def test_narrow_operands_are_rejected(operand, outputs, size, target, monkeypatc
     plan = plans.projection_backward_plan
     monkeypatch.setattr(plans, "projection_backward_plan", lambda *sizes: plan(*sizes[:3], target))
     case = Case(4, size, torch.float32, 63)
-    arguments = BACKWARD["project_backward"].arguments(case)
+    arguments = BACKWARD["project_backward_aggregated"].arguments(case)
     for narrow in (tf32, bfloat16):
         changed = narrow(arguments[operand])
         if operand == "g_projected":
             changed[-1] = arguments[operand][-1]  # ρ is no operand
-        got = BACKWARD["project_backward"].float64({**arguments, operand: changed})
+        got = BACKWARD["project_backward_aggregated"].float64({**arguments, operand: changed})
         for output in outputs:
-            assert rejected(comparison_of("project_backward", output, case), got[output]), output
+            assert rejected(comparison_of("project_backward_aggregated", output, case), got[output]), output
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -147,15 +147,17 @@ def test_narrow_operands_are_rejected(operand, outputs, size, target, monkeypatc
 def test_narrow_g_dots_are_rejected_in_g_phi(size, dtype):
     """Also of 16-bit streams, whose g_phi is float32: one product of rounded g_dots is not enough."""
     case = Case(4, size, dtype, 63)
-    arguments = BACKWARD["project_backward"].arguments(case)
-    got = BACKWARD["project_backward"].float64({**arguments, "g_projected": bfloat16(arguments["g_projected"])})
-    assert rejected(comparison_of("project_backward", "g_phi", case), got["g_phi"])
+    arguments = BACKWARD["project_backward_aggregated"].arguments(case)
+    got = BACKWARD["project_backward_aggregated"].float64(
+        {**arguments, "g_projected": bfloat16(arguments["g_projected"])}
+    )
+    assert rejected(comparison_of("project_backward_aggregated", "g_phi", case), got["g_phi"])
 
 
 @every_case
 def test_a_missing_term_of_g_x_is_rejected(case):
     """Without ρ·x; without the aggregation's share; with one row of phi less."""
-    arguments = exact_arguments("project_backward", case)
+    arguments = exact_arguments("project_backward_aggregated", case)
     without_rho, without_row = arguments["g_projected"].copy(), arguments["g_projected"].copy()
     without_rho[-1], without_row[-2] = 0, 0
     spoilt = [
@@ -165,7 +167,7 @@ def test_a_missing_term_of_g_x_is_rejected(case):
     ]
     for wrong in spoilt:
         g_x, _ = project_backward64(**wrong)
-        assert rejected(comparison_of("project_backward", "g_x", case), g_x)
+        assert rejected(comparison_of("project_backward_aggregated", "g_x", case), g_x)
 
 
 @pytest.mark.parametrize("size", [64, 333, 2560])
@@ -186,10 +188,10 @@ def test_last_channels_left_out_are_rejected(kernel, size):
 @pytest.mark.parametrize("missing", [1, 15, 48])
 def test_last_tokens_left_out_of_g_phi_are_rejected(missing, case):
     """63 tokens are a tile of 48 and one of 15."""
-    arguments = exact_arguments("project_backward", case)
+    arguments = exact_arguments("project_backward_aggregated", case)
     arguments["g_projected"][:, -missing:] = 0
     _, g_phi = project_backward64(**arguments)
-    assert rejected(comparison_of("project_backward", "g_phi", case), g_phi)
+    assert rejected(comparison_of("project_backward_aggregated", "g_phi", case), g_phi)
 
 
 @pytest.mark.full

@@ -22,7 +22,7 @@ from mhc_tilelang.kernels import plans
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 CASE = Case(4, 333, torch.bfloat16, 63)
-FUNCTION = BACKWARD["project_backward"]
+FUNCTION = BACKWARD["project_backward_aggregated"]
 SMALL = Case(2, 64, torch.bfloat16, 0)
 # A CPU's tile has 48 tokens; up to 528 share one partial g_phi, and 4300 tokens reach the limit of eight.
 TOKENS = (47, 48, 49, 95, 96, 97, 527, 528, 529, 530, 1055, 1056, 1057, 1100, 4300)
@@ -44,26 +44,26 @@ def gpu_plan(monkeypatch):
 
 @pytest.mark.parametrize("case", crosses())
 def test_matches_float64(case):
-    assert_matches_float64("project_backward", case)
+    assert_matches_float64("project_backward_aggregated", case)
 
 
 @pytest.mark.parametrize("num_tokens", TOKENS)
 def test_every_boundary_of_tokens(num_tokens):
     """The tile's, the range's, and more ranges than one."""
-    assert_matches_float64("project_backward", replace(SMALL, num_tokens=num_tokens))
+    assert_matches_float64("project_backward_aggregated", replace(SMALL, num_tokens=num_tokens))
 
 
 @pytest.mark.parametrize("case", [named("gpu-plan", case) for case in GPU_CASES])
 @pytest.mark.usefixtures("gpu_plan")
 def test_gpu_plan_matches_float64(case):
     """Halves, masks and padding rows of the GPU's plan. The bound is that of the plan, splitting included."""
-    assert_matches_float64("project_backward", case)
+    assert_matches_float64("project_backward_aggregated", case)
 
 
 @pytest.mark.parametrize("num_tokens", [64, 512, 513, 1100])
 @pytest.mark.usefixtures("gpu_plan")
 def test_gpu_ranges_match_float64(num_tokens):
-    assert_matches_float64("project_backward", replace(SMALL, num_tokens=num_tokens))
+    assert_matches_float64("project_backward_aggregated", replace(SMALL, num_tokens=num_tokens))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -72,7 +72,9 @@ def test_gpu_plan_with_small_operands(dtype):
     """phi ~ 1e-4, as trained ones are. Catches halves in float16, whose low half would be subnormal."""
     case = Case(4, 192, dtype, 63)
     inputs = Inputs.of(case, CPU)
-    assert_matches_float64("project_backward", case, replace(inputs, phi=inputs.phi * (1e-4 / inputs.phi.std())))
+    assert_matches_float64(
+        "project_backward_aggregated", case, replace(inputs, phi=inputs.phi * (1e-4 / inputs.phi.std()))
+    )
 
 
 @settings(deadline=None)
@@ -183,7 +185,7 @@ def test_the_split_matters(dtype, monkeypatch):
         return launch(high[0], x, high[1], **others)
 
     monkeypatch.setattr(launch_backward, "project_backward", high_only)
-    (_, g_x), (_, g_phi) = verdicts("project_backward", case)
+    (_, g_x), (_, g_phi) = verdicts("project_backward_aggregated", case)
     assert not g_phi.passed
     if dtype == torch.float32:  # rounding to 16 bits hides what is lost in g_x
         assert not g_x.passed

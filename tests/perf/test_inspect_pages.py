@@ -14,7 +14,7 @@ import pytest
 
 from mhc_tilelang import cli
 from mhc_tilelang.kernels import FAMILIES
-from mhc_tilelang.perf.inspect import explain, matrix, pages, stored
+from mhc_tilelang.perf.inspect import explain, matrix, pages, stored, terminal
 from mhc_tilelang.perf.inspect.matrix import STUDIED
 from mhc_tilelang.perf.inspect.occupancy import ARCHITECTURES
 
@@ -68,8 +68,10 @@ def test_stored_peers_are_built_at_the_studied_shape() -> None:
 
 
 def test_explain_prints_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    """As a terminal shows it."""
     assert cli.main(["inspect", "pre", "--explain"]) == 0
-    assert (FOLDER / "pre.md").read_text(encoding="utf-8") in capsys.readouterr().out
+    page = (FOLDER / "pre.md").read_text(encoding="utf-8")
+    assert terminal.fitted(page, terminal.width()).rstrip() in capsys.readouterr().out
 
 
 def test_writing_removes_the_page_of_a_kernel_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,7 @@ def at(line: int) -> str:
 STORE = "@!P2 STG.E{} desc[UR12][R28.64+0x{}], R20"
 SPLIT_STORE = [(at(6), STORE.format("", 0)), (at(2), "IADD3 R1, R1, 1, RZ"), (at(6), STORE.format("", 4))]
 SPLIT_STORE += [("", STORE.format("", 8)), ("", STORE.format("", "c"))]  # the same line, as nvdisasm writes it
+OF_H = (at(8), "LDG.E R6, [R8.64]")
 
 
 @pytest.mark.parametrize(
@@ -68,9 +69,11 @@ SPLIT_STORE += [("", STORE.format("", 8)), ("", STORE.format("", "c"))]  # the s
         ([(at(5), "LDG.E.U16 R5, [R4.64]"), ("", "LDG.E R6, [R8.64]")], {"x": {"16": 1}}, {}),  # h is the other
         ([(at(7), "LDG.E.U16 R5, [R4.64]"), ("", "STG.E.U16 [R8.64], R5")], {"x": {"16": 1}}, {"y": {"16": 1}}),
         ([(at(8), "LDG.E R5, [R4.64]")], {}, {}),  # h alone
-        ([(at(2), "LDG.E R5, [R4.64]")], {UNKNOWN: {"32": 1}}, {}),
-        ([('"/templates/copy.h", line 6', "LDG.E R5, [R4.64]")], {UNKNOWN: {"32": 1}}, {}),  # not our line 6
-        ([(at(6), "LDG.E R5, [R4.64]")], {UNKNOWN: {"32": 1}}, {}),  # that line stores
+        ([(at(2), "LDG.E R5, [R4.64]")], {}, {}),  # of h, which nothing else reads
+        ([OF_H, (at(2), "LDG.E R5, [R4.64]")], {UNKNOWN: {"32": 1}}, {}),
+        ([(at(2), "LDG.E.64 R4, [R4.64]")], {UNKNOWN: {"64": 1}}, {}),  # not as wide as the source reads h
+        ([OF_H, ('"/templates/copy.h", line 6', "LDG.E R5, [R4.64]")], {UNKNOWN: {"32": 1}}, {}),  # not our line 6
+        ([OF_H, (at(6), "LDG.E R5, [R4.64]")], {UNKNOWN: {"32": 1}}, {}),  # that line stores
         ([(at(6), "STS.128 [R4], R8"), ("", "LDL R5, [R1]"), ("", "UTMASTG.2D [UR4], [UR8]")], {}, {"y": {"bulk": 1}}),
     ],
 )

@@ -35,7 +35,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "perf" / "on_gpu.sh"
 # Stands for Python and for every tool: notes the call; fails, or takes too long, where its words match.
 FAKE = """#!/bin/bash
 echo "$(basename "$0") $*" >>"$CALLS"
-case "$*" in *"on_gpu collect"*) exec "$REAL" "$@" ;; esac
+case "$*" in *"gpu.run collect"*) exec "$REAL" "$@" ;; esac
 [[ -n "$FAILING" && "$*" == *$FAILING* ]] && { echo "no such luck"; exit 3; }
 [[ -n "$SLOW" && "$*" == *$SLOW* ]] && exec sleep 60
 [ -z "${JSON:-}" ] || echo '{"measured": 1}' >"$JSON"
@@ -96,9 +96,9 @@ def test_what_is_done_is_not_done_again(machine: Machine) -> None:
     printed, status = machine.run("--part", "counters")
     assert status == {"compile-counters": "ok", "counters": "ok"}
     assert "compile-counters: done before" in printed
-    assert machine.calls.read_text().count("on_gpu compile counters") == 1
+    assert machine.calls.read_text().count("gpu.run compile counters") == 1
     machine.run("--part", "counters", "--again")
-    assert machine.calls.read_text().count("on_gpu compile counters") == 2
+    assert machine.calls.read_text().count("gpu.run compile counters") == 2
 
 
 def test_a_step_is_stopped_when_the_time_is_up(machine: Machine) -> None:

@@ -321,7 +321,8 @@ def test_its_help_and_the_model_load_no_torch() -> None:
     code = """
 import sys
 from mhc_tilelang import cli
-from mhc_tilelang.perf import model, overhead_report, sizes
+from mhc_tilelang.perf import sizes
+from mhc_tilelang.perf.overhead import model, report
 try:
     cli.main(["bench", "overhead", "--help"])
 except SystemExit:

@@ -152,7 +152,7 @@ BACKWARD = {
         launch_backward.post_backward,
         reference.post_backward,
     ),
-    "project_backward": Backward(
+    "project_backward_aggregated": Backward(
         ("g_x", "g_phi"),
         lambda _, i, g: {
             "g_projected": g.g_projected,
