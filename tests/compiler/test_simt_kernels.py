@@ -56,6 +56,7 @@ def runs() -> list:
             n, hidden_size, dtype = case.num_streams, case.hidden_size, str(case.dtype).removeprefix("torch.")
             takes_long = (case != MAIN and kernel not in ALONE) or kernel in HELD_BY_OTHERS
             takes_long |= case != MAIN and kernel == "pre_mappings"
+            takes_long |= case.dtype != FP32 and case != MAIN and kernel in ("project", "project_backward_aggregated")
             marks = [pytest.mark.full] if case in FULL or takes_long else []
             found.append(pytest.param(case, kernel, id=f"{kernel}-n{n}-C{hidden_size}-{dtype}", marks=marks))
     return found

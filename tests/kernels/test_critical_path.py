@@ -137,7 +137,8 @@ CHAINED = {
 
 
 @pytest.mark.nvcc
-@pytest.mark.parametrize("family", [pytest.param("coefficients", marks=pytest.mark.full), "pre_mappings"])
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["coefficients", "pre_mappings"])
 def test_chained_launches_build(family: str) -> None:
     """The wait comes before any access of memory and before the trigger, and costs no register; sm_80 has neither.
 

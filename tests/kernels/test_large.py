@@ -70,8 +70,11 @@ def test_the_backward_of_the_last_token_of_a_huge_stream() -> None:
         assert torch.equal(huge[-len(expected) :], expected)
 
 
+LONG = pytest.param("project_backward", marks=pytest.mark.full)  # to generate
+
+
 @pytest.mark.nvcc
-@pytest.mark.parametrize("family", ["pre_backward", "post_backward", "expand_backward", "project_backward"])
+@pytest.mark.parametrize("family", ["pre_backward", "post_backward", "expand_backward", LONG])
 def test_cuda_indexes_streams_of_a_backward_in_64_bits(family: str) -> None:
     """As below; `project_backward` counts tokens in ranges and tiles of 64."""
     *_, subject = matrix.subjects(Shape(4096, 4, 1280, "bfloat16"), [family])
