@@ -52,10 +52,10 @@ docs-kernels: $(READY) ## write the pages of docs/kernels
 	$(BIN)/python -m mhc_tilelang.perf.inspect.pages docs/kernels
 
 test: $(READY) ## run the tests, without those that take minutes
-	$(BIN)/pytest -n $(JOBS) -m "not full" $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadgroup -m "not full" $(ARGS)
 
 test-full: $(READY) ## run all tests
-	$(BIN)/pytest -n $(JOBS) $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 lint: $(READY) ## check style, formatting and types
 	$(BIN)/ruff check .

@@ -33,7 +33,7 @@ CALLS = (
     *BOUNDARY,
 )
 FORWARD_PARTS = ("post", "project", "coefficients", "pre")
-BACKWARD_PARTS = ("pre_backward", "coefficients_backward", "project_backward", "post_backward")
+BACKWARD_PARTS = ("pre_backward", "coefficients_backward", AGGREGATED, "post_backward")
 # What else is run where these are measured: the parts, the separate kernels, those that make the inputs of a backward.
 MADE_OF = {
     **dict.fromkeys(("coefficients", "coefficients_backward", "project_backward"), ("project",)),

@@ -223,7 +223,8 @@ def test_no_variant_of_a_backward_leaves_its_buffers(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(compiler, "_kernels", {})
     monkeypatch.setattr(compiler, "_load", lambda family, _, parameters: build.load(family, parameters, checked=True))
     case = Case(num_streams=2, hidden_size=17, dtype=torch.bfloat16, num_tokens=67)
-    post, project, coefficients = (BACKWARD[f"{name}_backward"] for name in ("post", "project", "coefficients"))
+    post, coefficients = BACKWARD["post_backward"], BACKWARD["coefficients_backward"]
+    project = BACKWARD["project_backward_aggregated"]
     wanted = ("needs_x", "needs_layer_output", "needs_mixing")
     for only in wanted:
         post(post.arguments(case), **{name: name == only for name in wanted})
