@@ -32,7 +32,7 @@ class Recorded:
         family: its family, of `kernels.FAMILIES`.
         parameters: what it is compiled with.
         arguments: its tensors and scalars by name.
-        streams: the names of those as wide as the stream or a layer, where somebody has told them apart.
+        streams: the names of those as wide as the stream or a layer; empty until told apart by `wide`.
     """
 
     family: str
