@@ -14,7 +14,8 @@ MAX_ACCESS_BYTES = 16
 LANES = 16  # partial sums of Σx² per token
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 STAGE_BYTES = 32 * 1024  # shared memory of one pipeline stage: three of them fit the 99 KB of sm_120
-GROUP_CHANNELS = 1024  # channels whose chunks are added up before they are written, except for small batches
+GROUP_CHANNELS = 1024  # channels, at most, whose chunks are added up before they are written, except for small batches
+SLAB_CHUNKS = 0.5  # what a slab of partial sums costs to write and to read, in chunks of the stream (n = 4, 16 bits)
 CPU_CHANNELS = 1024  # four streams of it in float32 stay in a 32 KB first-level cache, with room to spare
 
 
@@ -186,21 +187,42 @@ def projection_plan(rows: int, hidden_size: int, dtype: str, target: str) -> Pro
     bytes_per_channel = plan.tokens * BYTES[dtype] + plan.columns * BYTES[operand_dtype]
     while plan.channels * bytes_per_channel > STAGE_BYTES:
         plan = replace(plan, channels=plan.channels // 2)
-    return replace(plan, chunks_per_group=GROUP_CHANNELS // plan.channels)
+    return replace(plan, chunks_per_group=equal_group(plan.num_chunks(hidden_size), GROUP_CHANNELS // plan.channels))
+
+
+def equal_group(num_chunks: int, most: int) -> int:
+    """Chunks of a group, at most `most` and more than half of it: groups of one size, an even number of them if any can
+    be, so that splits of one group or of two are equal shares.
+
+    C = 2560 has groups of 5, 5, 5, 5 chunks of 128; of 8, 8, 4 the longest splits take 16 where the mean is 10.
+    """
+
+    def unequal(size: int) -> tuple[int, int, int]:
+        groups = -(-num_chunks // size)
+        return groups * size - num_chunks, groups % 2, -size
+
+    return most if num_chunks <= most else min(range(most // 2 + 1, most + 1), key=unequal)
 
 
 def chunks_per_split(num_tokens: int, num_chunks: int, plan: ProjectionPlan, parallel_blocks: int) -> int:
-    """How many chunks a block of the projection takes, so that small batches still fill the device.
+    """How many chunks a block of the projection takes: equal shares for a device that runs `parallel_blocks` at a time.
 
-    `parallel_blocks` is how many blocks the device runs at a time. Whole groups where these are enough to keep half of
-    it busy or more: to write slabs of chunks costs 1C, and as much to read them (n = 4, bfloat16), slabs of groups an
-    eighth. The answer moves no bit of any result.
+    Whole groups where these are enough to keep half of it busy or more: to write slabs of chunks costs 1C, and as much
+    to read them (n = 4, bfloat16), slabs of groups a fifth. Of those, what ends first: waves of blocks times the chunks
+    and slabs of one. The answer moves no bit of any result.
     """
     token_blocks = max(1, -(-num_tokens // plan.tokens))
     wanted = max(1, parallel_blocks // token_blocks)
     num_groups = -(-num_chunks // plan.chunks_per_group)
     if wanted < 2 * num_groups:
-        return min(num_chunks, -(-num_groups // min(num_groups, wanted)) * plan.chunks_per_group)
+
+        def ends(groups: int) -> tuple[float, int]:
+            splits = -(-num_groups // groups)
+            chunks = min(num_chunks, groups * plan.chunks_per_group)
+            of_one = chunks + SLAB_CHUNKS * (groups if splits > 1 else 1)
+            return -(-token_blocks * splits // parallel_blocks) * of_one, splits
+
+        return min(num_chunks, min(range(1, num_groups + 1), key=ends) * plan.chunks_per_group)
     return -(-num_chunks // min(num_chunks, wanted))
 
 

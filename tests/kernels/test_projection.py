@@ -141,7 +141,9 @@ def test_split_count_moves_no_bit(case, target):
 @pytest.mark.parametrize("parallel_blocks", [1, 8, 132, 264])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_slabs_that_a_gpu_writes(dtype, parallel_blocks):
-    """One where the tokens fill the device, an eighth of the chunks' 1C where they come near it, chunks below that."""
+    """One where the tokens fill the device, a slab a group where they come near it, chunks below that; no block ends
+    later than with any other number of groups a block.
+    """
     plan = plans.projection_plan(24, 2560, dtype, "cuda")
     num_chunks = plan.num_chunks(2560)
     for num_tokens in (1, 63, 512, 1024, 2048, 4096, 16384, 65536):
@@ -149,10 +151,23 @@ def test_slabs_that_a_gpu_writes(dtype, parallel_blocks):
         slabs = plans.num_slabs(per_split, num_chunks, plan)
         blocks = -(-num_tokens // plan.tokens)
         splits = -(-num_chunks // per_split)
-        assert slabs in (1, 3, num_chunks)
-        assert (slabs == 1) == (2 * blocks > parallel_blocks or splits == 1)
-        assert slabs < num_chunks or blocks * 6 <= parallel_blocks
-        assert blocks * splits <= max(parallel_blocks, blocks)
+        groups = num_chunks // plan.chunks_per_group
+        assert groups * plan.chunks_per_group == num_chunks
+        assert slabs in (1, groups, num_chunks)
+        assert slabs < num_chunks or blocks * 2 * groups <= parallel_blocks
+        longest = -(-blocks * splits // parallel_blocks) * per_split
+        most_equal = min(-(-blocks * k // parallel_blocks) * num_chunks // k for k in (1, 2, groups))
+        assert longest <= 1.1 * most_equal
+
+
+@pytest.mark.parametrize("hidden_size", [1280, 2048, 2560, 4096, 5120, 7168, 8192])
+def test_groups_are_equal(hidden_size):
+    """Of a width that ships, and an even number of them. Catches a last group that is a part of one: 8, 8, 4 chunks."""
+    for dtype in ("bfloat16", "float16", "float32"):
+        plan = plans.projection_plan(24, hidden_size, dtype, "cuda")
+        num_chunks = plan.num_chunks(hidden_size)
+        assert num_chunks % plan.chunks_per_group == 0
+        assert num_chunks // plan.chunks_per_group % 2 == 0
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -33,8 +33,9 @@ QUICK = ("project", "post_head", "project_backward")
 
 
 def group_count(hidden_size: int) -> int:
-    """Groups of chunks."""
-    return -(-hidden_size // plans.GROUP_CHANNELS)
+    """Groups of chunks, of a bfloat16 stream."""
+    plan = plans.projection_plan(24, hidden_size, "bfloat16", "cuda")
+    return -(-plan.num_chunks(hidden_size) // plan.chunks_per_group)
 
 
 def shares(hidden_size: int) -> dict[str, int]:
