@@ -6,12 +6,15 @@ One small library is compiled for all of it, with the flags of the kernels.
 from __future__ import annotations
 
 import ctypes
+import re
+import subprocess
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from mhc_tilelang.bundle.cpu_target import is_x86
 from mhc_tilelang.compiler.cpu import build
 
 SOURCE = """
@@ -36,6 +39,15 @@ GEMM(gemm_bfloat16, mhc::bfloat16, 8, 24, 64)
 GEMM(gemm_float16, mhc::float16, 3, 5, 32)
 GEMM(gemm_blocks, float, 4, 8, 48)
 GEMM(gemm_one, float, 1, 1, 48)
+"""
+# The products and sums of the projection's tiles.
+TILES = """
+#include "runtime.h"
+extern "C" void dots(const mhc::bfloat16* a, const float* b, float* c) { mhc::gemm_nt<32, 24, 256>(a, b, c); }
+extern "C" void few_dots(const float* a, const float* b, float* c) { mhc::gemm_nt<6, 10, 48>(a, b, c); }
+extern "C" void g_phi(const float* a, const mhc::bfloat16* b, float* c) { mhc::gemm_tn<24, 128, 48>(a, b, c); }
+extern "C" void g_x(const float* a, const float* b, float* c) { mhc::gemm_nn<48, 128, 24>(a, b, c); }
+extern "C" void total(const float* a, const float*, float* c) { *c = mhc::sum_row<128>(a); }
 """
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
@@ -160,3 +172,42 @@ def test_sums_of_a_block_have_the_bits_of_sums_one_by_one(library: ctypes.CDLL) 
             expected[row, column] = one[0]
     call(library.gemm_blocks, a, b, c)
     np.testing.assert_array_equal(c.view(np.int32), expected.view(np.int32))
+
+
+def compile_tiles(folder: Path, name: str, march: str, *options: str) -> Path:
+    """TILES for another processor of this kind, with the flags of the kernels."""
+    (folder / "tiles.cpp").write_text(TILES)
+    tool = build.cxx()
+    command = [tool.path, *tool.arguments, *build.flags(march), *options, f"-I{build.HERE}", "tiles.cpp", "-o", name]
+    subprocess.run(command, cwd=folder, check=True)
+    return folder / name
+
+
+@pytest.mark.skipif(not is_x86(), reason="levels of x86-64")
+def test_width_of_the_registers_moves_no_bit(tmp_path: Path) -> None:
+    """Catches partial sums that are as many as a register's lanes: 4 here, 8 or 16 in this processor's own code."""
+    results = []
+    for march in ("x86-64-v2", "native"):
+        library, random = ctypes.CDLL(str(compile_tiles(tmp_path, f"{march}.so", march))), np.random.default_rng(4)
+        for name, dtypes in (
+            ("dots", ("bfloat16", "float32")),
+            ("few_dots", ("float32", "float32")),
+            ("g_phi", ("float32", "bfloat16")),
+            ("g_x", ("float32", "float32")),
+            ("total", ("float32", "float32")),
+        ):
+            a, b = (random.standard_normal(1 << 14).astype(DTYPES.get(dtype, np.float32)) for dtype in dtypes)
+            c = random.standard_normal(1 << 14).astype(np.float32)
+            getattr(library, name)(*(ctypes.c_void_p(array.ctypes.data) for array in (a, b, c)))
+            results.append(c.tobytes())
+    half = len(results) // 2
+    assert results[:half] == results[half:]
+
+
+@pytest.mark.skipif(not is_x86(), reason="names of x86-64's instructions")
+@pytest.mark.parametrize(("march", "register"), [("x86-64-v3", "ymm"), ("x86-64-v4", "zmm")])
+def test_products_are_vector_code(tmp_path: Path, march: str, register: str) -> None:
+    """Catches vectors that a compiler takes apart, which made the projection fourteen times as slow."""
+    text = compile_tiles(tmp_path, "tiles.s", march, "-S").read_text()
+    assert set(re.findall(r"vfmadd\w+\s.*%(.mm)", text)) == {register}
+    assert not re.findall(r"vfmadd\w+ss|v(?:insert|extract)ps|vp(?:insr|extr)|call.*fmaf", text)

@@ -2,7 +2,7 @@
 //
 // Everything here is written so that a C++ compiler turns loops over it into vector code, and so that the
 // bits do not depend on the vector width of the machine's registers: sums run over LANES partial sums in a
-// fixed order. Needs C++17 and the vector extensions of GCC or clang.
+// fixed order, in as many registers as that takes. Needs C++17 and the vector extensions of GCC or clang.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -103,11 +104,11 @@ MHC_INLINE float exp(float x) {
 MHC_INLINE float rsqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
 
 template <typename T>
-MHC_INLINE T min(T a, T b) {
+MHC_INLINE constexpr T min(T a, T b) {
   return b < a ? b : a;
 }
 template <typename T>
-MHC_INLINE T max(T a, T b) {
+MHC_INLINE constexpr T max(T a, T b) {
   return a < b ? b : a;
 }
 
@@ -163,178 +164,105 @@ MHC_INLINE int64_t checked(int64_t index, int64_t size, const char* buffer) {
   return index;
 }
 
+// LANES partial sums take PARTS registers. No vector is wider than a register: a compiler keeps such a one in memory
+// and takes it apart element by element.
 constexpr int LANES = 16;
-typedef float lanes __attribute__((vector_size(LANES * sizeof(float))));
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16, REGISTERS = 32;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8, REGISTERS = 16;
+#elif defined(__aarch64__)
+constexpr int WIDTH = 4, REGISTERS = 32;
+#else
+constexpr int WIDTH = 4, REGISTERS = 16;
+#endif
+constexpr int PARTS = LANES / WIDTH;
+typedef float floats __attribute__((vector_size(WIDTH * sizeof(float))));
+typedef int32_t indices __attribute__((vector_size(WIDTH * sizeof(int32_t))));
+using each_lane = std::make_integer_sequence<int, WIDTH>;
 
-template <typename T>
-MHC_INLINE lanes load(const T* from) {
-  lanes to;
-  for (int l = 0; l < LANES; ++l) to[l] = float(from[l]);
-  return to;
-}
-template <>
-MHC_INLINE lanes load(const float* from) {
-  lanes to;
+MHC_INLINE floats load(const float* from) {
+  floats to;
   std::memcpy(&to, from, sizeof(to));
   return to;
 }
-template <>
-MHC_INLINE lanes load(const bfloat16* from) {
-  typedef uint16_t halves __attribute__((vector_size(LANES * sizeof(uint16_t))));
-  typedef uint32_t words __attribute__((vector_size(LANES * sizeof(uint32_t))));
-  halves bits;
-  std::memcpy(&bits, from, sizeof(bits));
-  return bit_cast<lanes>(__builtin_convertvector(bits, words) << 16);
+
+MHC_INLINE void store(float* to, floats v) { std::memcpy(to, &v, sizeof(v)); }
+
+MHC_INLINE floats broadcast(float value) {
+  floats to;
+  for (int l = 0; l < WIDTH; ++l) to[l] = value;
+  return to;
 }
 
-MHC_INLINE lanes fma(lanes a, lanes b, lanes c) {
-  for (int l = 0; l < LANES; ++l) c[l] = __builtin_fmaf(a[l], b[l], c[l]);
+MHC_INLINE floats fma(floats a, floats b, floats c) {
+  for (int l = 0; l < WIDTH; ++l) c[l] = __builtin_fmaf(a[l], b[l], c[l]);
   return c;
 }
 
-// The lanes from `FROM` on, the rest is don't-care.
-template <int FROM>
-MHC_INLINE lanes shifted(lanes v) {
+// HALF lanes of each run of 2·HALF lanes, from `FROM` on: of a's first run, of b's, of a's second, …
+template <int HALF, int FROM, int... L>
+MHC_INLINE floats interleaved(floats a, floats b, std::integer_sequence<int, L...>) {
 #ifdef __clang__
-  return __builtin_shufflevector(v, v, (FROM + 0) % 16, (FROM + 1) % 16, (FROM + 2) % 16, (FROM + 3) % 16,
-                                 (FROM + 4) % 16, (FROM + 5) % 16, (FROM + 6) % 16, (FROM + 7) % 16, 8, 9, 10,
-                                 11, 12, 13, 14, 15);
+  return __builtin_shufflevector(a, b, ((L & ~HALF) + FROM + (L & HALF ? WIDTH : 0))...);
 #else
-  typedef int32_t indices __attribute__((vector_size(sizeof(lanes))));
-  const indices from = {FROM, FROM + 1, FROM + 2, FROM + 3, FROM + 4, FROM + 5, FROM + 6, FROM + 7,
-                        8,    9,        10,       11,       12,       13,       14,       15};
-  return __builtin_shuffle(v, from);  // indices count modulo LANES
+  return __builtin_shuffle(a, b, indices{((L & ~HALF) + FROM + (L & HALF ? WIDTH : 0))...});
 #endif
 }
 
-// The sum of the lanes, pairwise: l and l + 8, then l + 4, l + 2, l + 1.
-MHC_INLINE float sum(lanes v) {
-  v += shifted<8>(v);
-  v += shifted<4>(v);
-  v += shifted<2>(v);
-  v += shifted<1>(v);
-  return v[0];
+// The sums of l and l + HALF in each run of 2·HALF lanes, a's runs and b's in turns.
+template <int HALF>
+MHC_INLINE floats folded(floats a, floats b) {
+  return interleaved<HALF, 0>(a, b, each_lane{}) + interleaved<HALF, HALF>(a, b, each_lane{});
+}
+
+// The sum of the lanes, pairwise: l and l + WIDTH / 2, then l + WIDTH / 4, …
+template <int HALF = WIDTH / 2>
+MHC_INLINE float sum(floats v) {
+  if constexpr (HALF == 0)
+    return v[0];
+  else
+    return sum<HALF / 2>(v + interleaved<HALF, HALF>(v, v, each_lane{}));  // lanes from HALF on: don't-care
+}
+
+// The same of WIDTH vectors, one a lane, in a fraction of the instructions.
+template <int HALF = WIDTH / 2>
+MHC_INLINE floats sums(const floats* v) {
+  if constexpr (HALF == 0) {
+    return v[0];
+  } else {
+    floats half[HALF];
+#pragma GCC unroll 8
+    for (int k = 0; k < HALF; ++k) half[k] = folded<HALF>(v[k], v[k + HALF]);
+    return sums<HALF / 2>(half);
+  }
+}
+
+// LANES partial sums, added pairwise until they fit a register: l and l + LANES / 2, then l + LANES / 4, …
+template <int COUNT = PARTS>
+MHC_INLINE floats add_parts(const floats* parts) {
+  if constexpr (COUNT == 1) {
+    return parts[0];
+  } else {
+    floats half[COUNT / 2];
+#pragma GCC unroll 2
+    for (int p = 0; p < COUNT / 2; ++p) half[p] = parts[p] + parts[p + COUNT / 2];
+    return add_parts<COUNT / 2>(half);
+  }
 }
 
 // The sum of a row: lane l adds the elements l, l + LANES, …; then the lanes.
 template <int SIZE>
 MHC_INLINE float sum_row(const float* row) {
   static_assert(SIZE % LANES == 0);
-  lanes total = load(row);
-  for (int k = LANES; k < SIZE; k += LANES) total += load(row + k);
-  return sum(total);
-}
-
-// Each run of 2·HALF lanes folded onto HALF, of a and then of b.
-template <int HALF>
-MHC_INLINE lanes folded(lanes a, lanes b) {
-#define MHC_LANE(k) (k) / HALF * 2 * HALF + (k) % HALF
-#define MHC_LANES(from)                                                                                      \
-  MHC_LANE(0) + from, MHC_LANE(1) + from, MHC_LANE(2) + from, MHC_LANE(3) + from, MHC_LANE(4) + from,        \
-      MHC_LANE(5) + from, MHC_LANE(6) + from, MHC_LANE(7) + from, MHC_LANE(8) + from, MHC_LANE(9) + from,    \
-      MHC_LANE(10) + from, MHC_LANE(11) + from, MHC_LANE(12) + from, MHC_LANE(13) + from, MHC_LANE(14) + from, \
-      MHC_LANE(15) + from
-#ifdef __clang__
-  return __builtin_shufflevector(a, b, MHC_LANES(0)) + __builtin_shufflevector(a, b, MHC_LANES(HALF));
-#else
-  typedef int32_t indices __attribute__((vector_size(sizeof(lanes))));
-  return __builtin_shuffle(a, b, indices{MHC_LANES(0)}) + __builtin_shuffle(a, b, indices{MHC_LANES(HALF)});
-#endif
-#undef MHC_LANES
-#undef MHC_LANE
-}
-
-// The sums of 16 vectors' lanes, one a lane: each with the additions of `sum`, in a quarter of the instructions.
-MHC_INLINE lanes sums(const lanes* v) {
-  lanes eighths[8], quarters[4];
-#pragma GCC unroll 8
-  for (int k = 0; k < 8; ++k) eighths[k] = folded<8>(v[2 * k], v[2 * k + 1]);
+  floats total[PARTS];
 #pragma GCC unroll 4
-  for (int k = 0; k < 4; ++k) quarters[k] = folded<4>(eighths[2 * k], eighths[2 * k + 1]);
-  return folded<1>(folded<2>(quarters[0], quarters[1]), folded<2>(quarters[2], quarters[3]));
-}
-
-// C[ROWS, COLUMNS] += A[ROWS, K] · B[COLUMNS, K]ᵀ for one block whose sums stay in registers.
-template <int ROWS, int COLUMNS, int K, typename A, typename B>
-MHC_INLINE void gemm_block(const A* a, const B* b, float* c, int ldc) {
-  lanes acc[ROWS * COLUMNS] = {};
-  for (int k = 0; k < K; k += LANES) {
-    lanes row[ROWS];
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) row[r] = load(a + r * K + k);
-#pragma GCC unroll 8
-    for (int n = 0; n < COLUMNS; ++n) {
-      const lanes column = load(b + n * K + k);
-#pragma GCC unroll 8
-      for (int r = 0; r < ROWS; ++r) acc[r * COLUMNS + n] = fma(row[r], column, acc[r * COLUMNS + n]);
-    }
+  for (int p = 0; p < PARTS; ++p) {
+    total[p] = load(row + p * WIDTH);
+    for (int k = p * WIDTH + LANES; k < SIZE; k += LANES) total[p] += load(row + k);
   }
-  if constexpr (ROWS * COLUMNS == LANES) {
-    const lanes total = sums(acc);
-    for (int r = 0; r < ROWS; ++r)
-      for (int n = 0; n < COLUMNS; ++n) c[r * ldc + n] += total[r * COLUMNS + n];
-  } else {
-    for (int r = 0; r < ROWS; ++r)
-      for (int n = 0; n < COLUMNS; ++n) c[r * ldc + n] += sum(acc[r * COLUMNS + n]);
-  }
+  return sum(add_parts(total));
 }
-
-#ifdef __AVX512F__
-constexpr int BLOCK = 4;  // 16 sums of 16 lanes fill half of 32 registers
-#else
-constexpr int BLOCK = 2;
-#endif
-
-constexpr int block_of(int size) { return size % BLOCK == 0 ? BLOCK : (size % 2 == 0 ? 2 : 1); }
-
-// C[M, N] += A[M, K] · B[N, K]ᵀ, products and sums in float.
-template <int M, int N, int K, typename A, typename B>
-inline void gemm_nt(const A* a, const B* b, float* c) {
-  static_assert(K % LANES == 0, "the tile's inner dimension must be a multiple of LANES");
-  constexpr int ROWS = block_of(M), COLUMNS = block_of(N);
-  for (int m = 0; m < M; m += ROWS)
-    for (int n = 0; n < N; n += COLUMNS)
-      gemm_block<ROWS, COLUMNS, K>(a + m * K, b + n * K, c + m * N + n, N);
-}
-
-template <typename T>
-MHC_INLINE void store(T* to, lanes v) {
-  std::memcpy(to, &v, sizeof(v));
-}
-
-MHC_INLINE lanes broadcast(float value) { return lanes{} + value; }
-
-// C[ROWS, VECTORS · LANES] += A · B for one block whose sums stay in registers: a row of B at a time, each element of
-// A's column times that row. A[row, k] is a[row · row_step + k · k_step].
-template <int ROWS, int VECTORS, int K, typename A, typename B>
-MHC_INLINE void outer_block(const A* a, int row_step, int k_step, const B* b, int ldb, float* c, int ldc) {
-  lanes acc[ROWS][VECTORS];
-#pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) acc[r][v] = load(c + r * ldc + v * LANES);
-  for (int k = 0; k < K; ++k) {
-    lanes row[VECTORS];
-#pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) row[v] = load(b + k * ldb + v * LANES);
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      const lanes factor = broadcast(float(a[r * row_step + k * k_step]));
-#pragma GCC unroll 8
-      for (int v = 0; v < VECTORS; ++v) acc[r][v] = fma(factor, row[v], acc[r][v]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) store(c + r * ldc + v * LANES, acc[r][v]);
-}
-
-#ifdef __AVX512F__
-constexpr int OUTER_VECTORS = 4, OUTER_ROWS = 6;  // 24 sums, 4 vectors of B, one of A: 29 of 32 registers
-#else
-constexpr int OUTER_VECTORS = 1, OUTER_ROWS = 4;
-#endif
 
 constexpr int largest_divisor(int size, int limit) {
   int divisor = limit;
@@ -342,14 +270,108 @@ constexpr int largest_divisor(int size, int limit) {
   return divisor;
 }
 
-// C[M, N] += A · B[K, N], with A[m, k] at a[m · row_step + k · k_step]. B's panel of a few vectors stays in the cache.
+// C[ROWS, COLUMNS] += A[ROWS, K] · B[COLUMNS, K]ᵀ for one block: STEP columns at a time, whose LANES partial sums a row
+// fill half of the registers.
+template <int ROWS, int COLUMNS, int K>
+MHC_INLINE void gemm_block(const float* a, const float* b, float* c, int ldc) {
+  constexpr int STEP = largest_divisor(COLUMNS, max(1, REGISTERS / 2 / (ROWS * PARTS)));
+  floats dots[COLUMNS][ROWS];
+#pragma GCC unroll 4
+  for (int first = 0; first < COLUMNS; first += STEP) {
+    floats acc[STEP][ROWS][PARTS] = {};
+    for (int k = 0; k < K; k += LANES) {
+#pragma GCC unroll 4
+      for (int p = 0; p < PARTS; ++p) {
+        floats row[ROWS];
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) row[r] = load(a + r * K + k + p * WIDTH);
+#pragma GCC unroll 4
+        for (int n = 0; n < STEP; ++n) {
+          const floats column = load(b + (first + n) * K + k + p * WIDTH);
+#pragma GCC unroll 8
+          for (int r = 0; r < ROWS; ++r) acc[n][r][p] = fma(row[r], column, acc[n][r][p]);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < STEP; ++n)
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) dots[first + n][r] = add_parts(acc[n][r]);
+  }
+  if constexpr (ROWS * COLUMNS == WIDTH) {
+    const floats total = sums(dots[0]);
+    for (int r = 0; r < ROWS; ++r)
+      for (int n = 0; n < COLUMNS; ++n) c[r * ldc + n] += total[n * ROWS + r];
+  } else {
+    for (int r = 0; r < ROWS; ++r)
+      for (int n = 0; n < COLUMNS; ++n) c[r * ldc + n] += sum(dots[n][r]);
+  }
+}
+
+// Elements as floats: where they are, or in `copies`.
+template <typename T>
+MHC_INLINE const float* as_floats(const T* from, int64_t size, float* copies) {
+  if constexpr (std::is_same_v<T, float>) {
+    return from;
+  } else {
+    copy_row(copies, from, size);
+    return copies;
+  }
+}
+
+// C[M, N] += A[M, K] · B[N, K]ᵀ, products and sums in float, WIDTH elements at a time.
+template <int M, int N, int K, typename A, typename B>
+inline void gemm_nt(const A* a, const B* b, float* c) {
+  static_assert(K % LANES == 0, "the tile's inner dimension must be a multiple of LANES");
+  constexpr int COLUMNS = largest_divisor(N, WIDTH / 4), ROWS = largest_divisor(M, WIDTH / COLUMNS);
+  alignas(64) float of_a[ROWS * K], of_b[N * K];
+  const float* columns = as_floats(b, N * K, of_b);
+  for (int m = 0; m < M; m += ROWS) {
+    const float* rows = as_floats(a + m * K, ROWS * K, of_a);
+    for (int n = 0; n < N; n += COLUMNS) gemm_block<ROWS, COLUMNS, K>(rows, columns + n * K, c + m * N + n, N);
+  }
+}
+
+// C[ROWS, VECTORS · WIDTH] += A · B for one block whose sums stay in registers: a row of B at a time, each element of
+// A's column times that row. A[row, k] is a[row · row_step + k · k_step].
+template <int ROWS, int VECTORS, int K, typename A>
+MHC_INLINE void outer_block(const A* a, int row_step, int k_step, const float* b, float* c, int ldc) {
+  floats acc[ROWS][VECTORS];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) acc[r][v] = load(c + r * ldc + v * WIDTH);
+  for (int k = 0; k < K; ++k) {
+    floats row[VECTORS];
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) row[v] = load(b + (k * VECTORS + v) * WIDTH);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      const floats factor = broadcast(float(a[r * row_step + k * k_step]));
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) acc[r][v] = fma(factor, row[v], acc[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) store(c + r * ldc + v * WIDTH, acc[r][v]);
+}
+
+// C[M, N] += A · B[K, N], with A[m, k] at a[m · row_step + k · k_step]. B goes panel by panel, copied: a tile's
+// rows are a power of two apart and would meet in a few sets of the cache. 24 sums, 4 vectors of B and one of A take
+// 29 of 32 registers; 12, 2 and 1 take 15 of 16.
 template <int M, int N, int K, typename A, typename B>
 inline void gemm_outer(const A* a, int row_step, int k_step, const B* b, float* c) {
   static_assert(N % LANES == 0, "the tile's last dimension must be a multiple of LANES");
-  constexpr int ROWS = largest_divisor(M, OUTER_ROWS), VECTORS = largest_divisor(N / LANES, OUTER_VECTORS);
-  for (int n = 0; n < N; n += VECTORS * LANES)
+  constexpr int ROWS = largest_divisor(M, 6), VECTORS = largest_divisor(N / WIDTH, REGISTERS / 8);
+  constexpr int COLUMNS = VECTORS * WIDTH;
+  alignas(64) float panel[K * COLUMNS];
+  for (int n = 0; n < N; n += COLUMNS) {
+    for (int k = 0; k < K; ++k) copy_row(panel + k * COLUMNS, b + k * N + n, COLUMNS);
     for (int m = 0; m < M; m += ROWS)
-      outer_block<ROWS, VECTORS, K>(a + m * row_step, row_step, k_step, b + n, N, c + m * N + n, N);
+      outer_block<ROWS, VECTORS, K>(a + m * row_step, row_step, k_step, panel, c + m * N + n, N);
+  }
 }
 
 // C[M, N] += A[M, K] · B[K, N].
