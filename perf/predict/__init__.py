@@ -6,22 +6,16 @@ hides. A small queueing model puts the resident blocks on an SM, waves and bytes
 kernel.
 
     listing        instructions with operands and control bits, from `nvdisasm -hex`
-    integers, registers, instructions    what integer instructions compute, over the lanes of a warp
-    walk           a warp's way through the code
-    schedule       the same in time, as the control bits say
+    registers, instructions    what integer instructions compute, over the lanes of a warp
+    walk           a warp's way through the code; schedule: the same in time, as the control bits say
     block          what a block does: the features that the model takes
-    model          the queueing network, waves, bytes: features and constants -> µs, terms, regime
+    model          the queueing network, waves, bytes: features and constants -> µs, terms, regime, advice
     devices        the constants of each device, each with its source
-    fit, validate, published    where B200's constants are from, and how far off the model is
+    published, fit, report    where B200's constants are from, how far off the model is, TileKernels predicted
 
-    built, launched    one launch of ours: built, walked, held to its TIR
-    checks, products   what must agree before there is a number
-    predicted, advice  a call: an interval, a regime, one sentence
-    peers          TileKernels' kernels, published and predicted
-    steady         one iteration in time
-    command, report, validation_report, figure    the sub-command, tables, pictures
-    page           the tables in docs/predict.md
+    launched       one launch of ours: built, walked, held to its TIR
+    predicted      a call: an interval, a regime, one sentence; command, figure: the sub-command, its pictures
 
-Needs nvcc for a prediction, nothing but numpy for `validate`. Loads neither torch nor tilelang until something is
+Needs nvcc for a prediction, nothing but numpy for a validation. Loads neither torch nor tilelang until something is
 built.
 """

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..calls.cases import Shape
 from ..figures.run import BLUE, GREEN, GREY, INK, ORANGE, PALE_BLUE, ROW, Card, Picture
+from .devices import Device
 from .predicted import Prediction
-from .steady import Steady
+from .schedule import Steady
 
 PARTS = {
     "launch": (GREY, "launch"),
@@ -55,40 +57,36 @@ def stacks(predictions: Sequence[Prediction]) -> Picture:
     return Picture(f"predict-{gpu}", "Predicted time by terms", card.figure)
 
 
-def timeline(found: Steady) -> Picture:
+def timeline(found: Steady, family: str, shape: Shape, gpu: Device) -> Picture:
     """Lanes of what happens in one steady iteration of a lone warp."""
-    tokens, width, dtype = found.shape
     notes = [
-        f"A lone warp, issuing as the control bits say; a load from memory takes {found.latency:.0f} cycles. Other "
-        "warps of the SM run in the waits. Predicted: nothing was measured.",
+        f"A lone warp, issuing as the control bits say; a load from memory takes {gpu.constants.latency:.0f} cycles. "
+        "Other warps of the SM run in the waits. Predicted: nothing was measured.",
     ]
     loads = stacked([(e.start, e.end) for e in found.events if e.kind == "load in flight"])
-    rows = {"load in flight": 0.0}
-    place = max(1, max((row for *_, row in loads), default=0) + 1) * 0.12 + 0.9
-    for lane in LANES[1:]:
-        rows[lane], place = place, place + 0.8
-    height = place * 0.42 + 0.2
-    title = f"One steady iteration of {found.family}, {found.gpu}"
-    shape = f"{tokens} tokens, C = {width}, {dtype}: {found.cycles:.0f} cycles, {found.runs}, "
-    card = Card(title, f"{shape}{found.instructions} instructions", notes, height=height + 0.7)
+    last = max((row for *_, row in loads), default=0)
+    top = max(1, last + 1) * 0.12 + 0.9
+    rows = {lane: top + 0.8 * number for number, lane in enumerate(LANES[1:])}
+    bottom = top + 0.8 * len(rows)
+    height = bottom * 0.42 + 0.2
+    title = f"One steady iteration of {family}, {gpu.name}"
+    what = f"{shape.num_tokens} tokens, C = {shape.hidden_size}, {shape.dtype}: {found.cycles:.0f} cycles, {found.runs}"
+    card = Card(title, f"{what}, {found.instructions} instructions", notes, height=height + 0.7)
     axes = card.axes(1.9, 0.3, 0.5, height)
-    for start, end, row in loads:
-        axes.barh(row * 0.12, end - start, left=start, height=0.09, color=LANE_COLOURS["load in flight"], linewidth=0)
-    for event in found.events:
-        if event.kind != "load in flight":
-            long = max(event.end - event.start, found.cycles / 700)
-            axes.barh(
-                rows[event.kind], long, left=event.start, height=0.55, color=LANE_COLOURS[event.kind], linewidth=0
-            )
+    bars = [(0.12 * row, end - start, start, 0.09, LANES[0]) for start, end, row in loads]
+    for e in found.events:
+        if e.kind in rows:
+            bars.append((rows[e.kind], max(e.end - e.start, found.cycles / 700), e.start, 0.55, e.kind))
+    for place, long, start, thick, lane in bars:
+        axes.barh(place, long, left=start, height=thick, color=LANE_COLOURS[lane], linewidth=0)
     totals = {kind: found.total(kind) for kind in LANES[2:5]}
     labels = [f"{lane}: {totals[lane]:.0f}" if totals.get(lane) else lane for lane in LANES]
-    places = [max((row for *_, row in loads), default=0) * 0.06, *(rows[lane] for lane in LANES[1:])]
-    axes.set_yticks(places, labels, fontsize=8.5)
-    axes.set_ylim(place - 0.2, -0.3)
+    axes.set_yticks([last * 0.06, *rows.values()], labels, fontsize=8.5)
+    axes.set_ylim(bottom - 0.2, -0.3)
     axes.set_xlim(0, found.cycles)
     axes.set_xlabel("cycles", color=GREY)
     axes.grid(axis="x")
-    return Picture(f"timeline-{found.family}-{found.gpu}", title, card.figure)
+    return Picture(f"timeline-{family}-{gpu.name}", title, card.figure)
 
 
 def stacked(intervals: Sequence[tuple[float, float]]) -> list[tuple[float, float, int]]:

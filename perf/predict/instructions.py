@@ -1,303 +1,299 @@
-"""The integer instructions of SASS, each a function of the registers that gives the results for its leading operands.
+"""The integer instructions of SASS: from the registers, the values of what each writes.
 
-Only what indices, trip counts and guards are computed with is here; of every other instruction the results are unknown
-(`results`). Where a step needs more than a line, the pattern of its operands stands above it.
+Only what indices, trip counts and guards are computed with has a step; of every other instruction the results are
+unknown. Where a step needs more than a line, the pattern of its operands stands above it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache, partial
+from itertools import takewhile
+from operator import eq, ge, gt, le, lt, ne, xor
 
 import numpy as np
 
-from .integers import (
-    COMPARE,
-    JOIN,
-    PAIR,
-    WORD,
-    Value,
-    by_table,
-    carry,
-    chosen,
-    either,
-    high,
-    inverted,
-    low,
-    pair,
-    permuted,
-    product,
-    shifted_left,
-    shifted_right,
-    signed,
-    total,
-    wide_sum,
-)
 from .listing import Instruction
-from .registers import Registers, is_predicate
+from .registers import (
+    PAIR,
+    WARP,
+    WORD,
+    Registers,
+    UnknownError,
+    Value,
+    inverted,
+    is_predicate,
+    needed,
+    of_lane,
+    signed,
+    taken_apart,
+    where,
+)
 
-Results = list[tuple[str, int, Value]]  # operand, registers after it, value
-Step = Callable[[Instruction, Registers], Results]
-PREDICATES = 7  # of a lane
-REGISTERS_OF = {"64": 2, "128": 4, "256": 4, "U64": 2, "S64": 2}
-
-
-def leading(step: Instruction) -> tuple[str, list[str], tuple[str, ...]]:
-    """The result, the predicates beside it, and the sources."""
-    result, *rest = step.operands
-    flags = []
-    while rest and is_predicate(rest[0]):
-        flags.append(rest.pop(0))
-    return result, flags, tuple(rest)
-
-
-def trailing(sources: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Sources, and the predicates that follow them."""
-    numbers = [source for source in sources if not is_predicate(source)]
-    return numbers, [source for source in sources if is_predicate(source)]
-
-
-def doubled(result: str, value: Value) -> Results:
-    """64 bits as two registers."""
-    return [(result, 0, low(value)), (result, 1, high(value))]
+RESULTLESS = ("STG", "ST", "STS", "STL", "RED", "BAR", "DEPBAR", "LDGSTS", "LDGDEPBAR", "BRA", "CALL", "BSSY", "EXIT")
+COMPARING = ("ISETP", "UISETP", "PLOP3", "UPLOP3")  # two predicates are all that they write
+CARRYING = ("IADD3", "UIADD3", "IADD", "UIADD", "VIADD", "UVIADD", "IMAD", "UIMAD", "LEA", "ULEA")
+PAIRS = ("FADD2", "FMUL2", "FFMA2", "F2F", "CS2R")
+REGISTERS = {"64": 2, "128": 4, "256": 4, "U64": 2, "S64": 2, "WIDE": 2}  # each of LDG.256's two results has four
 
 
-def add(step: Instruction, registers: Registers) -> Results:
-    """IADD3 Rd, Pcarry, Pcarry, a, b, c, Pin, Pin."""
-    result, flags, sources = leading(step)
-    numbers, carried = trailing(sources)
-    if "64" in step.modifiers:
-        value = total(*(registers.double(number) for number in numbers))
-        return doubled(result, None if value is None else value & PAIR)
-    ones = [chosen(registers.predicate(flag), 1, 0) for flag in carried]
-    value = total(*(registers.term(number) for number in numbers), *ones)
-    return [(result, 0, low(value)), *((flag, 0, carry(value, n + 1)) for n, flag in enumerate(flags))]
+@cache
+def destinations(opcode: str, operands: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of what is written, in the order in which a step gives it; "" for RZ and PT."""
+    kind, *modifiers = opcode.split(".")
+    if kind in RESULTLESS or not operands:
+        return ()
+    if kind == "R2P":
+        return tuple(f"P{number}" for number in range(7) if int(operands[-1], 16) >> number & 1)
+    leading = operands[:2] if kind in COMPARING else tuple(takewhile(is_predicate, operands))
+    rest = () if kind in COMPARING else operands[len(leading) :]
+    trailing = tuple(takewhile(is_predicate, rest[1:])) if kind in CARRYING else ()
+    number = next((REGISTERS[name] for name in modifiers if name in REGISTERS), 1)
+    if kind in ("HMMA", "IMMA"):
+        number = 4
+    elif kind in PAIRS or kind.startswith("D"):
+        number = 2
+    elif kind == "LDSM":
+        number = int(modifiers[-1]) if modifiers[-1].isdigit() else 1
+    elif kind in ("SHF", "USHF"):
+        number = 1  # .U64 is what it reads
+    results = rest[: 2 if kind in ("LDG", "LD") and "256" in modifiers else 1]
+    words = [following(taken_apart(operand).name, place) for operand in results for place in range(number)]
+    flags = [taken_apart(operand).name for operand in (*leading, *trailing)]
+    return (*flags[: len(leading)], *words, *flags[len(leading) :])
 
 
-def multiply_add(step: Instruction, registers: Registers) -> Results:
-    """IMAD Rd, a, b, c; .WIDE: 64 bits of c and Rd; .HI: their upper half; .X: and a carry."""
-    result, flags, sources = leading(step)
-    numbers, carried = trailing(sources)
-    as_read = (lambda value: value) if "U32" in step.modifiers else signed
-    left, right = (as_read(registers.word(number)) for number in numbers[:2])
-    none = any(isinstance(value, int) and value == 0 for value in (left, right))
-    both = 0 if none else product(left, right)  # 0 times something unknown: a move is written so
-    ones = [chosen(registers.predicate(flag), 1, 0) for flag in carried]
-    if "WIDE" in step.modifiers or "HI" in step.modifiers:
-        value, over = wide_sum(both, registers.double(numbers[2]), *(ones or [0]))
-        if "HI" in step.modifiers:
-            return [(result, 0, high(value))]
-        return [*doubled(result, value), *((flag, 0, over) for flag in flags)]
-    value = total(both, registers.term(numbers[2]), *ones)
-    return [(result, 0, low(value)), *((flag, 0, None) for flag in flags)]
+def following(name: str, places: int) -> str:
+    """The register so many places on."""
+    space = name.rstrip("0123456789")
+    return f"{space}{int(name[len(space) :]) + places}" if name else ""
 
 
-def move(step: Instruction, registers: Registers) -> Results:
-    """MOV Rd, a."""
-    if "64" in step.modifiers:
-        return doubled(step.operands[0], registers.double(step.operands[1]))
-    return [(step.operands[0], 0, registers.word(step.operands[1]))]
-
-
-def clear(step: Instruction, _registers: Registers) -> Results:
-    """CS2R Rd, SRZ: a pair of zeros, or the clock."""
-    return doubled(step.operands[0], 0 if step.operands[1] == "SRZ" else None)
-
-
-def shift(step: Instruction, registers: Registers) -> Results:
-    """SHF.L.U32 Rd, a, by, c and the rest: the 64 bits c:a, shifted, one half of them."""
-    result, lower, by, upper = step.operands[:4]
-    count = registers.word(by)
-    names = step.modifiers
-    wide = "U64" in names or "S64" in names
-    if "W" in names:
-        count = None if count is None else count & 31
-    elif count is not None:
-        count = (
-            np.minimum(count, 63 if wide else 32) if isinstance(count, np.ndarray) else min(count, 63 if wide else 32)
-        )
-    if "L" in names:
-        value = shifted_left(registers.word(lower), count)
-        if "HI" not in names:
-            return [(result, 0, low(value))]
-        value = total(value, shifted_left(shifted_left(registers.word(upper), count), 32))
-        return [(result, 0, high(value))]
-    top = registers.word(upper)
-    whole = pair(registers.word(lower), top)
-    if "S32" in names or "S64" in names:
-        top = signed(top)
-    elif isinstance(whole, int):
-        whole &= PAIR
-    if "HI" in names or (not wide and lower in ("RZ", "URZ") and "W" not in names):
-        return [(result, 0, low(shifted_right(top, count)))]
-    return [(result, 0, low(shifted_right(whole, count)))]
-
-
-def logic(step: Instruction, registers: Registers) -> Results:
-    """LOP3.LUT [Pnonzero,] Rd, a, b, c, table, Pin."""
-    operands = list(step.operands)
-    flags = [operands.pop(0)] if is_predicate(operands[0]) else []
-    result, a, b, c, table = operands[:5]
-    value = by_table(int(table, 16), *(registers.word(source) for source in (a, b, c)))
-    nonzero = None if value is None else value != 0
-    return [(result, 0, value), *((flag, 0, nonzero) for flag in flags)]
-
-
-def predicate_logic(step: Instruction, registers: Registers) -> Results:
-    """PLOP3.LUT P, P, a, b, c, table, table."""
-    first, second, *sources = step.operands
-    a, b, c = (as_bits(registers.predicate(source)) for source in sources[:3])
-    found: Results = []
-    for result, table in zip((first, second), sources[3:5], strict=True):
-        value = by_table(int(table, 16), a, b, c, ones=1)
-        found.append((result, 0, None if value is None else value != 0))
+def results(step: Instruction, registers: Registers, names: Sequence[str] = ()) -> dict[str, Value]:
+    """What an instruction writes, by name (from `destinations`, if at hand); None for values that are not known."""
+    names = names or destinations(step.opcode, step.operands)
+    found: dict[str, Value] = dict.fromkeys(names)
+    if step.kind in STEPS:
+        with suppress(UnknownError):
+            found.update(zip(names, STEPS[step.kind](step, registers), strict=False))
     return found
 
 
-def as_bits(predicate: Value) -> Value:
-    """A predicate as 0 or 1."""
-    return predicate.astype(int) if isinstance(predicate, np.ndarray) else predicate
+Step = Callable[[Instruction, Registers], Sequence[Value]]
 
 
-def compare(step: Instruction, registers: Registers) -> Results:
+def both(left: Value, right: Value) -> Value:
+    """And: false if one is, whatever the other."""
+    if left is False or right is False:
+        return False
+    return None if left is None or right is None else left & right
+
+
+def either(left: Value, right: Value) -> Value:
+    """Or: true if one is, whatever the other."""
+    return inverted(both(inverted(left), inverted(right)))
+
+
+def unless_unknown(join: Callable[[Value, Value], Value], left: Value, right: Value) -> Value:
+    """Join what is known."""
+    return None if left is None or right is None else join(left, right)
+
+
+JOIN: dict[str, Callable[[Value, Value], Value]] = {"AND": both, "OR": either, "XOR": partial(unless_unknown, xor)}
+COMPARE = {"LT": lt, "LE": le, "GT": gt, "GE": ge, "EQ": eq, "NE": ne}
+
+
+def sources(step: Instruction) -> tuple[list[str], list[str]]:
+    """Operands after the result and the flags beside it: numbers, and predicates that follow them."""
+    rest = step.operands[1:]
+    if step.kind in CARRYING:
+        rest = rest[len(tuple(takewhile(is_predicate, rest))) :]
+    return [each for each in rest if not is_predicate(each)], [each for each in rest if is_predicate(each)]
+
+
+def halves(value: Value) -> list[Value]:
+    """64 bits as two registers."""
+    return [value & WORD, value >> 32 & WORD]
+
+
+def add(step: Instruction, r: Registers) -> Sequence[Value]:
+    """IADD3 Rd, Pcarry, Pcarry, a, b, c, Pin, Pin."""
+    numbers, carried = sources(step)
+    if "64" in step.modifiers:
+        return halves(sum(map(r.double, numbers)))
+    total = sum(map(r.term, numbers)) + sum(map(r.bit, carried))
+    return total & WORD, total >> 32 >= 1, total >> 32 >= 2
+
+
+def multiply_add(step: Instruction, r: Registers) -> Sequence[Value]:
+    """IMAD Rd, a, b, c; .WIDE: 64 bits of c and Rd; .HI: their upper half; .X: and a carry."""
+    (a, b, c), carried = sources(step)
+    read = r.word if "U32" in step.modifiers else r.signed
+    product = 0 if {a, b} & {"RZ", "URZ"} else read(a) * read(b)  # a move is written as 0 times anything
+    ones = sum(map(r.bit, carried))
+    if not {"WIDE", "HI"} & set(step.modifiers):
+        return (product + r.term(c) + ones & WORD,)
+    total = (product & PAIR) + r.double(c) + ones
+    return [total >> 32 & WORD] if "HI" in step.modifiers else [*halves(total), total >> 64 != 0]
+
+
+def move(step: Instruction, r: Registers) -> Sequence[Value]:
+    """MOV Rd, a."""
+    return halves(r.double(step.operands[1])) if "64" in step.modifiers else [r.word(step.operands[1])]
+
+
+def shift(step: Instruction, r: Registers) -> Sequence[Value]:
+    """SHF.L.U32 Rd, a, by, c and the rest: the 64 bits c:a, shifted, one half of them."""
+    lower, by, upper = step.operands[1:4]
+    names, count = set(step.modifiers), r.word(by)
+    wide = bool(names & {"U64", "S64"})
+    most = 63 if wide else 32
+    count = count & 31 if "W" in names else where(count > most, most, count)
+    if "L" in names:
+        value = r.word(lower) << count
+        return [value + (r.word(upper) << count + 32) >> 32 & WORD if "HI" in names else value & WORD]
+    top = r.signed(upper) if names & {"S32", "S64"} else r.word(upper)
+    if "HI" in names or (not wide and lower in ("RZ", "URZ") and "W" not in names):
+        return [top >> count & WORD]
+    return [(top << 32 | r.word(lower)) >> count & WORD]
+
+
+def by_table(table: int, operands: Sequence[str], read: Callable[[str], Value], ones: int) -> Value:
+    """LOP3 and PLOP3: bit a·4 + b·2 + c of the table, for each bit; an operand that does not matter is not read."""
+    values = []
+    for operand, bit in zip(operands, (4, 2, 1), strict=True):
+        matters = any((table >> index & 1) != (table >> (index ^ bit) & 1) for index in range(8))
+        values.append(read(operand) if matters else 0)
+    result: Value = 0
+    for index in range(8):
+        if table >> index & 1:
+            term: Value = ones
+            for value, bit in zip(values, (4, 2, 1), strict=True):
+                term = term & (value if index & bit else value ^ ones)
+            result = result | term
+    return result
+
+
+def logic(step: Instruction, r: Registers) -> Sequence[Value]:
+    """LOP3.LUT [Pnonzero,] Rd, a, b, c, table, Pin."""
+    flags = is_predicate(step.operands[0])
+    *operands, table = step.operands[1 + flags : 5 + flags]
+    value = by_table(int(table, 16), operands, r.word, WORD)
+    return [value != 0, value] if flags else [value]
+
+
+def predicate_logic(step: Instruction, r: Registers) -> Sequence[Value]:
+    """PLOP3.LUT P, P, a, b, c, table, table."""
+    return [by_table(int(table, 16), step.operands[2:5], r.bit, 1) != 0 for table in step.operands[5:7]]
+
+
+def compare(step: Instruction, r: Registers) -> Sequence[Value]:
     """ISETP.GE.U32.AND P, P, a, b, Pin; .EX: of the upper halves, the lower ones' result as Pex."""
     names = step.modifiers
-    first, second, a, b, joined, *extended = step.operands
-    if "64" in names or "U64" in names or "S64" in names:
-        left, right = registers.double(a), registers.double(b)
-    else:
-        left, right = registers.word(a), registers.word(b)
-        if "U32" not in names:
-            left, right = signed(left), signed(right)
+    a, b, joined, *extended = step.operands[2:]
+    read = r.word if "U32" in names else r.signed
     name = next(name for name in names if name in COMPARE)
-    result = COMPARE[name](left, right)
-    if extended:
-        below = registers.predicate(extended[0])
-        if name == "EQ":
-            result = JOIN["AND"](result, below)
-        elif name == "NE":
-            result = either(result, below)
-        else:
-            strict = COMPARE[name[0] + "T"](left, right)
-            result = either(strict, JOIN["AND"](COMPARE["EQ"](left, right), below))
-    join = JOIN[next(name for name in names if name in JOIN)]
-    other = registers.predicate(joined)
-    return [(first, 0, join(result, other)), (second, 0, join(inverted(result), other))]
-
-
-def scaled_add(step: Instruction, registers: Registers) -> Results:
-    """LEA Rd, [Pcarry,] a, b, by; LEA.HI[.X] Rd, a, b, c, by, [Pin]: the upper half of c:a << by, and b."""
-    result, flags, sources = leading(step)
-    numbers, carried = trailing(sources)
-    if "HI" in step.modifiers:
-        a, b = numbers[:2]
-        if "SX32" in step.modifiers:
-            bottom = signed(registers.word(a))
-            whole, by = (None if bottom is None else bottom & PAIR if isinstance(bottom, int) else bottom), numbers[2]
-        else:
-            whole, by = pair(registers.word(a), registers.word(numbers[2])), numbers[3]
-        value = high(shifted_left(whole, registers.word(by)))
-    else:
-        a, b, by = numbers[:3]
-        value = low(shifted_left(registers.word(a), registers.word(by)))
-    ones = [chosen(registers.predicate(flag), 1, 0) for flag in carried]
-    value = total(value, registers.term(b), *ones)
-    return [(result, 0, low(value)), *((flag, 0, carry(value)) for flag in flags)]
-
-
-def select(step: Instruction, registers: Registers) -> Results:
-    """SEL Rd, a, b, P."""
-    result, a, b, condition = step.operands[:4]
-    return [(result, 0, chosen(registers.predicate(condition), registers.word(a), registers.word(b)))]
-
-
-def extreme(step: Instruction, registers: Registers) -> Results:
-    """VIMNMX Rd, a, b, Pmin; VIADDMNMX Rd, a, b, c, Pmin: of a + b and c."""
-    result, *sources = step.operands
-    numbers, flags = trailing(tuple(sources))
-    as_read = (lambda value: value) if "U32" in step.modifiers else signed
-    words = [registers.word(number) for number in numbers]
-    if step.kind.endswith("ADDMNMX"):
-        words = [low(total(*words[:2])), words[2]]
-    if len(words) != 2:
-        return [(result, 0, None)]
-    left, right = map(as_read, words)
-    smaller = COMPARE["LT"](left, right)
-    least, most = chosen(smaller, left, right), chosen(smaller, right, left)
-    return [(result, 0, low(chosen(registers.predicate(flags[-1]), least, most)))]
-
-
-def absolute(step: Instruction, registers: Registers) -> Results:
-    """IABS Rd, a."""
-    value = signed(registers.word(step.operands[1]))
-    return [(step.operands[0], 0, None if value is None else abs(value))]
-
-
-def permute(step: Instruction, registers: Registers) -> Results:
-    """PRMT Rd, a, selector, b."""
-    result, a, selector, b = step.operands[:4]
-    return [(result, 0, permuted(*(registers.word(source) for source in (a, selector, b))))]
-
-
-def extended(step: Instruction, registers: Registers) -> Results:
-    """SGXT[.U32] Rd, a, bits: the lower bits, their sign extended."""
-    value, bits = (registers.word(source) for source in step.operands[1:3])
-    if value is None or not isinstance(bits, int) or not 0 < bits < 32:
-        return [(step.operands[0], 0, value if bits == 32 else None)]
-    value = value & (1 << bits) - 1
-    if "U32" not in step.modifiers:
-        value = ((value ^ 1 << bits - 1) - (1 << bits - 1)) & WORD
-    return [(step.operands[0], 0, value)]
-
-
-def constant(step: Instruction, registers: Registers) -> Results:
-    """LDC[.64, .128] Rd, c[0x0][…]."""
-    result, source = step.operands[:2]
-    number = next((REGISTERS_OF[name] for name in step.modifiers if name in REGISTERS_OF), 1)
-    found: Results = []
-    for place in range(number):
-        moved = source if not place else shifted_constant(source, 4 * place)
-        found.append((result, place, registers.word(moved)))
-    return found
-
-
-def shifted_constant(source: str, by: int) -> str:
-    """c[0x0][0x380] as c[0x0][0x384]; what is not such a text is left unknown."""
-    head, opening, offset = source.rpartition("[0x")
-    return f"{head}{opening}{int(offset[:-1], 16) + by:x}]" if opening and head.startswith("c[0x0]") else ""
-
-
-def half_constant(step: Instruction, _registers: Registers) -> Results:
-    """HFMA2 Rd, -RZ, RZ, upper, lower: a constant, moved by the pipe of half-precision numbers."""
-    result, left, right, *halves = step.operands
+    result: Value
     try:
-        numbers = [int(np.float16(half).view(np.uint16)) for half in halves]
+        left, right = (map(r.double, (a, b))) if {"64", "U64", "S64"} & set(names) else (read(a), read(b))
+        result = COMPARE[name](left, right)
+        if extended:
+            below = needed(r.predicate(extended[0]))
+            if name in ("EQ", "NE"):
+                result = result & below if name == "EQ" else result | below
+            else:
+                result = COMPARE[name[0] + "T"](left, right) | ((left == right) & below)
+    except UnknownError:
+        result = None
+    join = JOIN[next(name for name in names if name in JOIN)]
+    other = r.predicate(joined)
+    return join(result, other), join(inverted(result), other)
+
+
+def scaled_add(step: Instruction, r: Registers) -> Sequence[Value]:
+    """LEA Rd, [Pcarry,] a, b, by; LEA.HI[.X] Rd, a, b, c, by, [Pin]: the upper half of c:a << by, and b."""
+    (a, b, *others), carried = sources(step)
+    if "HI" not in step.modifiers:
+        value = r.word(a) << r.word(others[0]) & WORD
+    elif "SX32" in step.modifiers:
+        value = (r.signed(a) & PAIR) << r.word(others[0]) >> 32 & WORD
+    else:
+        value = (r.word(others[0]) << 32 | r.word(a)) << r.word(others[1]) >> 32 & WORD
+    total = value + r.term(b) + sum(map(r.bit, carried))
+    return total & WORD, total >> 32 >= 1
+
+
+def extreme(step: Instruction, r: Registers) -> Sequence[Value]:
+    """VIMNMX Rd, a, b, Pmin; VIADDMNMX Rd, a, b, c, Pmin: of a + b and c."""
+    numbers, flags = sources(step)
+    words = [r.word(number) for number in numbers]
+    if step.kind.endswith("ADDMNMX"):
+        words = [words[0] + words[1] & WORD, words[2]]
+    left, right = words if "U32" in step.modifiers else map(signed, words)
+    smaller = left < right
+    least, most = where(smaller, left, right), where(smaller, right, left)
+    return [where(needed(r.predicate(flags[-1])), least, most) & WORD]
+
+
+def select(step: Instruction, r: Registers) -> Sequence[Value]:
+    """SEL Rd, a, b, P."""
+    a, b, condition = step.operands[1:4]
+    return [where(needed(r.predicate(condition)), r.word(a), r.word(b))]
+
+
+def permute(step: Instruction, r: Registers) -> Sequence[Value]:
+    """PRMT Rd, a, selector, b: each byte is one of the eight of b and a, or the sign of it."""
+    a, selector, b = map(r.word, step.operands[1:4])
+    result: Value = 0
+    for byte in range(4):
+        wanted = selector >> 4 * byte
+        found = (b << 32 | a) >> (wanted & 7) * 8 & 0xFF
+        result = result | where(wanted & 8 != 0, (found >> 7 & 1) * 0xFF, found) << 8 * byte
+    return [result]
+
+
+def extend(step: Instruction, r: Registers) -> Sequence[Value]:
+    """SGXT[.U32] Rd, a, bits: the lower bits, their sign extended."""
+    value, bits = map(r.word, step.operands[1:3])
+    if isinstance(bits, np.ndarray) or not 0 < bits <= 32:
+        raise UnknownError
+    value, sign = value & (1 << bits) - 1, 1 << bits - 1
+    return [value if "U32" in step.modifiers else (value ^ sign) - sign & WORD]
+
+
+def constant(step: Instruction, r: Registers) -> Sequence[Value]:
+    """LDC[.64, .128] Rd, c[0x0][…]: word by word."""
+    head, _, offset = step.operands[1].rpartition("[0x")
+    number = next((REGISTERS[name] for name in step.modifiers if name in REGISTERS), 1)
+    if number == 1 or not head.startswith("c[0x0]"):
+        return [r.word(step.operands[1])]
+    return [r.word(f"{head}[0x{int(offset[:-1], 16) + 4 * place:x}]") for place in range(number)]
+
+
+def half_constant(step: Instruction, _r: Registers) -> Sequence[Value]:
+    """HFMA2 Rd, -RZ, RZ, upper, lower: a constant, moved by the pipe of half-precision numbers."""
+    try:
+        upper, lower = (int(np.float16(half).view(np.uint16)) for half in step.operands[3:])
     except ValueError:
-        numbers = []
-    is_constant = {left.lstrip("-"), right.lstrip("-")} == {"RZ"} and len(numbers) == 2
-    return [(result, 0, numbers[0] << 16 | numbers[1] if is_constant else None)]
+        raise UnknownError from None
+    if {operand.lstrip("-") for operand in step.operands[1:3]} != {"RZ"}:
+        raise UnknownError
+    return [upper << 16 | lower]
 
 
-def packed(step: Instruction, registers: Registers) -> Results:
+def pack(step: Instruction, r: Registers) -> Sequence[Value]:
     """P2R[.B1] Rd, PR, a, mask: predicates as bits of a byte, the others from a."""
-    result, _, source, mask = step.operands
-    shift, bits = byte_of(step.opcode), int(mask, 16)
-    value = registers.word(source)
-    value = None if value is None else value & (WORD ^ bits << shift)
-    for number in range(PREDICATES):
-        if bits >> number & 1:
-            value = total(value, chosen(registers.predicate(f"P{number}"), 1 << number + shift, 0))
-    return [(result, 0, value)]
+    place, mask = byte_of(step.opcode), int(step.operands[3], 16)
+    chosen = [number for number in range(7) if mask >> number & 1]
+    return [(r.word(step.operands[2]) & ~(mask << place)) + sum(r.bit(f"P{n}") << n + place for n in chosen)]
 
 
-def unpacked(step: Instruction, registers: Registers) -> Results:
+def unpack(step: Instruction, r: Registers) -> Sequence[Value]:
     """R2P PR, a[.B1], mask: the way back."""
     _, source, mask = step.operands
-    value = registers.word(source.split(".")[0])
-    found: Results = []
-    for number in range(PREDICATES):
-        if int(mask, 16) >> number & 1:
-            found.append((f"P{number}", 0, None if value is None else value >> number + byte_of(source) & 1 != 0))
-    return found
+    value = r.word(source.split(".")[0]) >> byte_of(source)
+    return [value >> number & 1 != 0 for number in range(7) if int(mask, 16) >> number & 1]
 
 
 def byte_of(text: str) -> int:
@@ -305,34 +301,30 @@ def byte_of(text: str) -> int:
     return 8 * next((number for number in range(1, 4) if f".B{number}" in text), 0)
 
 
-def to_float(step: Instruction, registers: Registers) -> Results:
+def to_float(step: Instruction, r: Registers) -> Sequence[Value]:
     """I2F[.RP][.U32] Rd, a: a division of integers starts so, .RP rounds up."""
-    value = registers.word(step.operands[-1])
-    value = value if "U32" in step.modifiers else signed(value)
-    if value is None:
-        return [(step.operands[0], 0, None)]
-    number = np.asarray(value, dtype=np.float64).astype(np.float32)
+    value = (r.word if "U32" in step.modifiers else r.signed)(step.operands[-1])
+    exact = np.asarray(value, dtype=np.float64)
+    number = exact.astype(np.float32)
     if "RP" in step.modifiers:
-        number = np.where(number < value, np.nextafter(number, np.float32(np.inf)), number)
-    return [(step.operands[0], 0, bits_of(number))]
+        number = np.where(number < exact, np.nextafter(number, np.float32(np.inf)), number)
+    return [bits_of(number)]
 
 
-def special(step: Instruction, registers: Registers) -> Results:
+def reciprocal(step: Instruction, r: Registers) -> Sequence[Value]:
     """MUFU.RCP Rd, a: of a known number, as in a division of integers; the last bit is corrected there anyway."""
-    value = registers.word(step.operands[1]) if "RCP" in step.modifiers else None
-    if value is None:
-        return [(step.operands[0], 0, None)]
+    if "RCP" not in step.modifiers:
+        raise UnknownError
     with np.errstate(divide="ignore"):
-        return [(step.operands[0], 0, bits_of(np.float32(1) / float_of(value)))]
+        return [bits_of(np.float32(1) / float_of(r.word(step.operands[1])))]
 
 
-def to_integer(step: Instruction, registers: Registers) -> Results:
+def to_integer(step: Instruction, r: Registers) -> Sequence[Value]:
     """F2I.U32.TRUNC Rd, a."""
-    value = registers.word(step.operands[-1])
-    if value is None or not {"U32", "TRUNC"} <= set(step.modifiers):
-        return [(step.operands[0], 0, None)]
-    number = np.clip(np.nan_to_num(float_of(value).astype(np.float64)), 0, WORD)
-    return [(step.operands[0], 0, scalar_or_lanes(number.astype(np.int64)))]
+    if not {"U32", "TRUNC"} <= set(step.modifiers):
+        raise UnknownError
+    number = np.clip(np.nan_to_num(float_of(r.word(step.operands[-1])).astype(np.float64)), 0, WORD)
+    return [plain(number.astype(np.int64))]
 
 
 def float_of(value: Value) -> np.ndarray:
@@ -342,38 +334,28 @@ def float_of(value: Value) -> np.ndarray:
 
 def bits_of(number: np.ndarray) -> Value:
     """A float as 32 bits."""
-    return scalar_or_lanes(np.asarray(number, dtype=np.float32).view(np.uint32).astype(np.int64))
+    return plain(np.asarray(number, dtype=np.float32).view(np.uint32))
 
 
-def scalar_or_lanes(value: np.ndarray) -> Value:
-    """An array of no axis as a number."""
-    return value if value.ndim else int(value)
+def plain(value: np.ndarray) -> Value:
+    """Python's numbers; an array of no axis as one of them."""
+    return value.astype(object) if value.ndim else int(value)
 
 
-def exchange(step: Instruction, registers: Registers) -> Results:
+def exchange(step: Instruction, r: Registers) -> Sequence[Value]:
     """SHFL.IDX P, Rd, a, lane, …: one lane's value in all; the other forms move what is data."""
-    flag, result, source, lane = step.operands[:4]
-    value, place = registers.word(source), registers.word(lane)
-    if "IDX" not in step.modifiers or not isinstance(place, int) or value is None:
-        return [(result, 0, value if isinstance(value, int) else None), (flag, 0, None)]
-    return [(result, 0, int(value[place & 31]) if isinstance(value, np.ndarray) else value), (flag, 0, True)]
+    value, lane = r.word(step.operands[2]), step.operands[3]
+    place = taken_apart(lane).form != "other" and "IDX" in step.modifiers and r.word(lane)
+    if not isinstance(value, np.ndarray):
+        return [None, value]
+    if isinstance(place, bool | np.ndarray):
+        raise UnknownError
+    return True, of_lane(value, place & 31)
 
 
-def to_uniform(step: Instruction, registers: Registers) -> Results:
-    """R2UR URd, a: the first lane's value."""
-    result, source = step.operands[0], step.operands[-1]
-    value = registers.word(source)
-    return [(result, 0, int(value[0]) if isinstance(value, np.ndarray) else value)]
-
-
-def elect(step: Instruction, _registers: Registers) -> Results:
-    """ELECT P, URd, P: one lane of the warp."""
-    return [(step.operands[0], 0, np.arange(32) == 0), (step.operands[1], 0, None)]
-
-
-def arrived(step: Instruction, _registers: Registers) -> Results:
-    """SYNCS.PHASECHK P, …, USETMAXREG.TRY_ALLOC P: tried until it succeeds; a walk of one warp takes it as over."""
-    return [(operand, 0, True) for operand in step.operands[:1] if is_predicate(operand)]
+def first_lane(step: Instruction, r: Registers) -> Sequence[Value]:
+    """R2UR URd, a."""
+    return [of_lane(r.word(step.operands[-1]), 0)]
 
 
 STEPS: dict[str, Step] = {
@@ -389,44 +371,13 @@ STEPS: dict[str, Step] = {
     **dict.fromkeys(("VIMNMX", "UVIMNMX", "IMNMX", "UIMNMX", "VIADDMNMX", "UVIADDMNMX"), extreme),
     **dict.fromkeys(("PRMT", "UPRMT"), permute),
     **dict.fromkeys(("LDC", "LDCU", "ULDC"), constant),
-    **dict.fromkeys(("SGXT", "USGXT"), extended),
-    "HFMA2": half_constant,
-    "P2R": packed,
-    "R2P": unpacked,
+    **dict.fromkeys(("SGXT", "USGXT"), extend),
     **dict.fromkeys(("I2F", "I2FP"), to_float),
-    "MUFU": special,
-    "F2I": to_integer,
-    "IABS": absolute,
-    "CS2R": clear,
-    "SHFL": exchange,
-    "R2UR": to_uniform,
-    "ELECT": elect,
-    **dict.fromkeys(("SYNCS", "USETMAXREG"), arrived),
+    **{"HFMA2": half_constant, "P2R": pack, "R2P": unpack, "MUFU": reciprocal, "F2I": to_integer, "SHFL": exchange},
+    "IABS": lambda step, r: [abs(r.signed(step.operands[1]))],
+    "CS2R": lambda step, _: [0, 0] if step.operands[1] == "SRZ" else [],  # else the clock
+    "R2UR": first_lane,
+    "ELECT": lambda _step, r: [np.arange(len(r.lanes)) % WARP == 0],  # one lane of a warp
+    # SYNCS.PHASECHK.TRY, USETMAXREG.TRY_ALLOC: tried until it succeeds; a walk of one warp takes it as over.
+    **dict.fromkeys(("SYNCS", "USETMAXREG"), lambda step, _: [True] if is_predicate(step.operands[0]) else []),
 }
-RESULTLESS = ("STG", "ST", "STS", "STL", "RED", "BAR", "DEPBAR", "LDGSTS", "LDGDEPBAR", "BRA", "CALL", "BSSY", "EXIT")
-
-
-def results(step: Instruction, registers: Registers) -> Results:
-    """What an instruction writes; None for values that are not known."""
-    if step.kind in STEPS:
-        return STEPS[step.kind](step, registers)
-    if step.kind in RESULTLESS or not step.operands:
-        return []
-    operands = list(step.operands)
-    found: Results = []
-    while operands and is_predicate(operands[0]):
-        found.append((operands.pop(0), 0, None))
-    if step.kind in ("LDG", "LD") and "256" in step.modifiers:  # two results of four registers each
-        return [*found, *((operand, place, None) for operand in operands[:2] for place in range(4))]
-    return [*found, *((operand, place, None) for operand in operands[:1] for place in range(registers_of(step)))]
-
-
-def registers_of(step: Instruction) -> int:
-    """How many registers of a result are written, at most."""
-    if step.kind in ("HMMA", "IMMA"):
-        return 4
-    if step.kind in ("FADD2", "FMUL2", "FFMA2", "F2F") or step.kind.startswith("D"):
-        return 2
-    if step.kind == "LDSM":
-        return int(step.modifiers[-1]) if step.modifiers[-1].isdigit() else 1
-    return next((REGISTERS_OF[name] for name in step.modifiers if name in REGISTERS_OF), 1)

@@ -1,38 +1,105 @@
-"""One launch of ours as the model's `Work`: built, walked, held to its TIR.
+"""One launch of ours as the model's `Work`: built by nvcc, walked, and held to its TIR before there is a number.
 
-Blocks along y and z may differ (a projection's last split is shorter), so up to four of them are walked, beyond that
-the first, the middle and the last; along x, where the tokens are, the middle one stands for all.
+Source and listing are kept beside the CPU's kernels, named by a hash of the TIR and of what makes them: a kernel that
+has not changed is read in a second, without nvcc. Blocks along y and z may differ (a projection's last split is
+shorter), so up to four of them are walked, beyond that the first, the middle and the last; along x, where the tokens
+are, the middle one stands for all. Each refusal is a sentence:
+
+    loops           a branch depended on data: how often it goes which way is not in the code
+    bytes           of the stream tensors the walk's bytes are the audit's, which reads the TIR; every access is of a
+                    known buffer
+    products        tensor instructions executed do the multiply-adds of the TIR's T.gemm
+    not modelled    wgmma and tcgen05, the TMA, atomics, spills inside loops
+    cache           a working set that fits the last-level cache, unless it is said to be flushed
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import astuple, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import product
 from math import prod
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import checks, products
+from ...compiler.cuda_source import CudaSource
+from ..inspect.compiler import COMPILE_FLAGS, Compiled, compile_source, versions
+from ..inspect.occupancy import occupancy
 from .block import Block, Walked, walk_block
-from .built import Built, build_function
+from .listing import Instruction, parse
 from .model import Work
-from .walk import Entry
+from .walk import Argument, Entry
 
 if TYPE_CHECKING:
     from ...compiler.recording import Recorded
 
 FEW_BLOCKS = 4
+TOLERANCE = 0.01  # of bytes and products: blocks at an edge do less than the middle one
+OTHER_TENSOR = ("HGMMA", "IGMMA", "QGMMA", "BGMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA", "UTCOMMA")
+SHAPES = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "1684": 16 * 8 * 4}  # multiply-adds of a warp's instruction
 
 
 @dataclass(frozen=True)
-class Launched:
+class Built:
+    """A kernel for one architecture: its source, what ptxas says, its instructions, how many blocks fit an SM."""
+
+    source: CudaSource
+    arch: str
+    compiled: Compiled
+    code: list[Instruction]
+    resident: int
+
+    def entry(self, sizes: Mapping[str, float]) -> Entry:
+        """How it is launched at these run-time sizes and scalars."""
+        head = self.source.code[self.source.code.rindex("__global__") :]
+        head = head[: head.index("{")]
+        arguments = []
+        for name, dtype in zip(self.source.arguments, self.source.dtypes, strict=True):
+            pointer = "tensor map" if f"CUtensorMap {name}" in head else "buffer"
+            arguments.append(Argument(name, pointer if dtype == "handle" else dtype, sizes.get(name, 0)))
+        return Entry(self.arch, tuple(arguments), self.source.grid_at(sizes), self.source.threads)
+
+
+def build_function(func: Any, arch: str) -> Built:
+    """Lower and build a TIR function, or find what was kept. Raises CompilerError where a tool is missing."""
+    from ...compiler import cuda_source
+    from ...compiler.cpu.build import digest
+    from ...compiler.disk_cache import Made, kept
+
+    makers = Path(cuda_source.__file__).read_text(encoding="utf-8"), str(cuda_source.PASS_CONFIGS), str(versions())
+    name = digest("\0".join((func.script(show_meta=True), arch, *COMPILE_FLAGS, *makers)))
+
+    def make(_scratch: Path) -> Made:
+        source = cuda_source.generate_from(func, arch)
+        return {"source": asdict(source), "compiled": asdict(build(source, arch).compiled)}, None
+
+    def use(facts: dict[str, Any], _file: Path) -> Built:
+        tuples = {key: tuple(facts["source"][key]) for key in ("arguments", "grid", "threads", "dtypes")}
+        return read(CudaSource(**{**facts["source"], **tuples}), Compiled(**facts["compiled"]), arch)
+
+    return kept("predict", name, make, use)
+
+
+def build(source: CudaSource, arch: str, flags: Sequence[str] = tuple(COMPILE_FLAGS)) -> Built:
+    """Compile and disassemble a source."""
+    return read(source, compile_source(source.code, arch, tuple(flags), encoded=True), arch)
+
+
+def read(source: CudaSource, compiled: Compiled, arch: str) -> Built:
+    """Parse the listing; how many blocks fit."""
+    shared = source.shared_bytes + compiled.static_shared_bytes
+    fits = occupancy(arch, prod(source.threads), compiled.registers, shared, compiled.named_barriers)
+    return Built(source, arch, compiled, parse(compiled.listing), fits.blocks)
+
+
+class Launched(NamedTuple):
     """A launch's work, what its checks said, and the bytes that it touches at all, for the cache."""
 
     family: str
     work: Work
     refusals: tuple[str, ...]
     working_set: int
-    l2_bytes: int
 
 
 def launched(launch: Recorded, arch: str) -> Launched:
@@ -46,51 +113,39 @@ def launched(launch: Recorded, arch: str) -> Launched:
     walked = walk_grid(built, entry)
     audited = audit_function(func, launch.sizes)
     streams = [name for name in launch.streams if name in audited]
-    blocks = prod(entry.grid)
-    edge = 1 / entry.grid[0]
-    moved = checks.sides(walked.moved, built.source.arguments, blocks)
-    executed = walked.block.tensor and blocks * multiply_adds(built, walked)
+    blocks, edge = prod(entry.grid), 1 / entry.grid[0]
+    moved: Counter[tuple[str, str]] = Counter()
+    for (number, side), amount in walked.moved.items():
+        moved[built.source.arguments[number] if number >= 0 else "", side] += amount * blocks  # type: ignore[assignment]
     refusals = [
-        *checks.not_modelled(built.code, walked),
-        *checks.data_dependent(walked),
-        *checks.bytes_differ(moved, audited, streams, edge),
-        *checks.products_differ(executed, products.asked(func, launch.sizes), edge),
+        *not_modelled(built.code, walked),
+        *bytes_differ(moved, audited, streams, edge),
+        *products_differ(blocks * multiply_adds(built.code, walked), products_asked(func, launch.sizes), edge),
     ]
-    through_memory = caches = 0
+    through_memory = working_set = 0
     for name, traffic in audited.items():
-        for side in (traffic.read, traffic.written):
-            through_memory += side.accessed if name in streams else side.distinct
-            caches += 0 if name in streams else side.per_block - side.distinct
-    working_set = sum(traffic.read.distinct + traffic.written.distinct for traffic in audited.values())
+        for movement in (traffic.read, traffic.written):
+            through_memory += movement.accessed if name in streams else movement.distinct
+            working_set += movement.distinct
     work = Work(walked.block, blocks, built.resident, through_memory)
-    return Launched(launch.family, work, tuple(refusals), working_set, caches)
-
-
-def multiply_adds(built: Built, walked: Walked) -> float:
-    """Of one block's tensor instructions: one shape a kernel is what ours have."""
-    kinds = {products.of_instruction(step) for step in built.code if step.kind in ("HMMA", "IMMA")}
-    return walked.block.tensor * max(kinds, default=0) if len(kinds) == 1 else float("nan")
+    return Launched(launch.family, work, tuple(refusals), working_set)
 
 
 def walk_grid(built: Built, entry: Entry) -> Walked:
     """The blocks that stand for the grid, averaged."""
-    x = entry.grid[0] // 2
+    x, y, z = entry.grid
     walked = [
-        (walk_block(built.code, entry, (x, y, z)), of_y * of_z)
-        for (y, of_y), (z, of_z) in product(positions(entry.grid[1]), positions(entry.grid[2]))
+        (walk_block(built.code, entry, (x // 2, at_y, at_z)), of_y * of_z / (y * z))
+        for (at_y, of_y), (at_z, of_z) in product(positions(y), positions(z))
     ]
-    total = sum(number for _, number in walked)
-    features = [
-        sum(value * number for value, number in column) / total
-        for column in zip(*([(value, number) for value in astuple(each.block)] for each, number in walked), strict=True)
-    ]
-    moved: Counter[tuple[int, str]] = Counter()
-    for each, number in walked:
-        for place, amount in each.moved.items():
-            moved[place] += amount * number / total  # type: ignore[assignment]
+    features = zip(*(each.block for each, _ in walked), strict=True)
+    shares = [share for _, share in walked]
+    block = Block(*(sum(value * share for value, share in zip(each, shares, strict=True)) for each in features))
+    places = dict.fromkeys(place for each, _ in walked for place in each.moved)
+    moved = {place: sum(each.moved.get(place, 0) * share for each, share in walked) for place in places}
     undecided = dict.fromkeys(text for each, _ in walked for text in each.undecided)
-    most = max(walked, key=lambda pair: pair[0].local)[0]
-    return Walked(Block(*features), dict(moved), tuple(undecided), most.bulk, most.local, most.atomics)
+    others = {name: max(each.others[name] for each, _ in walked) for name in walked[0][0].others}
+    return Walked(block, moved, tuple(undecided), others)
 
 
 def positions(extent: int) -> list[tuple[int, int]]:
@@ -98,3 +153,90 @@ def positions(extent: int) -> list[tuple[int, int]]:
     if extent <= FEW_BLOCKS:
         return [(place, 1) for place in range(extent)]
     return [(0, 1), (extent // 2, extent - 2), (extent - 1, 1)]
+
+
+def not_modelled(code: Sequence[Instruction], walked: Walked) -> list[str]:
+    """What the walk could not decide, or what the machine code does that no published kernel resembles."""
+    found, others = [], walked.others
+    if walked.undecided:
+        found.append(f"the path depends on data: {', '.join(walked.undecided[:3])}")
+    if unknown := sorted({step.kind for step in code if step.kind.startswith(OTHER_TENSOR)}):
+        found.append(f"tensor instructions that the model does not know: {', '.join(unknown)}")
+    if others["bulk"]:
+        found.append("copies by the TMA, whose bytes the instructions do not tell")
+    if others["atomics"]:
+        found.append(f"{others['atomics']} atomics a block: their order and their cost depend on timing")
+    standing = sum(step.kind in ("LDL", "STL") for step in code)
+    if others["local"] > standing * walked.block.warps:
+        text = f"{others['local']} accesses to local memory a block, {standing} in the code"
+        found.append(f"spills inside a loop: {text}")
+    return found
+
+
+def differ(executed: float, expected: float, edge: float) -> bool:
+    """Whether two counts are not of the same thing."""
+    return not abs(executed - expected) <= (TOLERANCE + edge) * max(executed, expected)
+
+
+def bytes_differ(
+    moved: Mapping[tuple[str, str], float], audited: Mapping[str, Any], streams: Sequence[str], edge: float
+) -> list[str]:
+    """Where the walk's bytes are not the audit's; `moved` of the whole launch, by buffer and side."""
+    found = []
+    if unknown := sum(amount for (name, _), amount in moved.items() if not name):
+        found.append(f"{unknown / 1e6:.1f} MB of accesses whose buffer is not known")
+    for name in streams:
+        for side, traffic in (("read", audited[name].read), ("written", audited[name].written)):
+            executed, expected = moved.get((name, side), 0.0), traffic.accessed
+            if differ(executed, expected, edge):
+                text = f"{executed / 1e6:.2f} MB executed, {expected / 1e6:.2f} MB in the TIR"
+                found.append(f"{name}: bytes {side} differ: {text}")
+    return found
+
+
+def products_differ(executed: float, expected: int, edge: float) -> list[str]:
+    """Where tensor instructions do not do what T.gemm asks for; padding of a tile counts on both sides."""
+    if not differ(executed, expected, edge):
+        return []
+    return [f"products differ: {executed / 1e9:.2f} G multiply-adds executed, {expected / 1e9:.2f} G in the TIR"]
+
+
+def multiply_adds(code: Sequence[Instruction], walked: Walked) -> float:
+    """Of one block's tensor instructions; NaN unless all have one shape, and that is known."""
+    kinds = {tuple(SHAPES[m] for m in step.modifiers if m in SHAPES) for step in code if step.kind in ("HMMA", "IMMA")}
+    if not walked.block.tensor:
+        return 0
+    return walked.block.tensor * prod(kinds.pop()) if len(kinds) == 1 and () not in kinds else float("nan")
+
+
+def products_asked(func: Any, sizes: Mapping[str, float]) -> int:
+    """Multiply-adds of all T.gemm of a launch, as its TIR asks for them: loops and guards as they run."""
+    from ...compiler.cpu.emit import scalars_of, sizes_of
+    from ...compiler.cpu.types import op_name
+    from ..traffic.audit.accesses import Access, Walk
+    from ..traffic.audit.counting import executions
+    from ..traffic.audit.values import Values
+
+    found: list[tuple[int, Access]] = []
+
+    class Products(Walk):
+        """The walk of the audit, which also notes products."""
+
+        def _Evaluate(self, stmt: Any) -> None:
+            if op_name(stmt.value) == "tl.tileop.gemm":
+                place = Access(stmt.value.args[0].args[0].buffer, False, (), self.loops, self.guards)
+                found.append((prod(int(argument) for argument in stmt.value.args[5:8]), place))
+            super()._Evaluate(stmt)
+
+    variables = {var.name: var for var in (*sizes_of(func), *scalars_of(func))}
+    walk = Products(Values({variables[name]: size for name, size in sizes.items()}))
+    walk.statement(func.body)
+    return sum(amount * executions(place, walk.values) for amount, place in found)
+
+
+def fits_cache(working_set: int, cache_bytes: int) -> list[str]:
+    """Whether memory may not be asked at all."""
+    if working_set > cache_bytes:
+        return []
+    sizes = f"{working_set / 2**20:.0f} MiB of {cache_bytes / 2**20:.0f} MiB"
+    return [f"the working set fits the last-level cache ({sizes}): say --flushed if the cache is cold"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 from ...errors import MHCError
 
@@ -19,6 +20,7 @@ UPPER = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/")
 LABEL = re.compile(r"^(?:\s*)(\.L_x_\d+|\$[\w$.]+):")
 REFERENCE = re.compile(r"`\(([^)]+)\)")
 SEPARATOR = re.compile(r",\s*(?![^\[]*\])")
+BYTES = {"256": 32, "128": 16, "64": 8, "U64": 8, "S64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 NO_SCOREBOARD = 7
 
 
@@ -29,7 +31,6 @@ class Instruction:
     Attributes:
         address: in bytes from the kernel's start.
         guard: the predicate in front, as in "!P0"; empty for none.
-        opcode: with modifiers; `kind` is the opcode alone.
         operands: as text, results first.
         target: index of the instruction that a branch or a call leads to.
         stall: cycles until the warp may issue again.
@@ -40,7 +41,6 @@ class Instruction:
     address: int
     guard: str
     opcode: str
-    kind: str
     operands: tuple[str, ...]
     target: int | None
     stall: int
@@ -48,10 +48,20 @@ class Instruction:
     raises_read: int
     waits: int
 
-    @property
-    def modifiers(self) -> list[str]:
-        """What follows the opcode."""
-        return self.opcode.split(".")[1:]
+    @cached_property
+    def kind(self) -> str:
+        """The opcode without modifiers."""
+        return self.opcode.split(".")[0]
+
+    @cached_property
+    def modifiers(self) -> tuple[str, ...]:
+        """What follows it."""
+        return tuple(self.opcode.split(".")[1:])
+
+    @cached_property
+    def width(self) -> int:
+        """Bytes a lane, of an access."""
+        return next((BYTES[name] for name in self.modifiers if name in BYTES), 4)
 
 
 def parse(listing: str) -> list[Instruction]:
@@ -75,12 +85,11 @@ def instruction(text: re.Match[str], control: int, labels: dict[str, int]) -> In
     operands = text["operands"].strip()
     reference = REFERENCE.search(operands)
     return Instruction(
-        address=int(text["address"], 16),
-        guard=text["guard"] or "",
-        opcode=text["opcode"],
-        kind=text["opcode"].split(".")[0],
-        operands=tuple(operand.strip().replace(".reuse", "") for operand in SEPARATOR.split(operands)),
-        target=labels.get(reference[1]) if reference else None,
+        int(text["address"], 16),
+        text["guard"] or "",
+        text["opcode"],
+        tuple(operand.strip().replace(".reuse", "") for operand in SEPARATOR.split(operands)),
+        labels.get(reference[1]) if reference else None,
         stall=control >> 41 & 15,
         raises_written=control >> 46 & 7,
         raises_read=control >> 49 & 7,

@@ -7,14 +7,16 @@ constants leave open. A prediction that a check refuses has no number.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from tabulate import tabulate
 
 from ..calls.cases import Case
-from . import checks
-from .advice import advice
 from .devices import Device
-from .launched import Launched, launched
-from .model import SHORT_US, Work, regime, rows_of, terms
+from .launched import Launched, build_function, fits_cache, launched
+from .model import SHORT_US, Work, advice, regime, rows_of, terms
+from .schedule import Steady, cycles, steady
+from .walk import walk
 
 # A factor up and down: each covers at least nine of ten of the 140 points, every one predicted without its kernel.
 BANDS = {"memory": 1.08, "memory and SM": 1.3, "SM": 1.25, "launch and latency": 1.4}
@@ -24,8 +26,7 @@ CANNOT_SAY = 1.22  # predicted ratio, below which the faster one of two was wron
 REFUSED = "no answer"
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One launch's share of a prediction; µs."""
 
     family: str
@@ -39,8 +40,7 @@ class Part:
     waves: float
 
 
-@dataclass(frozen=True)
-class Prediction:
+class Prediction(NamedTuple):
     """A row: `us` is None where only an interval is said, `low` and `high` too where there is no answer.
 
     Attributes:
@@ -67,6 +67,18 @@ class Prediction:
     change_first: str
     parts: tuple[Part, ...] = ()
 
+    def as_row(self) -> dict[str, Any]:
+        """A row of the JSON."""
+        return {**self._asdict(), "parts": [part._asdict() for part in self.parts]}
+
+
+def launches_of(case: Case, device: Device, family: str) -> list[Any]:
+    """A call's launches, or those of one family."""
+    from ..calls.launches import launches
+
+    blocks = 2 * int(device.table["sms"].value)  # of a projection, as the launch functions ask for on a GPU
+    return [launch for launch in launches(case, "cuda", blocks) if family in ("", launch.family)]
+
 
 def predict(case: Case, device: Device, flushed: bool = False, family: str = "") -> Prediction:
     """Predict one call on a device, or of its launches those of one family.
@@ -77,100 +89,99 @@ def predict(case: Case, device: Device, flushed: bool = False, family: str = "")
         flushed: the last-level cache is cold before each call.
         family: of the launches that count; all by default.
     """
-    from ..calls.launches import launches
-
-    blocks = 2 * int(device.table["sms"].value)  # of a projection, as the launch functions ask for on a GPU
-    wanted = [launch for launch in launches(case, "cuda", blocks) if family in ("", launch.family)]
-    found = [launched(launch, device.arch) for launch in wanted]
+    found = [launched(launch, device.arch) for launch in launches_of(case, device, family)]
     reasons = [f"{each.family}: {text}" for each in found for text in each.refusals]
     if not flushed:
-        reasons += checks.fits_cache(sum(each.working_set for each in found), device.cache_bytes)
+        reasons += fits_cache(sum(each.working_set for each in found), device.cache_bytes)
     return answer(family or case.kernel, case, device, found, reasons)
 
 
 def answer(name: str, case: Case, device: Device, found: Sequence[Launched], reasons: Sequence[str]) -> Prediction:
     """Numbers, or why there are none."""
-    shape = case.shape
-    row = Prediction(
-        name=name,
-        gpu=device.name,
-        tokens=shape.num_tokens,
-        hidden_size=shape.hidden_size,
-        dtype=shape.dtype,
-        us=None,
-        low=None,
-        high=None,
-        regime=REFUSED,
-        memory_us=None,
-        sm_us=None,
-        launches=len(found),
-        reasons=tuple(reasons),
-        change_first="",
-    )
+    sizes, launches, none = case.shape, len(found), (None, None, None)
+    shape = name, device.name, sizes.num_tokens, sizes.hidden_size, sizes.dtype
     if reasons:
-        return row
+        return Prediction(*shape, *none, REFUSED, None, None, launches, tuple(reasons), "")
     parts = tuple(part_of(each.family, each.work, device) for each in found)
-    us, memory, sm = (sum(getattr(part, key) for part in parts) for key in ("us", "memory_us", "sm_us"))
+    us, low, high, memory, sm = (sum(values) for values in zip(*(part[1:6] for part in parts), strict=True))
     longest = max(parts, key=lambda part: part.us)
-    is_short = us < SHORT_US
-    return replace(
-        row,
-        us=None if is_short else us,
-        low=sum(part.low for part in parts),
-        high=sum(part.high for part in parts),
-        regime=regime(us, memory, sm),
-        memory_us=memory,
-        sm_us=sm,
-        reasons=(f"below {SHORT_US:.0f} µs: launch and latency decide, an interval is all there is",)
-        if is_short
-        else (),
-        change_first=longest.advice
-        if len(parts) == 1
-        else f"{longest.family}, {longest.us / us:.0%} of it: {longest.advice}",
-        parts=parts,
-    )
+    first = longest.advice if len(parts) == 1 else f"{longest.family}, {longest.us / us:.0%} of it: {longest.advice}"
+    short = (f"below {SHORT_US:.0f} µs: launch and latency decide, an interval is all there is",)
+    said, why = (None, short) if us < SHORT_US else (us, ())
+    return Prediction(*shape, said, low, high, regime(us, memory, sm), memory, sm, launches, why, first, parts)
 
 
 def part_of(family: str, work: Work, device: Device) -> Part:
     """One launch."""
-    rows = rows_of([work])
-    middle, fast, slow = (terms(rows, constants) for constants in (device.constants, device.fastest, device.slowest))
-    us, memory, sm = float(middle.us[0]), float(middle.memory[0]), float(middle.sm[0])
-    band = FUSED_BAND if family in FUSED else BANDS[regime(us, memory, sm)]
-    return Part(
-        family,
-        us,
-        float(fast.us[0]) / band,
-        float(slow.us[0]) * band,
-        memory,
-        sm,
-        stack_of(middle),
-        advice(work, device.constants),
-        float(middle.waves[0]),
+    found, fast, slow = (
+        terms(rows_of([work]), constants)
+        for constants in (device.constants, device.extreme(fastest=True), device.extreme(fastest=False))
     )
-
-
-def stack_of(found: object) -> dict[str, float]:
-    """A prediction as a stack: launch, bytes, what SM time adds by its parts, the tail."""
-    launch, memory, tail, us = (float(getattr(found, name)[0]) for name in ("launch", "memory", "tail", "us"))
-    parts = {name: float(getattr(found, name)[0]) for name in ("trips", "barriers", "blocks", "cycles")}
-    beyond, total = max(0.0, us - launch - memory - tail), sum(parts.values())
-    return {"launch": launch, "memory": memory, **{n: beyond * v / total for n, v in parts.items()}, "tail": tail}
+    one = {name: float(values[0]) for name, values in vars(found).items()}
+    us, memory, sm = one["us"], one["memory"], one["sm"]
+    band = FUSED_BAND if family in FUSED else BANDS[regime(us, memory, sm)]
+    # As a stack: launch, bytes, what SM time adds by its parts, the tail.
+    parts = {name: one[name] for name in ("trips", "barriers", "blocks", "cycles")}
+    beyond, total = max(0.0, us - one["launch"] - memory - one["tail"]), sum(parts.values())
+    stack = {name: beyond * value / total for name, value in parts.items()}
+    stack = {"launch": one["launch"], "memory": memory, **stack, "tail": one["tail"]}
+    ends = float(fast.us[0]) / band, float(slow.us[0]) * band
+    return Part(family, us, *ends, memory, sm, stack, advice(work, device.constants), one["waves"])
 
 
 def compare(one: Prediction, other: Prediction) -> str:
     """Which of two is predicted to be faster, or that it cannot be said."""
+    pair = f"{one.name} against {other.name}: cannot say; "
     for each in (one, other):
         if each.us is None:
-            return f"{one.name} against {other.name}: cannot say; {each.name}: {'; '.join(each.reasons)}"
-    of_one, of_other = one.us or 0.0, other.us or 0.0
-    ratio = max(of_one, of_other) / min(of_one, of_other)
-    numbers = f"predicted {of_one:.1f} µs and {of_other:.1f} µs, a ratio of {ratio:.2f}"
+            return f"{pair}{each.name}: {'; '.join(each.reasons)}"
+    faster, slower = sorted((one, other), key=lambda each: each.us or 0.0)
+    ratio = (slower.us or 0.0) / (faster.us or 0.0)
+    numbers = f"predicted {one.us:.1f} µs and {other.us:.1f} µs, a ratio of {ratio:.2f}"
     if ratio < CANNOT_SAY:
-        return f"{one.name} against {other.name}: cannot say; {numbers}, and below {CANNOT_SAY} the order is a guess"
-    faster, slower = (one, other) if of_one < of_other else (other, one)
+        return f"{pair}{numbers}, and below {CANNOT_SAY} the order is a guess"
     fused = {part.family for each in (one, other) for part in each.parts if part.family in FUSED}
     if fused and ratio < FUSED_BAND:
-        text = f"cannot say; {numbers}, and {', '.join(sorted(fused))} resembles nothing measured"
-        return f"{one.name} against {other.name}: {text}"
+        return f"{pair}{numbers}, and {', '.join(sorted(fused))} resembles nothing measured"
     return f"{faster.name} is predicted to be faster than {slower.name}: {numbers}"
+
+
+def steady_of(case: Case, device: Device, family: str) -> tuple[Steady, str]:
+    """The steady iteration of a call's first launch, or of its first launch of a family, and that family."""
+    from ...compiler.tracing import trace
+
+    launch = launches_of(case, device, family)[0]
+    built = build_function(trace(launch.family, launch.parameters), device.arch)
+    entry, latency = built.entry(launch.sizes), device.constants.latency
+    found = walk(built.code, entry)
+    slowest = max(map(found.of_warp, (0, entry.warps - 1)), key=lambda steps: cycles(built.code, steps, latency))
+    return steady(built.code, slowest, latency), launch.family
+
+
+HEADERS = ("predicted", "tokens", "C", "µs", "from", "to", "regime", "memory", "SM", "launches")
+FOOTNOTE = """\
+from, to: what covered nine of ten published times of kernels that the fit had not seen, and what a device's assumed
+constants leave open. memory: bytes over the bandwidth that copies approach; SM: with an infinitely fast memory."""
+
+
+def table(predictions: Sequence[Prediction], gpu: Device, flushed: bool) -> str:
+    """A line a prediction, then what to change first or why there is no number."""
+    cold = "flushed" if flushed else "as a call before leaves it"
+    head = (
+        f"Predicted from machine code for {gpu.arch}, constants of {gpu.name}; nothing here was measured. L2: {cold}."
+    )
+    lines = [
+        (p.name, p.tokens, p.hidden_size, *map(digits, p[5:8]), p.regime, *map(digits, p[9:11]), p.launches)
+        for p in predictions
+    ]
+    text = tabulate(lines, HEADERS, tablefmt="simple", disable_numparse=True, colalign=("left", *["right"] * 5, "left"))
+    said = [
+        f"{p.name}, {p.tokens} × {p.hidden_size}: {'; '.join(filter(None, (*p.reasons, p.change_first)))}"
+        for p in predictions
+    ]
+    return "\n\n".join([head, text, "\n".join(said), FOOTNOTE])
+
+
+def digits(value: float | None) -> str:
+    """Three digits, or a dash."""
+    return "–" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.1f}"

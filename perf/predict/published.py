@@ -11,21 +11,20 @@ bytes of each are its operator's: every stream tensor once, phi and mappings onc
 from __future__ import annotations
 
 import csv
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Callable
+from functools import cache
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from .block import Block
+from .block import Block, walk_block
 from .model import Work
 
 if TYPE_CHECKING:
-    from .built import Built
+    from .launched import Built
     from .walk import Entry
 
-FOLDER = Path(__file__).parent
-TIMES, BLOCKS = FOLDER / "published-times.csv", FOLDER / "published-blocks.csv"
+TIMES, BLOCKS = (Path(__file__).with_name(f"published-{name}.csv") for name in ("times", "blocks"))
 ARCHS = {"B200": "sm_100a", "SM100": "sm_100a", "B200?": "sm_100a", "Hopper?": "sm_90a"}
 OTHERS = {"post_fwd@quack": "post_fwd", "vllm_post_fwd": "post_fwd", "tl_example_post_fwd": "post_fwd"}
 BENCH = "mhc_bench@bdb9d712"  # what constants are fitted on
@@ -48,10 +47,11 @@ BYTES: dict[str, Callable[[int, int], int]] = {
 WIDE = tuple(name for name in BYTES if name.startswith(("post", "pre_apply")) or name.endswith("_mul"))
 LONG = ("pre_norm_fn_bwd_mul",)  # whose blocks walk over all tokens
 LONG_TOKENS = (1024, 2048)
+KEY = ("kernel", "tokens", "hidden_size", "arch")
+Key = tuple[str, int, int, str]
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """A published time; `kernel` is the one of BYTES that is meant."""
 
     name: str
@@ -68,6 +68,15 @@ class Point:
         return ARCHS[self.device]
 
     @property
+    def shape(self) -> tuple[int, int]:
+        return self.tokens, self.hidden_size
+
+    @property
+    def key(self) -> Key:
+        """What its work depends on."""
+        return self.kernel, self.tokens, self.hidden_size, self.arch
+
+    @property
     def is_fitted(self) -> bool:
         """Whether constants may be fitted on it: of mhc_bench, flushed, and of a kernel that we can build."""
         return self.name in BYTES and self.source.startswith(BENCH)
@@ -76,84 +85,60 @@ class Point:
 def points() -> list[Point]:
     """All of the file whose kernel can be built."""
     with TIMES.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    found = []
-    for row in rows:
-        kernel = OTHERS.get(row["kernel"], row["kernel"])
-        if kernel in BYTES:
-            sizes = int(row["tokens"]), int(row["C"])
-            found.append(Point(row["kernel"], kernel, *sizes, row["device"], float(row["us"]), row["source"]))
-    return found
-
-
-Key = tuple[str, int, int, str]
-
-
-def key_of(point: Point) -> Key:
-    """What a work depends on."""
-    return point.kernel, point.tokens, point.hidden_size, point.arch
+        rows = [(OTHERS.get(row["kernel"], row["kernel"]), row) for row in csv.DictReader(file)]
+    return [
+        Point(row["kernel"], kernel, int(row["tokens"]), int(row["C"]), row["device"], float(row["us"]), row["source"])
+        for kernel, row in rows
+        if kernel in BYTES
+    ]
 
 
 def works() -> dict[Key, Work]:
     """The stored works of all points."""
     with BLOCKS.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    found = {}
-    for row in rows:
-        block = Block(**{field.name: float(row[field.name]) for field in fields(Block)})
-        key = row["kernel"], int(row["tokens"]), int(row["hidden_size"]), row["arch"]
-        found[key] = Work(block, int(row["grid"]), int(row["resident"]), int(row["bytes"]))
-    return found
+    return {
+        (row["kernel"], int(row["tokens"]), int(row["hidden_size"]), row["arch"]): Work(
+            Block(*(float(row[name]) for name in Block._fields)), *(int(row[name]) for name in Work._fields[1:])
+        )
+        for row in rows
+    }
 
 
-def measure() -> Iterator[tuple[Key, Work]]:
-    """Build and walk every kernel that a point needs; each build once."""
-    from math import prod
+def measure(point: Point) -> Work:
+    """What a block of the kernel of a point does, and how many there are."""
+    built, few, block = walked(point.kernel, point.hidden_size if point.kernel in WIDE else NARROW, point.arch)
+    if point.kernel in LONG:  # every iteration is alike: two lengths give any
+        share = (point.tokens - LONG_TOKENS[0]) / (LONG_TOKENS[1] - LONG_TOKENS[0])
+        block = Block(*(low + share * (high - low) for low, high in zip(few, block, strict=True)))
+    return Work(block, prod(entry(built, point.tokens).grid), built.resident, BYTES[point.kernel](*point.shape))
 
+
+@cache
+def walked(kernel: str, width: int, arch: str) -> tuple[Built, Block, Block]:
+    """One of TileKernels', built, and its block at both of LONG_TOKENS."""
     from ..inspect import tile_kernels
-    from .block import walk_block
-    from .built import build
+    from .launched import build
 
-    walked: dict[tuple[str, int, str], Callable[[int], tuple[Block, int, int]]] = {}
-    for kernel, tokens, width, arch in dict.fromkeys(map(key_of, points())):
-        place = kernel, width if kernel in WIDE else NARROW, arch
-        if place not in walked:
-            source, flags = tile_kernels.source_of(*place)
-            built = build(source, arch, flags)
-            print(f"{' '.join(map(str, place))}", file=sys.stderr)
-
-            def at(tokens: int, built: Built = built) -> Entry:
-                return built.entry(dict.fromkeys(built.source.arguments, tokens))
-
-            few, more = (walk_block(built.code, at(number)).block for number in LONG_TOKENS)
-
-            def features(
-                tokens: int, few: Block = few, more: Block = more, built: Built = built, kernel: str = kernel
-            ) -> tuple[Block, int, int]:
-                block = between(few, more, tokens) if kernel in LONG else more
-                return block, prod(built.entry(dict.fromkeys(built.source.arguments, tokens)).grid), built.resident
-
-            walked[place] = features
-        block, grid, resident = walked[place](tokens)
-        yield (kernel, tokens, width, arch), Work(block, grid, resident, BYTES[kernel](tokens, width))
+    source, flags = tile_kernels.source_of(kernel, width, arch)
+    built = build(source, arch, flags)
+    few, more = (walk_block(built.code, entry(built, tokens)).block for tokens in LONG_TOKENS)
+    return built, few, more
 
 
-def between(few: Block, more: Block, tokens: int) -> Block:
-    """A block that walks over so many tokens, from two that walk over LONG_TOKENS: every iteration is alike."""
-    share = (tokens - LONG_TOKENS[0]) / (LONG_TOKENS[1] - LONG_TOKENS[0])
-    pairs = zip(astuple(few), astuple(more), strict=True)
-    return Block(*(low + share * (high - low) for low, high in pairs))
+def entry(built: Built, tokens: int) -> Entry:
+    """How one is launched: every argument that is a number is the number of tokens."""
+    return built.entry(dict.fromkeys(built.source.arguments, tokens))
 
 
 def write() -> None:
     """Make published-blocks.csv anew."""
-    names = ["kernel", "tokens", "hidden_size", "arch", "grid", "resident", "bytes", *(f.name for f in fields(Block))]
     with BLOCKS.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(names)
-        for key, work in measure():
-            numbers = (work.grid, work.resident, work.bytes)
-            table.writerow([*key, *numbers, *(f"{value:.6g}" for value in astuple(work.block))])
+        table.writerow([*KEY, *Work._fields[1:], *Block._fields])
+        for key, point in {point.key: point for point in points()}.items():
+            work = measure(point)
+            table.writerow([*key, *work[1:], *(f"{value:.6g}" for value in work.block)])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
-"""A warp's registers and predicates, and what an operand of an instruction says about them.
+"""A warp's registers and predicates over its lanes, and what an operand of an instruction says about them.
 
-R5, UR5      a register of a lane, of the warp; RZ, URZ are zero       P0, UP0     predicates; PT, UPT are true
--R5, ~R5     negated, inverted                                         0x10, -0x10 an immediate
-c[0x0][0x380]  a constant: the launch's dimensions, the kernel's arguments
+A value is a Python int where all lanes of a block agree, else an array of Python ints: exact at any width, so a carry
+is a shift. What came from memory or out of floating-point arithmetic is unknown: None in a register; to read it raises
+UnknownError, and then every result of the instruction is unknown. Registers hold 32 bits without a sign; a predicate
+is a bool or an array of them.
+
+    R5, UR5        a register of a lane, of the warp; RZ, URZ are zero      P0, UP0     predicates; PT, UPT are true
+    -R5, ~R5       negated, inverted                                        0x10, -0x10 an immediate
+    c[0x0][0x380]  a constant: the launch's dimensions, the kernel's arguments
 """
 
 from __future__ import annotations
@@ -11,12 +16,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .integers import WORD, Value, inverted, low, pair, simplest, total
-
+Value = Any  # int | bool | np.ndarray | None
+WARP, WORD, PAIR = 32, (1 << 32) - 1, (1 << 64) - 1
 REGISTER = re.compile(r"([-~|]?)(U?R)(\d+|Z)\|?(\.\w+)*$")
 PREDICATE = re.compile(r"(!?)(U?P)([0-6T])$")
 IMMEDIATE = re.compile(r"(-?)0x([0-9a-f]+)$")
@@ -24,18 +29,14 @@ CONSTANT = re.compile(r"(-?)c\[0x0\]\[(?:(U?R\d+|U?RZ)(?:\+)?)?(0x[0-9a-f]+)?\]$
 TERM = re.compile(r"(-?)(U?R\d+|U?RZ|0x[0-9a-f]+)((?:\.\w+)*)")
 
 
+class UnknownError(Exception):
+    """A value was read that the code does not tell."""
+
+
 class Operand(NamedTuple):
-    """An operand taken apart.
+    """An operand taken apart: `name` of its register or predicate, "" for RZ and PT; `upper` the register after it."""
 
-    Attributes:
-        form: "register", "predicate", "immediate", "constant" or "other".
-        sign: "-", "~" or "!" in front of it.
-        name: of the register or predicate; empty for RZ and PT. Of a constant, the register that is added to its place.
-        upper: the register after it, its other half where it is a pair.
-        number: of an immediate or a constant's place.
-    """
-
-    form: str
+    form: str  # register, predicate, immediate, constant (`name`: of the register added to its place) or other
     sign: str = ""
     name: str = ""
     upper: str = ""
@@ -54,24 +55,21 @@ def taken_apart(text: str) -> Operand:
     if found := PREDICATE.match(text):
         return Operand("predicate", found[1], "" if found[3] == "T" else found[2] + found[3])
     if found := IMMEDIATE.match(text):
-        return Operand("immediate", number=-int(found[2], 16) if found[1] else int(found[2], 16))
+        return Operand("immediate", number=int(found[1] + found[2], 16))
     if found := CONSTANT.match(text):
         return Operand("constant", found[1], found[2] or "", number=int(found[3] or "0", 16))
     return Operand("other")
 
 
 @cache
-def terms(text: str) -> tuple[tuple[Operand, bool], ...] | None:
-    """What is added up between the last brackets, and which of it has 64 bits; None for what is not understood."""
+def terms(text: str) -> tuple[tuple[Operand, bool], ...]:
+    """What is added up between the last brackets, and which of it has 64 bits. Raises UnknownError."""
     inside = text[text.rindex("[") + 1 : text.rindex("]")].replace("+-", "-").replace("-", "+-")
-    wide = ".64" in inside or ".U32" in inside
-    parts = []
+    wide, parts = ".64" in inside or ".U32" in inside, []
     for part in filter(None, inside.split("+")):
-        found = TERM.match(part)
-        if not found:
-            return None
-        double = ".64" in found[3] or (wide and found[2].startswith("U"))
-        parts.append((taken_apart(found[1] + found[2]), double))
+        if not (found := TERM.match(part)):
+            raise UnknownError
+        parts.append((taken_apart(found[1] + found[2]), ".64" in found[3] or (wide and found[2].startswith("U"))))
     return tuple(parts)
 
 
@@ -80,94 +78,93 @@ def is_predicate(operand: str) -> bool:
     return taken_apart(operand).form == "predicate"
 
 
-@cache
-def named(operand: str, offset: int) -> str:
-    """The register or predicate that a result goes to, some registers on; empty for one that is always the same."""
-    name = taken_apart(operand).name
-    if not offset or not name:
-        return name
-    space = name.rstrip("0123456789")
-    return f"{space}{int(name[len(space) :]) + offset}"
+def where(condition: Value, true: Value, false: Value, kind: type = object) -> Value:
+    """One or the other, by lane."""
+    if isinstance(condition, np.ndarray):
+        return np.where(condition, np.asarray(true, kind), np.asarray(false, kind))
+    return true if condition else false
+
+
+def inverted(predicate: Value) -> Value:
+    """Not; unknown of what is unknown."""
+    return ~predicate if isinstance(predicate, np.ndarray) else None if predicate is None else not predicate
 
 
 @dataclass
 class Registers:
-    """What is known of them; a name that is not here has not been written.
-
-    Attributes:
-        lanes: that execute the instruction at hand.
-        partly: of values that some lanes alone know, which.
-    """
+    """What is known of them: `lanes` execute the instruction at hand, `partly` says which lanes know a value."""
 
     constant: Callable[[int], Value]
     values: dict[str, Value] = field(default_factory=dict)
-    lanes: np.ndarray = field(default_factory=lambda: np.ones(32, dtype=bool))
+    lanes: np.ndarray = field(default_factory=lambda: np.ones(WARP, dtype=bool))
     partly: dict[str, np.ndarray] = field(default_factory=dict)
 
     def value(self, name: str) -> Value:
-        """A register or predicate, as far as the lanes at hand all know it."""
+        """A register or predicate, None unless all lanes at hand know it."""
         if name in self.partly and (self.lanes & ~self.partly[name]).any():
             return None
         return self.values.get(name)
 
+    def known(self, name: str) -> Value:
+        """The same; 0 for RZ. Raises UnknownError."""
+        return needed(self.value(name)) if name else 0
+
     def word(self, text: str) -> Value:
         """32 bits of an operand, without a sign."""
-        return low(self.term(text))
+        return self.term(text) & WORD
+
+    def signed(self, text: str) -> Value:
+        """32 bits with a sign."""
+        return signed(self.word(text))
 
     def term(self, text: str) -> Value:
-        """The same with the bit that a negated register carries out: −R is ~R + 1."""
-        operand = taken_apart(text)
-        if operand.form == "immediate":
-            return operand.number & WORD
-        if operand.form == "register":
-            value = self.value(operand.name) if operand.name else 0
-        elif operand.form == "constant":
-            base = self.value(operand.name) if operand.name else 0
-            value = self.constant(base + operand.number) if isinstance(base, int) else None
-        else:
-            return None
-        if value is None or not operand.sign:
-            return value
-        return (value ^ WORD) + (operand.sign == "-")
+        """32 bits and the one that a negated register carries out: −R is ~R + 1."""
+        form, sign, name, _, number = taken_apart(text)
+        if form == "immediate":
+            return number & WORD
+        if form not in ("register", "constant"):
+            raise UnknownError
+        value = self.known(name)
+        if form == "constant":
+            if isinstance(value, np.ndarray):
+                raise UnknownError
+            value = needed(self.constant(value + number))
+        return (value ^ WORD) + (sign == "-") if sign else value
 
     def double(self, text: str) -> Value:
         """64 bits: a pair of registers, of constants, or an immediate whose sign is extended."""
-        return self.pair_of(taken_apart(text))
+        return self.pair(taken_apart(text)) & PAIR
 
-    def pair_of(self, operand: Operand) -> Value:
+    def pair(self, operand: Operand) -> Value:
         """The same of an operand taken apart."""
         if operand.form == "immediate":
             return operand.number
-        if operand.sign or operand.form not in ("register", "constant"):
-            return None
-        if operand.form == "constant":
-            return pair(self.constant(operand.number), self.constant(operand.number + 4)) if not operand.name else None
-        return pair(self.value(operand.name), self.value(operand.upper)) if operand.name else 0
+        if operand.form == "constant" and not (operand.sign or operand.name):
+            lower, upper = self.constant(operand.number), self.constant(operand.number + 4)
+            return needed(upper) << 32 | needed(lower)
+        if operand.sign or operand.form != "register":
+            raise UnknownError
+        return self.known(operand.upper) << 32 | self.known(operand.name)
 
     def predicate(self, text: str) -> Value:
-        """A predicate, inverted where it says so."""
-        operand = taken_apart(text)
-        if operand.form != "predicate":
+        """A predicate, inverted where it says so; None for one that is not known."""
+        form, sign, name, *_ = taken_apart(text)
+        if form != "predicate":
             return None
-        value = self.value(operand.name) if operand.name else True
-        return inverted(value) if operand.sign else value
+        value = self.value(name) if name else True
+        return inverted(value) if sign else value
+
+    def bit(self, text: str) -> Value:
+        """A predicate as 0 or 1."""
+        return where(needed(self.predicate(text)), 1, 0)
 
     def address(self, text: str) -> Value:
         """The sum in brackets: [R4.64+UR6+0x10]; registers named .64 are pairs."""
-        parts = terms(text)
-        if parts is None:
-            return None
-        values = []
-        for operand, double in parts:
-            if double or operand.form == "immediate":
-                values.append(self.pair_of(operand))
-            else:
-                values.append(self.value(operand.name) if operand.name else 0)
-        return total(*values) if values else 0
+        parts = [self.pair(o) if wide or o.form == "immediate" else self.known(o.name) for o, wide in terms(text)]
+        return sum(parts) & PAIR
 
-    def write(self, text: str, value: Value, lanes: np.ndarray | None, offset: int = 0) -> None:
+    def write(self, name: str, value: Value, lanes: np.ndarray | None = None) -> None:
         """Set a register or predicate; of some lanes only where `lanes` is a mask."""
-        name = named(text, offset)
         if not name:
             return
         known = self.partly.pop(name, None)
@@ -176,7 +173,27 @@ class Registers:
             if known is None:
                 known = np.full(lanes.shape, before is not None)
             known = known & ~lanes if value is None else known | lanes
-            value = np.where(lanes, 0 if value is None else value, 0 if before is None else before)
+            kind = bool if is_predicate(name) else object
+            value = where(lanes, 0 if value is None else value, 0 if before is None else before, kind)
             if not known.all():
                 self.partly[name] = known
-        self.values[name] = simplest(value)
+        if isinstance(value, np.ndarray) and (value == value[0]).all():
+            value = value[0] if value.dtype == object else bool(value[0])
+        self.values[name] = value
+
+
+def of_lane(value: Value, lane: int) -> Value:
+    """One lane's value in all of its warp."""
+    return value.reshape(-1, WARP)[:, lane].repeat(WARP) if isinstance(value, np.ndarray) else value
+
+
+def needed(value: Value) -> Value:
+    """Raise UnknownError for None."""
+    if value is None:
+        raise UnknownError
+    return value
+
+
+def signed(value: Value) -> Value:
+    """32 bits as a number with a sign."""
+    return (value ^ 0x80000000) - 0x80000000

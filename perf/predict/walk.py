@@ -1,11 +1,11 @@
-"""One warp walked through a kernel's machine code: which instructions it issues, how often, and what they touch.
+"""A block's warps walked through the machine code: which instructions each issues, how often, and what they touch.
 
 Integer registers are computed (`instructions`), so that trip counts, guards and addresses are those of the launch's
 sizes and nothing about a loop is guessed. What comes from memory is unknown. A branch on something unknown is recorded
 in `Walk.undecided`, unless it leads around a routine for rare operands (a division's slow path): that is never entered.
 
 Lanes that part ways run one group after the other, the one that lies first in the code first, and go on together where
-they meet: as the hardware does with code that was structured once.
+they meet: as the hardware does with code that was structured once. So do warps, which changes nothing for any of them.
 """
 
 from __future__ import annotations
@@ -14,21 +14,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
 from ...errors import MHCError
-from .instructions import REGISTERS_OF, STEPS, results
-from .integers import Value, both
+from .instructions import REGISTERS, STEPS, both, destinations, following, results
 from .listing import Instruction
-from .registers import Registers, is_predicate, named
+from .registers import WARP, Registers, UnknownError, Value, is_predicate, of_lane, taken_apart
 
-WARP = 32
 MAX_STEPS = 2_000_000
 BUFFER_SHIFT = 40  # addresses of a pointer argument start at (its number + 1) << 40
 LINE = 128  # bytes of a cache line
 SLOW_PATH = 400  # instructions, at most, that a branch around a slow path skips
-STACK = 1 << 20
 # Where the constant bank holds the kernel's arguments, the block's and the grid's dimensions, the stack pointer.
 BANK = {
     "sm_80": (0x160, 0x0, 0xC, 0x28),
@@ -37,23 +35,18 @@ BANK = {
     "sm_120a": (0x380, 0x360, 0x370, 0x37C),
 }
 GLOBAL = {"LDG", "LD", "LDGSTS", "STG", "ST"}
-WIDTHS = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
-LOOKED_AT = {*GLOBAL, "BRA", "EXIT", "RET", "CALL", "BRX", "JMX", "BRXU", "S2R", "S2UR", "LDL", "STL"}
+STORES = ("STG", "ST")
+LOOKED_AT = {*GLOBAL, *STEPS, "BRA", "EXIT", "RET", "CALL", "BRX", "JMX", "BRXU", "S2R", "S2UR", "LDL", "STL"}
 SPECIAL = {"SR_LANEID": "lane", "SR_TID.X": "x", "SR_TID.Y": "y", "SR_TID.Z": "z"}
+SIZES = {"int32": 4, "float32": 4, "tensor map": 128}  # bytes of an argument, and what its place is a multiple of
 
 
-@dataclass(frozen=True)
-class Argument:
-    """A parameter of the entry: `kind` "buffer", "tensor map" (128 bytes) or a number's dtype; `value` of a number."""
+class Argument(NamedTuple):
+    """A parameter of the entry: `kind` "buffer", "tensor map" or a number's dtype; `value` of a number."""
 
     name: str
     kind: str
     value: float = 0
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Bytes, and what its place is a multiple of."""
-        return {"int32": (4, 4), "float32": (4, 4), "tensor map": (128, 128)}.get(self.kind, (8, 8))
 
 
 @dataclass(frozen=True)
@@ -70,6 +63,7 @@ class Entry:
         """Of a block."""
         return -(-prod(self.threads) // WARP)
 
+    @property
     def middle(self) -> tuple[int, int, int]:
         """A block that is at no edge, if there is one."""
         x, y, z = self.grid
@@ -78,22 +72,20 @@ class Entry:
     def constants(self) -> dict[int, int]:
         """The constant bank, word by word."""
         place, block, grid, stack = BANK[self.arch]
-        bank = {stack: STACK}
+        bank = {stack: 1 << 20}
         for axis in range(3):
             bank[block + 4 * axis], bank[grid + 4 * axis] = self.threads[axis], self.grid[axis]
         for number, argument in enumerate(self.arguments):
-            size, alignment = argument.size
-            place = -(-place // alignment) * alignment
+            size = SIZES.get(argument.kind, 8)
+            place = -(-place // size) * size
             value = (number + 1) << BUFFER_SHIFT if argument.kind == "buffer" else int(argument.value)
             if argument.kind not in ("tensor map", "float32"):  # what is computed with a float is not followed
-                for offset in range(0, size, 4):
-                    bank[place + offset] = value >> 8 * offset & 0xFFFFFFFF
+                bank |= {place + offset: value >> 8 * offset & 0xFFFFFFFF for offset in range(0, size, 4)}
             place += size
         return bank
 
 
-@dataclass(frozen=True)
-class Access:
+class Access(NamedTuple):
     """What a global access touches: the argument's number, -1 if not known, lanes, bytes a lane, lines of 128 bytes."""
 
     buffer: int
@@ -102,48 +94,44 @@ class Access:
     lines: tuple[int, ...]
 
 
-Step = tuple[int, "Access | None"]  # index of an instruction, and what it touches of global memory
+Step = tuple[int, "Access | None"]  # index of an instruction, and what a warp touches of global memory
+NOTHING: dict[int, Access] = {}
+Groups = list[tuple[int, np.ndarray]]  # index of the next instruction, and lanes
 
 
 @dataclass
 class Walk:
-    """A warp's way: each instruction that it issued, in order."""
+    """The way of a block's warps: each instruction, which warps issued it, what each touched; undecided branches."""
 
-    steps: list[Step] = field(default_factory=list)
+    steps: list[tuple[int, tuple[int, ...], dict[int, Access]]] = field(default_factory=list)
     undecided: Counter[int] = field(default_factory=Counter)
 
-
-def no_constant(_place: int) -> None:
-    """A constant bank without an entry."""
-
-
-def unknown_results(step: Instruction) -> tuple[str, ...] | None:
-    """What an instruction leaves unknown, where that is all it does; None for one that has to be looked at."""
-    if step.guard or step.kind in LOOKED_AT or step.kind in STEPS:
-        return None
-    return tuple(
-        name for operand, offset, _ in results(step, Registers(no_constant)) if (name := named(operand, offset))
-    )
+    def of_warp(self, warp: int) -> list[Step]:
+        """What one warp issued, in order."""
+        return [(index, accesses.get(warp)) for index, warps, accesses in self.steps if warp in warps]
 
 
-def walk(code: Sequence[Instruction], entry: Entry, warp: int, block: tuple[int, int, int] | None = None) -> Walk:
-    """Walk one warp of a block, the middle one by default. Raises MHCError where it comes to no end."""
-    return Walker(code, entry, warp, block or entry.middle()).run()
+def walk(code: Sequence[Instruction], entry: Entry, block: tuple[int, int, int] | None = None) -> Walk:
+    """Walk the warps of a block, the middle one by default. Raises MHCError where they come to no end."""
+    return Walker(code, entry, block or entry.middle).run()
 
 
 class Walker:
     """The registers and where the lanes are: groups by the index of their next instruction."""
 
-    def __init__(self, code: Sequence[Instruction], entry: Entry, warp: int, block: tuple[int, int, int]) -> None:
+    def __init__(self, code: Sequence[Instruction], entry: Entry, block: tuple[int, int, int]) -> None:
         self.code, self.block = code, block
-        bank = entry.constants()
-        self.registers = Registers(bank.get)
+        self.registers = Registers(entry.constants().get)
         self.places = {step.address: index for index, step in enumerate(code)}
-        self.forgotten = [unknown_results(step) for step in code]
-        thread = warp * WARP + np.arange(WARP)
+        self.names = [destinations(step.opcode, step.operands) for step in code]
+        # What an instruction leaves unknown, where that is all it does: most give nothing but data.
+        looked_at = (step.guard or step.kind in LOOKED_AT for step in code)
+        self.forgotten = [None if looked else names for looked, names in zip(looked_at, self.names, strict=True)]
+        thread = np.arange(entry.warps * WARP).astype(object)
         x, y, _ = entry.threads
-        self.own = {"lane": np.arange(WARP), "x": thread % x, "y": thread // x % y, "z": thread // (x * y)}
-        self.groups: dict[int, np.ndarray] = {0: thread < prod(entry.threads)}
+        self.own = {"lane": thread % WARP, "x": thread % x, "y": thread // x % y, "z": thread // (x * y)}
+        self.known_warps: dict[bytes, tuple[int, ...]] = {}
+        self.groups: dict[int, np.ndarray] = {0: (thread < prod(entry.threads)).astype(bool)}
         self.local: dict[int, Value] = {}
         self.found = Walk()
 
@@ -153,17 +141,24 @@ class Walker:
             index = min(self.groups)
             lanes = self.groups.pop(index)
             if not self.groups:
-                index = self.hurry(index)
+                index = self.hurry(index, self.warps_of(lanes))
             if len(self.found.steps) >= MAX_STEPS:
                 raise MHCError(f"predict: expected a warp to end within {MAX_STEPS} instructions, got none that does")
             self.step(index, lanes)
         return self.found
 
-    def hurry(self, index: int) -> int:
-        """Go on, all lanes together, as long as instructions give nothing but data: most do."""
+    def warps_of(self, lanes: np.ndarray) -> tuple[int, ...]:
+        """Those that have lanes in a group."""
+        key = lanes.tobytes()
+        if key not in self.known_warps:
+            self.known_warps[key] = tuple(np.flatnonzero(lanes.reshape(-1, WARP).any(axis=1)).tolist())
+        return self.known_warps[key]
+
+    def hurry(self, index: int, warps: tuple[int, ...]) -> int:
+        """Go on, all lanes together, as long as instructions give nothing but data."""
         values, partly, steps = self.registers.values, self.registers.partly, self.found.steps
         while (names := self.forgotten[index]) is not None:
-            steps.append((index, None))
+            steps.append((index, warps, NOTHING))
             for name in names:
                 values[name] = None
                 if partly:
@@ -180,122 +175,106 @@ class Walker:
         guard = registers.predicate(step.guard) if step.guard else True
         if isinstance(guard, np.ndarray):
             registers.lanes = lanes & guard
-        self.issue(index, step, guard, lanes)
+        touched = self.touched(step, guard, lanes) if step.kind in GLOBAL else NOTHING
+        self.found.steps.append((index, self.warps_of(lanes), touched))
         for next_index, going in self.next(index, step, guard, lanes):
             before = self.groups.get(next_index)
             self.groups[next_index] = going if before is None else before | going
         if guard is not False and step.kind not in ("BRA", "EXIT"):
-            self.execute(step, guard, mask)
+            self.execute(index, guard, mask)
 
-    def issue(self, index: int, step: Instruction, guard: Value, lanes: np.ndarray) -> None:
-        """Note the instruction, and what it touches."""
-        access = None
-        if step.kind in GLOBAL and guard is not False:
-            active = lanes if guard is None or guard is True else lanes & guard
-            if step.kind == "LDGSTS" and is_predicate(step.operands[-1]):  # where it is false, zeros are written
-                fetched = self.registers.predicate(step.operands[-1])
-                active = active if fetched is None else active & fetched
-            if number := int(active.sum()):
-                access = self.touched(step, active, number)
-        self.found.steps.append((index, access))
-
-    def touched(self, step: Instruction, active: np.ndarray, number: int) -> Access:
-        """The lines of a global access."""
-        width = next((WIDTHS[name] for name in step.modifiers if name in WIDTHS), 4)
-        operand = next((o for o in reversed(step.operands) if "[" in o), None)
+    def touched(self, step: Instruction, guard: Value, lanes: np.ndarray) -> dict[int, Access]:
+        """The lines of a global access, by warp."""
+        active = lanes if guard is None else lanes & guard
+        if step.kind == "LDGSTS" and is_predicate(step.operands[-1]):  # where it is false, zeros are written
+            fetched = self.registers.predicate(step.operands[-1])
+            active = active if fetched is None else active & fetched
+        warps, active = self.warps_of(active), active.reshape(-1, WARP)
+        lanes = active.sum(axis=1).tolist()
         # LDGSTS names its shared address first, then the global one behind the descriptor.
-        address = self.registers.address(operand) if operand else None
-        if address is None:
-            return Access(-1, number, width, ())
-        places = np.broadcast_to(address, (WARP,))[active]
-        buffers = places >> BUFFER_SHIFT
-        lines = tuple(np.unique(places // LINE).tolist())
-        return Access(int(buffers[0]) - 1 if (buffers == buffers[0]).all() else -1, number, width, lines)
+        operand = next((o for o in reversed(step.operands) if "[" in o), "[?]")
+        try:
+            address = self.registers.address(operand)
+        except UnknownError:
+            return {warp: Access(-1, lanes[warp], step.width, ()) for warp in warps}
+        places = np.broadcast_to(np.asarray(address, dtype=np.int64), active.size).reshape(-1, WARP)
+        buffers = np.unique(places[active] >> BUFFER_SHIFT)
+        buffer = int(buffers[0]) - 1 if len(buffers) == 1 else -1
+        touched = (tuple(sorted(set((places[warp][active[warp]] // LINE).tolist()))) for warp in warps)
+        return {
+            warp: Access(buffer, lanes[warp], step.width, lines) for warp, lines in zip(warps, touched, strict=True)
+        }
 
-    def execute(self, step: Instruction, guard: Value, mask: np.ndarray | None) -> None:
+    def execute(self, index: int, guard: Value, mask: np.ndarray | None) -> None:
         """Write what the instruction gives, in the lanes that its guard allows."""
-        registers = self.registers
+        step = self.code[index]
         if step.kind in ("S2R", "S2UR"):
-            written = [(step.operands[0], 0, self.special(step.operands[1], step.kind))]
-        elif step.kind == "LDL":
-            written = self.loaded(step)
-        elif step.kind == "STL":
-            self.stored(step)
-            return
+            written = {taken_apart(step.operands[0]).name: self.special(step.operands[1], step.kind)}
+        elif step.kind in ("LDL", "STL"):
+            written = self.spilled(step)
         else:
-            written = results(step, registers)
-        if guard is not True:
-            if guard is None:  # written or not: unknown afterwards
-                written = [(operand, offset, None) for operand, offset, _ in written]
-            else:
-                mask = guard if mask is None else mask & guard
-        for operand, offset, value in written:
-            registers.write(operand, value, mask, offset)
+            written = results(step, self.registers, self.names[index])
+        if guard is None:  # written or not: unknown afterwards
+            written = dict.fromkeys(written)
+        elif guard is not True:
+            mask = guard if mask is None else mask & guard
+        for name, value in written.items():
+            self.registers.write(name, value, mask)
 
     def special(self, name: str, kind: str) -> Value:
         """A special register: thread, block, lane; rank in a cluster of one."""
         if name in SPECIAL:
             value = self.own[SPECIAL[name]]
-            return value if kind == "S2R" else int(value[0])
+            return value if kind == "S2R" else of_lane(value, 0)
         if name.startswith("SR_CTAID."):
             return self.block["XYZ".index(name[-1])]
         return 0 if name in ("SR_CgaCtaId", "SR_CLUSTERID.X", "SR_SWINHI") else None
 
-    def loaded(self, step: Instruction) -> list[tuple[str, int, Value]]:
-        """Spilled registers come back."""
-        address = self.registers.address(step.operands[1])
-        number = next((REGISTERS_OF[name] for name in step.modifiers if name in REGISTERS_OF), 1)
-        if not isinstance(address, int):
-            return [(step.operands[0], place, None) for place in range(number)]
-        return [(step.operands[0], place, self.local.get(address + 4 * place)) for place in range(number)]
-
-    def stored(self, step: Instruction) -> None:
-        """Spill registers."""
-        address, source = self.registers.address(step.operands[0]), step.operands[1]
-        number = next((REGISTERS_OF[name] for name in step.modifiers if name in REGISTERS_OF), 1)
+    def spilled(self, step: Instruction) -> dict[str, Value]:
+        """Registers that are stored to local memory, or come back."""
+        is_load = step.kind == "LDL"
+        data, place = step.operands[:2] if is_load else reversed(step.operands[:2])
+        number = next((REGISTERS[name] for name in step.modifiers if name in REGISTERS), 1)
+        names = [following(taken_apart(data).name, n) for n in range(number)]
+        try:
+            address = self.registers.address(place)
+        except UnknownError:
+            address = None
         if isinstance(address, int):
-            for place in range(number):
-                name = named(source, place)
-                self.local[address + 4 * place] = self.registers.value(name) if name else 0
-        else:
+            places = {name: address + 4 * n for n, name in enumerate(names)}
+            if is_load:
+                return {name: self.local.get(at) for name, at in places.items()}
+            self.local |= {at: self.registers.value(name) if name else 0 for name, at in places.items()}
+        elif not is_load:
             self.local.clear()
+        return dict.fromkeys(names) if is_load else {}
 
-    def next(self, index: int, step: Instruction, guard: Value, lanes: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    def next(self, index: int, step: Instruction, guard: Value, lanes: np.ndarray) -> Groups:
         """Where the lanes go on."""
         if step.kind == "EXIT":
-            return self.parted(index + 1, None, guard, lanes, index)
+            return self.parted(index, None, guard, lanes)
         if step.kind == "RET":
-            address = self.registers.word(step.operands[0].split(" ")[0])
-            place = self.places.get(address) if isinstance(address, int) else None
-            if place is None:
+            address = self.registers.values.get(taken_apart(step.operands[0].split(" ")[0]).name)
+            if not isinstance(address, int) or address not in self.places:
                 raise MHCError(f"predict: expected a return to a known place, got {step.operands[0]}")
-            return [(place, lanes)]
+            return [(self.places[address], lanes)]
         if step.kind in ("BRX", "JMX", "BRXU"):
             raise MHCError(f"predict: expected branches to known places, got {step.opcode} at {step.address:#x}")
         if step.kind not in ("BRA", "CALL") or step.target is None or "DIV" in step.modifiers:
             return [(index + 1, lanes)]
         condition = guard
-        for operand in step.operands:
-            if is_predicate(operand):
-                condition = both(condition, self.registers.predicate(operand))
-        return self.parted(index + 1, step.target, condition, lanes, index)
+        for operand in filter(is_predicate, step.operands):
+            condition = both(condition, self.registers.predicate(operand))
+        return self.parted(index, step.target, condition, lanes)
 
-    def parted(
-        self, after: int, target: int | None, condition: Value, lanes: np.ndarray, index: int
-    ) -> list[tuple[int, np.ndarray]]:
+    def parted(self, index: int, target: int | None, condition: Value, lanes: np.ndarray) -> Groups:
         """The lanes for which a condition holds go to the target, which is None for the end, the others on."""
         if condition is None:
-            condition = target is not None and self.skips_slow_path(index, target)
+            skipped = self.code[index + 1 : target] if target is not None else ()
+            condition = 0 < len(skipped) < SLOW_PATH and any(step.kind == "CALL" for step in skipped)
             if not condition:
                 self.found.undecided[index] += 1
         going = lanes & condition
         staying = lanes & ~going
-        ways = [(after, staying)] if staying.any() else []
-        if target is not None and going.any():
-            ways.append((target, going))
-        return ways
-
-    def skips_slow_path(self, index: int, target: int) -> bool:
-        """Whether a branch leads around a call of a routine."""
-        skipped = self.code[index + 1 : target]
-        return 0 < len(skipped) < SLOW_PATH and any(step.kind == "CALL" for step in skipped)
+        ways = [(index + 1, staying)] if staying.any() else []
+        return [*ways, (target, going)] if target is not None and going.any() else ways

@@ -15,8 +15,8 @@ from mhc_tilelang.compiler.tracing import signature_of, trace
 from mhc_tilelang.kernels import FAMILIES
 from mhc_tilelang.perf.calls.cases import CALLS, Case, Shape
 from mhc_tilelang.perf.calls.launches import launches
-from mhc_tilelang.perf.predict.block import walks_of
-from mhc_tilelang.perf.predict.built import build
+from mhc_tilelang.perf.predict.launched import build
+from mhc_tilelang.perf.predict.walk import walk
 from mhc_tilelang.perf.simt import launch as execute
 
 pytestmark = [pytest.mark.nvcc, pytest.mark.skipif(find_nvdisasm() is None, reason="no nvdisasm")]
@@ -54,16 +54,16 @@ def test_the_walk_counts_what_the_executor_counts(family):
     barriers = products = 0
     for number in range(prod(entry.grid)):
         x, y, z = entry.grid
-        for walk, warps in walks_of(built.code, entry, (number % x, number // x % y, number // (x * y) % z)):
-            assert not walk.undecided
-            kinds = [built.code[index].kind for index, _ in walk.steps]
-            products += warps * (kinds.count("HMMA") + kinds.count("IMMA"))
-            barriers += warps * kinds.count("BAR")
-            for index, access in walk.steps:
-                if access is not None:
-                    assert access.buffer >= 0
-                    side = "written" if built.code[index].kind in ("STG", "ST") else "read"
-                    walked[source.arguments[access.buffer], side] += warps * access.lanes * access.width
+        found = walk(built.code, entry, (number % x, number // x % y, number // (x * y) % z))
+        assert not found.undecided
+        for index, warps, accesses in found.steps:
+            kind = built.code[index].kind
+            products += len(warps) * (kind in ("HMMA", "IMMA"))
+            barriers += len(warps) * (kind == "BAR")
+            for access in accesses.values():
+                assert access.buffer >= 0
+                side = "written" if kind in ("STG", "ST") else "read"
+                walked[source.arguments[access.buffer], side] += access.lanes * access.width
     assert products == counts.mma
     assert barriers == counts.barriers * entry.warps
     for name, traffic in counts.tensors.items():

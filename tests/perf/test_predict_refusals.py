@@ -8,7 +8,6 @@ one number below 20 µs; a verdict between two kernels too close to tell apart; 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 import sass
@@ -18,13 +17,11 @@ from mhc_tilelang.compiler.cuda_source import CudaSource
 from mhc_tilelang.compiler.toolchain import find_nvdisasm
 from mhc_tilelang.errors import MHCError
 from mhc_tilelang.perf.calls.cases import Case, Shape
-from mhc_tilelang.perf.predict import checks, predicted
-from mhc_tilelang.perf.predict.advice import advice
+from mhc_tilelang.perf.predict import launched, predicted
 from mhc_tilelang.perf.predict.block import Block, walk_block
-from mhc_tilelang.perf.predict.built import build
 from mhc_tilelang.perf.predict.devices import DEVICES, device
-from mhc_tilelang.perf.predict.launched import Launched
-from mhc_tilelang.perf.predict.model import Work
+from mhc_tilelang.perf.predict.launched import Launched, build
+from mhc_tilelang.perf.predict.model import Work, advice
 from mhc_tilelang.perf.predict.walk import Argument, Entry
 from mhc_tilelang.perf.traffic.audit import BufferTraffic, Movement
 
@@ -41,7 +38,7 @@ LOOP += "@P0 BRA `(.L_x_1)\nEXIT"
 def refused(text):
     code = sass.code(text)
     walked = walk_block(code, ENTRY)
-    return "; ".join([*checks.not_modelled(code, walked), *checks.data_dependent(walked)])
+    return "; ".join(launched.not_modelled(code, walked))
 
 
 @pytest.mark.parametrize(
@@ -76,25 +73,25 @@ def moved(read, written=0):
 
 def test_bytes_that_are_not_the_audits_are_refused():
     executed = {("x", "read"): 1000.0, ("x", "written"): 0.0}
-    assert checks.bytes_differ(executed, moved(1000), ["x"], 0) == []
-    assert checks.bytes_differ(executed, moved(990), ["x"], 0.01) == []  # an edge block
-    [reason] = checks.bytes_differ(executed, moved(500), ["x"], 0.01)
+    assert launched.bytes_differ(executed, moved(1000), ["x"], 0) == []
+    assert launched.bytes_differ(executed, moved(990), ["x"], 0.01) == []  # an edge block
+    [reason] = launched.bytes_differ(executed, moved(500), ["x"], 0.01)
     assert "x: bytes read differ" in reason
-    [reason] = checks.bytes_differ(executed, moved(1000, 1000), ["x"], 0)
+    [reason] = launched.bytes_differ(executed, moved(1000, 1000), ["x"], 0)
     assert "x: bytes written differ" in reason
-    assert checks.bytes_differ(executed, moved(500), [], 0) == []  # small tensors come from caches
-    [reason] = checks.bytes_differ({("", "read"): 4e6}, {}, [], 0)
+    assert launched.bytes_differ(executed, moved(500), [], 0) == []  # small tensors come from caches
+    [reason] = launched.bytes_differ({("", "read"): 4e6}, {}, [], 0)
     assert reason == "4.0 MB of accesses whose buffer is not known"
 
 
 def test_products_that_are_not_the_tirs_are_refused():
-    assert checks.products_differ(1000, 1000, 0) == []
-    assert "products differ" in checks.products_differ(4000, 1000, 0.01)[0]
-    assert "products differ" in checks.products_differ(float("nan"), 1000, 0.01)[0]  # a shape that is not known
+    assert launched.products_differ(1000, 1000, 0) == []
+    assert "products differ" in launched.products_differ(4000, 1000, 0.01)[0]
+    assert "products differ" in launched.products_differ(float("nan"), 1000, 0.01)[0]  # a shape that is not known
 
 
 def answer(work=WORK, reasons=(), family="post", gpu=B200):
-    found = Launched(family, work, tuple(reasons), work.bytes, 0)
+    found = Launched(family, work, tuple(reasons), work.bytes)
     return predicted.answer(family, CASE, gpu, [found], reasons)
 
 
@@ -105,7 +102,7 @@ def test_a_refused_row_has_no_number():
 
 
 def test_below_20_us_there_is_an_interval_and_no_number():
-    row = answer(replace(WORK, grid=100, bytes=10_000_000))
+    row = answer(WORK._replace(grid=100, bytes=10_000_000))
     assert row.us is None
     assert row.regime == "launch and latency"
     assert 0 < row.low < row.high < 40
@@ -113,10 +110,10 @@ def test_below_20_us_there_is_an_interval_and_no_number():
 
 
 def test_a_set_that_fits_the_cache_is_refused():
-    [reason] = checks.fits_cache(66 << 20, B200.cache_bytes)
+    [reason] = launched.fits_cache(66 << 20, B200.cache_bytes)
     assert "66 MiB of 126 MiB" in reason
     assert "--flushed" in reason
-    assert checks.fits_cache(200 << 20, B200.cache_bytes) == []
+    assert launched.fits_cache(200 << 20, B200.cache_bytes) == []
 
 
 def test_fused_kernels_get_a_wide_band_and_assumed_constants_widen_it():
@@ -128,12 +125,12 @@ def test_fused_kernels_get_a_wide_band_and_assumed_constants_widen_it():
 
 
 def test_compare_says_cannot_say():
-    one, near, far = answer(), answer(replace(WORK, bytes=680_000_000)), answer(replace(WORK, bytes=900_000_000))
+    one, near, far = answer(), answer(WORK._replace(bytes=680_000_000)), answer(WORK._replace(bytes=900_000_000))
     assert "cannot say" in predicted.compare(one, near)
-    assert "post is predicted to be faster" in predicted.compare(one, replace(far, name="other"))
-    assert "post is predicted to be faster" in predicted.compare(replace(far, name="other"), one)
+    assert "post is predicted to be faster" in predicted.compare(one, far._replace(name="other"))
+    assert "post is predicted to be faster" in predicted.compare(far._replace(name="other"), one)
     assert "cannot say" in predicted.compare(one, answer(reasons=["no"]))
-    fused = answer(replace(WORK, bytes=900_000_000), family="post_project")
+    fused = answer(WORK._replace(bytes=900_000_000), family="post_project")
     assert "resembles nothing measured" in predicted.compare(one, fused)
 
 
@@ -141,29 +138,27 @@ def test_compare_says_cannot_say():
     ("change", "sentence"),
     [
         ({"bytes": 2_000_000_000}, "move fewer bytes"),
-        ({"block": replace(BLOCK, round_trips=100.0)}, "load earlier"),
-        ({"block": replace(BLOCK, barriers=5000.0)}, "meet less often"),
-        ({"block": replace(BLOCK, issued=300_000.0, cycles=90_000.0)}, "execute less"),
-        ({"block": replace(BLOCK, shared=90_000.0)}, "shared memory"),
+        ({"block": BLOCK._replace(round_trips=100.0)}, "load earlier"),
+        ({"block": BLOCK._replace(barriers=5000.0)}, "meet less often"),
+        ({"block": BLOCK._replace(issued=300_000.0, cycles=90_000.0)}, "execute less"),
+        ({"block": BLOCK._replace(shared=90_000.0)}, "shared memory"),
         (
             {"block": Block(1, 100, 0, 40, 10, 10, 0, 0, 0, 4, 0), "grid": 400_000, "bytes": 1000},
             "fewer, longer blocks",
         ),
-        ({"block": replace(BLOCK, cycles=90_000.0), "grid": 2 * 740 + 10, "bytes": 1000}, "even the waves out"),
+        ({"block": BLOCK._replace(cycles=90_000.0), "grid": 2 * 740 + 10, "bytes": 1000}, "even the waves out"),
         ({"grid": 1, "bytes": 1000, "block": Block(1, 100, 0, 40, 10, 10, 0, 0, 0, 4, 0)}, "launch less often"),
     ],
 )
 def test_the_advice_is_about_what_costs_most(change, sentence):
-    assert sentence in advice(replace(WORK, **change), B200.constants)
+    assert sentence in advice(WORK._replace(**change), B200.constants)
 
 
 def test_devices(tmp_path):
     with pytest.raises(MHCError, match="expected b200, h200, h100 or a file with constants, got a100"):
         device("a100")
     path = tmp_path / "mine.json"
-    from mhc_tilelang.perf.predict.command import facts
-
-    path.write_text(json.dumps(facts(B200)))
+    path.write_text(json.dumps(B200.facts()))
     assert device(str(path)).constants == B200.constants
     for spoil, message in [
         (lambda d: d["constants"].pop("tail"), "expected constants"),
@@ -171,7 +166,7 @@ def test_devices(tmp_path):
         (lambda d: d.update(arch="gfx942"), "arch: expected sm_80"),
         (lambda d: d.pop("cache_bytes"), "KeyError"),
     ]:
-        content = facts(B200)
+        content = B200.facts()
         spoil(content)
         path.write_text(json.dumps(content))
         with pytest.raises(MHCError, match=message):
@@ -210,12 +205,12 @@ def test_validation_and_peers_are_printed(tmp_path, capsys):
 def test_the_page_is_fresh():
     from pathlib import Path
 
-    from mhc_tilelang.perf.predict import page
-    from mhc_tilelang.perf.predict.validate import validate
+    from mhc_tilelang.perf.predict import report
+    from mhc_tilelang.perf.predict.fit import validate
 
     path = Path(__file__).parents[2] / "docs" / "predict.md"
     text = path.read_text(encoding="utf-8")
-    assert page.refreshed(text, validate()) == text, "stale: run make docs-predict"
+    assert report.refreshed(text, validate()) == text, "stale: run make docs-predict"
 
 
 @pytest.mark.nvcc
@@ -234,7 +229,7 @@ def test_what_nvcc_makes_of_a_kernel_is_refused_or_walked(body, reason):
     source = CudaSource("k", f"{head} {{ {body} }}", ("x", "y", "n"), ("3", "1", "1"), (32, 1, 1), 0, dtypes)
     built = build(source, "sm_90a")
     walked = walk_block(built.code, built.entry({"n": 37}))
-    found = "; ".join([*checks.not_modelled(built.code, walked), *checks.data_dependent(walked)])
+    found = "; ".join(launched.not_modelled(built.code, walked))
     assert reason in found
     if not reason:
         assert found == ""
@@ -264,7 +259,7 @@ def test_a_kernel_is_predicted_from_its_build(tmp_path, capsys, monkeypatch):
 
     def halved(built, entry, honest=launched.walk_grid):
         walked = honest(built, entry)
-        return replace(walked, moved={place: amount / 2 for place, amount in walked.moved.items()})
+        return walked._replace(moved={place: amount / 2 for place, amount in walked.moved.items()})
 
     monkeypatch.setattr(launched, "walk_grid", halved)
     assert cli.main(["predict", "pre", "--tokens", "16384", *common]) == 0
@@ -276,7 +271,7 @@ def test_a_kernel_is_predicted_from_its_build(tmp_path, capsys, monkeypatch):
 def test_pictures_of_predictions(tmp_path):
     pytest.importorskip("matplotlib")
     from mhc_tilelang.perf.predict.figure import stacks, timeline
-    from mhc_tilelang.perf.predict.steady import iteration
+    from mhc_tilelang.perf.predict.schedule import steady
     from mhc_tilelang.perf.predict.walk import walk
 
     stack = answer().parts[0].stack
@@ -284,9 +279,9 @@ def test_pictures_of_predictions(tmp_path):
     stacks([answer(), answer(reasons=["no"])]).save(tmp_path)
     text = LOOP.format(body="LDG.E R4, desc[UR4][R2.64] | wr=0\nFADD R5, R5, R4 | wait=1\nBAR.SYNC 0x0")
     code = sass.code(text)
-    found = iteration(code, walk(code, ENTRY, 0), B200, "loop", (64, 64, "float32"))
+    found = steady(code, walk(code, ENTRY).of_warp(0), B200.constants.latency)
     assert found.iterations == 8
     assert found.total("wait for memory") == pytest.approx(B200.constants.latency, abs=30)
     assert found.instructions == 6
-    timeline(found).save(tmp_path)
+    timeline(found, "loop", CASE.shape, B200).save(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} >= {"predict-b200.png", "timeline-loop-b200.svg"}

@@ -7,12 +7,12 @@ least squares; a queueing network that loses customers.
 
 import subprocess
 import sys
-from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
 
-from mhc_tilelang.perf.predict import published, validate, validation_report
+from mhc_tilelang.perf.predict import fit as validate
+from mhc_tilelang.perf.predict import published, report
 from mhc_tilelang.perf.predict.block import Block
 from mhc_tilelang.perf.predict.devices import DEVICES
 from mhc_tilelang.perf.predict.fit import LIMITS, START, fit
@@ -31,6 +31,10 @@ def worst_kernel(errors):
     )
 
 
+def of_memory(errors):
+    return [error for error in errors if error.regime == "memory"]
+
+
 @pytest.fixture(scope="module")
 def found():
     return validate.validate()
@@ -44,7 +48,7 @@ def test_the_golden_file_is_the_published_set():
     assert (
         len({(point.tokens, point.hidden_size) for point in fitted}) == 12
     )  # of 13 shapes: one was timed in two batches
-    assert {published.key_of(point) for point in points} == set(published.works())
+    assert {point.key for point in points} == set(published.works())
 
 
 def test_shapes_that_were_held_out(found):
@@ -55,12 +59,12 @@ def test_shapes_that_were_held_out(found):
 
 
 def test_memory_bound_kernels(found):
-    assert validate.quantiles(validation_report.of_memory(found.held_out))[0] <= MEMORY
-    assert validate.quantiles(validation_report.of_memory(found.without_kernel))[0] <= MEMORY
+    assert validate.quantiles(of_memory(found.held_out))[0] <= MEMORY
+    assert validate.quantiles(of_memory(found.without_kernel))[0] <= MEMORY
 
 
 def test_points_of_another_source(found):
-    large = validation_report.large_vllm(found)
+    large = report.large_vllm(found)
     assert len(large) == 5
     assert validate.quantiles(large)[0] <= VLLM
     # At 1024 tokens the set is 132.2 MB, the cache 132.1 MB, and it was warm: some of it was never fetched.
@@ -81,8 +85,8 @@ def test_of_two_kernels_the_faster_one_is_named(found):
 
 def test_leaving_a_kernel_out_is_worse_and_is_printed(found):
     assert validate.quantiles(found.without_kernel)[1] > validate.quantiles(found.held_out)[1]
-    text = validation_report.text(found)
-    assert validation_report.percent(found.without_kernel) in text
+    text = report.text(found)
+    assert report.percent(found.without_kernel) in text
     worst = max(found.held_out, key=lambda error: abs(error.log)).point
     assert f"{worst.us:.1f}" in text
     assert "optimistic" in text
@@ -105,7 +109,7 @@ def test_intervals_cover_nine_of_ten(found):
 
 
 def test_the_json_says_what_the_table_says(found):
-    payload = validation_report.as_json(found)
+    payload = report.as_json(found)
     assert (payload["median"], payload["p90"]) == validate.quantiles(found.held_out)
     assert {row["table"] for row in payload["rows"]} >= {
         "half of the shapes held out",
@@ -118,9 +122,7 @@ def test_a_feature_that_is_wrong_is_noticed(monkeypatch):
     """A loop of one kernel that the walk leaves out: 13 points of 140, which median and p90 over all would hide."""
     stored = published.works()
     spoiled = {
-        key: replace(work, block=Block(*(value / 16 for value in astuple(work.block))))
-        if key[0] == "post_bwd"
-        else work
+        key: work._replace(block=Block(*(value / 16 for value in work.block))) if key[0] == "post_bwd" else work
         for key, work in stored.items()
     }
     monkeypatch.setattr(validate, "works", lambda: spoiled)
@@ -130,7 +132,7 @@ def test_a_feature_that_is_wrong_is_noticed(monkeypatch):
 def test_the_fit_finds_what_made_the_data():
     bench = validate.Bench()
     rows = rows_of(bench.works)
-    made = START.__class__(**{**START.__dict__, "latency": 900, "bandwidth": 7.2, "barrier_cycles": 20, "tail": 0.2})
+    made = START._replace(latency=900, bandwidth=7.2, barrier_cycles=20, tail=0.2)
     again = fit(rows, terms(rows, made).us, [point.kernel for point in bench.points], LIMITS)
     for name in LIMITS:
         assert getattr(again, name) == pytest.approx(getattr(made, name), rel=2e-2), name
@@ -147,7 +149,7 @@ def test_a_network_keeps_its_laws():
 
 def test_validation_needs_neither_torch_nor_tilelang():
     code = (
-        "import sys; from mhc_tilelang.perf.predict.validate import validate; validate();"
+        "import sys; from mhc_tilelang.perf.predict.fit import validate; validate();"
         "print([name for name in ('torch', 'tilelang', 'tvm', 'scipy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
