@@ -7,11 +7,11 @@ are run-time values, so one compilation serves every batch.
     projection    Eq. 14–15   x·phi and Σx² from one read of x, in fixed chunks; phi split for tensor cores
     coefficients  Eq. 16–19   scale, bias, sigmoids and Sinkhorn of those chunk sums
     sinkhorn      Eq. 9, 19   logits -> h_res, alone
-    pre           Eq. 3       n streams -> the layer's input
-    pre_mappings  Eq. 3, 18   the same, and beside it h_post and h_res, which are needed after the layer
-    pre_norm      Eq. 3       pre, and the layer's own RMSNorm
+    aggregate     Eq. 3       n streams -> the layer's input
+    aggregate_mappings  Eq. 3, 18   the same, and beside it h_post and h_res, which are needed after the layer
+    aggregate_norm      Eq. 3       the same, and the layer's own RMSNorm
     post          Eq. 3       mix the streams, add the layer's output
-    replay        Eq. 3       post and pre of a block of sublayers again, without a projection, for the backward
+    replay        Eq. 3       post and aggregate of a block of sublayers again, without a projection, for the backward
     post_project  Eq. 3, 14   post, and the projection of what it made, from the same tile
     expand                    an embedding -> n equal streams
     expand_project            expand, and the projection of what is the same in every stream
@@ -32,9 +32,9 @@ FAMILIES = {
     "coefficients": ("coefficients", "coefficients_kernel"),
     "head_coefficients": ("head", "head_coefficients_kernel"),
     "sinkhorn": ("sinkhorn", "sinkhorn_kernel"),
-    "pre": ("pre", "pre_kernel"),
-    "pre_mappings": ("pre_mappings", "pre_mappings_kernel"),
-    "pre_norm": ("pre_norm", "pre_norm_kernel"),
+    "aggregate": ("aggregate", "aggregate_kernel"),
+    "aggregate_mappings": ("aggregate_mappings", "aggregate_mappings_kernel"),
+    "aggregate_norm": ("aggregate_norm", "aggregate_norm_kernel"),
     "post": ("post", "post_kernel"),
     "replay": ("replay", "replay_kernel"),
     "post_project": ("post_project", "post_project_kernel"),
@@ -44,8 +44,8 @@ FAMILIES = {
     "coefficients_backward": ("coefficients_backward", "coefficients_backward_kernel"),
     "head_coefficients_backward": ("head_backward", "head_coefficients_backward_kernel"),
     "sinkhorn_backward": ("sinkhorn_backward", "sinkhorn_backward_kernel"),
-    "pre_backward": ("pre_backward", "pre_backward_kernel"),
-    "pre_norm_backward": ("pre_norm_backward", "pre_norm_backward_kernel"),
+    "aggregate_backward": ("aggregate_backward", "aggregate_backward_kernel"),
+    "aggregate_norm_backward": ("aggregate_norm_backward", "aggregate_norm_backward_kernel"),
     "post_backward": ("post_backward", "post_backward_kernel"),
     "expand_backward": ("expand_backward", "expand_backward_kernel"),
     "boundary_backward": ("boundary_backward", "boundary_backward_kernel"),

@@ -13,10 +13,10 @@ from outside, through the aggregation, through the scale s and through x·phi (`
 
 In the delayed form, where h_pre came from outside, its gradient Σ_c g_layer_input[c] · x_next[j, c] is taken as well.
 
-**Two passes.** g_dots and ρ need ⟨g_layer_input, x_next[j]⟩ complete, a sum over all channels: `pre_backward` takes it,
-at (n + 1)·C read, from the x_next that the forward wrote and that its reader keeps anyway. To rebuild it there would
-cost C more and n² multiply-adds. This kernel is the second pass: (2n + 2)·C read, (n + 1)·C written, (4n + 4)·C for
-both. Here x_next is rebuilt, which costs no traffic. The delayed form needs no first pass, (3n + 3)·C in all.
+**Two passes.** g_dots and ρ need ⟨g_layer_input, x_next[j]⟩ complete, a sum over all channels: `aggregate_backward`
+takes it, at (n + 1)·C read, from the x_next that the forward wrote and that its reader keeps anyway. To rebuild it
+there would cost C more and n² multiply-adds. This kernel is the second pass: (2n + 2)·C read, (n + 1)·C written, (4n +
+4)·C for both. Here x_next is rebuilt, which costs no traffic. The delayed form needs no first pass, (3n + 3)·C in all.
 
 **One tile, all streams.** g mixes streams, so a block has all of them, for some channels, whose part of phi stays in
 shared memory, and walks over a range of tokens. Per tile: x_next into shared memory as the operand of
@@ -49,7 +49,7 @@ def store_split(high, low, first, second, value, plan: BoundaryBackwardPlan):
 def load_phi(high, low, phi, stream, first_channel, plan: BoundaryBackwardPlan):
     """The halves of phi's rows at this block's channels of a stream; rows of padding are zero."""
     hidden_size = phi.shape[2]
-    for m, c in T.Parallel(plan.columns, plan.channels):
+    for m, c in T.Parallel(plan.padded_rows, plan.channels):
         value = T.if_then_else(
             m < plan.rows and first_channel + c < hidden_size, phi[m, stream, first_channel + c], 0.0
         )
@@ -60,7 +60,7 @@ def load_phi(high, low, phi, stream, first_channel, plan: BoundaryBackwardPlan):
 def load_g_dots(high, low, g_projected, first_token, plan: BoundaryBackwardPlan):
     """The halves of g_dots, token by row; zero beyond the last token."""
     num_tokens = g_projected.shape[1]
-    for m, t in T.Parallel(plan.columns, plan.tokens):
+    for m, t in T.Parallel(plan.padded_rows, plan.tokens):
         value = T.if_then_else(m < plan.rows and first_token + t < num_tokens, g_projected[m, first_token + t], 0.0)
         store_split(high, low, t, m, value, plan)
 
@@ -126,14 +126,14 @@ def boundary_backward_kernel(
             channel_block,
             token_range,
         ):
-            phi_high = [T.alloc_shared((plan.columns, channels), operand) for _ in streams]
-            phi_low = [T.alloc_shared((plan.columns, channels), operand) for _ in streams]
-            g_high = T.alloc_shared((tokens, plan.columns), operand)
-            g_low = T.alloc_shared((tokens, plan.columns), operand)
+            phi_high = [T.alloc_shared((plan.padded_rows, channels), operand) for _ in streams]
+            phi_low = [T.alloc_shared((plan.padded_rows, channels), operand) for _ in streams]
+            g_high = T.alloc_shared((tokens, plan.padded_rows), operand)
+            g_low = T.alloc_shared((tokens, plan.padded_rows), operand)
             next_tiles = [T.alloc_shared(tile_shape, operand) for _ in streams]
             next_low = T.alloc_shared(tile_shape, operand)
             product_tiles = [T.alloc_shared(tile_shape, T.float32) for _ in range(2)]
-            g_phi = fragment_each(streams, (plan.columns, channels), T.float32)
+            g_phi = fragment_each(streams, (plan.padded_rows, channels), T.float32)
             x_rows = fragment_each(streams, tile_shape, dtype)
             layer_rows = T.alloc_fragment(tile_shape, layer_dtype)
             g_input_rows = T.alloc_fragment(tile_shape, dtype)
@@ -220,7 +220,7 @@ def boundary_backward_kernel(
                             )
                     T.copy(g_x_rows, g_x[row : row + tokens, i, first : first + channels])
             for j in streams:
-                for m, c in T.Parallel(plan.columns, channels):
+                for m, c in T.Parallel(plan.padded_rows, channels):
                     if m < rows and first + c < hidden_size:
                         partial_phi[token_range, m, j, first + c] = g_phi[j][m, c]
 

@@ -50,7 +50,7 @@ def post_project_plan(
     if target == "cpu":
         return PostProjectPlan(projection, rows=32 // num_streams)
     tokens = 64 if num_streams <= 4 else 32
-    most_warps = (tokens // 16) * (projection.columns // 8)  # that share out the tensor core's tiles of 16 x 8
+    most_warps = (tokens // 16) * (projection.padded_rows // 8)  # that share out the tensor core's tiles of 16 x 8
     projection = replace(projection, threads=min(MAX_THREADS, WARP * most_warps), tokens=tokens)
     vectors = projection.channels * BYTES[dtype] // MAX_ACCESS_BYTES
     rows_at_once = min(projection.tokens, projection.threads // vectors)
@@ -79,9 +79,9 @@ def expand_project_plan(rows: int, num_streams: int, hidden_size: int, dtype: st
 
 
 @dataclass(frozen=True)
-class PreMappingsPlan:
-    """What is compiled into `pre_mappings`: pre's tile, the tokens of a block that makes mappings, one a thread on a
-    GPU, and how many blocks shall find room on a multiprocessor.
+class AggregateMappingsPlan:
+    """What is compiled into `aggregate_mappings`: the tile of `aggregate`, the tokens of a block that makes mappings,
+    one a thread on a GPU, and how many blocks shall find room on a multiprocessor.
     """
 
     tile: ChannelTile
@@ -89,28 +89,29 @@ class PreMappingsPlan:
     blocks_per_sm: int = 1
 
 
-# That hold Sinkhorn's matrix without a spill; left alone, the compiler takes 64 and 166, where `pre` takes 32 and 55.
+# That hold Sinkhorn's matrix without a spill; left alone, the compiler takes 64 and 166, where `aggregate` takes 32 and
+# 55.
 MAPPING_REGISTERS = {2: 48, 4: 48, 8: 96}
 
 
 @cache
-def pre_mappings_plan(
+def aggregate_mappings_plan(
     num_streams: int, hidden_size: int, itemsize: int, target: str, alignment: int = MAX_ACCESS_BYTES
-) -> PreMappingsPlan:
+) -> AggregateMappingsPlan:
     """The plan for streams whose data starts on `alignment` bytes.
 
     The aggregation wants warps that wait for memory, so the compiler is held to fewer registers than it would take.
     """
     tile = channel_tile(hidden_size, itemsize, target, alignment)
     if target == "cpu":
-        return PreMappingsPlan(tile, tokens_per_block(target))
+        return AggregateMappingsPlan(tile, tokens_per_block(target))
     warps = 4 * (16 * 1024 // (MAPPING_REGISTERS[num_streams] * WARP))  # in a multiprocessor's four parts
-    return PreMappingsPlan(tile, tile.threads, min(16, warps * WARP // tile.threads))
+    return AggregateMappingsPlan(tile, tile.threads, min(16, warps * WARP // tile.threads))
 
 
 # Architectures on which a boundary's second and third launch wait on the device for the one before (programmatic
 # dependent launch), instead of being started after it. For sm_90a and later; none until it was timed and tested on one.
-CHAINED: frozenset[str] = frozenset()
+PDL: frozenset[str] = frozenset()
 
 
 def defers_mappings(target: str) -> bool:
@@ -177,7 +178,7 @@ class BoundaryBackwardPlan:
     threads: int
 
     @property
-    def columns(self) -> int:
+    def padded_rows(self) -> int:
         """Rows of phi in a tile, padded to the tensor core's 16."""
         return -(-self.rows // 16) * 16 if self.split else self.rows
 

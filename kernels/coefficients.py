@@ -12,8 +12,9 @@ Rows of x·phi: pre n, post n, res n·n with [out, in] row-major. One token is o
 everything is float32. Only the partial sums are read, and 2·(n² + 2n) + 1 values a token written: the mappings, and
 as `projected` what a backward cannot get from them, the rows s·(x·phi) and, last, s.
 
-h_post and h_res are needed after the layer, h_pre before it. So where `pre_mappings` follows, which makes the two of
-them from `projected` beside the aggregation, they are `deferred` here, and Sinkhorn's iterations keep nobody waiting.
+h_post and h_res are needed after the layer, h_pre before it. So where `aggregate_mappings` follows, which makes the two
+of them from `projected` beside the aggregation, they are `deferred` here, and Sinkhorn's iterations keep nobody
+waiting.
 """
 
 from dataclasses import dataclass
@@ -153,13 +154,13 @@ def coefficients_kernel(
     plan: ProjectionPlan,
     block: int,
     deferred: bool,
-    chained: bool,
+    pdl: bool,
 ):
     """partial [slabs, slab_rows, T], alpha [3], bias [M]
     -> h_pre [T, n], h_post [T, n], h_res [T, n, n], projected [M + 1, T].
 
     Where they are `deferred`, h_post and h_res are tensors of one element that nobody touches, and what they are made
-    with (iters, sinkhorn_eps, post_scale) is not read. Where it is `chained`,
+    with (iters, sinkhorn_eps, post_scale) is not read. Where it is `pdl`,
     the launch waits on the device for the one before it, and the next may begin once all blocks have.
     """
     n = num_streams
@@ -189,7 +190,7 @@ def coefficients_kernel(
             z_pre = T.alloc_fragment((1, n, block), T.float32)
             z_post = T.alloc_fragment((1, n, block), T.float32)
             P = T.alloc_fragment((n, n, block), T.float32)
-            if chained:
+            if pdl:
                 T.pdl_sync()
                 T.pdl_trigger()
             first = tile * block

@@ -6,11 +6,11 @@ With x[t, j, c] = h[t, c] for every stream j, equations (14) and (15) need h alo
     dots[t, m]    = Σ_c h[t, c] · phi_sum[m, c]        squares[t] = n · Σ_c h[t, c]²
 
 Traffic per token: C read, n·C written. `coefficients` follows, which takes these sums as it takes those of
-`projection`, then `pre` on the one stream that all are, with the sum of the weights:
+`projection`, then `aggregate` on the one stream that all are, with the sum of the weights:
 
     layer_input[t, c] = (Σ_j h_pre[t, j]) · h[t, c]
 
-2·C more, so (n + 3)·C in all, where expand, projection and pre one by one move (3n + 2)·C, and an nth of the products.
+2·C more, so (n + 3)·C in all, where the three kernels apart move (3n + 2)·C, and an nth of the products.
 
 **Other bits than the general path's.** n equal products are added before they are multiplied, so logits differ in their
 last bits from those of the expanded stream. phi is summed in ascending order of streams, in float32, and split after
@@ -24,8 +24,9 @@ Backward, with g_dots and ρ of `coefficients_backward`, which gives ρ for each
     g_h_pre[t, j]  = Σ_c g_layer_input[t, c] · h[t, c]          the same for every j
     g_phi[m, j, c] = Σ_t g_dots[t, m] · h[t, c]                 the same for every j
 
-It has no kernel of its own: `pre_backward` and `projection_backward` on one stream, 2·C and 3·C, and `expand_backward`
-for the first sum, (n + 1)·C. What is left is to add the two, 3·C: (n + 9)·C in all, instead of (7n + 3)·C one by one.
+It has no kernel of its own: `aggregate_backward` and `projection_backward` on one stream, 2·C and 3·C, and
+`expand_backward` for the first sum, (n + 1)·C. What is left is to add the two, 3·C: (n + 9)·C in all, instead of (7n +
+3)·C one by one.
 """
 
 import tilelang.language as T
@@ -87,12 +88,12 @@ def expand_project_kernel(num_streams: int, hidden_size: int, dtype: str, plan: 
             phi_sum = T.alloc_fragment((projection.rows, channels), T.float32)
             phi_high = T.alloc_fragment((projection.rows, channels), projection.operand_dtype)
             phi_low = T.alloc_fragment((projection.rows, channels), projection.operand_dtype)
-            phi_tile = T.alloc_shared((projection.columns, channels), projection.operand_dtype)
-            dots = T.alloc_fragment((tokens, projection.columns), T.float32)
+            phi_tile = T.alloc_shared((projection.padded_rows, channels), projection.operand_dtype)
+            dots = T.alloc_fragment((tokens, projection.padded_rows), T.float32)
             squares = T.alloc_fragment((tokens, LANES), T.float32)
-            group_dots = T.alloc_fragment((tokens, projection.columns), T.float32)
+            group_dots = T.alloc_fragment((tokens, projection.padded_rows), T.float32)
             group_squares = T.alloc_fragment((tokens, LANES), T.float32)
-            total_dots = T.alloc_fragment((tokens, projection.columns), T.float32)
+            total_dots = T.alloc_fragment((tokens, projection.padded_rows), T.float32)
             total_squares = T.alloc_fragment((tokens, LANES), T.float32)
             sums = Sums(dots, squares)
             group = Sums(group_dots, group_squares)
@@ -100,11 +101,11 @@ def expand_project_kernel(num_streams: int, hidden_size: int, dtype: str, plan: 
 
             if plan.blocks_per_sm > 1:
                 T.annotate_min_blocks_per_sm(plan.blocks_per_sm)
-            if projection.split and not is_operand and projection.columns <= 96:  # as in `projection`
+            if projection.split and not is_operand and projection.padded_rows <= 96:  # as in `projection`
                 T.annotate_layout({h_tile: make_swizzled_layout(h_tile)})
             first_token = tile * tokens
             first_chunk = split * chunks_per_split
-            if projection.columns > projection.halves * projection.rows:
+            if projection.padded_rows > projection.halves * projection.rows:
                 T.clear(phi_tile)  # rows of padding, which nothing writes later
             clear(total)
             if projection.is_grouped(hidden_size):

@@ -2,7 +2,7 @@
 
     h_pre[t, j] = sigmoid(alpha · (x·phi)[t, j] · s[t] + bias[j]) + pre_eps,   s as in `coefficients`
 
-phi has n rows only. The aggregation itself is the `pre` kernel.
+phi has n rows only. The aggregation itself is the `aggregate` kernel.
 """
 
 import tilelang.language as T

@@ -1,6 +1,7 @@
 """head, backward: `coefficients_backward` of the pre group alone, where phi has n rows and alpha one element.
 
-The rest of head's backward is that of `pre`: `pre_backward` for g_h_pre, then this, then `projection_backward`.
+The rest of head's backward is that of `aggregate`: `aggregate_backward` for g_h_pre, then this, then
+`projection_backward`.
 """
 
 import tilelang.language as T

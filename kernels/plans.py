@@ -154,7 +154,7 @@ class ProjectionPlan:
         return 2 if self.split else 1
 
     @property
-    def columns(self) -> int:
+    def padded_rows(self) -> int:
         """Rows of phi in a tile: both halves, padded to the tensor core's 16."""
         return -(-2 * self.rows // 16) * 16 if self.split else self.rows
 
@@ -180,11 +180,11 @@ def projection_plan(rows: int, hidden_size: int, dtype: str, target: str) -> Pro
         return ProjectionPlan(rows, False, "float32", tokens=32, channels=channels, threads=1, stages=1)
     operand_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
     plan = ProjectionPlan(rows, True, operand_dtype, tokens=64, channels=128, threads=128, stages=3)
-    if plan.columns > 96:  # n = 8: with 128 threads the 160 columns of sums take all 255 registers
+    if plan.padded_rows > 96:  # n = 8: with 128 threads the 160 columns of sums take all 255 registers
         plan = replace(plan, threads=256)
     if dtype == "float32":  # x is split in registers too: wider tiles spill, and more tokens do at n = 8
-        plan = replace(plan, channels=32, tokens=64 if plan.columns <= 96 else 32)
-    bytes_per_channel = plan.tokens * BYTES[dtype] + plan.columns * BYTES[operand_dtype]
+        plan = replace(plan, channels=32, tokens=64 if plan.padded_rows <= 96 else 32)
+    bytes_per_channel = plan.tokens * BYTES[dtype] + plan.padded_rows * BYTES[operand_dtype]
     while plan.channels * bytes_per_channel > STAGE_BYTES:
         plan = replace(plan, channels=plan.channels // 2)
     return replace(plan, chunks_per_group=equal_group(plan.num_chunks(hidden_size), GROUP_CHANNELS // plan.channels))
@@ -245,7 +245,7 @@ class ProjectionBackwardPlan:
     threads: int
 
     @property
-    def columns(self) -> int:
+    def padded_rows(self) -> int:
         """Rows of phi in a tile, padded to the tensor core's 16."""
         return -(-self.rows // 16) * 16 if self.split else self.rows
 

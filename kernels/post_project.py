@@ -10,7 +10,7 @@ and, where h_pre is given (the delayed form, in which it comes from the sublayer
     layer_input[t, c] = Σ_j h_pre[t, j] · x_next[t, j, c]
 
 Traffic per token: (n + 1)·C read, n·C written, and another C with the layer's input: nothing then is left of the
-boundary but the coefficients, (2n + 2)·C in all. Without it `coefficients` and `pre` follow, (3n + 2)·C in all.
+boundary but the coefficients, (2n + 2)·C in all. Without it `coefficients` and `aggregate` follow, (3n + 2)·C in all.
 
 **The same bits as the parts.** x_next is formed with the fma chain of `post`, rounded once to the stream's dtype and
 written; the rounded tile is what is projected and aggregated, in the chunks, groups and slabs of `projection` and
@@ -60,7 +60,7 @@ def mix(next_rows, x_rows, layer_rows, h_post, h_res, first_token, streams):
 
 @T.macro
 def aggregate(input_rows, rounded, h_pre, first_token):
-    """input_rows = Σ_j h_pre[j] · rounded[j], in `pre`'s order."""
+    """input_rows = Σ_j h_pre[j] · rounded[j], in the order of `aggregate`."""
     num_tokens, n = h_pre.shape
     rows, channels = input_rows.shape
     for r, c in T.Parallel(rows, channels):
@@ -130,7 +130,7 @@ def post_project_kernel(
             T.ceildiv(num_tokens, tokens), T.ceildiv(num_chunks, chunks_per_split), threads=projection.threads
         ) as (tile, split):
             next_tiles = [T.alloc_shared((tokens, channels), tile_dtype) for _ in streams]
-            phi_tile = T.alloc_shared((projection.columns, channels), projection.operand_dtype)
+            phi_tile = T.alloc_shared((projection.padded_rows, channels), projection.operand_dtype)
             x_rows = fragment_each(streams, (rows, channels), dtype)
             layer_rows = T.alloc_fragment((rows, channels), layer_dtype)
             next_rows = fragment_each(together[0], (rows, channels), T.float32)
@@ -139,11 +139,11 @@ def post_project_kernel(
             phi_rows = T.alloc_fragment((projection.rows, channels), T.float32)
             phi_high = T.alloc_fragment((projection.rows, channels), projection.operand_dtype)
             phi_low = T.alloc_fragment((projection.rows, channels), projection.operand_dtype)
-            dots = T.alloc_fragment((tokens, projection.columns), T.float32)
+            dots = T.alloc_fragment((tokens, projection.padded_rows), T.float32)
             squares = T.alloc_fragment((tokens, LANES), T.float32)
-            group_dots = T.alloc_fragment((tokens, projection.columns), T.float32)
+            group_dots = T.alloc_fragment((tokens, projection.padded_rows), T.float32)
             group_squares = T.alloc_fragment((tokens, LANES), T.float32)
-            total_dots = T.alloc_fragment((tokens, projection.columns), T.float32)
+            total_dots = T.alloc_fragment((tokens, projection.padded_rows), T.float32)
             total_squares = T.alloc_fragment((tokens, LANES), T.float32)
             sums = Sums(dots, squares)
             group = Sums(group_dots, group_squares)
@@ -153,7 +153,7 @@ def post_project_kernel(
                 T.annotate_min_blocks_per_sm(plan.blocks_per_sm)
             first_token = tile * tokens
             first_chunk = split * chunks_per_split
-            if projection.columns > projection.halves * projection.rows:
+            if projection.padded_rows > projection.halves * projection.rows:
                 T.clear(phi_tile)  # rows of padding, which nothing writes later
             clear(total)
             if projection.is_grouped(hidden_size):

@@ -43,7 +43,7 @@ def high_half(value, operand_dtype: str):
 
 def split_phi_kernel(num_streams: int, hidden_size: int, plan: ProjectionPlan):
     """phi [M, n, C] float32 -> phi_split [columns, n, C]: rows of high halves, of low halves, of zeros."""
-    n, rows, columns = num_streams, plan.rows, plan.columns
+    n, rows, columns = num_streams, plan.rows, plan.padded_rows
     threads = 128
 
     @T.prim_func
@@ -105,7 +105,7 @@ def clear(sums: Sums):
 @T.macro
 def add_sums(to: Sums, sums: Sums, plan: ProjectionPlan):
     """to += sums"""
-    for t, m in T.Parallel(plan.tokens, plan.columns):
+    for t, m in T.Parallel(plan.tokens, plan.padded_rows):
         to.dots[t, m] += sums.dots[t, m]
     for t, lane in T.Parallel(plan.tokens, LANES):
         to.squares[t, lane] += sums.squares[t, lane]
@@ -116,7 +116,7 @@ def store_slab(partial, slab, first_token, sums: Sums, plan: ProjectionPlan):
     """partial[slab] = dots of the halves, then the lanes of the squares; tokens last, so writes coalesce."""
     num_dots = plan.halves * plan.rows
     num_tokens = partial.shape[2]
-    for t, m in T.Parallel(plan.tokens, plan.columns):
+    for t, m in T.Parallel(plan.tokens, plan.padded_rows):
         if first_token + t < num_tokens and m < num_dots:
             partial[slab, m, first_token + t] = sums.dots[t, m]
     for t, lane in T.Parallel(plan.tokens, LANES):
@@ -162,7 +162,7 @@ def project_kernel(num_streams: int, hidden_size: int, dtype: str, plan: Project
     @T.prim_func
     def project(
         x: T.Tensor[(num_tokens, n, hidden_size), dtype],
-        phi: T.Tensor[(plan.columns, n, hidden_size), plan.operand_dtype],
+        phi: T.Tensor[(plan.padded_rows, n, hidden_size), plan.operand_dtype],
         partial: T.Tensor[(num_slabs, plan.slab_rows, num_tokens), T.float32],
         chunks_per_split: T.int32,
     ):
@@ -171,12 +171,12 @@ def project_kernel(num_streams: int, hidden_size: int, dtype: str, plan: Project
             split,
         ):
             x_tile = T.alloc_shared((tokens, channels), dtype)
-            phi_tile = T.alloc_shared((plan.columns, channels), plan.operand_dtype)
-            dots = T.alloc_fragment((tokens, plan.columns), T.float32)
+            phi_tile = T.alloc_shared((plan.padded_rows, channels), plan.operand_dtype)
+            dots = T.alloc_fragment((tokens, plan.padded_rows), T.float32)
             squares = T.alloc_fragment((tokens, LANES), T.float32)
-            group_dots = T.alloc_fragment((tokens, plan.columns), T.float32)
+            group_dots = T.alloc_fragment((tokens, plan.padded_rows), T.float32)
             group_squares = T.alloc_fragment((tokens, LANES), T.float32)
-            total_dots = T.alloc_fragment((tokens, plan.columns), T.float32)
+            total_dots = T.alloc_fragment((tokens, plan.padded_rows), T.float32)
             total_squares = T.alloc_fragment((tokens, LANES), T.float32)
             sums = Sums(dots, squares)
             group = Sums(group_dots, group_squares)
@@ -184,7 +184,7 @@ def project_kernel(num_streams: int, hidden_size: int, dtype: str, plan: Project
 
             # Read by fragments, not as an operand, which the product would lay out itself: without this, eight rows
             # meet in a bank. At n = 8 the indices spill 132 bytes of registers on sm_90a.
-            if plan.split and not plan.operand_dtype == dtype == "bfloat16" and plan.columns <= 96:
+            if plan.split and not plan.operand_dtype == dtype == "bfloat16" and plan.padded_rows <= 96:
                 T.annotate_layout({x_tile: make_swizzled_layout(x_tile)})
             first_token = tile * tokens
             first_chunk = split * chunks_per_split
@@ -198,7 +198,7 @@ def project_kernel(num_streams: int, hidden_size: int, dtype: str, plan: Project
                         x[first_token : first_token + tokens, i, chunk * channels : (chunk + 1) * channels],
                         x_tile,
                     )
-                    T.copy(phi[0 : plan.columns, i, chunk * channels : (chunk + 1) * channels], phi_tile)
+                    T.copy(phi[0 : plan.padded_rows, i, chunk * channels : (chunk + 1) * channels], phi_tile)
                     accumulate_squares(squares, x_tile, tokens, channels)
                     accumulate_dots(dots, x_tile, phi_tile, plan, dtype)
                 close_chunk(partial, chunk, first_token, sums, group, total, plan, hidden_size)

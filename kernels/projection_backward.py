@@ -48,7 +48,7 @@ def split_tile(high, low, first, second, value, plan):
 @T.macro
 def load_phi(high, low, phi, stream, first_channel, hidden_size, plan):
     """The halves of phi's rows at this block's channels; rows of padding are zero."""
-    for m, c in T.Parallel(plan.columns, plan.channels):
+    for m, c in T.Parallel(plan.padded_rows, plan.channels):
         value = T.if_then_else(
             m < plan.rows and first_channel + c < hidden_size, phi[m, stream, first_channel + c], 0.0
         )
@@ -58,7 +58,7 @@ def load_phi(high, low, phi, stream, first_channel, hidden_size, plan):
 @T.macro
 def load_g_dots(high, low, g_projected, first_token, num_tokens, plan):
     """The halves of g_dots, token by row; zero beyond the last token."""
-    for m, t in T.Parallel(plan.columns, plan.tokens):
+    for m, t in T.Parallel(plan.padded_rows, plan.tokens):
         value = T.if_then_else(m < plan.rows and first_token + t < num_tokens, g_projected[m, first_token + t], 0.0)
         split_tile(high, low, t, m, value, plan)
 
@@ -100,17 +100,17 @@ def project_backward_kernel(
             n, T.ceildiv(hidden_size, channels), T.ceildiv(num_tokens, tokens_per_split), threads=plan.threads
         ) as (i, channel_block, split):
             x_tile = T.alloc_shared((tokens, channels), dtype)
-            g_high = T.alloc_shared((tokens, plan.columns), operand)
-            g_low = T.alloc_shared((tokens, plan.columns), operand)
-            phi_high = T.alloc_shared((plan.columns, channels), operand)
-            phi_low = T.alloc_shared((plan.columns, channels), operand)
+            g_high = T.alloc_shared((tokens, plan.padded_rows), operand)
+            g_low = T.alloc_shared((tokens, plan.padded_rows), operand)
+            phi_high = T.alloc_shared((plan.padded_rows, channels), operand)
+            phi_low = T.alloc_shared((plan.padded_rows, channels), operand)
             x_high = T.alloc_shared((tokens, channels), operand)
             x_low = T.alloc_shared((tokens, channels), operand)
             rho = T.alloc_shared((tokens,), T.float32)
             weight = T.alloc_shared((tokens,), T.float32)
             g_layer_tile = T.alloc_shared((tokens, channels), dtype)
             g_x_acc = T.alloc_fragment((tokens, channels), T.float32)
-            g_phi_acc = T.alloc_fragment((plan.columns, channels), T.float32)
+            g_phi_acc = T.alloc_fragment((plan.padded_rows, channels), T.float32)
 
             if plan.threads > 1:
                 T.annotate_layout({g_layer_tile: make_swizzled_layout(g_layer_tile)})
@@ -170,7 +170,7 @@ def project_backward_kernel(
                             if x_is_split:
                                 T.gemm(g_high, x_low, g_phi_acc, transpose_A=True)
             if weights:
-                for m, c in T.Parallel(plan.columns, channels):
+                for m, c in T.Parallel(plan.padded_rows, channels):
                     if m < rows and first_channel + c < hidden_size:
                         partial[split, m, i, first_channel + c] = g_phi_acc[m, c]
 

@@ -1,6 +1,6 @@
 """replay: the stream of a block of sublayers, made again for the backward from its start and the layers' outputs.
 
-Equation (3), for the sublayers k = 0 … S − 1 of a block one after the other, as `post` and `pre` have it:
+Equation (3), for the sublayers k = 0 … S − 1 of a block one after the other, as `post` and `aggregate` have it:
 
     x_{k+1}[t, j, c]   = Σ_i h_res_k[t, j, i] · x_k[t, i, c] + h_post_k[t, j] · layer_output_k[t, c]
     layer_input_k[t, c] = Σ_i h_pre_k[t, i] · x_k[t, i, c]
@@ -12,8 +12,8 @@ Traffic per token: the start and S layer outputs are read, (n + S)·C, and what 
 layer input that is asked for. The last sublayer's output only leads to the next block's start, which is kept: a block
 of L sublayers is replayed with S = L − 1 and L layer inputs, n + L − 1 read and n·(L − 1) + L written.
 
-**The same bits as the forward.** The fma chains are `post`'s and `pre`'s, by the same macros; x_{k+1} is rounded to the
-stream's dtype in registers before it is written, aggregated, or mixed again.
+**The same bits as the forward.** The fma chains are those of `post` and `aggregate`, by the same macros; x_{k+1} is
+rounded to the stream's dtype in registers before it is written, aggregated, or mixed again.
 
 Each sublayer's tensors are arguments of their own, since they lie where the forward left them: `sublayers` of them are
 compiled in, and a longer block is a chain of launches.
@@ -22,9 +22,9 @@ compiled in, and a longer block is a chain of launches.
 import tilelang.language as T
 from tvm.script.ir_builder import tirx
 
+from .aggregate import aggregate_streams
 from .plans import ChannelTile
 from .post import mix_streams
-from .pre import aggregate_streams
 
 
 def arguments(name: str, numbers, shape: tuple, dtype: str) -> list:

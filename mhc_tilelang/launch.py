@@ -26,7 +26,7 @@ def expand(h: torch.Tensor, num_streams: int, *, out: torch.Tensor | None = None
 def aggregate(x: torch.Tensor, h_pre: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """x [T, n, C], h_pre [T, n] -> layer_input [T, C]."""
     layer_input = x.new_empty(x.shape[0], x.shape[2]) if out is None else out
-    apply_kernel("pre", x, x, layer_input)(x=x, h_pre=aligned(h_pre), layer_input=layer_input)
+    apply_kernel("aggregate", x, x, layer_input)(x=x, h_pre=aligned(h_pre), layer_input=layer_input)
     return layer_input
 
 
@@ -63,7 +63,7 @@ def sinkhorn(logits: torch.Tensor, iters: int, eps: float, *, out: torch.Tensor 
 def split_phi(phi: torch.Tensor, plan: plans.ProjectionPlan) -> torch.Tensor:
     """phi [M, n, C] float32 -> its halves [columns, n, C] in the plan's operand dtype."""
     _, num_streams, hidden_size = phi.shape
-    halves = phi.new_empty(plan.columns, num_streams, hidden_size, dtype=getattr(torch, plan.operand_dtype))
+    halves = phi.new_empty(plan.padded_rows, num_streams, hidden_size, dtype=getattr(torch, plan.operand_dtype))
     target = compiler.target_of(phi.device)
     kernel = compiler.kernel("split_phi", target, num_streams=num_streams, hidden_size=hidden_size, plan=plan)
     kernel(phi=aligned(phi), phi_split=halves)
@@ -121,8 +121,8 @@ def coefficients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Partial sums, alpha [3], bias [M] -> h_pre [T, n], h_post [T, n], h_res [T, n, n], projected [M + 1, T].
 
-    Where they are `deferred`, h_post and h_res are not written: `launch_mappings.pre_mappings` is to do it. `out` has
-    the first three.
+    Where they are `deferred`, h_post and h_res are not written: `launch_mappings.aggregate_mappings` is to do it. `out`
+    has the first three.
     """
     n, num_tokens = spec.num_streams, partial.shape[-1]
     h_pre, h_post, h_res = out or (partial.new_empty(num_tokens, *rest) for rest in ((n,), (n,), (n, n)))
@@ -136,7 +136,7 @@ def coefficients(
         plan=plan,
         block=plans.tokens_per_block(target),
         deferred=deferred,
-        chained=deferred and target in boundary_plans.CHAINED,
+        pdl=deferred and target in boundary_plans.PDL,
     )
     kernel(
         partial=partial,

@@ -65,13 +65,15 @@ def sinkhorn_sizes(num_streams: int, iters: int, target: str) -> tuple[int, int]
     return capacity, block
 
 
-def pre_backward(g_layer_input: torch.Tensor, x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+def aggregate_backward(
+    g_layer_input: torch.Tensor, x: torch.Tensor, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """g_layer_input [T, C], x [T, n, C] -> g_h_pre [T, n]."""
     num_tokens, num_streams, hidden_size = x.shape
     g_h_pre = x.new_empty(num_tokens, num_streams, dtype=torch.float32) if out is None else out
     tile = plans.reduction_tile(hidden_size, x.element_size(), compiler.platform_of(x.device))
     kernel = compiler.kernel(
-        "pre_backward",
+        "aggregate_backward",
         compiler.target_of(x.device),
         num_streams=num_streams,
         hidden_size=hidden_size,

@@ -45,8 +45,8 @@ def post_pre(
     spec: MHCSpec,
     *,
     h_pre: torch.Tensor | None = None,
-    layer_norm_weight: torch.Tensor | None = None,
-    layer_norm_eps: float = 1e-6,
+    rms_norm_weight: torch.Tensor | None = None,
+    rms_norm_eps: float = 1e-6,
     schedule: boundary_plans.BoundarySchedule | None = None,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> Boundary:
@@ -55,16 +55,16 @@ def post_pre(
     h_post [T, n], h_res [T, n, n], h_pre [T, n], projected [M + 1, T].
 
     In the delayed form, with an h_pre [T, n] from the sublayer before, layer_input is aggregated with that, and the
-    h_pre that is returned is for the sublayer after. With a layer_norm_weight [C], layer_input is normalised. `out` has
+    h_pre that is returned is for the sublayer after. With a rms_norm_weight [C], layer_input is normalised. `out` has
     all results but projected.
     """
     num_tokens, n, hidden_size = x.shape
-    x_next, layer_input, next_post, next_res, next_pre = out or (
+    x_next, layer_input, h_post_next, h_res_next, h_pre_next = out or (
         torch.empty_like(x),
         x.new_empty(num_tokens, hidden_size),
         *(h_post.new_empty(num_tokens, *rest) for rest in ((n,), (n, n), (n,))),
     )
-    given = h_pre if layer_norm_weight is None else None  # what post_project aggregates with, if it does
+    given = h_pre if rms_norm_weight is None else None  # what post_project aggregates with, if it does
     _, partial, _ = post_project(
         x,
         layer_output,
@@ -76,15 +76,15 @@ def post_pre(
         out=(x_next, None if given is None else layer_input),
     )
     plan = launch.projection_plan(x, phi.shape[0])
-    if h_pre is None and layer_norm_weight is None:
-        results = (layer_input, next_pre, next_post, next_res)
+    if h_pre is None and rms_norm_weight is None:
+        results = (layer_input, h_pre_next, h_post_next, h_res_next)
         projected = launch_mappings.read(x_next, partial, alpha, bias, spec, plan, out=results)
-        return Boundary(x_next, layer_input, next_post, next_res, next_pre, projected)
-    *_, projected = launch.coefficients(partial, alpha, bias, spec, plan, out=(next_pre, next_post, next_res))
+        return Boundary(x_next, layer_input, h_post_next, h_res_next, h_pre_next, projected)
+    *_, projected = launch.coefficients(partial, alpha, bias, spec, plan, out=(h_pre_next, h_post_next, h_res_next))
     if given is None:
-        weights = next_pre if h_pre is None else h_pre
-        launch_norm.layer_input(x_next, weights, layer_norm_weight, layer_norm_eps, out=layer_input)
-    return Boundary(x_next, layer_input, next_post, next_res, next_pre, projected)
+        weights = h_pre_next if h_pre is None else h_pre
+        launch_norm.layer_input(x_next, weights, rms_norm_weight, rms_norm_eps, out=layer_input)
+    return Boundary(x_next, layer_input, h_post_next, h_res_next, h_pre_next, projected)
 
 
 def post_project(

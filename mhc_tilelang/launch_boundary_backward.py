@@ -1,8 +1,9 @@
 """The backward of a sublayer boundary, launched: as `launch_boundary`, for the gradients.
 
-    post_pre_backward   pre_backward, coefficients_backward, boundary_backward, boundary_sums: four launches;
+    post_pre_backward   aggregate_backward, coefficients_backward, boundary_backward, boundary_sums: four launches;
                         at n = 8 on a GPU the separate kernels, six launches and two more for their partial sums;
-                        pre_norm_backward and its partial sums in place of pre_backward where layer_input is normalised
+                        aggregate_norm_backward and its partial sums in place of aggregate_backward where layer_input is
+                        normalised
 
 Tensors come flat and contiguous, [T, …]. A gradient that is not given is None and counts as zero; nothing of it is
 read. Sums over tokens and channels are taken in an order that the sizes fix.
@@ -27,7 +28,7 @@ Gradient = torch.Tensor | None
 class BoundaryGradients(NamedTuple):
     """Of what the boundary takes: the sublayer that ends, then the parameters of the one that begins.
 
-    g_h_pre is the gradient of a given h_pre, None but in the delayed form; g_layer_norm that of a norm's weight, None
+    g_h_pre is the gradient of a given h_pre, None but in the delayed form; g_rms_norm that of a norm's weight, None
     unless needed.
     """
 
@@ -39,14 +40,14 @@ class BoundaryGradients(NamedTuple):
     g_alpha: torch.Tensor
     g_bias: torch.Tensor
     g_h_pre: Gradient = None
-    g_layer_norm: Gradient = None
+    g_rms_norm: Gradient = None
 
 
 def post_pre_backward(
     g_x_next: Gradient,
     g_layer_input: Gradient,
-    g_next_post: Gradient,
-    g_next_res: Gradient,
+    g_h_post_next: Gradient,
+    g_h_res_next: Gradient,
     x: torch.Tensor,
     layer_output: torch.Tensor,
     h_post: torch.Tensor,
@@ -60,44 +61,44 @@ def post_pre_backward(
     spec: MHCSpec,
     *,
     given_pre: torch.Tensor | None = None,
-    g_next_pre: Gradient = None,
-    layer_norm_weight: torch.Tensor | None = None,
-    layer_norm_eps: float = 1e-6,
+    g_h_pre_next: Gradient = None,
+    rms_norm_weight: torch.Tensor | None = None,
+    rms_norm_eps: float = 1e-6,
     needs_weight: bool = False,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> BoundaryGradients:
     """Gradients of x_next [T, n, C], layer_input [T, C], h_post [T, n], h_res [T, n, n] that `launch_boundary.post_pre`
     returned, its arguments, and x_next, h_pre and projected as it returned them -> gradients of its arguments.
 
-    In the delayed form `given_pre` is the h_pre that it was given, and g_next_pre the gradient of the one that it
+    In the delayed form `given_pre` is the h_pre that it was given, and g_h_pre_next the gradient of the one that it
     returned. `needs_weight` asks for the gradient of the norm's weight. `out` has g_x and g_layer_output.
     """
     num_tokens, num_streams, _ = x.shape
     weights, g_weights, g_norm = h_pre if given_pre is None else given_pre, None, None
-    if g_layer_input is not None and layer_norm_weight is not None:
-        g_layer_input, g_weights, g_norm = launch_norm.pre_norm_backward(
-            g_layer_input, x_next, weights, layer_norm_weight, layer_norm_eps, needs_weight=needs_weight
+    if g_layer_input is not None and rms_norm_weight is not None:
+        g_layer_input, g_weights, g_norm = launch_norm.aggregate_norm_backward(
+            g_layer_input, x_next, weights, rms_norm_weight, rms_norm_eps, needs_weight=needs_weight
         )
     elif g_layer_input is not None and given_pre is None:
-        g_weights = launch_backward.pre_backward(g_layer_input, x_next)
-    elif needs_weight and layer_norm_weight is not None:
-        g_norm = torch.zeros_like(layer_norm_weight)
+        g_weights = launch_backward.aggregate_backward(g_layer_input, x_next)
+    elif needs_weight and rms_norm_weight is not None:
+        g_norm = torch.zeros_like(rms_norm_weight)
     if given_pre is None:
-        g_next_pre = g_weights
+        g_h_pre_next = g_weights
     delayed = given_pre is not None and g_layer_input is not None and g_weights is None
     if not boundary_plans.backward_is_fused(num_streams, compiler.platform_of(x.device)):
         g_projected, g_alpha, g_bias = launch_backward.coefficients_backward(
-            g_next_pre, g_next_post, g_next_res, projected, alpha, bias, spec
+            g_h_pre_next, g_h_post_next, g_h_res_next, projected, alpha, bias, spec
         )
         g_mixed, g_phi = separate_backward(
             g_x_next, g_layer_input, g_projected, x, layer_output, weights, h_post, h_res, phi, x_next, out=out
         )
         if delayed and g_layer_input is not None:
-            g_weights = launch_backward.pre_backward(g_layer_input, x_next)
+            g_weights = launch_backward.aggregate_backward(g_layer_input, x_next)
         return BoundaryGradients(*g_mixed, g_phi, g_alpha, g_bias, _given(given_pre, g_weights), g_norm)
     g_projected = torch.empty_like(projected)
     partial_parameters = launch_backward.mappings_backward(
-        g_next_pre, g_next_post, g_next_res, projected, alpha, bias, spec, out=g_projected
+        g_h_pre_next, g_h_post_next, g_h_res_next, projected, alpha, bias, spec, out=g_projected
     )
     g_x, g_layer_output, partial_phi, partial_mixing = mixing_backward(
         g_x_next, g_layer_input, g_projected, x, layer_output, weights, h_post, h_res, phi, delayed=delayed, out=out

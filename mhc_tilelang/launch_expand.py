@@ -127,7 +127,7 @@ def expand_pre_backward(
     n, one_stream = spec.num_streams, h.unsqueeze(1)
     g_h_pre = total_pre = None
     if g_layer_input is not None:
-        g_h_pre = launch_backward.pre_backward(g_layer_input, one_stream).expand(-1, n).contiguous()
+        g_h_pre = launch_backward.aggregate_backward(g_layer_input, one_stream).expand(-1, n).contiguous()
         total_pre = total(h_pre) if needs_h else None
     g_projected, g_alpha, g_bias = launch_backward.coefficients_backward(
         g_h_pre, g_h_post, g_h_res, projected, alpha, bias, spec

@@ -1,7 +1,8 @@
 """The boundary after the last sublayer, launched: `post`, then `head`, forward and backward.
 
     post_head            three launches: post_project on the head's phi, its coefficients, and the aggregation
-    post_head_backward   pre_backward, head_coefficients_backward, boundary_backward, boundary_sums: four launches;
+    post_head_backward   aggregate_backward, head_coefficients_backward, boundary_backward, boundary_sums: four
+                         launches;
                          at n = 8 on a GPU the separate kernels
 
 Tensors come flat, [T, …], checked and contiguous; `operators` sees to that. Results have the bits of `launch.post`,
@@ -72,7 +73,7 @@ def post_head_backward(
     """Gradients of x_next [T, n, C], None where it was not used, and output [T, C] that `post_head` returned, its
     arguments, and x_next, h_pre and projected as it returned them -> gradients of its arguments.
     """
-    g_pre, mixed = launch_backward.pre_backward(g_output, x_next), (x, layer_output)
+    g_pre, mixed = launch_backward.aggregate_backward(g_output, x_next), (x, layer_output)
     if not boundary_plans.backward_is_fused(spec.num_streams, platform_of(x.device)):
         g_projected, g_alpha, g_bias = launch_backward.head_coefficients_backward(g_pre, projected, alpha, bias, spec)
         g_mixed, g_phi = separate_backward(g_x_next, g_output, g_projected, *mixed, h_pre, h_post, h_res, phi, x_next)

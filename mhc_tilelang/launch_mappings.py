@@ -1,7 +1,7 @@
 """From a projection to the layer's input, launched, and to the mappings that are needed only after the layer.
 
     read           coefficients and the aggregation, with h_post and h_res made where the plan says
-    pre_mappings   the aggregation, and beside it h_post and h_res
+    aggregate_mappings   the aggregation, and beside it h_post and h_res
 
 Tensors come flat, [T, …], checked and contiguous. Results have the bits of `launch.coefficients`, then
 `launch.aggregate`, whichever of the two makes the mappings. docs/critical-path.md has the reasons.
@@ -37,13 +37,13 @@ def read(
     mappings = (h_pre, h_post, h_res)
     *_, projected = launch.coefficients(partial, alpha, bias, spec, plan, deferred=deferred, out=mappings)
     if deferred:
-        pre_mappings(x, h_pre, projected, alpha, bias, spec, out=(layer_input, h_post, h_res))
+        aggregate_mappings(x, h_pre, projected, alpha, bias, spec, out=(layer_input, h_post, h_res))
     else:
         launch.aggregate(x, h_pre, out=layer_input)
     return projected
 
 
-def pre_mappings(
+def aggregate_mappings(
     x: torch.Tensor,
     h_pre: torch.Tensor,
     projected: torch.Tensor,
@@ -65,13 +65,13 @@ def pre_mappings(
     starts = launch.alignment(x, layer_input)
     platform, target = compiler.platform_of(x.device), compiler.target_of(x.device)
     kernel = compiler.kernel(
-        "pre_mappings",
+        "aggregate_mappings",
         target,
         num_streams=n,
         hidden_size=hidden_size,
         dtype=dtype_name(x.dtype),
-        plan=boundary_plans.pre_mappings_plan(n, hidden_size, x.element_size(), platform, starts),
-        chained=target in boundary_plans.CHAINED,
+        plan=boundary_plans.aggregate_mappings_plan(n, hidden_size, x.element_size(), platform, starts),
+        pdl=target in boundary_plans.PDL,
     )
     kernel(
         x=x,

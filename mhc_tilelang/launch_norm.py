@@ -1,4 +1,4 @@
-"""The layer's input with the layer's own RMSNorm in it, launched: `pre_norm` and its backward.
+"""The layer's input with the layer's own RMSNorm in it, launched: `aggregate_norm` and its backward.
 
 Tensors come flat and contiguous, [T, …]. Both kernels read 16 bytes at a time and fix the order of their sums by the
 sizes alone, so on a GPU tensors that start elsewhere are copied; a result's buffer starts on 16 bytes.
@@ -18,18 +18,18 @@ from .launch_backward import by_width, or_unused
 def layer_input(
     x: torch.Tensor, h_pre: torch.Tensor, weight: torch.Tensor | None, eps: float, *, out: torch.Tensor
 ) -> torch.Tensor:
-    """x [T, n, C], h_pre [T, n], weight [C] -> [T, C] by `pre_norm`; without a weight by `launch.aggregate`."""
+    """x [T, n, C], h_pre [T, n], weight [C] -> [T, C] by `aggregate_norm`; without a weight by `launch.aggregate`."""
     if weight is None:
         return launch.aggregate(x, h_pre, out=out)
-    return pre_norm(x, h_pre, weight, eps, out=out)
+    return aggregate_norm(x, h_pre, weight, eps, out=out)
 
 
-def pre_norm(
+def aggregate_norm(
     x: torch.Tensor, h_pre: torch.Tensor, weight: torch.Tensor, eps: float, *, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """x [T, n, C], h_pre [T, n], weight [C] float32 or of x's dtype -> layer_input [T, C]."""
     layer_input = x.new_empty(x.shape[0], x.shape[2]) if out is None else out
-    kernel, tile = _norm_kernel("pre_norm", x, weight)
+    kernel, tile = _norm_kernel("aggregate_norm", x, weight)
     kernel(
         x=by_width(x, tile),
         h_pre=aligned(h_pre),
@@ -40,7 +40,7 @@ def pre_norm(
     return layer_input
 
 
-def pre_norm_backward(
+def aggregate_norm_backward(
     g_layer_input: torch.Tensor,
     x: torch.Tensor,
     h_pre: torch.Tensor,
@@ -57,7 +57,7 @@ def pre_norm_backward(
     g_u, g_h_pre = torch.empty_like(g_layer_input), torch.empty_like(h_pre)
     tokens_per_block = plans.norm_tokens(num_tokens) if needs_weight else 1
     partial = h_pre.new_empty(-(-num_tokens // tokens_per_block), hidden_size) if needs_weight else None
-    kernel, tile = _norm_kernel("pre_norm_backward", x, weight, weights=needs_weight)
+    kernel, tile = _norm_kernel("aggregate_norm_backward", x, weight, weights=needs_weight)
     kernel(
         g_layer_input=by_width(g_layer_input, tile),
         x=by_width(x, tile),

@@ -29,12 +29,12 @@ from . import operators
 from .arguments import Arguments, check_streams, sizes_of
 from .operators import sharding
 from .ops_arguments import (
-    LAYER_NORM_EPS,
+    RMS_NORM_EPS,
     check_buffers,
     check_delayed,
-    check_layer_norm,
     check_mixed,
     check_projected,
+    check_rms_norm,
     constants,
 )
 from .spec import MHCSpec
@@ -164,8 +164,8 @@ def pre(
     *,
     h_pre: torch.Tensor | None = None,
     norm_weight: torch.Tensor | None = None,
-    layer_norm_weight: torch.Tensor | None = None,
-    layer_norm_eps: float = LAYER_NORM_EPS,
+    rms_norm_weight: torch.Tensor | None = None,
+    rms_norm_eps: float = RMS_NORM_EPS,
     out: tuple[torch.Tensor, ...] | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Before a layer: the coefficients, and the streams aggregated to the layer's input (Eq. 3, H_pre x).
@@ -174,11 +174,11 @@ def pre(
 
         h_pre: [..., n]: the delayed form, in which the streams are aggregated with this, from the sublayer
             before; a first sublayer's is `first_pre(x)`. A spec with delayed_pre demands it.
-        layer_norm_weight: [C], float32 or x's dtype: the layer's own RMSNorm is part of the aggregation. With
+        rms_norm_weight: [C], float32 or x's dtype: the layer's own RMSNorm is part of the aggregation. With
             u[c] = Σ_i h_pre[i] · x[i, c], layer_input[c] = u[c] · rsqrt(mean over c of u² + eps) · weight[c]. u stays
             in float32 and the result is rounded once, where an RMSNorm of `pre`'s result takes a u that was rounded:
             the two differ by that rounding. From |u| of about 1e19/√C on its squares overflow, and the result is 0.
-        layer_norm_eps: eps of that norm.
+        rms_norm_eps: eps of that norm.
 
     Returns:
         layer_input [..., C] in x's dtype, rounded once; h_post [..., n] and h_res [..., n, n] for `post`. In the
@@ -188,16 +188,16 @@ def pre(
     arguments, phi, alpha, bias = check_projected(function, x, phi, alpha, bias, spec, norm_weight)
     n, hidden_size = spec.num_streams, spec.hidden_size
     h_pre = check_delayed(arguments, h_pre, spec)
-    eps = check_layer_norm(arguments, layer_norm_weight, layer_norm_eps, spec, x.dtype)
-    inputs = (x, phi, alpha, bias, h_pre, layer_norm_weight, *constants(spec), eps)
+    eps = check_rms_norm(arguments, rms_norm_weight, rms_norm_eps, spec, x.dtype)
+    inputs = (x, phi, alpha, bias, h_pre, rms_norm_weight, *constants(spec), eps)
     if out is None:
-        *results, next_pre, _ = operators.pre.pre(*inputs)
-        return tuple(results) if h_pre is None else (*results, next_pre)
+        *results, h_pre_next, _ = operators.pre.pre(*inputs)
+        return tuple(results) if h_pre is None else (*results, h_pre_next)
     shapes = {"layer_input": (hidden_size,), "h_post": (n,), "h_res": (n, n)}
     if h_pre is not None:
         shapes["h_pre"] = (n,)
     buffers = check_buffers(arguments, out, (x.dtype, *(torch.float32,) * 3), **shapes)
-    named = dict(zip(("layer_input", "h_post", "h_res", "next_pre"), buffers, strict=False))
+    named = dict(zip(("layer_input", "h_post", "h_res", "h_pre_next"), buffers, strict=False))
     operators.pre.pre_out(*inputs, **named)
     return buffers
 
@@ -268,8 +268,8 @@ def post_pre(
     *,
     h_pre: torch.Tensor | None = None,
     norm_weight: torch.Tensor | None = None,
-    layer_norm_weight: torch.Tensor | None = None,
-    layer_norm_eps: float = LAYER_NORM_EPS,
+    rms_norm_weight: torch.Tensor | None = None,
+    rms_norm_eps: float = RMS_NORM_EPS,
     out: tuple[torch.Tensor, ...] | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """The boundary between two sublayers: `post` of the one that ends, `pre` of the one that begins.
@@ -286,9 +286,9 @@ def post_pre(
         spec: sizes and constants.
         h_pre: [..., n]: the delayed form, in which the streams are aggregated with this instead of with
             what x_next's own projection gives; (2n + 2)·C. A spec with delayed_pre demands it.
-        layer_norm_weight: [C] of the RMSNorm of the layer's input, as in `pre`. The delayed form then takes (3n + 2)·C
+        rms_norm_weight: [C] of the RMSNorm of the layer's input, as in `pre`. The delayed form then takes (3n + 2)·C
             too, since the norm needs a whole row of x_next.
-        layer_norm_eps: its eps.
+        rms_norm_eps: its eps.
         out: the results' buffers, in their order.
 
     Returns:
@@ -300,16 +300,16 @@ def post_pre(
     n, hidden_size = spec.num_streams, spec.hidden_size
     h_post, h_res = check_mixed(arguments, x, layer_output, h_post, h_res)
     h_pre = check_delayed(arguments, h_pre, spec)
-    eps = check_layer_norm(arguments, layer_norm_weight, layer_norm_eps, spec, x.dtype)
-    inputs = (x, layer_output, h_post, h_res, phi, alpha, bias, h_pre, layer_norm_weight, *constants(spec), eps)
+    eps = check_rms_norm(arguments, rms_norm_weight, rms_norm_eps, spec, x.dtype)
+    inputs = (x, layer_output, h_post, h_res, phi, alpha, bias, h_pre, rms_norm_weight, *constants(spec), eps)
     if out is None:
-        *results, next_pre, _ = operators.boundary.post_pre(*inputs)
-        return tuple(results) if h_pre is None else (*results, next_pre)
+        *results, h_pre_next, _ = operators.boundary.post_pre(*inputs)
+        return tuple(results) if h_pre is None else (*results, h_pre_next)
     shapes = {"x_next": (n, hidden_size), "layer_input": (hidden_size,), "h_post": (n,), "h_res": (n, n)}
     if h_pre is not None:
         shapes["h_pre"] = (n,)
     buffers = check_buffers(arguments, out, (x.dtype, x.dtype, *(torch.float32,) * 3), **shapes)
-    named = dict(zip(("x_next", "layer_input", "next_post", "next_res", "next_pre"), buffers, strict=False))
+    named = dict(zip(("x_next", "layer_input", "h_post_next", "h_res_next", "h_pre_next"), buffers, strict=False))
     operators.boundary.post_pre_out(*inputs, **named)
     return buffers
 

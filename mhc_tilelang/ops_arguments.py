@@ -10,7 +10,7 @@ import torch
 from .arguments import STREAM_DTYPES, Arguments, check_eps, check_spec, shape_of
 from .spec import MHCSpec
 
-LAYER_NORM_EPS = 1e-6
+RMS_NORM_EPS = 1e-6
 
 
 def check_projected(
@@ -70,18 +70,16 @@ def check_delayed(arguments: Arguments, h_pre: torch.Tensor | None, spec: MHCSpe
     return None
 
 
-def check_layer_norm(
+def check_rms_norm(
     arguments: Arguments, weight: torch.Tensor | None, eps: float, spec: MHCSpec, dtype: torch.dtype
 ) -> float:
     """Check the norm of a layer's input; an eps of its own without a weight would be ignored, so it is refused."""
-    eps = check_eps(arguments.function, "layer_norm_eps", eps)
+    eps = check_eps(arguments.function, "rms_norm_eps", eps)
     if weight is not None:
         dtypes = tuple(dict.fromkeys((torch.float32, dtype)))
-        arguments.tensor("layer_norm_weight", weight, (spec.hidden_size,), dtypes)
-    elif eps != LAYER_NORM_EPS:
-        raise ValueError(
-            f"{arguments.function}: layer_norm_eps: expected a layer_norm_weight beside it, got {eps} alone"
-        )
+        arguments.tensor("rms_norm_weight", weight, (spec.hidden_size,), dtypes)
+    elif eps != RMS_NORM_EPS:
+        raise ValueError(f"{arguments.function}: rms_norm_eps: expected a rms_norm_weight beside it, got {eps} alone")
     return eps
 
 

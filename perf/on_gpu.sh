@@ -42,12 +42,12 @@ overhead-v4-pro     overhead     80  50   $MHC bench overhead --device cuda --mo
 compile-counters    counters     60  10   $ON_GPU compile counters
 counters            counters    150  80   $PYTHON -m mhc_tilelang.perf.gpu.counters --csv $COUNTERS --json $JSON
 compile-peers       peers       200  10   $ON_GPU compile peers
-peers-warm          peers       180 120   for k in project+coefficients+pre coefficients sinkhorn pre post sinkhorn_backward pre_backward post_backward project_backward; do $MHC bench --device cuda --kernels $k --widths 2560 --tokens 4096 --peers all --repeats 1 & done; wait
+peers-warm          peers       180 120   for k in project+coefficients+aggregate coefficients sinkhorn pre post sinkhorn_backward aggregate_backward post_backward project_backward; do $MHC bench --device cuda --kernels $k --widths 2560 --tokens 4096 --peers all --repeats 1 & done; wait
 peers               peers       120  60   $MHC bench --device cuda --widths 2560 --tokens 4096 --peers all --json $JSON
 compiled            peers       150 100   $MHC bench --device cuda --widths 2560 --tokens 4096 --baselines all --json $JSON
 tune-post_project   tune        120  80   $TUNE post_project --json $JSON
 tune-boundary       tune        120  90   $TUNE boundary_backward --json $JSON
-tune-post_backward  tune         60  25   $TUNE post_backward pre_backward --json $JSON
+tune-post_backward  tune         60  25   $TUNE post_backward aggregate_backward --json $JSON
 tune-apply          tune         90  60   $TUNE post pre expand expand_backward --json $JSON
 tune-project        tune        120  80   $TUNE project project_backward --json $JSON
 tune-tokens         tune         90  50   $TUNE coefficients coefficients_backward sinkhorn sinkhorn_backward --json $JSON

@@ -5,7 +5,7 @@ Arguments of any float dtype become float64, and nothing is rounded to a narrowe
 shapes and conventions are those of `mhc_tilelang`.
 
 A family a file: `expand`, `projection` (Eq. 14, 15), `coefficients` (16 to 18), `sinkhorn` (9, 19), `pre` and
-`post` (3), `post_pre`, `delayed`, `head`, `expand_pre`, `post_head`, `layer_norm`, `residual` (1), `hyper_connections`
+`post` (3), `post_pre`, `delayed`, `head`, `expand_pre`, `post_head`, `rms_norm`, `residual` (1), `hyper_connections`
 (5), and `stream`, which carries an embedding through many sublayers (4).
 
 What trains has its gradient beside it: X and X_backward. g_y is the gradient of a scalar loss by y.
@@ -41,7 +41,6 @@ from .hyper_connections import (
     normalize_streams,
     normalize_streams_backward,
 )
-from .layer_norm import layer_norm, layer_norm_backward
 from .post import post, post_backward
 from .post_head import post_head, post_head_backward
 from .post_pre import post_pre, post_pre_backward
@@ -55,6 +54,7 @@ from .projection import (
     rms_scale_backward,
 )
 from .residual import residual, residual_backward, residual_coefficients
+from .rms_norm import rms_norm, rms_norm_backward
 from .sinkhorn import sinkhorn, sinkhorn_backward
 from .stream import Step, Sublayer, run_stream, stream_steps
 
@@ -93,8 +93,6 @@ __all__ = [
     "head_backward",
     "head_coefficients",
     "head_coefficients_backward",
-    "layer_norm",
-    "layer_norm_backward",
     "normalize_streams",
     "normalize_streams_backward",
     "post",
@@ -110,6 +108,8 @@ __all__ = [
     "residual",
     "residual_backward",
     "residual_coefficients",
+    "rms_norm",
+    "rms_norm_backward",
     "rms_scale",
     "rms_scale_backward",
     "run_stream",

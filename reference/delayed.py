@@ -1,7 +1,7 @@
 """The delayed form of `pre` and `post_pre` (DeepSeek-V4.1): the aggregate takes the h_pre of the sublayer before.
 
     layer_input[c] = Σ_i h_pre[i] · x[i, c]     h_pre given: computed at the sublayer before, of an earlier x
-    next_pre, h_post, h_res = coefficients(x)   next_pre for the sublayer after
+    h_pre_next, h_post, h_res = coefficients(x)   h_pre_next for the sublayer after
 
 The first sublayer has none before it and takes stream 0 (`first_pre`). All else is as in the ordinary form.
 
@@ -37,18 +37,18 @@ def delayed_pre(
     """`aggregate` with h_pre [..., n], and `coefficients`, whose arguments the others are.
 
     Returns:
-        layer_input [..., C]; h_post [..., n] and h_res [..., n, n] for the `post` of the same sublayer; next_pre
+        layer_input [..., C]; h_post [..., n] and h_res [..., n, n] for the `post` of the same sublayer; h_pre_next
         [..., n] for the sublayer after.
     """
-    next_pre, h_post, h_res = coefficients(x, phi, alpha, bias, spec, norm_weight)
-    return aggregate(x, h_pre), h_post, h_res, next_pre
+    h_pre_next, h_post, h_res = coefficients(x, phi, alpha, bias, spec, norm_weight)
+    return aggregate(x, h_pre), h_post, h_res, h_pre_next
 
 
 def delayed_pre_backward(
     g_layer_input: ArrayLike | None,
     g_h_post: ArrayLike | None,
     g_h_res: ArrayLike | None,
-    g_next_pre: ArrayLike | None,
+    g_h_pre_next: ArrayLike | None,
     x: ArrayLike,
     h_pre: ArrayLike,
     phi: ArrayLike,
@@ -61,7 +61,7 @@ def delayed_pre_backward(
 
     Args:
         g_layer_input: [..., C], or None.
-        g_h_post, g_next_pre: [..., n], or None.
+        g_h_post, g_h_pre_next: [..., n], or None.
         g_h_res: [..., n, n], [out, in], or None.
         x, h_pre, phi, alpha, bias, spec, norm_weight: as for `delayed_pre`.
 
@@ -69,7 +69,7 @@ def delayed_pre_backward(
         g_x [..., n, C], g_h_pre [..., n], and g_phi, g_alpha, g_bias and g_norm_weight as `coefficients_backward` does.
     """
     g_x_direct, g_h_pre = aggregate_backward(g_layer_input, x, h_pre)
-    g_x, *g_parameters = coefficients_backward(g_next_pre, g_h_post, g_h_res, x, phi, alpha, bias, spec, norm_weight)
+    g_x, *g_parameters = coefficients_backward(g_h_pre_next, g_h_post, g_h_res, x, phi, alpha, bias, spec, norm_weight)
     return g_x_direct + g_x, g_h_pre, *g_parameters  # type: ignore[return-value]
 
 
@@ -88,10 +88,10 @@ def delayed_post_pre(
     """x_next = post(x, layer_output, h_post, h_res), then delayed_pre(x_next, h_pre, phi, …).
 
     x, layer_output, h_post, h_res and h_pre [..., n] come from the sublayer that ends; phi, alpha, bias and norm_weight
-    belong to the one that begins. This h_pre is the next_pre of the one that ends.
+    belong to the one that begins. This h_pre is the h_pre_next of the one that ends.
 
     Returns:
-        x_next [..., n, C]; layer_input [..., C], h_post [..., n], h_res [..., n, n] and next_pre [..., n] of the
+        x_next [..., n, C]; layer_input [..., C], h_post [..., n], h_res [..., n, n] and h_pre_next [..., n] of the
         sublayer that begins.
     """
     x_next = post(x, layer_output, h_post, h_res)
@@ -101,9 +101,9 @@ def delayed_post_pre(
 def delayed_post_pre_backward(
     g_x_next: ArrayLike | None,
     g_layer_input: ArrayLike | None,
-    g_next_h_post: ArrayLike | None,
-    g_next_h_res: ArrayLike | None,
-    g_next_pre: ArrayLike | None,
+    g_h_post_next: ArrayLike | None,
+    g_h_res_next: ArrayLike | None,
+    g_h_pre_next: ArrayLike | None,
     x: ArrayLike,
     layer_output: ArrayLike,
     h_post: ArrayLike,
@@ -119,7 +119,7 @@ def delayed_post_pre_backward(
 
     Args:
         g_x_next: [..., n, C], or None; what reaches x_next from beyond the sublayer that begins.
-        g_layer_input, g_next_h_post, g_next_h_res, g_next_pre: of the other results, in their shapes, or None.
+        g_layer_input, g_h_post_next, g_h_res_next, g_h_pre_next: of the other results, in their shapes, or None.
         x, layer_output, h_post, h_res, h_pre, phi, alpha, bias, spec, norm_weight: as for `delayed_post_pre`.
 
     Returns:
@@ -129,7 +129,7 @@ def delayed_post_pre_backward(
     x_next = post(x, layer_output, h_post, h_res)
     g_outside = as_gradient("g_x_next", g_x_next, x_next.shape)
     g_inside, g_h_pre, *g_parameters = delayed_pre_backward(
-        g_layer_input, g_next_h_post, g_next_h_res, g_next_pre, x_next, h_pre, phi, alpha, bias, spec, norm_weight
+        g_layer_input, g_h_post_next, g_h_res_next, g_h_pre_next, x_next, h_pre, phi, alpha, bias, spec, norm_weight
     )
     g_mapped = post_backward(g_outside + g_inside, x, layer_output, h_post, h_res)
     return *g_mapped, g_h_pre, *g_parameters  # type: ignore[return-value]

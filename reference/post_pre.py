@@ -37,8 +37,8 @@ def post_pre(
 def post_pre_backward(
     g_x_next: ArrayLike | None,
     g_layer_input: ArrayLike | None,
-    g_next_h_post: ArrayLike | None,
-    g_next_h_res: ArrayLike | None,
+    g_h_post_next: ArrayLike | None,
+    g_h_res_next: ArrayLike | None,
     x: ArrayLike,
     layer_output: ArrayLike,
     h_post: ArrayLike,
@@ -54,8 +54,8 @@ def post_pre_backward(
     Args:
         g_x_next: [..., n, C], or None; what reaches x_next from beyond the next `pre`.
         g_layer_input: [..., C], or None.
-        g_next_h_post: [..., n], or None; of the h_post that `post_pre` returns.
-        g_next_h_res: [..., n, n], [out, in], or None; of the h_res that it returns.
+        g_h_post_next: [..., n], or None; of the h_post that `post_pre` returns.
+        g_h_res_next: [..., n, n], [out, in], or None; of the h_res that it returns.
         x, layer_output, h_post, h_res, phi, alpha, bias, spec, norm_weight: as for `post_pre`.
 
     Returns:
@@ -65,7 +65,7 @@ def post_pre_backward(
     x_next = post(x, layer_output, h_post, h_res)
     g_x_next = as_gradient("g_x_next", g_x_next, x_next.shape)
     g_x_pre, g_phi, g_alpha, g_bias, g_norm_weight = pre_backward(
-        g_layer_input, g_next_h_post, g_next_h_res, x_next, phi, alpha, bias, spec, norm_weight
+        g_layer_input, g_h_post_next, g_h_res_next, x_next, phi, alpha, bias, spec, norm_weight
     )
     g_mapped = post_backward(g_x_next + g_x_pre, x, layer_output, h_post, h_res)
     return *g_mapped, g_phi, g_alpha, g_bias, g_norm_weight

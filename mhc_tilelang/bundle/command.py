@@ -55,7 +55,7 @@ def run_export(args: argparse.Namespace) -> int:
             targets,
             args.out,
             forward_only=args.forward_only,
-            layer_norm_eps=args.layer_norm_eps,
+            rms_norm_eps=args.rms_norm_eps,
             march=args.march,
             started=started,
         )

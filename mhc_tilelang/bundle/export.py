@@ -23,11 +23,11 @@ ALIGNMENT = {"cpu": "of an element", "cuda": 16}
 
 
 def kernels_for(
-    spec: MHCSpec, dtype: str, target: str, forward_only: bool, layer_norm_eps: float | None
+    spec: MHCSpec, dtype: str, target: str, forward_only: bool, rms_norm_eps: float | None
 ) -> list[Described]:
     """The kernels that a model needs on a target, traced and named. Loads tilelang."""
     common = {"num_streams": spec.num_streams, "hidden_size": spec.hidden_size, "dtype": dtype}
-    wanted = workload.kernels_of(spec, dtype, target, forward_only, layer_norm_eps)
+    wanted = workload.kernels_of(spec, dtype, target, forward_only, rms_norm_eps)
     return unique_names([describe(family, parameters, common) for family, parameters in wanted])
 
 
@@ -38,7 +38,7 @@ def export(
     folder: Path,
     *,
     forward_only: bool = False,
-    layer_norm_eps: float | None = None,
+    rms_norm_eps: float | None = None,
     march: str | None = None,
     started: Callable[[int], Tick] = lambda _: lambda: None,
 ) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def export(
         spec, dtype: of the model.
         targets: "cpu" and CUDA architectures.
         forward_only: leave out what only a backward launches.
-        layer_norm_eps: of connections that normalise the layer's input; with None there are none.
+        rms_norm_eps: of connections that normalise the layer's input; with None there are none.
         march: of the CPU's library; x86-64-v3 unless given.
         started: is told how many steps there will be, and returns what is called after each.
 
@@ -62,7 +62,7 @@ def export(
             cpu_target.features_of(march)
         else:
             cuda_target.check_arch(target)
-    kernels = {target: kernels_for(spec, dtype, target, forward_only, layer_norm_eps) for target in targets}
+    kernels = {target: kernels_for(spec, dtype, target, forward_only, rms_norm_eps) for target in targets}
     tick = started(2 * sum(map(len, kernels.values())))
     folder = folder.resolve()
     try:
@@ -73,7 +73,7 @@ def export(
         with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
             made = Path(scratch) / "bundle"
             made.mkdir()
-            facts = write(spec, dtype, kernels, forward_only, layer_norm_eps, march, made, tick)
+            facts = write(spec, dtype, kernels, forward_only, rms_norm_eps, march, made, tick)
             if folder.exists():
                 folder.rmdir()
             os.replace(made, folder)
@@ -87,7 +87,7 @@ def write(
     dtype: str,
     kernels: dict[str, list[Described]],
     forward_only: bool,
-    layer_norm_eps: float | None,
+    rms_norm_eps: float | None,
     march: str,
     folder: Path,
     tick: Tick,
@@ -101,7 +101,7 @@ def write(
             targets[target] = cpu_target.write(described, dtype, march, folder, tick)
         else:
             targets[target] = cuda_target.write(described, target, folder, tick)
-        vectors[target] = golden.make(described, spec, dtype, target, forward_only, layer_norm_eps, arrays, tick)
+        vectors[target] = golden.make(described, spec, dtype, target, forward_only, rms_norm_eps, arrays, tick)
     golden.write(folder, arrays, vectors)
     facts = {
         "format": manifest.FORMAT,
@@ -109,7 +109,7 @@ def write(
         "spec": asdict(spec),
         "dtype": dtype,
         "forward_only": forward_only,
-        "layer_norm_eps": layer_norm_eps,
+        "rms_norm_eps": rms_norm_eps,
         "layout": {"order": "row-major", "contiguous": True, "alignment": ALIGNMENT},
         "targets": targets,
         "golden": {target: f"golden/{target}/index.json" for target in targets},

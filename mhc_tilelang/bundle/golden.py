@@ -133,7 +133,7 @@ def make(
     dtype: str,
     target: str,
     forward_only: bool,
-    layer_norm_eps: float | None,
+    rms_norm_eps: float | None,
     arrays: dict[str, Any],
     tick: Callable[[], object],
 ) -> list[dict[str, Any]]:
@@ -142,7 +142,7 @@ def make(
         torch.manual_seed(SEED)
         recorder = Recorder(kernels, target, arrays, Path(scratch), tick)
         with compiler.emulating(workload.emulator(target, recorder.load)):
-            workload.run(spec, workload.inputs_of(spec, dtype), forward_only, torch.randn_like, layer_norm_eps)
+            workload.run(spec, workload.inputs_of(spec, dtype), forward_only, torch.randn_like, rms_norm_eps)
         for kernel in kernels:
             if kernel.name not in recorder.vectors and not kernel.signature.scalars:
                 recorder.load(kernel.family, kernel.parameters)(**random_arguments(kernel))

@@ -25,7 +25,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool) -> N
     parser.add_argument("--constants", choices=tuple(CONSTANTS), default="deepseek-v4", help=help_text)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the stream (default: bfloat16)")
     text = "of connections that normalise the layer's input (default: none do)"
-    parser.add_argument("--layer-norm-eps", type=float, metavar="EPS", help=text)
+    parser.add_argument("--rms-norm-eps", type=float, metavar="EPS", help=text)
     parser.add_argument("--forward-only", action="store_true", help="leave out what only a backward launches")
 
 

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         target = args.arch
         check_arch(target)
-    kernels = kernels_of(spec, args.dtype, target, args.forward_only, args.layer_norm_eps)
+    kernels = kernels_of(spec, args.dtype, target, args.forward_only, args.rms_norm_eps)
     start = time.monotonic()
     for family, parameters in tqdm(kernels, desc="warmup", unit="kernel", leave=False):
         compiler.kernel(family, target, **parameters)

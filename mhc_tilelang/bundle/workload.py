@@ -31,11 +31,11 @@ Key = tuple[str, tuple[tuple[str, Any], ...]]
 
 
 def kernels_of(
-    spec: MHCSpec, dtype: str, target: str, forward_only: bool = False, layer_norm_eps: float | None = None
+    spec: MHCSpec, dtype: str, target: str, forward_only: bool = False, rms_norm_eps: float | None = None
 ) -> list[tuple[str, dict[str, Any]]]:
     """Family and parameters of every kernel that a model of this width needs on "cpu" or a CUDA architecture.
 
-    With layer_norm_eps also those of connections that normalise the layer's input.
+    With rms_norm_eps also those of connections that normalise the layer's input.
     """
     found: dict[Key, None] = {}
 
@@ -46,7 +46,7 @@ def kernels_of(
     with compiler.emulating(emulator(target, load)):
         for num_tokens in TOKEN_COUNTS:
             inputs = unset(inputs_of(spec, dtype), num_tokens)
-            run(spec, inputs, forward_only, torch.empty_like, layer_norm_eps)
+            run(spec, inputs, forward_only, torch.empty_like, rms_norm_eps)
     return [(family, dict(parameters)) for family, parameters in found]
 
 
@@ -73,10 +73,10 @@ def run(
     inputs: Inputs,
     forward_only: bool,
     gradient: Callable[[torch.Tensor], torch.Tensor],
-    layer_norm_eps: float | None = None,
+    rms_norm_eps: float | None = None,
 ) -> None:
     """Call everything once, and its backward with these gradients of results."""
-    norms = (None,) if layer_norm_eps is None else (None, layer_norm_eps)
+    norms = (None,) if rms_norm_eps is None else (None, rms_norm_eps)
     for results in chain(functions(spec, inputs), *(streams(spec, inputs, eps) for eps in norms)):
         if not forward_only:
             torch.autograd.backward(results, [gradient(result) for result in results])
@@ -99,7 +99,7 @@ def stream(
     h = inputs.h.clone().requires_grad_(embedding)
     stream = ResidualStream(h, spec.num_streams)
     for sublayer in range(3):
-        connection = HyperConnection(spec, sublayer, layer_norm_eps=eps).requires_grad_(connections)
+        connection = HyperConnection(spec, sublayer, rms_norm_eps=eps).requires_grad_(connections)
         with torch.no_grad():
             connection.phi.copy_(inputs.phi)
         stream.write(stream.read(connection) * 0.5)

@@ -46,10 +46,10 @@ def check_sinkhorn_backward(case: Case, inputs: Inputs) -> list[Comparison]:
     return [Comparison("g_logits", numpy64(got), numpy64(plain), expected, bound, np.ones_like(expected))]
 
 
-def check_pre_backward(case: Case, inputs: Inputs) -> list[Comparison]:
+def check_aggregate_backward(case: Case, inputs: Inputs) -> list[Comparison]:
     """n inner products over the channels."""
     g = Gradients.of(case, inputs.x.device).g_h
-    got = launch_backward.pre_backward(g, inputs.x)
+    got = launch_backward.aggregate_backward(g, inputs.x)
     [plain] = by_autograd(lambda h_pre: plain_torch.aggregate(inputs.x, h_pre), g, inputs.h_pre)
     x, gradient = numpy64(inputs.x), numpy64(g)
     _, expected = reference.aggregate_backward(gradient, x, numpy64(inputs.h_pre))
@@ -127,7 +127,7 @@ def compare_projection(case: Case, inputs: Inputs, aggregated: bool) -> list[Com
 CHECKS: dict[str, Callable[[Case, Inputs], list[Comparison]]] = {
     "expand_backward": check_expand_backward,
     "sinkhorn_backward": check_sinkhorn_backward,
-    "pre_backward": check_pre_backward,
+    "aggregate_backward": check_aggregate_backward,
     "post_backward": check_post_backward,
     "project_backward": check_project_backward,
     "project_backward_aggregated": check_project_backward_aggregated,

@@ -78,13 +78,15 @@ def check_post_pre(case: Case, inputs: Inputs, delayed: bool = False) -> list[Co
     ]
 
 
-def check_pre_mappings(case: Case, inputs: Inputs) -> list[Comparison]:
+def check_aggregate_mappings(case: Case, inputs: Inputs) -> list[Comparison]:
     """The aggregation by a given h_pre, and what is made beside it: the mappings of the same stream."""
     parameters, spec = (inputs.phi, inputs.alpha, inputs.bias), case.spec
     plan = launch.projection_plan(inputs.x, spec.num_coefficients)
     partial_sums = launch.project(inputs.x, inputs.phi, plan)
     h_pre, _, _, projected = launch.coefficients(partial_sums, *parameters[1:], spec, plan, deferred=True)
-    layer_input, *mappings = launch_mappings.pre_mappings(inputs.x, inputs.h_pre, projected, *parameters[1:], spec)
+    layer_input, *mappings = launch_mappings.aggregate_mappings(
+        inputs.x, inputs.h_pre, projected, *parameters[1:], spec
+    )
     plain = plain_torch.coefficients(inputs.x, *parameters, spec)
     return [
         compare_input(case, inputs, layer_input),
@@ -109,7 +111,7 @@ def check_post_pre_backward(case: Case, inputs: Inputs) -> list[Comparison]:
         spec,
     )
     plain = plain_gradients(case, inputs, upstream)
-    g_mappings = (launch_backward.pre_backward(g_input, forward.x_next), *of_mappings)
+    g_mappings = (launch_backward.aggregate_backward(g_input, forward.x_next), *of_mappings)
     g_projected, *_ = launch_backward.coefficients_backward(
         g_mappings[0], *of_mappings, forward.projected, *parameters[1:], spec
     )
@@ -189,7 +191,7 @@ def compare_mixing(
 
 
 CHECKS: dict[str, Callable[[Case, Inputs], list[Comparison]]] = {
-    "pre_mappings": check_pre_mappings,
+    "aggregate_mappings": check_aggregate_mappings,
     "post_pre": check_post_pre,
     "post_pre_delayed": partial(check_post_pre, delayed=True),
     "post_pre_backward": check_post_pre_backward,

@@ -84,7 +84,7 @@ def check_expand_pre_backward(case: Case, inputs: Inputs) -> list[Comparison]:
 
     gradient = torch.cat([each.float().flatten() for each in given])
     plain = by_autograd(outputs, gradient, h, *parameters(inputs))
-    g_h_pre = launch_backward.pre_backward(upstream.g_h, forward.x)
+    g_h_pre = launch_backward.aggregate_backward(upstream.g_h, forward.x)
     g_mappings = (g_h_pre, *given[2:])
     g_projected, *_ = launch_backward.coefficients_backward(
         *g_mappings, forward.projected, inputs.alpha, inputs.bias, spec
@@ -158,7 +158,7 @@ def check_post_head_backward(case: Case, inputs: Inputs) -> list[Comparison]:
 
     gradient = torch.cat([each.float().flatten() for each in (upstream.g_x, upstream.g_h)])
     plain = by_autograd(outputs, gradient, *mixed(inputs), *parameters(of_last))
-    g_h_pre = launch_backward.pre_backward(upstream.g_h, forward.x_next)
+    g_h_pre = launch_backward.aggregate_backward(upstream.g_h, forward.x_next)
     rest = (forward.projected, of_last.alpha, of_last.bias, spec)
     g_projected, *_ = launch_backward.head_coefficients_backward(g_h_pre, *rest)
     of_logits = comparisons(

@@ -150,7 +150,7 @@ def check_sinkhorn(case: Case, inputs: Inputs) -> list[Comparison]:
     return [Comparison("h_res", numpy64(got), numpy64(plain), expected, bound, np.ones_like(expected))]
 
 
-def check_pre(case: Case, inputs: Inputs) -> list[Comparison]:
+def check_aggregate(case: Case, inputs: Inputs) -> list[Comparison]:
     """The aggregation alone, for a given h_pre."""
     return [compare_input(case, inputs, launch.aggregate(inputs.x, inputs.h_pre))]
 
@@ -203,7 +203,7 @@ CHECKS: dict[str, Callable[[Case, Inputs], list[Comparison]]] = {
     "project": check_project,
     "coefficients": check_coefficients,
     "sinkhorn": check_sinkhorn,
-    "pre": check_pre,
+    "aggregate": check_aggregate,
     "post": check_post,
     "head": check_head,
 }

@@ -23,7 +23,7 @@ from .tolerance import U32
 EPS = 0.01  # of the mean square, which is about n/3: an eps left out shows in every dtype
 
 
-def layer_norm_weight(case: Case, device: torch.device) -> torch.Tensor:
+def rms_norm_weight(case: Case, device: torch.device) -> torch.Tensor:
     """w [C], float32, around 1 and of both signs."""
     generator = torch.Generator().manual_seed(case.seed + 29)
     return (1 + torch.randn(case.hidden_size, generator=generator, device=drawing_device(device))).to(device)
@@ -51,30 +51,30 @@ class Normed:
         u_bound = case.num_streams * U32 * magnitude
         summed = (np.abs(u) * u_bound).sum(-1, keepdims=True) + tolerance.sum_squares(u)[..., None] / 2
         scale_bound = np.square(scale) / case.hidden_size * summed + 4 * U32
-        return cls(u, scale, numpy64(layer_norm_weight(case, inputs.x.device)), magnitude, u_bound, scale_bound)
+        return cls(u, scale, numpy64(rms_norm_weight(case, inputs.x.device)), magnitude, u_bound, scale_bound)
 
 
-def check_pre_norm(case: Case, inputs: Inputs) -> list[Comparison]:
+def check_aggregate_norm(case: Case, inputs: Inputs) -> list[Comparison]:
     """The normalised aggregation, for a given h_pre."""
-    weight, at = layer_norm_weight(case, inputs.x.device), Normed.of(case, inputs)
-    got = launch_norm.pre_norm(inputs.x, inputs.h_pre, weight, EPS)
+    weight, at = rms_norm_weight(case, inputs.x.device), Normed.of(case, inputs)
+    got = launch_norm.aggregate_norm(inputs.x, inputs.h_pre, weight, EPS)
     plain = plain_torch.aggregate_normed(inputs.x, inputs.h_pre, weight, EPS)
-    expected = reference.layer_norm(at.u, at.weight, EPS)
+    expected = reference.rms_norm(at.u, at.weight, EPS)
     scale = np.abs(at.scale * at.weight) * at.magnitude
     bound = np.abs(at.scale * at.weight) * at.u_bound + np.abs(expected) * at.scale_bound
     bound = bound + tolerance.combination(np.abs(expected) + bound, 1, dtype_name(case.dtype))
     return [Comparison("layer_input", numpy64(got), numpy64(plain), expected, bound, scale)]
 
 
-def check_pre_norm_backward(case: Case, inputs: Inputs) -> list[Comparison]:
+def check_aggregate_norm_backward(case: Case, inputs: Inputs) -> list[Comparison]:
     """The gradients of the sum before the norm, of h_pre and of the weight."""
-    weight, at = layer_norm_weight(case, inputs.x.device), Normed.of(case, inputs)
+    weight, at = rms_norm_weight(case, inputs.x.device), Normed.of(case, inputs)
     upstream = Gradients.of(case, inputs.x.device).g_h
-    got = launch_norm.pre_norm_backward(upstream, inputs.x, inputs.h_pre, weight, EPS)
+    got = launch_norm.aggregate_norm_backward(upstream, inputs.x, inputs.h_pre, weight, EPS)
     plain = plain_gradients(upstream, inputs, weight)
 
     g, x, dtype, size = numpy64(upstream), numpy64(inputs.x), dtype_name(case.dtype), case.hidden_size
-    g_u, g_weight = reference.layer_norm_backward(g, at.u, at.weight, EPS)
+    g_u, g_weight = reference.rms_norm_backward(g, at.u, at.weight, EPS)
     _, g_h_pre = reference.aggregate_backward(g_u, x, numpy64(inputs.h_pre))
 
     r, r_bound, weighted = at.scale, at.scale_bound, at.weight * g
@@ -113,7 +113,7 @@ def plain_gradients(gradient: torch.Tensor, inputs: Inputs, weight: torch.Tensor
     """g_u rounded to the stream's dtype, g_h_pre and g_weight by torch's autograd."""
 
     def normed(h_pre: torch.Tensor, offset: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        return plain_torch.layer_norm((h_pre.unsqueeze(-1) * inputs.x.float()).sum(1) + offset, w, EPS)
+        return plain_torch.rms_norm((h_pre.unsqueeze(-1) * inputs.x.float()).sum(1) + offset, w, EPS)
 
     offset = torch.zeros(gradient.shape, device=gradient.device)
     g_h_pre, g_u, g_weight = by_autograd(normed, gradient.float(), inputs.h_pre, offset, weight)
@@ -121,6 +121,6 @@ def plain_gradients(gradient: torch.Tensor, inputs: Inputs, weight: torch.Tensor
 
 
 CHECKS: dict[str, Callable[[Case, Inputs], list[Comparison]]] = {
-    "pre_norm": check_pre_norm,
-    "pre_norm_backward": check_pre_norm_backward,
+    "aggregate_norm": check_aggregate_norm,
+    "aggregate_norm_backward": check_aggregate_norm_backward,
 }

@@ -55,14 +55,14 @@ def aggregate(x: torch.Tensor, h_pre: torch.Tensor) -> torch.Tensor:
     return (h_pre.unsqueeze(-1) * x.float()).sum(1).to(x.dtype)
 
 
-def layer_norm(u: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(u: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """u [T, C] float32, weight [C] -> its RMSNorm [T, C], float32."""
     return u * torch.rsqrt(u.square().mean(-1, keepdim=True) + eps) * weight.float()
 
 
 def aggregate_normed(x: torch.Tensor, h_pre: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [T, n, C], h_pre [T, n], weight [C] -> the aggregate's RMSNorm [T, C], rounded once."""
-    return layer_norm((h_pre.unsqueeze(-1) * x.float()).sum(1), weight, eps).to(x.dtype)
+    return rms_norm((h_pre.unsqueeze(-1) * x.float()).sum(1), weight, eps).to(x.dtype)
 
 
 def pre(

@@ -37,7 +37,7 @@ class RowsFirstConnection(HyperConnection):
         n = self.spec.num_streams
         phi, bias = swapped_rows(self.phi, n), swapped_rows(self.bias, n)
         h_pre = waiting[0] if delayed else None
-        layer_input, h_post, transposed, *next_pre = ops.pre(
-            x, phi, self.alpha, bias, self.spec, h_pre=h_pre, **self.layer_norm()
+        layer_input, h_post, transposed, *h_pre_next = ops.pre(
+            x, phi, self.alpha, bias, self.spec, h_pre=h_pre, **self.rms_norm()
         )
-        return layer_input, h_post, transposed.mT.contiguous(), *next_pre
+        return layer_input, h_post, transposed.mT.contiguous(), *h_pre_next

@@ -95,15 +95,15 @@ class HyperConnection(SublayerModule):
         sublayer: the sublayer's place in the model, from 0; attention and MLP count one each. It only picks
             the stream that is read at first.
         device: where the parameters are made, as in torch's modules.
-        layer_norm_eps: with a number, the connection normalises the layer's input, so that the layer has no RMSNorm of
-            its own to begin with (`layer_norm_weight` in `pre`).
+        rms_norm_eps: with a number, the connection normalises the layer's input, so that the layer has no RMSNorm of
+            its own to begin with (`rms_norm_weight` in `pre`).
 
     Parameters (float32):
         phi [M, K] starts at 0, so that mappings depend on their biases alone; the paper is silent here, and
             this is our choice. alpha [3] starts at 0.01.
         bias [M] starts at −3 for pre, but +3 at stream `sublayer % n`, at 0 for post and at 6·I − 3 for res:
             h_pre is 0.95 for one stream and 0.05 for the others, h_post 1, and h_res close to the identity.
-        layer_norm_weight [C] starts at 1; None without layer_norm_eps.
+        rms_norm_weight [C] starts at 1; None without rms_norm_eps.
 
     They stay float32 in FSDP2 too: where a model is sharded with a mixed-precision policy, call `fully_shard` on
     its connections first, without one.
@@ -111,20 +111,20 @@ class HyperConnection(SublayerModule):
 
     kind = "mhc"
 
-    layer_norm_weight: nn.Parameter | None
+    rms_norm_weight: nn.Parameter | None
 
     def __init__(
-        self, spec: MHCSpec, sublayer: int = 0, device: Device = None, layer_norm_eps: float | None = None
+        self, spec: MHCSpec, sublayer: int = 0, device: Device = None, rms_norm_eps: float | None = None
     ) -> None:
         super().__init__(spec, sublayer)
-        self.layer_norm_eps = layer_norm_eps
+        self.rms_norm_eps = rms_norm_eps
         self.phi = make_parameter(spec.num_coefficients, spec.stream_size, device=device)
         self.alpha = make_parameter(3, device=device)
         self.bias = make_parameter(spec.num_coefficients, device=device)
-        self.layer_norm_weight = None
-        if layer_norm_eps is not None:
-            self.layer_norm_eps = check_eps("HyperConnection", "layer_norm_eps", layer_norm_eps)
-            self.layer_norm_weight = make_parameter(spec.hidden_size, device=device)
+        self.rms_norm_weight = None
+        if rms_norm_eps is not None:
+            self.rms_norm_eps = check_eps("HyperConnection", "rms_norm_eps", rms_norm_eps)
+            self.rms_norm_weight = make_parameter(spec.hidden_size, device=device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -132,8 +132,8 @@ class HyperConnection(SublayerModule):
         nn.init.zeros_(self.phi)
         row, identity = self.identity()
         self.reset_static(6 * row - 3, 0.0, 6 * identity - 3)
-        if self.layer_norm_weight is not None:
-            nn.init.ones_(self.layer_norm_weight)
+        if self.rms_norm_weight is not None:
+            nn.init.ones_(self.rms_norm_weight)
 
     def forward(self, x: torch.Tensor, *waiting: Any, expands: bool = False) -> tuple[torch.Tensor, ...]:
         """x [..., n, C] -> layer_input [..., C], h_post [..., n], h_res [..., n, n], as `pre`.
@@ -152,8 +152,8 @@ class HyperConnection(SublayerModule):
                 f"HyperConnection: expected x{also}, or x, layer_output, h_post, h_res{also}, got x and {len(waiting)} "
                 f"more{first}"
             )
-        if expands and (waiting or self.layer_norm()):
-            got = f"{len(waiting)} more" if waiting else f"a layer_norm_eps of {self.layer_norm_eps}"
+        if expands and (waiting or self.rms_norm()):
+            got = f"{len(waiting)} more" if waiting else f"a rms_norm_eps of {self.rms_norm_eps}"
             raise TypeError(f"HyperConnection: expands: expected an embedding alone, and no layer norm, got {got}")
         *written, h_pre = waiting if delayed else (*waiting, None)
         parameters = (self.phi, self.alpha, self.bias, self.spec)
@@ -161,19 +161,19 @@ class HyperConnection(SublayerModule):
         if expands:
             return ops.expand_pre(x, *parameters)
         if not written:
-            return ops.pre(x, *parameters, h_pre=h_pre, **self.layer_norm())
+            return ops.pre(x, *parameters, h_pre=h_pre, **self.rms_norm())
         layer_output, h_post, h_res = written
-        return ops.post_pre(x, layer_output, h_post, h_res, *parameters, h_pre=h_pre, **self.layer_norm())
+        return ops.post_pre(x, layer_output, h_post, h_res, *parameters, h_pre=h_pre, **self.rms_norm())
 
-    def layer_norm(self) -> dict[str, Any]:
+    def rms_norm(self) -> dict[str, Any]:
         """What `pre` and `post_pre` are told of the layer's norm: nothing without one."""
-        if self.layer_norm_eps is None:
+        if self.rms_norm_eps is None:
             return {}
-        return {"layer_norm_weight": self.layer_norm_weight, "layer_norm_eps": self.layer_norm_eps}
+        return {"rms_norm_weight": self.rms_norm_weight, "rms_norm_eps": self.rms_norm_eps}
 
     def extra_repr(self) -> str:
         text = super().extra_repr() + (", delayed_pre=True" if self.spec.delayed_pre else "")
-        return text + (f", layer_norm_eps={self.layer_norm_eps}" if self.layer_norm_eps is not None else "")
+        return text + (f", rms_norm_eps={self.rms_norm_eps}" if self.rms_norm_eps is not None else "")
 
     @staticmethod
     def merge(x: torch.Tensor, layer_output: torch.Tensor, h_post: torch.Tensor, h_res: torch.Tensor) -> torch.Tensor:

@@ -126,7 +126,7 @@ class Recorder:
             reading, own_pre = _own_pre_of(layer_input, self._since)
             if self._block is None or self._sublayer == self._length or not self._stands_at(x):
                 self._block, self._sublayer = Block(Watched(x), self._workspace), 0
-            weight: Any = connection.layer_norm_weight
+            weight: Any = connection.rms_norm_weight
             # A sharded weight is so again by now, and still so when its layer asks for the input.
             is_plain = weight is None or type(weight) in PLAIN
             can_be_made = is_plain and _is_read_from(layer_input, x, given_pre, weight)
@@ -137,9 +137,9 @@ class Recorder:
                 self._block.h_pre[self._sublayer] = Watched(own_pre if given_pre is None else given_pre)
                 if reading == EXPANDS:
                     self._block.makers[self._sublayer] = _of_equal_streams
-                if connection.layer_norm_eps is not None:  # C numbers, as they are now
+                if connection.rms_norm_eps is not None:  # C numbers, as they are now
                     self._block.makers[self._sublayer] = partial(
-                        launch_norm.pre_norm, weight=weight.detach().clone(), eps=connection.layer_norm_eps
+                        launch_norm.aggregate_norm, weight=weight.detach().clone(), eps=connection.rms_norm_eps
                     )
         else:
             self._block = self._x = None

@@ -274,7 +274,7 @@ class ResidualStream:
         waits = not self._is_expanded and self._given[1:] == modes()
         if not waits or self._delayed or not has_own_forward(connection):
             return False
-        return isinstance(connection, HyperConnection) and not connection.layer_norm()
+        return isinstance(connection, HyperConnection) and not connection.rms_norm()
 
     def _embedding(self) -> torch.Tensor:
         """The h that waits to be expanded."""

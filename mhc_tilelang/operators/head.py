@@ -103,7 +103,7 @@ def _run_backward(
 ) -> Tensors:
     g_output = flat(g_output, 1)
     g_projected, g_alpha, g_bias = launch_backward.head_coefficients_backward(
-        launch_backward.pre_backward(g_output, flat(x, 2)),
+        launch_backward.aggregate_backward(g_output, flat(x, 2)),
         projected.contiguous(),
         alpha.contiguous(),
         bias.contiguous(),

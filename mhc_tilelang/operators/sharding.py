@@ -4,7 +4,7 @@ A stream may be sharded over tokens, by any of its leading dimensions: batch, se
 mesh. Every token is a computation of its own, so that each rank runs the kernels on its part, and nothing is sent:
 
     stream, layer's input and output, mappings, and their gradients   as the stream lies
-    phi, alpha, bias, layer_norm_weight                               replicated
+    phi, alpha, bias, rms_norm_weight                               replicated
     their gradients                                                   Partial(sum) where tokens are sharded
     projected [rows + 1, T]                                           Shard(1) where tokens are sharded
 
@@ -50,7 +50,7 @@ RESULTS = {
     "head": "ttd",
     "head_backward": "tggg",
 }
-INPUTS = {"phi": "p", "alpha": "p", "bias": "p", "layer_norm_weight": "p", "projected": "d"}  # all others: t
+INPUTS = {"phi": "p", "alpha": "p", "bias": "p", "rms_norm_weight": "p", "projected": "d"}  # all others: t
 FLAT = {"post_head_backward": "h_pre"}  # but for these: f
 TOKENS = {"x": 2, "h": 1, "logits": 2}  # the input that decides, and its dimensions that are not tokens
 

@@ -5,7 +5,7 @@
                                   sum of the stream's gradients between them, as autograd runs them
     post_pre+post_pre_backward    both through the public functions and autograd, as a training step runs them
 
-The outputs are named so that none has the name of an input: next_pre, next_post, next_res are the mappings of the
+The outputs are named so that none has the name of an input: h_pre_next, h_post_next, h_res_next are the mappings of the
 sublayer that begins. What the separate backward rounds on its way, the fused one does not.
 """
 
@@ -23,7 +23,7 @@ from .workloads import Stream, Tensors, gradients_like
 
 MIXING = ("x", "layer_output", "h_post", "h_res")
 PARAMETERS = ("phi", "alpha", "bias")
-FORWARD_RESULTS = ("x_next", "layer_input", "next_post", "next_res")
+FORWARD_RESULTS = ("x_next", "layer_input", "h_post_next", "h_res_next")
 GRADIENTS = tuple(f"g_{name}" for name in (*MIXING, *PARAMETERS))
 SEPARATE = "separate kernels"
 
@@ -64,14 +64,14 @@ def inputs_of(stream: Stream, *names: str) -> dict[str, Any]:
 
 
 def forward(stream: Stream, delayed: bool = False) -> Parts:
-    """x, layer_output, h_post, h_res, phi, alpha, bias -> x_next, layer_input, next_post, next_res.
+    """x, layer_output, h_post, h_res, phi, alpha, bias -> x_next, layer_input, h_post_next, h_res_next.
 
-    `delayed`: with an h_pre, and next_pre too.
+    `delayed`: with an h_pre, and h_pre_next too.
     """
     spec, arguments = stream.spec, inputs_of(stream, *MIXING, *PARAMETERS)
     mixing = inputs_of(stream, *MIXING)
     given = stream.inputs.h_pre if delayed else None
-    names = (*FORWARD_RESULTS, *(["next_pre"] if delayed else []))
+    names = (*FORWARD_RESULTS, *(["h_pre_next"] if delayed else []))
 
     def buffers() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         i = stream.inputs
@@ -82,12 +82,12 @@ def forward(stream: Stream, delayed: bool = False) -> Parts:
     partial = torch.empty_like(stream.partial)
 
     def separately() -> None:
-        x_next, layer_input, next_post, next_res, next_pre = apart
+        x_next, layer_input, h_post_next, h_res_next, h_pre_next = apart
         launch.post(**mixing, out=x_next)
         launch.project(x_next, stream.inputs.phi, stream.plan, out=partial)
-        of_mappings = (next_pre, next_post, next_res)
+        of_mappings = (h_pre_next, h_post_next, h_res_next)
         launch.coefficients(partial, stream.inputs.alpha, stream.inputs.bias, spec, stream.plan, out=of_mappings)
-        launch.aggregate(x_next, next_pre if given is None else given, out=layer_input)
+        launch.aggregate(x_next, h_pre_next if given is None else given, out=layer_input)
 
     return (
         lambda: launch_boundary.post_pre(**arguments, spec=spec, h_pre=given, out=fused),
@@ -98,7 +98,8 @@ def forward(stream: Stream, delayed: bool = False) -> Parts:
 
 
 def backward(stream: Stream) -> Parts:
-    """The gradients of x_next, layer_input, next_post and next_res, and what the forward took and left -> GRADIENTS."""
+    """The gradients of x_next, layer_input, h_post_next and h_res_next, and what the forward took and left ->
+    GRADIENTS."""
     i, spec, left = stream.inputs, stream.spec, Left.of(stream)
     taken = inputs_of(stream, *MIXING, *PARAMETERS)
     kept = {"x_next": left.x_next, "h_pre": left.h_pre, "projected": left.projected}
@@ -113,8 +114,8 @@ def backward(stream: Stream) -> Parts:
     apart = {name: torch.empty_like(taken[name.removeprefix("g_")]) for name in GRADIENTS}
 
     def separately() -> None:
-        launch_backward.pre_backward(left.upstream["g_layer_input"], left.x_next, out=g_h_pre)
-        mappings = (g_h_pre, left.upstream["g_next_post"], left.upstream["g_next_res"])
+        launch_backward.aggregate_backward(left.upstream["g_layer_input"], left.x_next, out=g_h_pre)
+        mappings = (g_h_pre, left.upstream["g_h_post_next"], left.upstream["g_h_res_next"])
         of_parameters = (g_projected, apart["g_alpha"], apart["g_bias"])
         launch_backward.coefficients_backward(*mappings, left.projected, i.alpha, i.bias, spec, out=of_parameters)
         aggregation: dict[str, Any] = {"h_pre": left.h_pre, "g_layer_input": left.upstream["g_layer_input"]}

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from ...kernels.plans import BYTES
 
-KERNELS = ("expand", "project", "coefficients", "sinkhorn", "pre", "post")
+KERNELS = ("expand", "project", "coefficients", "sinkhorn", "aggregate", "post")
 BACKWARD_KERNELS = tuple(f"{kernel}_backward" for kernel in KERNELS)
 # All that precedes a layer, as one measurement: implementations that do not split it up are compared with the sum.
-SUBLAYER_INPUT = "project+coefficients+pre"
+SUBLAYER_INPUT = "project+coefficients+aggregate"
 # Fused across a boundary: post of one sublayer and pre of the next, and as one measurement forward and backward.
 POST_PRE, POST_PRE_DELAYED, POST_PRE_BACKWARD = "post_pre", "post_pre_delayed", "post_pre_backward"
 BOUNDARY_STEP = "post_pre+post_pre_backward"
@@ -24,20 +24,30 @@ BOUNDARY = (
     *("post_pre", "post_pre_delayed", "post_head", "expand_pre"),
     *("post_pre_backward", "post_pre_delayed_backward", "post_head_backward", "expand_pre_backward"),
 )
-NORM = ("pre_norm", "pre_norm_backward")
+NORM = ("aggregate_norm", "aggregate_norm_backward")
 # Every call of `calls.every_call`: audited, built, executed. `bench` has a case for some.
 CALLS = (
-    *("expand", "project", "coefficients", "head_coefficients", "sinkhorn", "pre", "post", "replay", "pre_norm"),
+    *(
+        "expand",
+        "project",
+        "coefficients",
+        "head_coefficients",
+        "sinkhorn",
+        "aggregate",
+        "post",
+        "replay",
+        "aggregate_norm",
+    ),
     *("expand_backward", "project_backward", AGGREGATED, "coefficients_backward", "head_coefficients_backward"),
-    *("sinkhorn_backward", "pre_backward", "pre_norm_backward", "post_backward"),
+    *("sinkhorn_backward", "aggregate_backward", "aggregate_norm_backward", "post_backward"),
     *BOUNDARY,
 )
-FORWARD_PARTS = ("post", "project", "coefficients", "pre")
-BACKWARD_PARTS = ("pre_backward", "coefficients_backward", AGGREGATED, "post_backward")
+FORWARD_PARTS = ("post", "project", "coefficients", "aggregate")
+BACKWARD_PARTS = ("aggregate_backward", "coefficients_backward", AGGREGATED, "post_backward")
 # What else is run where these are measured: the parts, the separate kernels, those that make the inputs of a backward.
 MADE_OF = {
     **dict.fromkeys(("coefficients", "coefficients_backward", "project_backward"), ("project",)),
-    SUBLAYER_INPUT: ("project", "coefficients", "pre"),
+    SUBLAYER_INPUT: ("project", "coefficients", "aggregate"),
     POST_PRE: FORWARD_PARTS,
     POST_PRE_DELAYED: FORWARD_PARTS,
     POST_PRE_BACKWARD: (*FORWARD_PARTS, *BACKWARD_PARTS),

@@ -23,7 +23,7 @@ from ... import (
 )
 from ...checking import inputs as checking
 from ...checking.inputs import Gradients, Inputs
-from ...checking.norm import layer_norm_weight
+from ...checking.norm import rms_norm_weight
 from .cases import AGGREGATED, REPLAYED, Shape
 
 Run = Callable[[], object]
@@ -38,7 +38,7 @@ def every_call(shape: Shape, device: torch.device) -> dict[str, Run]:
     x, phi, alpha, bias = inputs.x, inputs.phi, inputs.alpha, inputs.bias
     parameters, mixed = (phi, alpha, bias), (x, inputs.layer_output, inputs.h_post, inputs.h_res)
     head = (phi[:n].contiguous(), alpha[:1].clone(), bias[:n].clone())
-    weight = layer_norm_weight(case, device)
+    weight = rms_norm_weight(case, device)
     written = [launch_replay.Written(*mixed[1:])] * (REPLAYED - 1)
     iters, eps = spec.sinkhorn_iters, spec.sinkhorn_eps
     of_mappings = (gradients.g_h_post, gradients.g_h_res)
@@ -63,17 +63,17 @@ def every_call(shape: Shape, device: torch.device) -> dict[str, Run]:
         return launch_head.post_head_backward(gradients.g_x, gradients.g_h, *mixed, *head, *saved, spec)
 
     aggregated: dict[str, Any] = {"h_pre": inputs.h_pre, "g_layer_input": gradients.g_h}
-    given_pre = {"given_pre": inputs.h_pre, "g_next_pre": gradients.g_h_pre}
+    given_pre = {"given_pre": inputs.h_pre, "g_h_pre_next": gradients.g_h_pre}
     return {
         "expand": lambda: launch.expand(inputs.h, n),
         "project": lambda: launch.project(x, phi, plan),
         "coefficients": lambda: launch.coefficients(partial, alpha, bias, spec, plan),
         "head_coefficients": lambda: launch.head_coefficients(head_partial, *head[1:], spec, head_plan),
         "sinkhorn": lambda: launch.sinkhorn(inputs.logits, iters, eps),
-        "pre": lambda: launch.aggregate(x, inputs.h_pre),
+        "aggregate": lambda: launch.aggregate(x, inputs.h_pre),
         "post": lambda: launch.post(*mixed),
         "replay": lambda: launch_replay.replay(x, written, dict.fromkeys(range(REPLAYED), inputs.h_pre)),
-        "pre_norm": lambda: launch_norm.pre_norm(x, inputs.h_pre, weight, EPS),
+        "aggregate_norm": lambda: launch_norm.aggregate_norm(x, inputs.h_pre, weight, EPS),
         "expand_backward": lambda: launch_backward.expand_backward(gradients.g_x),
         "project_backward": lambda: launch_backward.project_backward(gradients.g_projected, x, phi),
         AGGREGATED: lambda: launch_backward.project_backward(gradients.g_projected, x, phi, **aggregated),
@@ -82,8 +82,10 @@ def every_call(shape: Shape, device: torch.device) -> dict[str, Run]:
             gradients.g_h_pre, head_projected, *head[1:], spec
         ),
         "sinkhorn_backward": lambda: launch_backward.sinkhorn_backward(gradients.g_h_res, inputs.logits, iters, eps),
-        "pre_backward": lambda: launch_backward.pre_backward(gradients.g_h, x),
-        "pre_norm_backward": lambda: launch_norm.pre_norm_backward(gradients.g_h, x, inputs.h_pre, weight, EPS),
+        "aggregate_backward": lambda: launch_backward.aggregate_backward(gradients.g_h, x),
+        "aggregate_norm_backward": lambda: launch_norm.aggregate_norm_backward(
+            gradients.g_h, x, inputs.h_pre, weight, EPS
+        ),
         "post_backward": lambda: launch_backward.post_backward(gradients.g_x, *mixed),
         "post_pre": lambda: launch_boundary.post_pre(*mixed, *parameters, spec),
         "post_pre_delayed": lambda: launch_boundary.post_pre(*mixed, *parameters, spec, h_pre=inputs.h_pre),

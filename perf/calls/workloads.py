@@ -221,12 +221,12 @@ def sinkhorn_backward(stream: Stream) -> Parts:
     )
 
 
-def pre_backward(stream: Stream) -> Parts:
+def aggregate_backward(stream: Stream) -> Parts:
     """g_layer_input, x -> g_h_pre."""
     x, g_h_pre = stream.inputs.x, torch.empty_like(stream.inputs.h_pre)
     [g_layer_input] = gradients_like(stream.inputs.h)
     return (
-        lambda: launch_backward.pre_backward(g_layer_input, x, out=g_h_pre),
+        lambda: launch_backward.aggregate_backward(g_layer_input, x, out=g_h_pre),
         lambda: {"g_h_pre": g_h_pre},
         {"g_layer_input": g_layer_input, "x": x},
     )
@@ -251,13 +251,13 @@ BUILDERS: dict[str, Callable[[Stream], Parts]] = {
     "project": project,
     "coefficients": coefficients,
     "sinkhorn": sinkhorn,
-    "pre": pre,
+    "aggregate": pre,
     SUBLAYER_INPUT: sublayer_input,
     "post": post,
     "expand_backward": expand_backward,
     "project_backward": project_backward,
     "coefficients_backward": coefficients_backward,
     "sinkhorn_backward": sinkhorn_backward,
-    "pre_backward": pre_backward,
+    "aggregate_backward": aggregate_backward,
     "post_backward": post_backward,
 }

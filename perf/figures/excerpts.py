@@ -2,8 +2,8 @@
 
 A page names its source in a comment, which a browser of the repository hides. What is taken follows; a number precedes:
 
-    <!-- from kernels/pre.py: def pre_kernel -->                          a function, with its decorators
-    <!-- from kernels/pre.py: `for c in` to `T.copy(acc` -->              lines, the first and the last one named
+    <!-- from kernels/aggregate.py: def aggregate_kernel -->                          a function, with its decorators
+    <!-- from kernels/aggregate.py: `for c in` to `T.copy(acc` -->              lines, the first and the last one named
     <!-- rows of docs/kernels/README.md: pre; post -->                    rows of a table that begin so, and its head
     <!-- = timings("default", 2560) -->                                   a table or a fenced block that `facts` makes
     it adds 5.9 %<!-- = layer_overhead() --> to the step                  a number with its unit that `facts` gives

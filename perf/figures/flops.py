@@ -44,7 +44,7 @@ def per_token(num_streams: int, hidden_size: int) -> dict[str, int]:
     counts = dict(zip(names, (*forward, *backward), strict=True))
     before = sum(counts[kernel] for kernel in SUBLAYER_INPUT.split("+"))
     boundary = counts["post"] + before
-    parts = ("pre", "coefficients", "project", "post")
+    parts = ("aggregate", "coefficients", "project", "post")
     # The gradient of x_next is a sum of three: what came in, through phi, and h_pre·g_layer_input.
     boundary_backward = sum(counts[f"{kernel}_backward"] for kernel in parts) + 3 * n * C
     return {

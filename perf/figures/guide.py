@@ -102,18 +102,18 @@ def sublayer() -> Card:
     separate = [
         Box("project", [("x", n)]),
         Box("coefficients", width=1.9),
-        Box("pre", [("x", n)], [("layer_input", 1)], width=2.6),
+        Box("aggregate", [("x", n)], [("layer_input", 1)], width=2.6),
         layer,
         Box("post", [("x", n), ("layer_output", 1)], [("x_next", n)], width=4.0),
     ]
-    pre = Box("pre", [("x_next", n)], [("layer_input", 1)], width=2.6)
+    pre = Box("aggregate", [("x_next", n)], [("layer_input", 1)], width=2.6)
     post_project = Box("post_project", [("x", n), ("layer_output", 1)], [("x_next", n)], width=4.0)
     fused = [post_project, Box("coefficients", width=1.9), pre, layer]
     one = [
         Box("one kernel", [("x", n), ("layer_output", 1)], [("x_next", n), ("layer_input", 1)], width=5.2),
         layer,
     ]
-    check("project+pre+post", separate)
+    check("project+aggregate+post", separate)
     check("post_pre", fused)
     check("post_pre_delayed", one)
     panels = [
@@ -137,7 +137,7 @@ def sublayer() -> Card:
 def backward() -> Card:
     """The two passes of a boundary's backward."""
     n = NUM_STREAMS
-    first = Box("pass 1: pre_backward", [("x_next", n), ("g_layer_input", 1)], width=3.4)
+    first = Box("pass 1: aggregate_backward", [("x_next", n), ("g_layer_input", 1)], width=3.4)
     second = Box(
         "pass 2: boundary_backward",
         [("x", n), ("layer_output", 1), ("g_x_next", n), ("g_layer_input", 1)],

@@ -96,7 +96,7 @@ def stages(num_streams: int) -> list[Stage]:
     """
     n = num_streams
     unfused = ((n, 0), (n, 1), (1, n), (n, n), (2 * n, n))  # coefficients, pre, post, res, merge
-    project, pre, post = (stream_elements(kernel, n) for kernel in ("project", "pre", "post"))
+    project, pre, post = (stream_elements(kernel, n) for kernel in ("project", "aggregate", "post"))
     return [
         Stage("unfused HC", *columns(unfused)),
         Stage("kernel by kernel", *columns((project, pre, post)), saving="post, res, merge\nin one kernel"),

@@ -22,7 +22,7 @@ SECONDS = {
     "sinkhorn_backward": 2.6,
     "boundary_sums": 3.3,
     "head_coefficients": 2.7,
-    "pre_norm_backward": 2.2,
+    "aggregate_norm_backward": 2.2,
 }
 USUAL_SECONDS = 1.2
 

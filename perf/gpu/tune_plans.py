@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from ...kernels.boundary_plans import BoundaryBackwardPlan, ExpandProjectPlan, PostProjectPlan, PreMappingsPlan
+from ...kernels.boundary_plans import AggregateMappingsPlan, BoundaryBackwardPlan, ExpandProjectPlan, PostProjectPlan
 from ...kernels.plans import (
     BYTES,
     MAX_ACCESS_BYTES,
@@ -77,7 +77,7 @@ def plans_like(plan: Any, parameters: Parameters, target: str) -> Iterator[Any]:
             most = plan.rows if target == "cpu" else max(1, min(projection.tokens, projection.threads // vectors))
             for rows in {most, max(1, most // 2)}:
                 yield replace(plan, projection=projection, rows=rows, blocks_per_sm=blocks)
-    elif isinstance(plan, PreMappingsPlan):
+    elif isinstance(plan, AggregateMappingsPlan):
         for tile, blocks in product(channel_tiles(plan.tile, parameters["hidden_size"], target), (1, 4, 8, 12)):
             yield replace(plan, tile=tile, tokens=tile.threads, blocks_per_sm=blocks)
     elif isinstance(plan, ProjectionBackwardPlan | BoundaryBackwardPlan):

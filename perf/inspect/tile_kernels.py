@@ -30,7 +30,7 @@ KERNELS = {
     "pre_norm_fn_fwd_norm": ("norm_fn_kernel", "_mhc_pre_norm_fn_fwd_norm", "coefficients"),
     "pre_split_mixes_fwd": ("pre_split_mixes_kernel", "_mhc_pre_split_mixes_fwd", "coefficients"),
     "sinkhorn_fwd": ("sinkhorn_kernel", "_mhc_sinkhorn_fwd", "sinkhorn"),
-    "pre_apply_mix_fwd": ("pre_apply_mix_kernel", "_mhc_pre_apply_mix_fwd", "pre"),
+    "pre_apply_mix_fwd": ("pre_apply_mix_kernel", "_mhc_pre_apply_mix_fwd", "aggregate"),
     "pre_big_fuse": ("pre_big_fuse_kernel", "_mhc_pre_big_fuse", "coefficients and pre"),
     "post_fwd": ("post_kernel", "_mhc_post_fwd", "post"),
     "head_compute_mix_fwd": ("head_compute_mix_kernel", "_mhc_head_compute_mix_fwd", "head_coefficients"),
@@ -39,7 +39,7 @@ KERNELS = {
     "pre_norm_fn_bwd_norm": ("norm_fn_kernel", "_mhc_pre_norm_fn_bwd_norm", "coefficients_backward"),
     "pre_split_mixes_bwd": ("pre_split_mixes_kernel", "_mhc_pre_split_mixes_bwd", "coefficients_backward"),
     "sinkhorn_bwd": ("sinkhorn_kernel", "_mhc_sinkhorn_bwd", "sinkhorn_backward"),
-    "pre_apply_mix_bwd": ("pre_apply_mix_kernel", "_mhc_pre_apply_mix_bwd", "pre_backward"),
+    "pre_apply_mix_bwd": ("pre_apply_mix_kernel", "_mhc_pre_apply_mix_bwd", "aggregate_backward"),
     "post_bwd": ("post_kernel", "_mhc_post_bwd", "post_backward"),
     "head_compute_mix_bwd": ("head_compute_mix_kernel", "_mhc_head_compute_mix_bwd", "head_coefficients_backward"),
 }

@@ -27,11 +27,11 @@ from ..torch_forms.baselines import TOLERANCE, relative_error
 from .layers import EAGER, KERNELS, KINDS, RESIDUAL, WAITING, Layer
 from .model import SUBLAYERS, TRAINING
 
-FORWARD_KERNELS = ("post_project", "coefficients", "pre")
-BACKWARD_KERNELS = ("pre_backward", "coefficients_backward", "boundary_backward", "boundary_sums")
+FORWARD_KERNELS = ("post_project", "coefficients", "aggregate")
+BACKWARD_KERNELS = ("aggregate_backward", "coefficients_backward", "boundary_backward", "boundary_sums")
 # Where a boundary's backward is not fused, with the sum of post's and pre's gradient of the stream, no kernel of ours.
 GRADIENT_SUM = "sum of g_x"
-SEPARATE_BACKWARD = ("pre_backward", "coefficients_backward", "project_backward", GRADIENT_SUM, "post_backward")
+SEPARATE_BACKWARD = ("aggregate_backward", "coefficients_backward", "project_backward", GRADIENT_SUM, "post_backward")
 
 PEAK, SAVED = "peak memory", "saved for backward"
 
@@ -148,11 +148,11 @@ def kernels_alone(x: torch.Tensor, training: bool) -> dict[str, Run]:
         "post_project": lambda: launch_boundary.post_project(
             i.x, i.layer_output, i.h_post, i.h_res, i.phi, out=(x_next, None)
         ),
-        **{name: workload(Case(name, shape), stream).run for name in ("coefficients", "pre")},
+        **{name: workload(Case(name, shape), stream).run for name in ("coefficients", "aggregate")},
     }
     if not training:
         return runs
-    runs["pre_backward"] = workload(Case("pre_backward", shape), stream).run
+    runs["aggregate_backward"] = workload(Case("aggregate_backward", shape), stream).run
     fused = boundary_plans.backward_is_fused(num_streams, compiler.platform_of(x.device))
     return {**runs, **(fused_backward(stream) if fused else separate_backward(stream, shape))}
 
@@ -160,13 +160,13 @@ def kernels_alone(x: torch.Tensor, training: bool) -> dict[str, Run]:
 def fused_backward(stream: Stream) -> dict[str, Run]:
     """The launches of `post_pre_backward` behind the first one, each with what those before it leave."""
     i, left = stream.inputs, Left.of(stream)
-    g_x_next, g_layer_input, g_next_post, g_next_res = left.upstream.values()
+    g_x_next, g_layer_input, g_h_post_next, g_h_res_next = left.upstream.values()
     g_projected, out = torch.empty_like(left.projected), (torch.empty_like(i.x), torch.empty_like(i.layer_output))
     mixing = (i.x, i.layer_output, left.h_pre, i.h_post, i.h_res, i.phi)
 
     def mappings() -> torch.Tensor:
         return launch_backward.mappings_backward(
-            i.h_pre, g_next_post, g_next_res, left.projected, i.alpha, i.bias, stream.spec, out=g_projected
+            i.h_pre, g_h_post_next, g_h_res_next, left.projected, i.alpha, i.bias, stream.spec, out=g_projected
         )
 
     def boundary() -> tuple[torch.Tensor, ...]:

@@ -77,7 +77,7 @@ def declare(kernels: Kernels) -> Peer:
             "project": function("mhc_pre_norm_fn, product", calls.project, **tf32),
             "coefficients": function("norm, split_mixes, sinkhorn", calls.coefficients),
             "sinkhorn": function("sinkhorn_normalize", calls.sinkhorn),
-            "pre": function("mhc_pre_apply_mix", calls.pre),
+            "aggregate": function("mhc_pre_apply_mix", calls.pre),
             SUBLAYER_INPUT: function("mhc_pre_big_fuse", calls.sublayer_input, **tf32_stream),
             "post": function("mhc_post", calls.post),
             POST_PRE: function("mhc_post, mhc_pre_big_fuse", calls.post_pre, **tf32_stream),
@@ -88,6 +88,6 @@ def declare(kernels: Kernels) -> Peer:
         },
         left_out={
             "coefficients_backward": "spread over three operators, with sums in torch between",
-            "pre_backward": "its kernel adds up g_x too, which is another amount of work",
+            "aggregate_backward": "its kernel adds up g_x too, which is another amount of work",
         },
     )

@@ -165,7 +165,7 @@ def post(kernels: Kernels, inputs: Inputs, outputs: Outputs) -> Call:
 def post_pre(kernels: Kernels, inputs: Inputs, outputs: Outputs) -> Call:
     """post, then all that precedes the next layer: three kernels."""
     mixed = post(kernels, inputs, outputs)
-    names = {"layer_input": "layer_input", "h_post": "next_post", "h_res": "next_res"}
+    names = {"layer_input": "layer_input", "h_post": "h_post_next", "h_res": "h_res_next"}
     results = {name: outputs[ours] for name, ours in names.items()}
     following = sublayer_input(kernels, {**inputs, "x": outputs["x_next"]}, results)
 

@@ -36,7 +36,7 @@ def declare(ops: Any) -> Peer:
         {
             "project": Function("mhc_mm_norm_fwd", partial(project, ops), **tf32),
             "coefficients": Function("mhc_split_sinkhorn_fwd", partial(coefficients, ops)),
-            "pre": Function("liger_mhc_pre", partial(pre, ops)),
+            "aggregate": Function("liger_mhc_pre", partial(pre, ops)),
             SUBLAYER_INPUT: Function("liger_mhc_coeffs, liger_mhc_pre", partial(sublayer_input, ops), **tf32),
             "post": Function("liger_mhc_post_res", partial(post, ops)),
             "sinkhorn_backward": Function("mhc_sinkhorn_bwd", partial(sinkhorn_backward, ops)),
@@ -46,7 +46,7 @@ def declare(ops: Any) -> Peer:
             "sinkhorn": "in one kernel with the gates",
             "coefficients_backward": "not apart from the backward of its projection",
             "project_backward": "goes through the norm, which here belongs to the coefficients",
-            "pre_backward": "its kernel computes g_x too, which is another amount of work",
+            "aggregate_backward": "its kernel computes g_x too, which is another amount of work",
         },
     )
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from .devices import Device
 
 DEFAULT_CALLS = (
-    *("post", "pre", "project", "coefficients", "sinkhorn", "post_pre"),
-    *("post_backward", "pre_backward", "project_backward", "coefficients_backward", "sinkhorn_backward"),
+    *("post", "aggregate", "project", "coefficients", "sinkhorn", "post_pre"),
+    *("post_backward", "aggregate_backward", "project_backward", "coefficients_backward", "sinkhorn_backward"),
     "post_pre_backward",
 )
 DEFAULTS = {"names": [], "gpu": "b200", "tokens": [4096], "width": [2560], "streams": 4, "dtype": "bfloat16"}

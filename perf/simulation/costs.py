@@ -30,7 +30,7 @@ from ..traffic.formulas import stream_elements
 
 ITEMSIZE = 2
 FUSED = "fused boundary"
-STEPS = ("project", "pre", "post")
+STEPS = ("project", "aggregate", "post")
 
 
 def forms() -> dict[str, Form]:

@@ -17,7 +17,8 @@ from .costs import ITEMSIZE, Measured
 
 FUSED = ("post_pre",), ("post_pre_backward",)
 ALONE = tuple(
-    tuple(f"{kernel}{suffix}" for kernel in ("project", "coefficients", "pre", "post")) for suffix in ("", "_backward")
+    tuple(f"{kernel}{suffix}" for kernel in ("project", "coefficients", "aggregate", "post"))
+    for suffix in ("", "_backward")
 )
 
 

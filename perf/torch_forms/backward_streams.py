@@ -157,7 +157,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
         Form("addmm in blocks", project_backward_blocks, modes=(EAGER,), devices=("cpu",)),
         Form("halves", project_backward_halves, modes=(EAGER,), devices=("cuda",), dtypes=HALF),
     ),
-    "pre_backward": (
+    "aggregate_backward": (
         Form("einsum", pre_backward_einsum, beaten_on=("cpu",)),
         Form("multiply and sum", pre_backward_multiply_sum, beaten_on=("cpu",)),
         Form("stream by stream", pre_backward_streams, modes=(COMPILED,)),

@@ -61,7 +61,7 @@ def chosen(tensors: dict[str, Any], names: tuple[str, ...]) -> tuple[Tensor, ...
 
 def post_pre(spec: MHCSpec, h_pre: Tensor | None = None, **tensors: Tensor) -> None:
     """The formulas as written; with h_pre the delayed form."""
-    names = FORWARD_RESULTS if h_pre is None else (*FORWARD_RESULTS, "next_pre")
+    names = FORWARD_RESULTS if h_pre is None else (*FORWARD_RESULTS, "h_pre_next")
     write(chosen(tensors, names), boundary_of(spec, h_pre)(*chosen(tensors, TAKEN)))
 
 
@@ -118,7 +118,7 @@ def allowed(kernel: str, dtype: torch.dtype) -> dict[str, float]:
     float32.
     """
     unit, delta = UNIT_ROUNDOFF[dtype_name(dtype)], TOLERANCE[dtype] / 2
-    mappings = dict.fromkeys(("next_pre", "next_post", "next_res"), delta)
+    mappings = dict.fromkeys(("h_pre_next", "h_post_next", "h_res_next"), delta)
     forward = {**mappings, "layer_input": (delta * unit) ** 0.5}
     of_stream = dict.fromkeys((f"g_{name}" for name in MIXING), unit)
     through_mappings = dict.fromkeys((f"g_{name}" for name in PARAMETERS), delta)

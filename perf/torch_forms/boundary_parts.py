@@ -36,7 +36,7 @@ SELECTION_ROUNDS = 5
 SUM = "sum of g_x_next"  # of what came in, what came through phi, and the aggregation's share
 NAME, BLOCKS = "fastest parts", "fastest parts, block by block"
 FORWARD = FORWARD_PARTS
-BACKWARD = ("pre_backward", "coefficients_backward", "project_backward", SUM, "post_backward")
+BACKWARD = ("aggregate_backward", "coefficients_backward", "project_backward", SUM, "post_backward")
 
 Run = Callable[[], object]
 Bound = tuple[str, Mapping[str, Any]]  # a part, and its arguments with its outputs
@@ -147,19 +147,19 @@ def forward_parts(
 ) -> list[Bound]:
     """The calls of FORWARD for a block of tokens; `given` and `outputs` are named as by `boundary_workloads`."""
     mixing = {name: given[name][block] for name in MIXING}
-    x_next, layer_input, next_post, next_res = (
-        outputs[name][block] for name in ("x_next", "layer_input", "next_post", "next_res")
+    x_next, layer_input, h_post_next, h_res_next = (
+        outputs[name][block] for name in ("x_next", "layer_input", "h_post_next", "h_res_next")
     )
-    next_pre = outputs.get("next_pre", buffers.h_pre)[block]
-    weights = given["h_pre"][block] if "h_pre" in given else next_pre
+    h_pre_next = outputs.get("h_pre_next", buffers.h_pre)[block]
+    weights = given["h_pre"][block] if "h_pre" in given else h_pre_next
     dots, squares = buffers.dots[block], buffers.squares[block]
     parameters = {"alpha": given["alpha"], "bias": given["bias"], "spec": given["spec"]}
-    mappings = {"h_pre": next_pre, "h_post": next_post, "h_res": next_res}
+    mappings = {"h_pre": h_pre_next, "h_post": h_post_next, "h_res": h_res_next}
     return [
         ("post", {**mixing, "x_next": x_next}),
         ("project", {"x": x_next, "phi": given["phi"], "dots": dots, "squares": squares}),
         ("coefficients", {"dots": dots.T, "squares": squares, **parameters, **mappings}),
-        ("pre", {"x": x_next, "h_pre": weights, "layer_input": layer_input}),
+        ("aggregate", {"x": x_next, "h_pre": weights, "layer_input": layer_input}),
     ]
 
 
@@ -168,14 +168,14 @@ def backward_parts(given: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> l
     x_next, h_pre, projected = given["x_next"], given["h_pre"], given["projected"]
     through, total, g_h_pre, g_projected = (torch.empty_like(t) for t in (x_next, x_next, h_pre, projected))
     parameters = {name: given[name] for name in ("projected", "alpha", "bias", "spec")}
-    g_mappings = {"g_h_pre": g_h_pre, "g_h_post": given["g_next_post"], "g_h_res": given["g_next_res"]}
+    g_mappings = {"g_h_pre": g_h_pre, "g_h_post": given["g_h_post_next"], "g_h_res": given["g_h_res_next"]}
     summed = {"g_x": through, "g_x_next": given["g_x_next"], "h_pre": h_pre, "g_layer_input": given["g_layer_input"]}
     mixing = {name: given[name] for name in MIXING}
     mixing |= {f"g_{name}": outputs[f"g_{name}"] for name in MIXING}
     of_parameters = {"g_alpha": outputs["g_alpha"], "g_bias": outputs["g_bias"]}
     of_phi = {"phi": given["phi"], "g_phi": outputs["g_phi"]}
     return [
-        ("pre_backward", {"g_layer_input": given["g_layer_input"], "x": x_next, "g_h_pre": g_h_pre}),
+        ("aggregate_backward", {"g_layer_input": given["g_layer_input"], "x": x_next, "g_h_pre": g_h_pre}),
         ("coefficients_backward", {**g_mappings, **parameters, "g_projected": g_projected, **of_parameters}),
         ("project_backward", {"g_projected": g_projected, "x": x_next, **of_phi, "g_x": through}),
         (SUM, {**summed, "total": total}),

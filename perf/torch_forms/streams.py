@@ -168,7 +168,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
         Form("matmul in blocks", project_blocks, modes=(EAGER,), devices=("cpu",)),
         Form("split phi", project_split_phi, modes=(EAGER,), devices=("cuda",), dtypes=("bfloat16",)),
     ),
-    "pre": (
+    "aggregate": (
         Form("einsum", pre_einsum),
         Form("multiply and sum", pre_multiply_sum, beaten_on=("cpu",)),
         Form("bmm in blocks", pre_blocks, modes=(EAGER,), devices=("cpu",)),

@@ -10,11 +10,11 @@ kernels, project, pre and post):
 
     expand_backward   reads n       writes 1
     project_backward  reads n       writes n
-    pre_backward      reads n + 1   writes 0
+    aggregate_backward      reads n + 1   writes 0
     post_backward     reads 2n + 1  writes n + 1
 
-    pre_norm           reads n      writes 1
-    pre_norm_backward  reads n + 1  writes 1
+    aggregate_norm           reads n      writes 1
+    aggregate_norm_backward  reads n + 1  writes 1
 
 Fused across a boundary (delayed is the form whose h_pre is there already; at n = 8 a GPU's backward is not fused):
 
@@ -42,7 +42,7 @@ from dataclasses import dataclass
 from ...kernels import boundary_plans, plans
 from ...kernels.plans import BYTES, ProjectionPlan
 from ...spec import MHCSpec
-from ..calls.cases import POST_PRE, POST_PRE_BACKWARD, POST_PRE_DELAYED, REPLAYED, Case
+from ..calls.cases import POST_PRE, POST_PRE_BACKWARD, POST_PRE_DELAYED, REPLAYED, TOKEN_KERNELS, Case
 
 FLOAT32 = 4
 
@@ -80,13 +80,13 @@ def stream_elements(kernel: str, num_streams: int) -> tuple[int, int]:
     return {
         "expand": (1, n),
         "project": (n, 0),
-        "pre": (n, 1),
+        "aggregate": (n, 1),
         "post": (n + 1, n),
         "expand_backward": (n, 1),
         "project_backward": (n, n),
-        "pre_backward": (n + 1, 0),
-        "pre_norm": (n, 1),
-        "pre_norm_backward": (n + 1, 1),
+        "aggregate_backward": (n + 1, 0),
+        "aggregate_norm": (n, 1),
+        "aggregate_norm_backward": (n + 1, 1),
         "post_backward": (2 * n + 1, n + 1),
         "replay": (n + REPLAYED - 1, n * (REPLAYED - 1) + REPLAYED),
         "post_pre": (2 * n + 1, n + 1),
@@ -97,7 +97,8 @@ def stream_elements(kernel: str, num_streams: int) -> tuple[int, int]:
         "post_head_backward": (3 * n + 3, n + 1),
         "expand_pre": (2, n + 1),
         "expand_pre_backward": (n + 4, 2),
-    }.get(kernel, (0, 0))
+        **dict.fromkeys((*TOKEN_KERNELS, "head_coefficients", "head_coefficients_backward"), (0, 0)),
+    }[kernel]
 
 
 def small_bytes(case: Case, plan: ProjectionPlan, num_slabs: int) -> int:
@@ -110,7 +111,7 @@ def small_bytes(case: Case, plan: ProjectionPlan, num_slabs: int) -> int:
     partial = num_slabs * plan.slab_rows * tokens * FLOAT32
     if case.kernel == "project":
         stream_size = n * case.shape.hidden_size
-        halves = plan.columns * stream_size * BYTES[plan.operand_dtype] if plan.split else 0
+        halves = plan.padded_rows * stream_size * BYTES[plan.operand_dtype] if plan.split else 0
         return rows * stream_size * FLOAT32 + 2 * halves + partial  # the halves are written, then read
     if case.kernel == "coefficients":
         return partial + (3 + rows + (2 * rows + 1) * tokens) * FLOAT32  # the mappings, and what a backward needs
@@ -129,10 +130,10 @@ def small_bytes(case: Case, plan: ProjectionPlan, num_slabs: int) -> int:
         return (2 * phi + (rows + 1) * tokens) * FLOAT32 + g_phi_slab_bytes(case, plan)
     per_token = {
         "sinkhorn": 2 * n * n,
-        "pre": n,
+        "aggregate": n,
         "post": n + n * n,
         "sinkhorn_backward": 3 * n * n,
-        "pre_backward": n,
+        "aggregate_backward": n,
         "post_backward": 2 * (n + n * n),
     }.get(case.kernel, 0)
     return per_token * tokens * FLOAT32
@@ -158,7 +159,7 @@ def separate_backward(case: Case, plan: ProjectionPlan) -> Traffic:
     """Of `post_pre_backward` where the separate kernels run it: theirs, and g_layer_input and h_pre on the way."""
     shape = case.shape
     n, unit = shape.num_streams, shape.num_tokens * shape.hidden_size * shape.itemsize
-    kernels = ("pre_backward", "coefficients_backward", "project_backward", "post_backward")
+    kernels = ("aggregate_backward", "coefficients_backward", "project_backward", "post_backward")
     parts = (traffic(Case(kernel, shape), plan, num_slabs=1) for kernel in kernels)
     return sum(parts, start=Traffic(unit, 0, n * shape.num_tokens * FLOAT32))
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 Pair = tuple[int, int]
 
-FORWARD = ("project", "coefficients", "pre", "post")
-BACKWARD = ("pre_backward", "coefficients_backward", AGGREGATED, "post_backward")
+FORWARD = ("project", "coefficients", "aggregate", "post")
+BACKWARD = ("aggregate_backward", "coefficients_backward", AGGREGATED, "post_backward")
 
 FOOTNOTES = """\
 Units: C elements of the stream's dtype a token. read, written: stream tensors, every access of every block.
@@ -83,12 +83,12 @@ def formula(kernel: str, num_streams: int) -> Pair:
 
 def paper_kernels(n: int) -> dict[str, Pair]:
     """Read and written by the paper's fused kernels."""
-    return {"project": (n, 0), "pre": (n, 1), "post": (n + 1, n)}
+    return {"project": (n, 0), "aggregate": (n, 1), "post": (n + 1, n)}
 
 
 def unfused(n: int) -> dict[str, Pair]:
     """The paper's Table 2; post is its H^post, H^res and merge."""
-    return {"project": (n, 0), "pre": (n, 1), "post": (3 * n + 1, 3 * n)}
+    return {"project": (n, 0), "aggregate": (n, 1), "post": (3 * n + 1, 3 * n)}
 
 
 def report(shape: Shape, target: str, rows: Sequence[Row], calls: Mapping[str, Audited]) -> str:

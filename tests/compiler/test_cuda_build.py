@@ -56,7 +56,7 @@ def takes_long(subject: Subject, arch: str) -> bool:
         return True
     if subject.variant in {variant for _, variant, *_ in matrix.VARIANTS}:
         return True
-    return arch != matrix.MAIN and subject.kernel not in ("post", "pre", "post_backward")
+    return arch != matrix.MAIN and subject.kernel not in ("post", "aggregate", "post_backward")
 
 
 def builds() -> list:

@@ -34,7 +34,16 @@ FULL = [
     Case(2, 72, FP32, 37),
     Case(8, 72, FP16, 37),
 ]
-SOON_GENERATED = ("post", "pre", "post_backward", "pre_backward", "expand", "expand_backward", "sinkhorn", "replay")
+SOON_GENERATED = (
+    "post",
+    "aggregate",
+    "post_backward",
+    "aggregate_backward",
+    "expand",
+    "expand_backward",
+    "sinkhorn",
+    "replay",
+)
 STREAMS = {
     one.family: one.streams
     for call in CALLS
@@ -56,7 +65,7 @@ def runs() -> list:
         for kernel in CHECKS if case.dtype == BF16 else OF_STREAMS:
             n, hidden_size, dtype = case.num_streams, case.hidden_size, str(case.dtype).removeprefix("torch.")
             takes_long = (case != MAIN and kernel not in ALONE) or kernel in HELD_BY_OTHERS
-            takes_long |= case != MAIN and kernel == "pre_mappings"
+            takes_long |= case != MAIN and kernel == "aggregate_mappings"
             takes_long |= case.dtype != FP32 and case != MAIN and kernel in ("project", "project_backward_aggregated")
             marks = [pytest.mark.full] if case in FULL or takes_long else []
             found.append(pytest.param(case, kernel, id=f"{kernel}-n{n}-C{hidden_size}-{dtype}", marks=marks))
@@ -149,7 +158,7 @@ def test_a_token_has_the_same_bits_in_every_batch() -> None:
                 assert torch.equal(got, expected[tokens])
 
 
-@pytest.mark.parametrize("kernel", ["expand", "pre", "post"])
+@pytest.mark.parametrize("kernel", ["expand", "aggregate", "post"])
 def test_misaligned_views(kernel: str) -> None:
     """Streams that start at any element take narrower accesses, which the executor would refuse if too wide."""
     n, hidden_size, num_tokens = 4, 64, 5
@@ -164,7 +173,7 @@ def test_misaligned_views(kernel: str) -> None:
     h_res = torch.rand(num_tokens, n, n, generator=generator)
     call = {
         "expand": lambda: launch.expand(h, n),
-        "pre": lambda: launch.aggregate(x, h_pre),
+        "aggregate": lambda: launch.aggregate(x, h_pre),
         "post": lambda: launch.post(x, h, h_pre, h_res),
     }[kernel]
     with executing():

@@ -78,9 +78,9 @@ MASKS = {
     "coefficients": TOKENS,
     "head_coefficients": TOKENS,
     "sinkhorn": TOKENS,
-    "pre": CHANNELS,
-    "pre_mappings": TOKENS,
-    "pre_norm": CHANNELS,
+    "aggregate": CHANNELS,
+    "aggregate_mappings": TOKENS,
+    "aggregate_norm": CHANNELS,
     "post": CHANNELS,
     "replay": CHANNELS,
     "expand": CHANNELS,
@@ -90,8 +90,8 @@ MASKS = {
     "head_coefficients_backward": TOKENS,
     "sum_partials": (r" < num_elements\)", " <= num_elements)"),
     "sinkhorn_backward": TOKENS,
-    "pre_backward": CHANNELS,
-    "pre_norm_backward": CHANNELS,
+    "aggregate_backward": CHANNELS,
+    "aggregate_norm_backward": CHANNELS,
     "post_backward": CHANNELS,
     "expand_project": TOKENS,
     "post_project": TOKENS,
@@ -108,7 +108,7 @@ def test_a_wrong_mask_is_caught(family: str) -> None:
     assert outcome(family, lambda code: re.sub(pattern, replacement, code)) != "passed"
 
 
-MIXING = ("coefficients", "sinkhorn", "pre_mappings", "post", "replay")
+MIXING = ("coefficients", "sinkhorn", "aggregate_mappings", "post", "replay")
 MIXING += ("coefficients_backward", "sinkhorn_backward", "post_backward")
 
 
@@ -138,9 +138,9 @@ def test_a_transposed_element_of_h_res_is_caught(family: str) -> None:
 
 # Barriers that tilelang sets and nothing needs: what follows begins with one, or touches what the same thread touched.
 # Of boundary_backward's pairs around a tile of each stream, one of the two is enough.
-REDUNDANT = {"project_backward": 1, "post_backward": 1, "pre_norm_backward": 1, "boundary_backward": 7}
+REDUNDANT = {"project_backward": 1, "post_backward": 1, "aggregate_norm_backward": 1, "boundary_backward": 7}
 SYNCHRONIZED = {"project": 8, "project_backward": 4, "post_backward": 1, "post_project": 8, "boundary_backward": 19}
-SYNCHRONIZED |= {"pre_norm_backward": 1, "expand_project": 2}
+SYNCHRONIZED |= {"aggregate_norm_backward": 1, "expand_project": 2}
 """How many barriers and waits there are, besides those of reductions."""
 
 

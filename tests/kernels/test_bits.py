@@ -30,9 +30,7 @@ def projected(inputs, rows=None):
 FUNCTIONS = {
     "coefficients": lambda i, spec: ops.coefficients(*projected(i), spec),
     "pre": lambda i, spec: ops.pre(*projected(i), spec),
-    "pre-normed": lambda i, spec: ops.pre(
-        *projected(i), spec, layer_norm_weight=torch.linspace(-1, 2, spec.hidden_size)
-    ),
+    "pre-normed": lambda i, spec: ops.pre(*projected(i), spec, rms_norm_weight=torch.linspace(-1, 2, spec.hidden_size)),
     "post": lambda i, _: (ops.post(i.x, i.layer_output, i.h_post, i.h_res),),
     "post_pre": lambda i, spec: ops.post_pre(i.x, i.layer_output, i.h_post, i.h_res, *projected(i)[1:], spec),
     "sinkhorn": lambda i, spec: (ops.sinkhorn(i.logits, spec.sinkhorn_iters, spec.sinkhorn_eps),),
@@ -51,7 +49,7 @@ def run(function, inputs, case):
     return FUNCTIONS[function](inputs, case.spec)
 
 
-WITHOUT_OUT = ("head_coefficients_backward", "pre_norm_backward")  # no call hands them buffers
+WITHOUT_OUT = ("head_coefficients_backward", "aggregate_norm_backward")  # no call hands them buffers
 every_function = pytest.mark.parametrize("function", FUNCTIONS)
 every_function_and_case = pytest.mark.parametrize(
     ("function", "case"),

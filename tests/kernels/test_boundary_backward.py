@@ -65,7 +65,7 @@ class Drawn:
     def separate(self):
         """By one kernel each; autograd would add the two gradients of x_next in the stream's dtype."""
         i, f, (g_x, g_input, g_post, g_res) = self.inputs, self.forward, self.upstream.values()
-        g_pre = launch_backward.pre_backward(g_input, f.x_next)
+        g_pre = launch_backward.aggregate_backward(g_input, f.x_next)
         g_projected, g_alpha, g_bias = launch_backward.coefficients_backward(
             g_pre, g_post, g_res, f.projected, i.alpha, i.bias, self.spec
         )
@@ -216,7 +216,7 @@ def test_delayed_form():
         f.projected,
         drawn.spec,
         given_pre=i.h_pre,
-        g_next_pre=drawn.g_h_pre,
+        g_h_pre_next=drawn.g_h_pre,
     )
     x_next, *exact = [numpy64(t) for t in (f.x_next, *parameters(i))]
     upstream = [numpy64(t) for t in (drawn.g_h_pre, *list(drawn.upstream.values())[2:])]
@@ -253,7 +253,7 @@ def test_separate_kernels_at_8_streams(delayed, dtype, monkeypatch):
     """What a GPU runs at n = 8: the same gradients, of which the stream's g is rounded twice before it is mixed."""
     drawn = Drawn(Case(8, 72, dtype, 67))
     i, f = drawn.inputs, drawn.forward
-    forms = {"given_pre": i.h_pre, "g_next_pre": drawn.g_h_pre} if delayed else {}
+    forms = {"given_pre": i.h_pre, "g_h_pre_next": drawn.g_h_pre} if delayed else {}
 
     def backward():
         upstream, left = drawn.upstream.values(), (f.x_next, f.h_pre, f.projected)

@@ -14,7 +14,7 @@ from helpers import CPU, assert_matches_float64, verdicts
 from mhc_tilelang import compiler, launch, launch_backward, launch_norm
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
 from mhc_tilelang.checking.kernels import compare
-from mhc_tilelang.checking.norm import layer_norm_weight
+from mhc_tilelang.checking.norm import rms_norm_weight
 from mhc_tilelang.checking.run import CHECKS
 from mhc_tilelang.kernels import plans
 from mhc_tilelang.perf import simt
@@ -27,7 +27,7 @@ TAKEN = {
     "sinkhorn_backward": ("sinkhorn_iters", "sinkhorn_eps"),
     "coefficients": tuple(DISTINCT),
     "coefficients_backward": ("sinkhorn_iters", "sinkhorn_eps", "post_scale"),
-    "pre_mappings": tuple(DISTINCT),
+    "aggregate_mappings": tuple(DISTINCT),
     "head": ("pre_eps", "rms_eps"),
 }
 SIZES = (4, 192, torch.bfloat16, 127)
@@ -85,17 +85,17 @@ def test_each_in_its_own_place(kernel):
 def test_eps_of_a_norm(loads):
     """Forward and backward; the checks have the value right."""
     case = Case(*SIZES)
-    inputs, g, weight = Inputs.of(case, CPU), Gradients.of(case, CPU).g_h, layer_norm_weight(case, CPU)
+    inputs, g, weight = Inputs.of(case, CPU), Gradients.of(case, CPU).g_h, rms_norm_weight(case, CPU)
 
     def results(eps):
-        forward = launch_norm.pre_norm(inputs.x, inputs.h_pre, weight, eps)
-        return forward, *launch_norm.pre_norm_backward(g, inputs.x, inputs.h_pre, weight, eps)
+        forward = launch_norm.aggregate_norm(inputs.x, inputs.h_pre, weight, eps)
+        return forward, *launch_norm.aggregate_norm_backward(g, inputs.x, inputs.h_pre, weight, eps)
 
     before = results(1e-6)
     loads.clear()
     assert all(not torch.equal(got, other) for got, other in zip(results(0.5), before, strict=True))
-    assert_matches_float64("pre_norm", case)
-    assert_matches_float64("pre_norm_backward", case)
+    assert_matches_float64("aggregate_norm", case)
+    assert_matches_float64("aggregate_norm_backward", case)
     assert loads == []
 
 
@@ -122,7 +122,7 @@ def test_iterations_up_to_the_capacity_are_one_kernel(loads):
         "sinkhorn",
         "sinkhorn_backward",
         "coefficients",
-        pytest.param("pre_mappings", marks=pytest.mark.full),
+        pytest.param("aggregate_mappings", marks=pytest.mark.full),
         pytest.param("coefficients_backward", marks=pytest.mark.full),
     ],
 )

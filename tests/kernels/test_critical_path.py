@@ -115,7 +115,7 @@ def test_on_a_gpus_code(monkeypatch: pytest.MonkeyPatch) -> None:
 
         before, beside = in_both_places(monkeypatch, read)
     assert_same_bits(beside, before)
-    assert [one.family for one in launched][-4:] == ["coefficients", "pre", "coefficients", "pre_mappings"]
+    assert [one.family for one in launched][-4:] == ["coefficients", "aggregate", "coefficients", "aggregate_mappings"]
 
 
 def test_where_it_is_done() -> None:
@@ -125,43 +125,43 @@ def test_where_it_is_done() -> None:
         call = Call(kernel, Shape(1024, 4, 1280, "bfloat16"))
         return [launched.family for launched in launches(call, target, 8)]
 
-    assert families("post_pre", "cuda") == ["post_project", "coefficients", "pre_mappings"]
-    assert families("post_pre", "cpu") == ["post_project", "coefficients", "pre"]
-    assert "pre_mappings" not in families("post_pre_delayed", "cuda")
+    assert families("post_pre", "cuda") == ["post_project", "coefficients", "aggregate_mappings"]
+    assert families("post_pre", "cpu") == ["post_project", "coefficients", "aggregate"]
+    assert "aggregate_mappings" not in families("post_pre_delayed", "cuda")
 
 
-CHAINED = {
+PDL = {
     "coefficients": ["cudaGridDependencySynchronize();", "cudaTriggerProgrammaticLaunchCompletion();"],
-    "pre_mappings": ["cudaGridDependencySynchronize();"],
+    "aggregate_mappings": ["cudaGridDependencySynchronize();"],
 }
 
 
 @pytest.mark.nvcc
 @pytest.mark.full
-@pytest.mark.parametrize("family", ["coefficients", "pre_mappings"])
-def test_chained_launches_build(family: str) -> None:
+@pytest.mark.parametrize("family", ["coefficients", "aggregate_mappings"])
+def test_pdl_launches_build(family: str) -> None:
     """The wait comes before any access of memory and before the trigger, and costs no register; sm_80 has neither.
 
     Catches a load that is moved over the wait, which `const __restrict__` would allow, and tilelang leaves out here.
     """
     call = Call("post_pre", Shape(1024, 4, 1280, "bfloat16"))
     [parameters] = [one.parameters for one in launches(call, "cuda", 8) if one.family == family]
-    plain, chained = (generate(family, {**parameters, "chained": on}, "sm_90a").code for on in (False, True))
-    calls = [line.strip() for line in chained.splitlines() if line.strip().startswith("cuda")]
-    assert calls == CHAINED[family]
-    body = chained[chained.rindex("__global__") :]
+    plain, pdl = (generate(family, {**parameters, "pdl": on}, "sm_90a").code for on in (False, True))
+    calls = [line.strip() for line in pdl.splitlines() if line.strip().startswith("cuda")]
+    assert calls == PDL[family]
+    body = pdl[pdl.rindex("__global__") :]
     assert "[" not in re.sub(r"^  [a-z0-9_]+ \w+\[\d+\];$", "", body[: body.index(calls[0])], flags=re.MULTILINE)
-    assert "__restrict__" not in chained
-    assert compile_source(chained, "sm_90a").registers == compile_source(plain, "sm_90a").registers
+    assert "__restrict__" not in pdl
+    assert compile_source(pdl, "sm_90a").registers == compile_source(plain, "sm_90a").registers
     with pytest.raises(Exception, match="PDL is not supported"):
-        generate(family, {**parameters, "chained": True}, "sm_80")
+        generate(family, {**parameters, "pdl": True}, "sm_80")
 
 
 @pytest.mark.parametrize("n", [2, 4, 8])
 @pytest.mark.parametrize("hidden_size", [64, 1280, 2560, 7168])
 def test_plans(n: int, hidden_size: int) -> None:
     """A token a thread, and no more warps asked for than the smallest multiprocessor has: 48, of sm_120."""
-    plan = boundary_plans.pre_mappings_plan(n, hidden_size, 2, "cuda")
+    plan = boundary_plans.aggregate_mappings_plan(n, hidden_size, 2, "cuda")
     assert plan.tokens == plan.tile.threads
     assert 1 <= plan.blocks_per_sm <= 16
     assert plan.blocks_per_sm * plan.tile.threads <= 48 * 32

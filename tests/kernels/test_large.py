@@ -55,7 +55,7 @@ def test_the_backward_of_the_last_token_of_a_huge_stream() -> None:
         few, x = h[last].clone(), launch.expand(h[last], n)
         mixing = (h_post[last].clone(), h_res[last].clone())
         yield launch_backward.expand_backward(x)
-        yield launch_backward.pre_backward(few, x)
+        yield launch_backward.aggregate_backward(few, x)
         for needs in ((True, False, False), (False, True, True)):
             names = ("needs_x", "needs_layer_output", "needs_mixing")
             wanted = dict(zip(names, needs, strict=True))
@@ -74,7 +74,7 @@ LONG = pytest.param("project_backward", marks=pytest.mark.full)  # to generate
 
 
 @pytest.mark.nvcc
-@pytest.mark.parametrize("family", ["pre_backward", "post_backward", "expand_backward", LONG])
+@pytest.mark.parametrize("family", ["aggregate_backward", "post_backward", "expand_backward", LONG])
 def test_cuda_indexes_streams_of_a_backward_in_64_bits(family: str) -> None:
     """As below; `project_backward` counts tokens in ranges and tiles of 64."""
     *_, subject = matrix.subjects(Shape(4096, 4, 1280, "bfloat16"), [family])
@@ -90,7 +90,7 @@ def test_cuda_indexes_streams_of_a_backward_in_64_bits(family: str) -> None:
 
 
 @pytest.mark.nvcc
-@pytest.mark.parametrize("family", ["pre", "post", "expand", "project"])
+@pytest.mark.parametrize("family", ["aggregate", "post", "expand", "project"])
 def test_cuda_indexes_streams_in_64_bits(family: str) -> None:
     """The generated source multiplies the token by its stride in 64 bits, on a GPU that CI does not have."""
     from mhc_tilelang.compiler import cuda

@@ -23,23 +23,23 @@ OUTPUTS = {
     "project": ("dots", "squares"),
     "coefficients": ("h_pre", "h_post", "h_res"),
     "sinkhorn": ("h_res",),
-    "pre": ("layer_input",),
+    "aggregate": ("layer_input",),
     "post": ("x_next",),
     "head": ("h",),
     "expand_backward": ("g_h",),
     "sinkhorn_backward": ("g_logits",),
-    "pre_backward": ("g_h_pre",),
+    "aggregate_backward": ("g_h_pre",),
     "post_backward": ("g_x", "g_layer_output", "g_h_post", "g_h_res"),
     "project_backward": ("g_x", "g_phi"),
     "project_backward_aggregated": ("g_x", "g_phi"),
     "coefficients_backward": ("g_dots", "rho", "g_alpha", "g_bias"),
     "head_coefficients_backward": ("g_dots", "rho", "g_alpha", "g_bias"),
-    "pre_mappings": ("layer_input", "h_pre", "h_post", "h_res"),
+    "aggregate_mappings": ("layer_input", "h_pre", "h_post", "h_res"),
     "post_pre": ("x_next", "layer_input", "h_pre", "h_post", "h_res"),
     "post_pre_delayed": ("x_next", "layer_input", "h_pre", "h_post", "h_res"),
     "post_pre_backward": ("g_x", "g_layer_output", "g_h_post", "g_h_res", "g_phi", "g_alpha", "g_bias"),
-    "pre_norm": ("layer_input",),
-    "pre_norm_backward": ("g_u", "g_h_pre", "g_weight"),
+    "aggregate_norm": ("layer_input",),
+    "aggregate_norm_backward": ("g_u", "g_h_pre", "g_weight"),
     "expand_pre": ("x", "layer_input", "h_pre", "h_post", "h_res"),
     "expand_pre_backward": ("g_h", "g_phi", "g_alpha", "g_bias"),
     "post_head": ("x_next", "h"),
@@ -170,7 +170,7 @@ def test_bfloat16_coefficients_are_rejected(kernel, case):
 
 
 @every_case
-@pytest.mark.parametrize("kernel", ["pre", "post"])
+@pytest.mark.parametrize("kernel", ["aggregate", "post"])
 def test_mixing_by_bfloat16_coefficients_is_rejected(kernel, case):
     inputs = Inputs.of(case, CPU)
     narrow = {name: getattr(inputs, name).bfloat16().float() for name in ("h_pre", "h_post", "h_res")}
@@ -180,7 +180,7 @@ def test_mixing_by_bfloat16_coefficients_is_rejected(kernel, case):
 
 
 @every_narrow_case
-@pytest.mark.parametrize("kernel", ["pre", "post", "head"])
+@pytest.mark.parametrize("kernel", ["aggregate", "post", "head"])
 def test_cut_instead_of_rounded_is_rejected(kernel, case):
     """Towards zero, as by dropping the low bits: twice the error of rounding to nearest."""
     comparison = comparison_of(kernel, OUTPUTS[kernel][0], case)
@@ -200,7 +200,7 @@ def test_mixing_in_the_streams_dtype_is_rejected(case):
     for i in range(case.num_streams):
         aggregated = aggregated + inputs.x[:, i] * h_pre[:, i : i + 1] if i else aggregated
         mixed = mixed + h_res[:, :, i, None] * inputs.x[:, None, i]
-    assert rejected(comparison_of("pre", "layer_input", case), numpy64(aggregated))
+    assert rejected(comparison_of("aggregate", "layer_input", case), numpy64(aggregated))
     assert rejected(comparison_of("post", "x_next", case), numpy64(mixed))
 
 

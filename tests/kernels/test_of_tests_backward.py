@@ -22,7 +22,7 @@ LOGIT_CASES = [Case(n, 192, torch.float32, 63, logit_std=std) for n in STREAMS f
 every_logit_case = pytest.mark.parametrize("case", LOGIT_CASES, ids=lambda c: f"n{c.num_streams}-std{c.logit_std}")
 COEFFICIENTS = {
     "sinkhorn_backward": OUTPUTS["sinkhorn_backward"],
-    "pre_backward": OUTPUTS["pre_backward"],
+    "aggregate_backward": OUTPUTS["aggregate_backward"],
     "post_backward": ("g_h_post", "g_h_res"),
     "project_backward_aggregated": ("g_phi",),
     "coefficients_backward": OUTPUTS["coefficients_backward"],
@@ -46,7 +46,7 @@ def bfloat16(tensor):
 @every_case
 def test_exact_gradients_are_accepted(case):
     """The float64 functions of `helpers_backward`, which the tests below spoil, agree with the checks'."""
-    for kernel in ("pre_backward", "post_backward", "project_backward_aggregated"):
+    for kernel in ("aggregate_backward", "post_backward", "project_backward_aggregated"):
         exact = BACKWARD[kernel].float64(BACKWARD[kernel].arguments(case))
         for output in OUTPUTS[kernel]:
             assert not rejected(comparison_of(kernel, output, case), exact[output])
@@ -65,7 +65,7 @@ def test_transposed_mixing_is_rejected(case):
 @every_case
 def test_streams_in_another_order_are_rejected(case):
     """One stream's gradient in the next one's place, for everything that has streams."""
-    for kernel, output in (("pre_backward", "g_h_pre"), ("post_backward", "g_x"), ("post_backward", "g_h_post")):
+    for kernel, output in (("aggregate_backward", "g_h_pre"), ("post_backward", "g_x"), ("post_backward", "g_h_post")):
         comparison = comparison_of(kernel, output, case)
         assert rejected(comparison, np.roll(comparison.got, 1, axis=1))
 
@@ -171,7 +171,7 @@ def test_a_missing_term_of_g_x_is_rejected(case):
 
 
 @pytest.mark.parametrize("size", [64, 333, 2560])
-@pytest.mark.parametrize("kernel", ["pre_backward", "post_backward"])
+@pytest.mark.parametrize("kernel", ["aggregate_backward", "post_backward"])
 def test_last_channels_left_out_are_rejected(kernel, size):
     """As few as a tile of the CPU has for float32: 16, or what hangs over."""
     case = Case(4, size, torch.bfloat16, 63)

@@ -101,10 +101,10 @@ def test_halves_of_phi(case, head):
     Only the head's few rows need padding to the 16 columns of a tensor core's tile.
     """
     plan = plan_of(case, "cuda", rows=case.num_streams if head else None)
-    assert (plan.columns > 2 * plan.rows) == (head and case.num_streams < 8)
+    assert (plan.padded_rows > 2 * plan.rows) == (head and case.num_streams < 8)
     phi = Inputs.of(case, CPU).phi[: plan.rows].view(plan.rows, case.num_streams, case.hidden_size)
     halves = launch.split_phi(phi, plan)
-    high, low, padding = halves.split([plan.rows, plan.rows, plan.columns - 2 * plan.rows])
+    high, low, padding = halves.split([plan.rows, plan.rows, plan.padded_rows - 2 * plan.rows])
     if plan.operand_dtype == "bfloat16":
         assert_same_bits([high, low], [phi.bfloat16(), (phi - phi.bfloat16().float()).bfloat16()])
     else:

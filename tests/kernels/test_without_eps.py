@@ -118,7 +118,7 @@ def phi_of_one(n, hidden_size, dtype):
 
 
 @pytest.mark.parametrize(
-    "function", ["coefficients", "pre_mappings", "post_pre", "coefficients_backward", "post_pre_backward"]
+    "function", ["coefficients", "aggregate_mappings", "post_pre", "coefficients_backward", "post_pre_backward"]
 )
 def test_phi_of_standard_deviation_one(function):
     """Of logits like these, 3.6 % have a row that exp alone makes NaN."""

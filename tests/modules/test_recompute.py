@@ -69,7 +69,7 @@ def test_normalised_layer_inputs(delayed):
     """Made again by the kernel that made them, from the streams of the replay."""
     model, h = Model(delayed=delayed, eps=1e-5), normal(*TOKENS, C)
     for k, connection in enumerate(model.connections):
-        torch.nn.init.normal_(connection.layer_norm_weight, 1.0, 0.1, generator=torch.Generator().manual_seed(k))
+        torch.nn.init.normal_(connection.rms_norm_weight, 1.0, 0.1, generator=torch.Generator().manual_seed(k))
     assert_same(model, h)
     kept = saved(model, h.requires_grad_(), None) - saved(model, h, 3)
     assert kept == 4 * 10 * C * ((DEPTH - 3) * 4 + DEPTH)

@@ -244,7 +244,7 @@ def test_an_embedding_is_expanded_in_the_mode_of_its_making():
 
 def test_a_first_read_with_the_layers_norm():
     """The norm is not lost: `expand`, then `pre`."""
-    connection, h = randomize(mhc.HyperConnection(SPEC, layer_norm_eps=1e-6)), normal(*TOKENS, C)
+    connection, h = randomize(mhc.HyperConnection(SPEC, rms_norm_eps=1e-6)), normal(*TOKENS, C)
     got = mhc.ResidualStream(h).read(connection)
     assert torch.equal(got, connection(ops.expand(h, 4))[0])
     with pytest.raises(TypeError, match="expands: expected an embedding alone, and no layer norm, got"):

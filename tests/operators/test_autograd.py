@@ -54,7 +54,7 @@ def test_gradients_are_the_kernels(case):
             backward = launch_backward.coefficients_backward
         if name != "coefficients":
             aggregation = {"h_pre": h_pre, "g_layer_input": g[0]}
-            g[0] = launch_backward.pre_backward(g[0], x)
+            g[0] = launch_backward.aggregate_backward(g[0], x)
         g_projected, g_alpha, g_bias = backward(*g, projected, alpha, bias, spec)
         g_x, g_phi = launch_backward.project_backward(g_projected, x, phi, **aggregation)
         assert_same_bits(got, [g_x, g_phi, g_alpha, g_bias])
@@ -166,7 +166,7 @@ def launched(monkeypatch):
 
         return call
 
-    for family in ("expand", "sinkhorn", "pre", "coefficients", "head_coefficients", "project", "post"):
+    for family in ("expand", "sinkhorn", "aggregate", "coefficients", "head_coefficients", "project", "post"):
         name = f"{family}_backward"
         monkeypatch.setattr(launch_backward, name, counted(name, getattr(launch_backward, name)))
     return calls
@@ -175,20 +175,20 @@ def launched(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "wanted", "outputs", "expected"),
     [
-        ("pre", ("x",), (0, 1, 2), ["pre", "coefficients", "project x"]),
-        ("pre", ("phi",), (0, 1, 2), ["pre", "coefficients", "project phi"]),
-        ("pre", ("x", "phi"), (0,), ["pre", "coefficients", "project x phi"]),
-        ("pre", ("alpha", "bias"), (0,), ["pre", "coefficients"]),
+        ("pre", ("x",), (0, 1, 2), ["aggregate", "coefficients", "project x"]),
+        ("pre", ("phi",), (0, 1, 2), ["aggregate", "coefficients", "project phi"]),
+        ("pre", ("x", "phi"), (0,), ["aggregate", "coefficients", "project x phi"]),
+        ("pre", ("alpha", "bias"), (0,), ["aggregate", "coefficients"]),
         ("pre", ("x",), (1, 2), ["coefficients", "project x"]),
         ("pre-delayed", ("x",), (0, 1, 2, 3), ["coefficients", "project x"]),
-        ("pre-delayed", ("h_pre",), (0,), ["pre", "coefficients"]),
+        ("pre-delayed", ("h_pre",), (0,), ["aggregate", "coefficients"]),
         ("pre-delayed", ("h_pre", "bias"), (3,), ["coefficients"]),
         ("coefficients", ("bias",), (0, 1, 2), ["coefficients"]),
         ("coefficients", ("phi",), (2,), ["coefficients", "project phi"]),
-        ("head", ("x",), (0,), ["pre", "head_coefficients", "project x"]),
-        ("head", ("norm_weight",), (0,), ["pre", "head_coefficients", "project phi"]),
-        ("head", ("alpha",), (0,), ["pre", "head_coefficients"]),
-        ("expand_pre", ("h",), (0, 1, 2, 3), ["pre", "expand", "coefficients", "expand", "project x", "expand"]),
+        ("head", ("x",), (0,), ["aggregate", "head_coefficients", "project x"]),
+        ("head", ("norm_weight",), (0,), ["aggregate", "head_coefficients", "project phi"]),
+        ("head", ("alpha",), (0,), ["aggregate", "head_coefficients"]),
+        ("expand_pre", ("h",), (0, 1, 2, 3), ["aggregate", "expand", "coefficients", "expand", "project x", "expand"]),
         ("expand_pre", ("phi",), (0, 2), ["coefficients", "expand", "project phi"]),
         ("expand_pre", ("alpha",), (0, 3), ["coefficients"]),
         ("expand_pre", ("h", "phi"), (0,), ["expand"]),

@@ -15,7 +15,7 @@ import mhc_tilelang as mhc
 from mhc_tilelang.checking.inputs import Case
 
 CASE = Case(4, 64, torch.float32, 6)
-WIDE = {"h", "x", "layer_output", "layer_norm_weight"}  # in stream dtypes anyway
+WIDE = {"h", "x", "layer_output", "rms_norm_weight"}  # in stream dtypes anyway
 every_form = pytest.mark.parametrize("name", FORMS)
 
 

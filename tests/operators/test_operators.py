@@ -45,7 +45,7 @@ def operator_arguments(function, case):
     """Positional arguments of X; leading dimensions [2, T/2] or [0, 3]."""
     tensors = function.tensors(case, (2, case.num_tokens // 2) if case.num_tokens else (0, 3))
     tensors.pop("norm_weight", None)
-    form = [tensors.pop("h_pre", None), tensors.pop("layer_norm_weight", None)] if function.name in DELAYED else []
+    form = [tensors.pop("h_pre", None), tensors.pop("rms_norm_weight", None)] if function.name in DELAYED else []
     return [*tensors.values(), *form, *constants_of(function, case.spec)]
 
 
@@ -57,7 +57,7 @@ def backward_arguments(function, case):
     public = len(function.call(function.tensors(case), case.spec))
     g_outputs = upstream(outputs[:public])
     count = len(arguments) - len(constants_of(function, case.spec))
-    delayed, normed = (name in function.arguments for name in ("h_pre", "layer_norm_weight"))
+    delayed, normed = (name in function.arguments for name in ("h_pre", "rms_norm_weight"))
     needs = {"sinkhorn": [], "post": [True] * 3, "post_pre": [normed], "pre": [True, True, delayed, normed]}
     needs |= {"post_head": []}
     needs = needs.get(function.name, [True] * 2)
@@ -72,9 +72,9 @@ def backward_arguments(function, case):
 def buffers_of(function, outputs):
     """X_out's buffers for these outputs, by name."""
     names = {"coefficients": ("h_pre", "h_post", "h_res"), "pre": ("layer_input", "h_post", "h_res")}
-    names |= {"post_pre": ("x_next", "layer_input", "next_post", "next_res"), "post_head": ("x_next", "output")}
+    names |= {"post_pre": ("x_next", "layer_input", "h_post_next", "h_res_next"), "post_head": ("x_next", "output")}
     names |= {"expand_pre": ("x", "layer_input", "h_post", "h_res")}
-    names = names.get(function.name, ("out",)) + (("next_pre",) if "h_pre" in function.arguments else ())
+    names = names.get(function.name, ("out",)) + (("h_pre_next",) if "h_pre" in function.arguments else ())
     return {name: torch.zeros_like(output) for name, output in zip(names, outputs, strict=False)}
 
 

@@ -39,7 +39,7 @@ def inputs(batch: int = BATCH) -> dict[str, torch.Tensor]:
         "logits": (batch, SEQUENCE, 4, 4),
         "phi": (24, 256),
         "bias": (24,),
-        "layer_norm_weight": (64,),
+        "rms_norm_weight": (64,),
         "head_phi": (4, 256),
         "head_bias": (4,),
     }
@@ -61,7 +61,7 @@ def every_function(t: dict[str, torch.Tensor]) -> torch.Tensor:
     layer_input, _, h_res = mhc.pre(x, *parameters)
     x = mhc.post(x, layer_input * t["layer_output"], h_post, h_res * mhc.sinkhorn(t["logits"]))
     x, layer_input, h_post, h_res = mhc.post_pre(x, t["layer_output"], h_pre, h_res, *parameters)
-    norm = {"layer_norm_weight": t["layer_norm_weight"]}
+    norm = {"rms_norm_weight": t["rms_norm_weight"]}
     layer_input, _, _, h_pre = mhc.pre(x, *delayed, h_pre=mhc.first_pre(x) + h_post, **norm)
     x, layer_input, h_post, h_res, _ = mhc.post_pre(x, layer_input, h_post, h_res, *delayed, h_pre=h_pre, **norm)
     x = mhc.post(x, layer_input * t["layer_output"], h_post, h_res)

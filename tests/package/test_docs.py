@@ -92,8 +92,8 @@ def test_what_is_not_its_source_is_noticed() -> None:
         found = differences(name, page.replace(old, new))
         assert any(line.startswith("+") and old in line for line in found), name
     for what in ("def nothing", "`for k` to `nothing`", "nothing"):
-        with pytest.raises(LookupError, match=r"kernels/pre\.py"):
-            guide.refreshed(f"<!-- from kernels/pre.py: {what} -->\n", ROOT)
+        with pytest.raises(LookupError, match=r"kernels/aggregate\.py"):
+            guide.refreshed(f"<!-- from kernels/aggregate.py: {what} -->\n", ROOT)
     with pytest.raises(LookupError, match=r"no row nothing"):
         guide.refreshed("<!-- rows of docs/kernels/README.md: nothing -->\n", ROOT)
     for expression in ("nothing()", 'predicted("28b")', 'speedup("default", "nothing", "torch")'):

@@ -158,7 +158,7 @@ def test_an_access_in_another_spelling_is_refused() -> None:
 def test_full_matrix_has_every_size() -> None:
     full = matrix.full(tuple(FAMILIES))
     assert len({subject.key("") for subject in full}) == len(full)
-    for kernel in ("project", "pre", "post", "project_backward", "post_backward"):
+    for kernel in ("project", "aggregate", "post", "project_backward", "post_backward"):
         sizes = {(s.num_streams, s.hidden_size, s.dtype) for s in full if s.kernel == kernel and not s.variant}
         assert len(sizes) == prod(map(len, (matrix.STREAMS, matrix.WIDTHS, plans.BYTES)))
     for kernel in ("coefficients", "coefficients_backward", "head_coefficients_backward"):
@@ -338,7 +338,7 @@ def test_a_call_names_its_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", "post_pre"]) == 1
     message = capsys.readouterr().err
     assert "post_pre is a call; expected a kernel, of those it launches: " in message
-    for kernel in ("post_project", "coefficients", "pre_mappings"):
+    for kernel in ("post_project", "coefficients", "aggregate_mappings"):
         assert kernel in message
     assert "boundary_backward" not in message
 

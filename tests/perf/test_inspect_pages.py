@@ -69,8 +69,8 @@ def test_stored_peers_are_built_at_the_studied_shape() -> None:
 
 def test_explain_prints_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     """As a terminal shows it."""
-    assert cli.main(["inspect", "pre", "--explain"]) == 0
-    page = (FOLDER / "pre.md").read_text(encoding="utf-8")
+    assert cli.main(["inspect", "aggregate", "--explain"]) == 0
+    page = (FOLDER / "aggregate.md").read_text(encoding="utf-8")
     assert terminal.fitted(page, terminal.width()).rstrip() in capsys.readouterr().out
 
 

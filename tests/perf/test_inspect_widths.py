@@ -160,7 +160,7 @@ def test_a_store_that_is_split_is_seen() -> None:
 
 
 @pytest.mark.nvcc
-@pytest.mark.parametrize("kernel", ["pre", pytest.param("post_project", marks=pytest.mark.full)])
+@pytest.mark.parametrize("kernel", ["aggregate", pytest.param("post_project", marks=pytest.mark.full)])
 def test_line_numbers_change_no_instruction(kernel: str, tmp_path) -> None:
     """What is looked at is what ships."""
     from mhc_tilelang.compiler.cuda_source import generate

@@ -158,13 +158,16 @@ def test_every_call_is_launched_and_listed(tmp_path: Path) -> None:
     manifest = tmp_path / "launches.json"
     counters.launch(shape, CPU, manifest)
     listed = json.loads(manifest.read_text())
-    assert {one["family"] for one in listed} == {counters.PROBE, *FAMILIES} - {"split_phi", "pre_mappings"}  # a GPU's
+    assert {one["family"] for one in listed} == {counters.PROBE, *FAMILIES} - {
+        "split_phi",
+        "aggregate_mappings",
+    }  # a GPU's
     post = next(one for one in listed if one["family"] == "post")
     unit = 5 * 48 * 2
     assert (post["read"], post["written"]) == (5 * unit + 5 * (4 + 16) * 4, 4 * unit)
 
 
-LAUNCHED = [Launched("post", "post", 1000, 800, 1000), Launched("pre", "pre", 2000, 100, 2000)]
+LAUNCHED = [Launched("post", "post", 1000, 800, 1000), Launched("aggregate", "aggregate", 2000, 100, 2000)]
 HEAD = ["ID", "Kernel Name", counters.READ, counters.WRITTEN, counters.TIME, counters.LEFT]
 
 
@@ -178,7 +181,7 @@ def test_counters_are_read_and_compared() -> None:
     """Thousands with commas; a write that stays in the cache; bytes that are 10 % too many."""
     text = ncu_says(
         ("0", "post_kernel", "1,040", "500", "2000", "810"),
-        ("1", "pre_kernel", "2,200", "100", "2000", "100"),
+        ("1", "aggregate_kernel", "2,200", "100", "2000", "100"),
     )
     post, pre = counters.compared(LAUNCHED, counters.parse(text), cache_bytes=300)
     assert (post.agrees, pre.agrees) == (True, False)

@@ -184,7 +184,7 @@ def test_streams_are_told_from_small_tensors() -> None:
 
             assert streams("project")[-1] == ("x",)
             assert streams("coefficients") == [()]
-            assert streams("pre_backward") == [("g_layer_input", "x")]
+            assert streams("aggregate_backward") == [("g_layer_input", "x")]
             assert [set(names) for names in streams("expand_pre")] == [{"h", "x"}, set(), set(), {"x", "layer_input"}]
             mixing = [names for names in streams("post_pre_backward") if "g_x" in names]
             assert len(mixing) == 1

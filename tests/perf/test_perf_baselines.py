@@ -68,7 +68,7 @@ def float64(kernel: str, arguments: dict[str, Any]) -> dict[str, np.ndarray]:
         return dict(zip(("dots", "squares"), reference.project(exact["x"], exact["phi"]), strict=True))
     if kernel == "sinkhorn":
         return {"h_res": reference.sinkhorn(exact["logits"], exact["iters"], exact["eps"])}
-    if kernel == "pre":
+    if kernel == "aggregate":
         return {"layer_input": reference.aggregate(exact["x"], exact["h_pre"])}
     if kernel == "post":
         return {"x_next": reference.post(exact["x"], exact["layer_output"], exact["h_post"], exact["h_res"])}
@@ -90,7 +90,7 @@ def float64_backward(kernel: str, exact: dict[str, Any]) -> dict[str, np.ndarray
         return {"g_h": reference.expand_backward(exact["g_x"], exact["g_x"][:, 0], exact["g_x"].shape[1])}
     if kernel == "sinkhorn_backward":
         return {"g_logits": reference.sinkhorn_backward(**exact)}
-    if kernel == "pre_backward":
+    if kernel == "aggregate_backward":
         x = exact["x"]
         return {"g_h_pre": reference.aggregate_backward(exact["g_layer_input"], x, np.zeros(x.shape[:2]))[1]}
     if kernel == "post_backward":
@@ -211,7 +211,7 @@ def rows_first(g_h_res: torch.Tensor, logits: torch.Tensor, iters: int, eps: flo
         ("project", forgotten_squares, "squares"),
         ("post", rounded_products, "x_next"),
         ("post", transposed, "x_next"),
-        ("pre", no_last_token, "layer_input"),
+        ("aggregate", no_last_token, "layer_input"),
         ("sinkhorn", one_iteration_less, "h_res"),
         ("post_backward", transposed_backward, "g_x"),
         ("project_backward", low_g_dots, "g_x"),
@@ -246,7 +246,7 @@ def test_every_kernel_has_an_eager_and_a_compiled_form_everywhere() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("kernel", ["project_backward", "pre_backward", "post_backward"])
+@pytest.mark.parametrize("kernel", ["project_backward", "aggregate_backward", "post_backward"])
 def test_tensor_core_forms_are_exact_enough(kernel: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With their products taken in float32, which a CPU lacks for operands of 16 bits."""
 

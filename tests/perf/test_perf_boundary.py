@@ -111,7 +111,7 @@ def float64(kernel: str, arguments: dict[str, Any]) -> dict[str, np.ndarray]:
     results: tuple[Any, ...] = ()
     if kernel == POST_PRE_DELAYED:
         found = reference.delayed_post_pre(*taken[:4], exact["h_pre"], *taken[4:], exact["spec"])
-        return dict(zip((*boundary_forms.FORWARD_RESULTS, "next_pre"), found, strict=True))
+        return dict(zip((*boundary_forms.FORWARD_RESULTS, "h_pre_next"), found, strict=True))
     if kernel != POST_PRE_BACKWARD:
         results = reference.post_pre(*taken, exact["spec"])
     named = dict(zip(boundary_forms.FORWARD_RESULTS, results, strict=bool(results)))
@@ -159,7 +159,7 @@ def from_outside_only(g_x_next: torch.Tensor, **tensors: Any) -> Callable[[], No
 @pytest.mark.parametrize(
     ("kernel", "wrong", "output"),
     [
-        (POST_PRE, low_phi, "layer_input|next_post|next_res"),
+        (POST_PRE, low_phi, "layer_input|h_post_next|h_res_next"),
         (POST_PRE, transposed, "x_next"),
         (POST_PRE_BACKWARD, not_aggregated, "g_x"),
         (POST_PRE_BACKWARD, from_outside_only, "g_x"),
@@ -190,7 +190,7 @@ def test_wrong_parts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_wrong_separate_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     case, _, load = make(POST_PRE_BACKWARD)
-    monkeypatch.setattr(launch_backward, "pre_backward", lambda *_, out: out.zero_())
+    monkeypatch.setattr(launch_backward, "aggregate_backward", lambda *_, out: out.zero_())
     with pytest.raises(MHCError, match="separate kernels: expected g_"):
         bench.verify_separate(case, load)
 
@@ -212,7 +212,7 @@ def test_the_fastest_part_of_each_mode_is_taken() -> None:
 
 def test_flops_are_those_of_the_parts() -> None:
     """n = 2, C = 3: the backward adds three gradients of the stream up."""
-    parts = ("post", "project", "coefficients", "pre")
+    parts = ("post", "project", "coefficients", "aggregate")
     forward, backward = (sum(flops(part + way, 2, 3, 5) for part in parts) for way in ("", "_backward"))
     assert flops(POST_PRE, 2, 3, 5) == flops(POST_PRE_DELAYED, 2, 3, 5) == forward
     assert flops(POST_PRE_BACKWARD, 2, 3, 5) == backward + 5 * 3 * 2 * 3
@@ -247,7 +247,7 @@ def test_table_and_json(results: tuple[Path, str]) -> None:
         [line] = [line for line in out.splitlines() if line.split(" ")[0].rstrip("*") == kernel]
         assert f"  {separate['over_kernel']:.2f}×  " in line
         parts = next(form["parts"] for form in result["torch"] if form["form"] == boundary_parts.NAME)
-        assert parts[0].startswith("pre_backward: " if kernel == POST_PRE_BACKWARD else "post: ")
+        assert parts[0].startswith("aggregate_backward: " if kernel == POST_PRE_BACKWARD else "post: ")
         assert not result["cuda_graph"]
     unit = 32 * 48 * 2
     assert found[POST_PRE]["traffic"]["stream_read"] == 9 * unit

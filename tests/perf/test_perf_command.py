@@ -88,10 +88,10 @@ def test_a_kernel_that_torch_contradicts_ends_it_too(
 ) -> None:
     """At the very sizes that are measured, which the check does not visit."""
     monkeypatch.setattr(launch, "aggregate", lambda *_, out: out.fill_(1.0))
-    assert cli.main(["bench", *SMALL, "--kernels", "pre"]) == 1
+    assert cli.main(["bench", *SMALL, "--kernels", "aggregate"]) == 1
     captured = capsys.readouterr()
     assert "GB/s" not in captured.out
-    assert "mhc-tilelang bench: baseline pre, eager: einsum: expected layer_input within 2e-04" in captured.err
+    assert "mhc-tilelang bench: baseline aggregate, eager: einsum: expected layer_input within 2e-04" in captured.err
 
 
 @pytest.mark.usefixtures("checked", "clock")
@@ -203,12 +203,12 @@ def test_a_row_is_printed_when_it_is_measured(
 
     monkeypatch.setattr(bench, "run_shape", one)
     with pytest.raises(KeyboardInterrupt):
-        cli.main(["bench", *SMALL, "--kernels", "expand", "pre"])
+        cli.main(["bench", *SMALL, "--kernels", "expand", "aggregate"])
     shown = capsys.readouterr().out.splitlines()
     place = next(k for k, line in enumerate(shown) if line.startswith("kernel "))
     assert shown[place + 2].startswith("expand")
     assert len(shown[place + 2]) <= len(shown[place + 1])
-    assert not any(line.startswith("pre") for line in shown)
+    assert not any(line.startswith("aggregate") for line in shown)
 
 
 @pytest.mark.usefixtures("checked", "clock")
@@ -216,10 +216,10 @@ def test_table_shows_the_fastest_form(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "last_level_cache", lambda _: 0)
-    [result] = run_json(tmp_path, "--kernels", "pre")["results"]
+    [result] = run_json(tmp_path, "--kernels", "aggregate")["results"]
     fastest = min(result["torch"], key=lambda form: form["time"]["median"])
     out = capsys.readouterr().out
-    [line] = [line for line in out.splitlines() if line.startswith("pre ")]
+    [line] = [line for line in out.splitlines() if line.startswith("aggregate ")]
     assert line.endswith(f"{fastest['over_kernel']:.2f}×  {fastest['form']}")
     assert f"{result['time']['median'] * 1e3:.2f}" in line
     assert "torch forms: eager ones that were near the fastest" in out
@@ -246,13 +246,13 @@ def test_options_reach_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bench, "run_cases", stand_in)
-    options = "--kernels pre --widths 32 64 --tokens 8 16 --streams 8 --dtype float32 float16 --baselines all"
+    options = "--kernels aggregate --widths 32 64 --tokens 8 16 --streams 8 --dtype float32 float16 --baselines all"
     with pytest.raises(KeyboardInterrupt):
         cli.main(["bench", "--device", "cpu", *options.split(), "--repeats", "7"])
     assert asked["device"] == torch.device("cpu")
     assert (asked["baselines"], asked["repeats"]) == ("all", 7)
     expected = [(T, 8, C, d) for d in ("float32", "float16") for C in (32, 64) for T in (8, 16)]
-    assert asked["cases"] == [cases.Case("pre", cases.Shape(*sizes)) for sizes in expected]
+    assert asked["cases"] == [cases.Case("aggregate", cases.Shape(*sizes)) for sizes in expected]
 
     with pytest.raises(KeyboardInterrupt):
         cli.main(["bench", "--device", "cpu"])

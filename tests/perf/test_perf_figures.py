@@ -83,11 +83,11 @@ def test_flops_by_hand() -> None:
     """n = 2, C = 3, one token."""
     assert flops("expand", 2, 3, 7) == 0
     assert flops("project", 2, 3, 1) == 2 * 8 * 6 + 2 * 6
-    assert flops("pre", 2, 3, 5) == 5 * 2 * 2 * 3
+    assert flops("aggregate", 2, 3, 5) == 5 * 2 * 2 * 3
     assert flops("post", 2, 3, 1) == (1 + 2 * 2) * 6
     assert flops("post_backward", 2, 3, 1) == 2 * (4 + 2 + 4 + 2) * 3
     assert flops(SUBLAYER_INPUT, 2, 3, 1) == sum(
-        flops(kernel, 2, 3, 1) for kernel in ("project", "coefficients", "pre")
+        flops(kernel, 2, 3, 1) for kernel in ("project", "coefficients", "aggregate")
     )
     assert all(flops(kernel, 4, 64, 1) >= 0 for kernel in (*KERNELS, *BACKWARD_KERNELS))
 

@@ -59,7 +59,7 @@ def test_elements_of_the_forms() -> None:
 def test_our_elements_are_those_of_the_kernels(n: int) -> None:
     """One by one: the projection's backward also reads g_layer_input, and autograd reads 2n and writes n to add up."""
     forward, backward = (
-        sum(sum(stream_elements(kernel + suffix, n)) for kernel in ("project", "pre", "post"))
+        sum(sum(stream_elements(kernel + suffix, n)) for kernel in ("project", "aggregate", "post"))
         for suffix in ("", "_backward")
     )
     assert FORMS[ONE_BY_ONE].forward(n) == forward

@@ -115,7 +115,7 @@ class Unwritten(TileKernels):
         (Transposed, "post", "x_next"),
         (Defaults, "coefficients", "h_post"),
         (Defaults, "sinkhorn", "h_res"),
-        (Unwritten, "pre", "layer_input"),
+        (Unwritten, "aggregate", "layer_input"),
     ],
 )
 def test_a_peer_that_differs_is_not_timed(kernels: type[TileKernels], kernel: str, output: str) -> None:
@@ -128,7 +128,7 @@ def test_a_peer_that_differs_is_not_timed(kernels: type[TileKernels], kernel: st
 
 def test_what_its_kernels_do_not_take_is_skipped() -> None:
     peer = stand_ins()["tile-kernels"]
-    assert compared(peer, "pre", dtype="float16").skipped == "needs a bfloat16 stream, got float16"
+    assert compared(peer, "aggregate", dtype="float16").skipped == "needs a bfloat16 stream, got float16"
     assert compared(peer, "project", tokens=37).skipped == "needs tokens in multiples of 32 on a CPU, got 37"
     assert compared(peer, "project_backward", tokens=32).skipped == "needs tokens in multiples of 128 on a CPU, got 32"
 
@@ -137,7 +137,7 @@ def test_a_peer_that_raises_is_skipped() -> None:
     def broken(*_: Any) -> Any:
         raise RuntimeError("a\nlong  story")
 
-    assert compared(deepseek.declare(broken), "pre").skipped == "fails: RuntimeError: a long story"
+    assert compared(deepseek.declare(broken), "aggregate").skipped == "fails: RuntimeError: a long story"
 
 
 def test_missing_and_broken_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +251,7 @@ def run_bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernels: TileKern
 @pytest.mark.usefixtures("ticking")
 def test_table_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A peer that agrees, one that differs, one without the function, one that cannot run: all four are there."""
-    options = ("--peers", "all", "--kernels", "post", "pre")
+    options = ("--peers", "all", "--kernels", "post", "aggregate")
     got = run_bench(monkeypatch, tmp_path, Transposed(), *options)
     out = capsys.readouterr().out
     peers = {peer["name"]: peer for peer in got["method"]["peers"]}
@@ -270,7 +270,7 @@ def test_table_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert 1e-3 < agrees["error"] < agrees["tolerance"]
     assert "stream's dtype" in agrees["because"]
     assert agrees["over_kernel"] == pytest.approx(agrees["time"]["median"] / post["time"]["median"])
-    lacks = results["pre"]["transformers"]
+    lacks = results["aggregate"]["transformers"]
     assert (lacks["skipped"], lacks["agrees"], lacks["time"]) == (huggingface.PARTS, None, None)
 
     [line] = [line for line in out.splitlines() if line.startswith("tile-kernels") and "mhc_post" in line]
@@ -278,7 +278,7 @@ def test_table_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert f"{differs['error']:.1e}" in line
     [line] = [line for line in out.splitlines() if line.startswith("transformers") and "mixing" in line]
     assert f"{agrees['over_kernel']:.2f}×" in line
-    assert f"hyper-connections: skipped post, pre: {lucidrains.ANOTHER}" in out
+    assert f"hyper-connections: skipped post, aggregate: {lucidrains.ANOTHER}" in out
 
 
 @pytest.mark.usefixtures("ticking")

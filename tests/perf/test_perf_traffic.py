@@ -25,11 +25,11 @@ STREAMS = ("h", "x", "layer_input", "layer_output", "x_next")
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_stream_traffic_is_that_of_the_papers_kernels(n: int) -> None:
     assert stream_elements("project", n) == (n, 0)
-    assert stream_elements("pre", n) == (n, 1)
+    assert stream_elements("aggregate", n) == (n, 1)
     assert stream_elements("post", n) == (n + 1, n)
     assert stream_elements("expand", n) == (1, n)
     assert stream_elements("sinkhorn", n) == stream_elements("coefficients", n) == (0, 0)
-    papers = [sum(stream_elements(kernel, n)) for kernel in ("project", "pre", "post")]
+    papers = [sum(stream_elements(kernel, n)) for kernel in ("project", "aggregate", "post")]
     assert sum(papers) == 4 * n + 2
 
 
@@ -38,7 +38,7 @@ def test_stream_traffic_of_the_backward(n: int) -> None:
     """Every kernel's backward reads what the forward read and a gradient of what it wrote."""
     assert stream_elements("expand_backward", n) == (n, 1)
     assert stream_elements("project_backward", n) == (n, n)
-    assert stream_elements("pre_backward", n) == (n + 1, 0)
+    assert stream_elements("aggregate_backward", n) == (n + 1, 0)
     assert stream_elements("post_backward", n) == (2 * n + 1, n + 1)
     assert stream_elements("sinkhorn_backward", n) == stream_elements("coefficients_backward", n) == (0, 0)
 
@@ -95,7 +95,7 @@ def test_cases_are_not_repeated_for_what_a_kernel_does_not_see() -> None:
     cases = make_cases(KERNELS + BACKWARD_KERNELS, shapes)
     backward = {kernel: sum(case.kernel == f"{kernel}_backward" for case in cases) for kernel in KERNELS}
     count = {kernel: sum(case.kernel == kernel for case in cases) for kernel in KERNELS}
-    assert count == backward == {"expand": 4, "project": 4, "coefficients": 2, "sinkhorn": 1, "pre": 4, "post": 4}
+    assert count == backward == {"expand": 4, "project": 4, "coefficients": 2, "sinkhorn": 1, "aggregate": 4, "post": 4}
     assert [case.shape for case in cases] == sorted((case.shape for case in cases), key=shapes.index)
 
 

@@ -46,5 +46,5 @@ def test_schedule_is_that_of_a_tensor(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_schedule_has_no_kernels(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["traffic", "--schedule", "--kernels", "pre"]) == 1
-    assert "--schedule: expected without --kernels, got pre" in capsys.readouterr().err
+    assert cli.main(["traffic", "--schedule", "--kernels", "aggregate"]) == 1
+    assert "--schedule: expected without --kernels, got aggregate" in capsys.readouterr().err

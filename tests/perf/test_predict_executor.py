@@ -22,7 +22,7 @@ from mhc_tilelang.perf.simt import launch as execute
 pytestmark = [pytest.mark.nvcc, pytest.mark.skipif(find_nvdisasm() is None, reason="no nvdisasm")]
 
 ARCH, SHAPE = "sm_90a", Shape(70, 4, 1280, "bfloat16")
-QUICK = ("pre_backward", "project")
+QUICK = ("aggregate_backward", "project")
 LONG = tuple(name for name in FAMILIES if name not in (*QUICK, "replay"))
 
 

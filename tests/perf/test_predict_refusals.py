@@ -179,7 +179,7 @@ def test_devices(tmp_path):
         (["nothing"], "KERNEL: expected any of"),
         (["post", "--validate"], "KERNEL: expected none beside --validate"),
         (["--validate", "--gpu", "h100"], "--gpu: expected none beside --validate"),
-        (["post", "--compare", "post", "pre"], "KERNEL: expected none beside --compare"),
+        (["post", "--compare", "post", "aggregate"], "KERNEL: expected none beside --compare"),
         (["post", "--timeline"], "--timeline: expected one KERNEL, one shape and --out DIR"),
         (["post", "--gpu", "mi300"], "--gpu: expected b200"),
         (["--peers", "--out", "x"], "--out: expected none beside --peers"),
@@ -241,7 +241,7 @@ def test_what_nvcc_makes_of_a_kernel_is_refused_or_walked(body, reason):
 def test_a_kernel_is_predicted_from_its_build(tmp_path, capsys, monkeypatch):
     path = tmp_path / "rows.json"
     common = ["--gpu", "b200", "--width", "2560", "--json", str(path)]
-    assert cli.main(["predict", "pre", "--tokens", "16384", "64", *common]) == 0
+    assert cli.main(["predict", "aggregate", "--tokens", "16384", "64", *common]) == 0
     row, small = json.loads(path.read_text())["rows"]
     wanted = {"name", "gpu", "tokens", "hidden_size", "dtype", "us", "low", "high", "regime", "memory_us", "sm_us"}
     assert wanted | {"launches"} <= set(row)
@@ -262,7 +262,7 @@ def test_a_kernel_is_predicted_from_its_build(tmp_path, capsys, monkeypatch):
         return walked._replace(moved={place: amount / 2 for place, amount in walked.moved.items()})
 
     monkeypatch.setattr(launched, "walk_grid", halved)
-    assert cli.main(["predict", "pre", "--tokens", "16384", *common]) == 0
+    assert cli.main(["predict", "aggregate", "--tokens", "16384", *common]) == 0
     [row] = json.loads(path.read_text())["rows"]
     assert row["us"] is None
     assert "bytes read differ" in row["reasons"][0]

@@ -85,7 +85,7 @@ def test_stored_times_of_the_fused_boundary(tmp_path: Path) -> None:
     ("options", "named"),
     [
         ("--device A100", "--device: expected H100"),
-        ("--streams 2", "expected C 2560, n 2 in bfloat16, got no coefficients"),
+        ("--streams 2", "expected C 2560, n 2 in bfloat16, got no aggregate, aggregate_backward, coefficients"),
         ("--form single-pass_floor", "--form: expected without --results"),
     ],
 )

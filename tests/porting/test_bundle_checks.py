@@ -36,7 +36,7 @@ def test_every_form_has_vectors_and_a_second_export_the_same(monkeypatch: pytest
     def normed(spec: MHCSpec, inputs: Inputs, eps: float | None) -> Iterator[list[torch.Tensor]]:
         if eps is not None:
             weight = inputs.phi[0, : spec.hidden_size].contiguous()
-            yield [launch_norm.pre_norm_backward(inputs.layer_output, inputs.x, inputs.h_pre, weight, eps)[0]]
+            yield [launch_norm.aggregate_norm_backward(inputs.layer_output, inputs.x, inputs.h_pre, weight, eps)[0]]
 
     monkeypatch.setattr(workload, "functions", lambda *_: [])
     monkeypatch.setattr(workload, "streams", normed)
@@ -49,7 +49,7 @@ def test_every_form_has_vectors_and_a_second_export_the_same(monkeypatch: pytest
     )
     described = export.kernels_for(SPEC, DTYPE, "cpu", True, EPS)
     families = [kernel.family for kernel in described]
-    assert families == ["pre_norm_backward", "sum_partials", "sum_partials"]
+    assert families == ["aggregate_norm_backward", "sum_partials", "sum_partials"]
     made = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -179,7 +179,7 @@ def test_each_device_loads_a_cubin_of_its_own(monkeypatch: pytest.MonkeyPatch) -
     assert started == [(0, 0x1000, 100), (1, 0x1000, 101)] * 2
 
 
-MODEL = "--model custom --hidden-size 96 --num-streams 2 --sinkhorn-iters 7 --dtype float16 --layer-norm-eps 1e-5"
+MODEL = "--model custom --hidden-size 96 --num-streams 2 --sinkhorn-iters 7 --dtype float16 --rms-norm-eps 1e-5"
 
 
 def test_every_option_reaches_what_is_exported_and_warmed_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_every_option_reaches_what_is_exported_and_warmed_up(monkeypatch: pytest
     monkeypatch.setattr(export, "export", exported)
     monkeypatch.setattr(workload, "kernels_of", kernels_of)
     assert cli.main(["export", *forward, "--arch", "cpu,sm_90a", "--march", "native", "--out", str(tmp_path)]) == 0
-    options = {"forward_only": True, "layer_norm_eps": 1e-5, "march": "native"}
+    options = {"forward_only": True, "rms_norm_eps": 1e-5, "march": "native"}
     assert asked.pop() == ((spec, "float16", ["cpu", "sm_90a"], tmp_path), options)
     assert cli.main(["warmup", *forward, "--device", "cpu"]) == 0
     assert asked.pop() == (spec, "float16", "cpu", True, 1e-5)

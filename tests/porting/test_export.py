@@ -44,7 +44,7 @@ def test_every_launch_of_the_audit_is_exported(num_streams: int, target: str) ->
     Catches a workload that does not reach a function, a reduction or a form, or a token count that compiles anew.
     Recomputation is left out: a kernel for every length of block.
     """
-    exported = workload.kernels_of(MHCSpec(256, num_streams), DTYPE, target, layer_norm_eps=1e-6)
+    exported = workload.kernels_of(MHCSpec(256, num_streams), DTYPE, target, rms_norm_eps=1e-6)
     platform = "cpu" if target == "cpu" else "cuda"
     for num_tokens in (1, 63, *range(128, 2304, 128), 20_000):
         shape = Shape(num_tokens, num_streams, 256, DTYPE)

@@ -115,7 +115,7 @@ EQUATIONS = {
     "post_head": (post_head, (*MAPPED, *HEAD_PARAMETERS), ("spec",)),
     "head_coefficients": (gate_head, ("x", *HEAD_PARAMETERS), ("spec",)),
     "head": (lambda x, *rest: aggregate(x, gate_head(x, *rest)), ("x", *HEAD_PARAMETERS), ("spec",)),
-    "layer_norm": (lambda u, weight, eps: weight * normalize(u, eps), ("h", "layer_norm_weight"), ("eps",)),
+    "rms_norm": (lambda u, weight, eps: weight * normalize(u, eps), ("h", "rms_norm_weight"), ("eps",)),
     "residual": (torch.add, ("h", "layer_output"), ()),
     "hc_coefficients": (hc_coefficients, ("x", *HC_PARAMETERS), ("spec",)),
     "hc_pre": (lambda x, *rest: pre(x, *rest, mappings=hc_coefficients), ("x", *HC_PARAMETERS), ("spec",)),
@@ -156,7 +156,7 @@ def make_tensors(n, std, seed=0):
         "theta": normal(n + 2, C, scale=C**-0.5),
         "hc_norm_weight": normal(C, scale=0.3, mean=1.0),
         "weight": normal(C, C),
-        "layer_norm_weight": normal(C, scale=0.3, mean=1.0),
+        "rms_norm_weight": normal(C, scale=0.3, mean=1.0),
     }
 
 

@@ -34,7 +34,7 @@ CASES = {
     "hc_pre": {"x": "TnC", **HC_PARAMETERS},
     "head": {"x": "TnC", **HEAD_PARAMETERS},
     "head_coefficients": {"x": "TnC", **HEAD_PARAMETERS},
-    "layer_norm": {"layer_input": "TC", "weight": "C"},
+    "rms_norm": {"layer_input": "TC", "weight": "C"},
     "normalize_streams": {"x": "TnC"},
     "post": MAPPED,
     "post_head": {**MAPPED, **HEAD_PARAMETERS},

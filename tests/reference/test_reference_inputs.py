@@ -60,7 +60,7 @@ CASES = {
     "post_head": (MAPPED, HEAD_PARAMETERS, {"spec": SPEC}),
     "head_coefficients": (STREAM, HEAD_PARAMETERS, {"spec": SPEC}),
     "head": (STREAM, HEAD_PARAMETERS, {"spec": SPEC}),
-    "layer_norm": (random_arrays(layer_input=(T, C)), random_arrays(weight=(C,)), {"eps": 1e-6}),
+    "rms_norm": (random_arrays(layer_input=(T, C)), random_arrays(weight=(C,)), {"eps": 1e-6}),
     "residual": (random_arrays(x=(T, C), layer_output=(T, C)), {}, {}),
     "normalize_streams": (STREAM, {}, {"rms_eps": 1e-6}),
     "hc_coefficients": (STREAM, HC_PARAMETERS, {"spec": SPEC}),
@@ -75,7 +75,7 @@ FREE = {
     ("first_pre", "x"),
     ("gate_post", "logits"),
     ("gate_pre", "logits"),
-    ("layer_norm", "layer_input"),
+    ("rms_norm", "layer_input"),
     ("normalize_streams", "x"),
     ("rms_scale", "sum_squares"),
 }

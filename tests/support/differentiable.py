@@ -16,7 +16,7 @@ from helpers import CPU
 from mhc_tilelang import MHCSpec, ops, reference
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.checking.kernels import numpy64
-from mhc_tilelang.checking.norm import EPS, layer_norm_weight
+from mhc_tilelang.checking.norm import EPS, rms_norm_weight
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Function:
         """Fresh arguments; `leading` shapes the case's tokens."""
         inputs, n = Inputs.of(case, CPU), case.num_streams
         norm_weight = 0.5 + torch.rand(case.spec.stream_size, generator=torch.Generator().manual_seed(case.seed))
-        drawn = {**vars(inputs), "norm_weight": norm_weight, "layer_norm_weight": layer_norm_weight(case, CPU)}
+        drawn = {**vars(inputs), "norm_weight": norm_weight, "rms_norm_weight": rms_norm_weight(case, CPU)}
         if "head" in self.name:
             drawn.update(phi=inputs.phi[:n].clone(), alpha=inputs.alpha[:1].clone(), bias=inputs.bias[:n].clone())
         if leading is not None:
@@ -57,7 +57,7 @@ class Function:
 
 @dataclass(frozen=True)
 class Normed(Function):
-    """A function with `layer_norm_weight`, its last argument: in float64, where nothing is rounded, a norm after it."""
+    """A function with `rms_norm_weight`, its last argument: in float64, where nothing is rounded, a norm after it."""
 
     def reference_backward(
         self, g_outputs: list[torch.Tensor | None], tensors: dict[str, torch.Tensor], spec: MHCSpec
@@ -68,7 +68,7 @@ class Normed(Function):
         index = 1 if self.name == "post_pre" else 0  # of layer_input
         u, g = forward(**arguments, spec=spec)[index], g_outputs[index]
         g_normed = None if g is None else numpy64(g)
-        g_u, g_weight = reference.layer_norm_backward(g_normed, u, numpy64(tensors[weight].detach()), EPS)
+        g_u, g_weight = reference.rms_norm_backward(g_normed, u, numpy64(tensors[weight].detach()), EPS)
         upstream = [*g_outputs[:index], torch.from_numpy(g_u), *g_outputs[index + 1 :]]
         without = Function(self.name, tuple(plain), lambda spec: {"spec": spec}, self.reference)
         of_plain = without.reference_backward(upstream, {name: tensors[name] for name in plain}, spec)
@@ -103,8 +103,8 @@ DELAYED = {
 NORMED = {
     f"{form}-normed": Normed(
         function.name,
-        (*function.arguments, "layer_norm_weight"),
-        lambda spec: {"spec": spec, "layer_norm_eps": EPS},
+        (*function.arguments, "rms_norm_weight"),
+        lambda spec: {"spec": spec, "rms_norm_eps": EPS},
         function.reference,
     )
     for form, function in {

@@ -18,7 +18,7 @@ from helpers import CPU, assert_same_bits
 from mhc_tilelang import launch_backward, launch_norm, reference
 from mhc_tilelang.checking.inputs import Gradients, Inputs
 from mhc_tilelang.checking.kernels import numpy64
-from mhc_tilelang.checking.norm import EPS, layer_norm_weight
+from mhc_tilelang.checking.norm import EPS, rms_norm_weight
 
 TOKENS_LAST = ("projected", "g_projected")
 PARAMETERS = ("phi", "alpha", "bias", "weight")
@@ -95,9 +95,9 @@ def head_coefficients_backward64(g_h_pre, projected, alpha, bias, spec):
     return g_projected, g_alpha_rows.sum(keepdims=True), g_bias
 
 
-def pre_norm_backward64(g_layer_input, x, h_pre, weight, eps):
+def aggregate_norm_backward64(g_layer_input, x, h_pre, weight, eps):
     """g_u, g_h_pre and g_weight in float64."""
-    g_u, g_weight = reference.layer_norm_backward(g_layer_input, reference.aggregate(x, h_pre), weight, eps)
+    g_u, g_weight = reference.rms_norm_backward(g_layer_input, reference.aggregate(x, h_pre), weight, eps)
     return g_u, reference.aggregate_backward(g_u, x, h_pre)[1], g_weight
 
 
@@ -134,10 +134,10 @@ BACKWARD = {
         launch_backward.sinkhorn_backward,
         lambda *arguments, **named: (reference.sinkhorn_backward(*arguments, **named),),
     ),
-    "pre_backward": Backward(
+    "aggregate_backward": Backward(
         ("g_h_pre",),
         lambda _, i, g: {"g_layer_input": g.g_h, "x": i.x},
-        launch_backward.pre_backward,
+        launch_backward.aggregate_backward,
         lambda g_layer_input, x: (np.einsum("tc,tic->ti", g_layer_input, x),),
     ),
     "post_backward": Backward(
@@ -176,17 +176,17 @@ BACKWARD = {
         launch_backward.head_coefficients_backward,
         head_coefficients_backward64,
     ),
-    "pre_norm_backward": Backward(
+    "aggregate_norm_backward": Backward(
         ("g_u", "g_h_pre", "g_weight"),
         lambda case, i, g: {
             "g_layer_input": g.g_h,
             "x": i.x,
             "h_pre": i.h_pre,
-            "weight": layer_norm_weight(case, CPU),
+            "weight": rms_norm_weight(case, CPU),
             "eps": EPS,
         },
-        launch_norm.pre_norm_backward,
-        pre_norm_backward64,
+        launch_norm.aggregate_norm_backward,
+        aggregate_norm_backward64,
     ),
 }
 

@@ -25,7 +25,7 @@ class Model(torch.nn.Module):
         self.spec = mhc.MHCSpec(C, num_streams=n, delayed_pre=delayed)
         self.layers = torch.nn.ModuleList(make_layer() if make_layer else Layer(dtype) for _ in range(depth))
         self.connections = torch.nn.ModuleList(
-            randomize(mhc.HyperConnection(self.spec, i, layer_norm_eps=eps), i) for i in range(len(self.layers))
+            randomize(mhc.HyperConnection(self.spec, i, rms_norm_eps=eps), i) for i in range(len(self.layers))
         )
         self.recompute: int | None = None
         self.look: Callable | None = None

@@ -117,7 +117,7 @@ class Sublayer:
         num_tokens, mappings = x.shape[0], "coefficients_backward_pre_given_post_given_res_given"
         block = self._kernel(mappings)["parameters"]["block"]
         sizes = {"num_tokens": num_tokens, "num_partials": -(-num_tokens // block)}
-        (g_h_pre,) = self._call("pre_backward", sizes, g_layer_input=g_layer_input, x=x)
+        (g_h_pre,) = self._call("aggregate_backward", sizes, g_layer_input=g_layer_input, x=x)
         g_projected, partial = self._call(
             mappings,
             sizes,

@@ -18,12 +18,12 @@ from mhc_tilelang.kernels import plans
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 CASE = Case(4, 333, torch.bfloat16, 63)
-FUNCTION = BACKWARD["pre_backward"]
+FUNCTION = BACKWARD["aggregate_backward"]
 
 
 @pytest.mark.parametrize("case", crosses())
 def test_matches_float64(case):
-    assert_matches_float64("pre_backward", case)
+    assert_matches_float64("aggregate_backward", case)
 
 
 @pytest.mark.parametrize("case", [CASE, Case(8, 1031, torch.float32, 5)])
@@ -31,7 +31,7 @@ def test_gpu_tile_matches_float64(case, monkeypatch):
     """Tiles of 256 and 512 channels, the last of which hangs over."""
     tile = plans.reduction_tile(case.hidden_size, case.dtype.itemsize, "cuda")
     monkeypatch.setattr(plans, "reduction_tile", lambda *_: tile)
-    assert_matches_float64("pre_backward", case)
+    assert_matches_float64("aggregate_backward", case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -40,7 +40,7 @@ def test_each_channel_counts_once(dtype):
     inputs = Inputs.of(Case(4, 333, dtype, 7), CPU)
     x, g = (inputs.x > 0).to(dtype), (inputs.layer_output > 0).to(dtype)
     counts = np.einsum("tc,tic->ti", numpy64(g), numpy64(x))
-    np.testing.assert_array_equal(numpy64(launch_backward.pre_backward(g, x)), counts)
+    np.testing.assert_array_equal(numpy64(launch_backward.aggregate_backward(g, x)), counts)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

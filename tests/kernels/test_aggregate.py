@@ -47,7 +47,7 @@ def pre64(inputs, case):
 
 @pytest.mark.parametrize("case", crosses())
 def test_aggregation_matches_float64(case):
-    assert_matches_float64("pre", case)
+    assert_matches_float64("aggregate", case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,6 +1,4 @@
-# pre_norm
-
-pre_norm: aggregate the n streams and normalise the sum, which is what a layer with a norm of its own begins with.
+"""aggregate_norm: aggregate the n streams and normalise the sum, for a layer that begins with a norm of its own.
 
 Equation (3), H_pre x, then an RMSNorm over the channels with the weight w of the layer:
 
@@ -8,22 +6,23 @@ Equation (3), H_pre x, then an RMSNorm over the channels with the weight w of th
     r[t]              = rsqrt(Σ_c u[t, c]² / C + eps)
     layer_input[t, c] = u[t, c] · r[t] · w[c]
 
-u is that of `pre`, fma by fma, and stays in float32: nothing is rounded to the stream's dtype but the result.
+u is that of `aggregate`, fma by fma, and stays in float32: nothing is rounded to the stream's dtype but the result.
 
 Traffic per token: n·C read, C written; w comes from the cache, 4·C bytes of it (2·C in 16 bits). A block has a whole
 token and walks over its channels twice, since r needs all of them. What the first walk made stays in registers, 32
 channels a thread at most: up to C = 8192 at vectors of full width or none, since the lanes grow with C. Beyond that
 (`kept` is off) the second walk reads x again, n·C more from the cache, and makes the same u of it. Channel c is added
 up in lane (c / width) mod lanes, then the lanes are added: the order follows from C and the dtype alone.
+"""
 
-## TileLang
+import tilelang.language as T
 
-From [`kernels/pre_norm.py`](../../kernels/pre_norm.py).
+from .plans import NormTile
 
-```python
+
 @T.macro
 def aggregate_step(u, x_frag, x, h_pre, token, step, slot, tile: NormTile):
-    """u[slot] = Σ_i h_pre[i] · x[i] for the step's channels, as `pre` adds them; 0 beyond the last channel."""
+    """u[slot] = Σ_i h_pre[i] · x[i] for the step's channels, as `aggregate` adds them; 0 beyond the last channel."""
     T.copy(x[token, 0, step * tile.lanes, 0], x_frag)
     for lane in T.Parallel(tile.lanes):
         for c in T.unroll(tile.width):
@@ -48,7 +47,7 @@ def inverse_rms(scale, squares, hidden_size: int, eps):
         scale[k] = T.rsqrt(scale[k] * (1.0 / hidden_size) + eps)
 
 
-def pre_norm_kernel(num_streams: int, hidden_size: int, dtype: str, weight_dtype: str, tile: NormTile):
+def aggregate_norm_kernel(num_streams: int, hidden_size: int, dtype: str, weight_dtype: str, tile: NormTile):
     """x [T, n, C / width, width], h_pre [T, n], weight [C / width, width] -> layer_input [T, C / width, width]."""
     n, lanes, width = num_streams, tile.lanes, tile.width
     row = (hidden_size // width, width)
@@ -56,7 +55,7 @@ def pre_norm_kernel(num_streams: int, hidden_size: int, dtype: str, weight_dtype
     num_tokens = T.dynamic("num_tokens")
 
     @T.prim_func
-    def pre_norm(
+    def aggregate_norm(
         x: T.Tensor[(num_tokens, n, *row), dtype],
         h_pre: T.Tensor[(num_tokens, n), T.float32],
         weight: T.Tensor[row, weight_dtype],
@@ -86,53 +85,4 @@ def pre_norm_kernel(num_streams: int, hidden_size: int, dtype: str, weight_dtype
                         normed[lane, c] = u[slot, lane, c] * scale[0] * T.cast(weight_frag[lane, c], T.float32)
                 T.copy(normed, layer_input[token, step * lanes, 0])
 
-    return pre_norm
-```
-
-## Traffic
-
-Counted from the code at n = 4, C = 2560, bfloat16, 4096 tokens, in units of C elements of the stream a token: of tensors as wide as the stream or a layer every access, of the others each element once, and apart what blocks read of them again.
-
-| kernel | buffer | read | written | of small tensors, again from caches |
-|---|---|---|---|---|
-| pre_norm | `x` | 4C | – | – |
-| pre_norm | `h_pre` | 0.003C | – | – |
-| pre_norm | `weight` | < 0.001C | – | 2C |
-| pre_norm | `layer_input` | – | 1C | – |
-| pre_norm | **stream and layer** | 4C | 1C | |
-
-## Launch
-
-| kernel | grid | at 4096 tokens | threads |
-|---|---|---|---|
-| pre_norm | `num_tokens` | 4096 | 128 |
-
-Compiled with:
-
-- pre_norm: `num_streams=4, hidden_size=2560, dtype='bfloat16', weight_dtype='float32', tile=NormTile(lanes=128, width=8, kept=True)`
-
-## Resources
-
-At n = 4, C = 2560, bfloat16; tilelang 0.1.15, nvcc 13.0.88, nvdisasm 13.5.37.
-
-| kernel | arch | registers | spills | shared | blocks, warps | limited by | instructions | tensor | barriers | loads | stores |
-|---|---|---|---|---|---|---|---|---|---|---|---|
-| pre_norm | sm_80 | 67 | 0 | 512 | 7, 44% | registers | 480 | 0 | 4 | 18×16 4×4 | 3×16 |
-| pre_norm | sm_90a | 72 | 0 | 512 | 7, 44% | registers | 481 | 0 | 4 | 18×16 4×4 | 3×16 |
-| pre_norm | sm_100a | 72 | 0 | 512 | 7, 44% | registers | 432 | 0 | 4 | 18×16 4×4 | 3×16 |
-| pre_norm | sm_120a | 72 | 0 | 512 | 7, 58% | registers | 457 | 0 | 4 | 18×16 4×4 | 3×16 |
-
-Accesses to what is as wide as the stream, in the machine code, how many × how many bytes:
-
-| kernel | arch | tensor | loads | stores |
-|---|---|---|---|---|
-| pre_norm | sm_80 | `x` | 12×16 | – |
-| pre_norm | sm_80 | `layer_input` | – | 3×16 |
-| pre_norm | sm_90a | `x` | 12×16 | – |
-| pre_norm | sm_90a | `layer_input` | – | 3×16 |
-| pre_norm | sm_120a | `x` | 12×16 | – |
-| pre_norm | sm_120a | `layer_input` | – | 3×16 |
-
-Not counted by tensor in the stored builds for sm_100a.
-
-- pre_norm on sm_90a: 7 blocks, 28 warps. Limited by registers: 72 registers a thread, 4 warps a block.
+    return aggregate_norm

@@ -25,7 +25,7 @@ from helpers import (
 from mhc_tilelang import launch, launch_norm, ops, reference
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.checking.kernels import numpy64
-from mhc_tilelang.checking.norm import EPS, layer_norm_weight
+from mhc_tilelang.checking.norm import EPS, rms_norm_weight
 from mhc_tilelang.kernels import plans
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -44,29 +44,29 @@ CASES += [
 
 
 def normed(inputs, case, **changes):
-    weight = layer_norm_weight(case, CPU)
-    return (launch_norm.pre_norm(inputs.x, inputs.h_pre, **{"weight": weight, "eps": EPS, **changes}),)
+    weight = rms_norm_weight(case, CPU)
+    return (launch_norm.aggregate_norm(inputs.x, inputs.h_pre, **{"weight": weight, "eps": EPS, **changes}),)
 
 
 def normed64(inputs, case):
     u = reference.aggregate(numpy64(inputs.x), numpy64(inputs.h_pre))
-    return (reference.layer_norm(u, numpy64(layer_norm_weight(case, CPU)), EPS),)
+    return (reference.rms_norm(u, numpy64(rms_norm_weight(case, CPU)), EPS),)
 
 
 def pre(inputs, case, **changes):
-    form = {"layer_norm_weight": layer_norm_weight(case, CPU), "layer_norm_eps": EPS, **changes}
+    form = {"rms_norm_weight": rms_norm_weight(case, CPU), "rms_norm_eps": EPS, **changes}
     return ops.pre(inputs.x, inputs.phi, inputs.alpha, inputs.bias, case.spec, **form)
 
 
 def post_pre(inputs, case, **changes):
-    form = {"layer_norm_weight": layer_norm_weight(case, CPU), "layer_norm_eps": EPS, **changes}
+    form = {"rms_norm_weight": rms_norm_weight(case, CPU), "rms_norm_eps": EPS, **changes}
     mixed = (inputs.x, inputs.layer_output, inputs.h_post, inputs.h_res)
     return ops.post_pre(*mixed, inputs.phi, inputs.alpha, inputs.bias, case.spec, **form)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_matches_float64(case):
-    assert_matches_float64("pre_norm", case)
+    assert_matches_float64("aggregate_norm", case)
 
 
 @pytest.mark.parametrize("case", [CASE, Case(8, 1031, torch.float32, 3), Case(2, KEPT + 8, torch.float16, 2)])
@@ -74,7 +74,7 @@ def test_gpu_tile_matches_float64(case, monkeypatch):
     """Tiles that hang over; the last one reads x twice."""
     tile = plans.norm_tile(case.hidden_size, case.dtype.itemsize, "cuda")
     monkeypatch.setattr(plans, "norm_tile", lambda *_: tile)
-    assert_matches_float64("pre_norm", case)
+    assert_matches_float64("aggregate_norm", case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -90,7 +90,7 @@ def test_reading_x_twice_gives_the_same_bits(dtype, monkeypatch):
 def test_weight_and_eps_count():
     """Twice the weight is twice the result, to the bit; without eps it is larger by the root of the means' ratio."""
     inputs = Inputs.of(CASE, CPU)
-    weight, [got] = layer_norm_weight(CASE, CPU), normed(inputs, CASE)
+    weight, [got] = rms_norm_weight(CASE, CPU), normed(inputs, CASE)
     assert_same_bits(normed(inputs, CASE, weight=2 * weight), [2 * got])
     u = reference.aggregate(numpy64(inputs.x), numpy64(inputs.h_pre))
     mean = np.square(u).mean(-1, keepdims=True)
@@ -115,7 +115,7 @@ def test_the_sum_is_not_rounded_before_the_norm():
     One rounding is off by U/√3 of a result at most, the two together by more: so float64 decides which one this is.
     """
     inputs = Inputs.of(CASE, CPU)
-    weight, [got] = layer_norm_weight(CASE, CPU), normed(inputs, CASE)
+    weight, [got] = rms_norm_weight(CASE, CPU), normed(inputs, CASE)
     u = launch.aggregate(inputs.x, inputs.h_pre)
     twice = torch.nn.functional.rms_norm(u.float(), u.shape[-1:], weight, EPS).to(u.dtype)
     [exact] = normed64(inputs, CASE)
@@ -129,10 +129,10 @@ def test_the_sum_is_not_rounded_before_the_norm():
 def test_weight_of_the_streams_dtype(dtype):
     """It is read as it is: the bits of the same numbers in float32. So is its gradient's dtype its own."""
     case = replace(CASE, dtype=dtype)
-    inputs, weight = Inputs.of(case, CPU), layer_norm_weight(case, CPU).to(dtype)
+    inputs, weight = Inputs.of(case, CPU), rms_norm_weight(case, CPU).to(dtype)
     assert_same_bits(normed(inputs, case, weight=weight), normed(inputs, case, weight=weight.float()))
     leaf = weight.clone().requires_grad_()
-    layer_input, *_ = pre(inputs, case, layer_norm_weight=leaf)
+    layer_input, *_ = pre(inputs, case, rms_norm_weight=leaf)
     layer_input.backward(inputs.layer_output)
     assert leaf.grad.dtype == dtype
 
@@ -140,7 +140,7 @@ def test_weight_of_the_streams_dtype(dtype):
 @pytest.mark.parametrize("case", [CASE, Case(8, 192, torch.float32, 127)])
 def test_public_functions_hand_on_their_coefficients(case):
     """pre, its delayed form, and both at a boundary: the kernel's bits of the right stream and h_pre."""
-    inputs, weight = Inputs.of(case, CPU), layer_norm_weight(case, CPU)
+    inputs, weight = Inputs.of(case, CPU), rms_norm_weight(case, CPU)
     x_next = launch.post(inputs.x, inputs.layer_output, inputs.h_post, inputs.h_res)
     for given in ({}, {"h_pre": inputs.h_pre}):
         got_next, *at_boundary = post_pre(inputs, case, **given)
@@ -148,7 +148,7 @@ def test_public_functions_hand_on_their_coefficients(case):
         for x, results in ((inputs.x, pre(inputs, case, **given)), (x_next, at_boundary)):
             layer_input, h_post, h_res, *own = results
             h_pre, *others = ops.coefficients(x, inputs.phi, inputs.alpha, inputs.bias, case.spec)
-            expected = launch_norm.pre_norm(x, given.get("h_pre", h_pre), weight, EPS)
+            expected = launch_norm.aggregate_norm(x, given.get("h_pre", h_pre), weight, EPS)
             assert_same_bits([layer_input, h_post, h_res], [expected, *others])
             assert_same_bits(own, [h_pre] if given else [])
 
@@ -181,13 +181,13 @@ def test_misaligned_views(dtype):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"layer_norm_weight": torch.ones(332)}, ValueError, r"layer_norm_weight: expected shape \[333\], got \[332\]"),
-        ({"layer_norm_weight": torch.ones(333).double()}, TypeError, "layer_norm_weight: expected dtype torch.float32"),
-        ({"layer_norm_weight": torch.ones(333).half()}, TypeError, "expected dtype torch.float32 or torch.bfloat16"),
-        ({"layer_norm_weight": None}, ValueError, "layer_norm_eps: expected a layer_norm_weight beside it, got 0.01"),
-        ({"layer_norm_eps": -1.0}, ValueError, "layer_norm_eps: expected 0 or a positive number"),
-        ({"layer_norm_eps": float("nan")}, ValueError, "layer_norm_eps: expected 0 or a positive number"),
-        ({"layer_norm_eps": "1e-6"}, TypeError, "layer_norm_eps: expected float, got '1e-6'"),
+        ({"rms_norm_weight": torch.ones(332)}, ValueError, r"rms_norm_weight: expected shape \[333\], got \[332\]"),
+        ({"rms_norm_weight": torch.ones(333).double()}, TypeError, "rms_norm_weight: expected dtype torch.float32"),
+        ({"rms_norm_weight": torch.ones(333).half()}, TypeError, "expected dtype torch.float32 or torch.bfloat16"),
+        ({"rms_norm_weight": None}, ValueError, "rms_norm_eps: expected a rms_norm_weight beside it, got 0.01"),
+        ({"rms_norm_eps": -1.0}, ValueError, "rms_norm_eps: expected 0 or a positive number"),
+        ({"rms_norm_eps": float("nan")}, ValueError, "rms_norm_eps: expected 0 or a positive number"),
+        ({"rms_norm_eps": "1e-6"}, TypeError, "rms_norm_eps: expected float, got '1e-6'"),
     ],
 )
 def test_bad_arguments(call, changes, error, message):

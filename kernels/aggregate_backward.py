@@ -1,4 +1,4 @@
-"""pre, backward: the gradient of the weights by which the streams were aggregated.
+"""aggregate, backward: the gradient of the weights by which the streams were aggregated.
 
 From layer_input[c] = Σ_i h_pre[i] · x[i, c] (Eq. 3), with g = g_layer_input, per token:
 
@@ -17,14 +17,14 @@ import tilelang.language as T
 from .plans import ReductionTile
 
 
-def pre_backward_kernel(num_streams: int, hidden_size: int, dtype: str, tile: ReductionTile):
+def aggregate_backward_kernel(num_streams: int, hidden_size: int, dtype: str, tile: ReductionTile):
     """g_layer_input [T, C / width, width], x [T, n, C / width, width] -> g_h_pre [T, n]."""
     n, lanes, width = num_streams, tile.lanes, tile.width
     row = (hidden_size // width, width)
     num_tokens = T.dynamic("num_tokens")
 
     @T.prim_func
-    def pre_backward(
+    def aggregate_backward(
         g_layer_input: T.Tensor[(num_tokens, *row), dtype],
         x: T.Tensor[(num_tokens, n, *row), dtype],
         g_h_pre: T.Tensor[(num_tokens, n), T.float32],
@@ -49,4 +49,4 @@ def pre_backward_kernel(num_streams: int, hidden_size: int, dtype: str, tile: Re
             T.reduce_sum(lane_sums, sums, dim=1, batch=n)
             T.copy(sums, g_h_pre[token, 0])
 
-    return pre_backward
+    return aggregate_backward

@@ -21,7 +21,7 @@ from mhc_tilelang.kernels import plans
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 CASE = Case(4, 333, torch.bfloat16, 63)
-FUNCTION = BACKWARD["pre_norm_backward"]
+FUNCTION = BACKWARD["aggregate_norm_backward"]
 KEPT = plans.MAX_THREADS * plans.KEPT_CHANNELS
 CASES = [named("every-n-and-dtype", Case(n, 192, dtype, 127)) for n in STREAMS for dtype in DTYPES]
 CASES += [named("width", Case(4, size, torch.bfloat16, 5)) for size in (1, 7, 200, 1000, 333)]
@@ -37,7 +37,7 @@ CASES += [
 
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_matches_float64(case):
-    assert_matches_float64("pre_norm_backward", case)
+    assert_matches_float64("aggregate_norm_backward", case)
 
 
 @pytest.mark.parametrize("case", [CASE, Case(8, 1031, torch.float32, 5), Case(2, KEPT + 8, torch.float16, 18)])
@@ -45,7 +45,7 @@ def test_gpu_tile_matches_float64(case, monkeypatch):
     """Tiles that hang over; the last one reads x twice, and adds up the weight's gradient in memory."""
     tile = plans.norm_tile(case.hidden_size, case.dtype.itemsize, "cuda")
     monkeypatch.setattr(plans, "norm_tile", lambda *_: tile)
-    assert_matches_float64("pre_norm_backward", case)
+    assert_matches_float64("aggregate_norm_backward", case)
 
 
 def test_without_the_weights_gradient():
@@ -73,7 +73,7 @@ def test_a_gradient_along_the_result_is_none():
     """
     case = replace(CASE, dtype=torch.float32)
     arguments = {**FUNCTION.arguments(case), "weight": torch.ones(case.hidden_size), "eps": 0.0}
-    normed = launch_norm.pre_norm(arguments["x"], arguments["h_pre"], arguments["weight"], 0.0)
+    normed = launch_norm.aggregate_norm(arguments["x"], arguments["h_pre"], arguments["weight"], 0.0)
     got = FUNCTION({**arguments, "g_layer_input": normed})
     scale = np.abs(FUNCTION.float64(arguments)["g_u"]).max()
     assert np.abs(numpy64(got["g_u"])).max() < 2e-6 * scale  # 333 channels, 20 roundings of 6e-8 in r³·D
@@ -122,7 +122,7 @@ def test_frozen_and_unused():
     got = gradients(outputs, frozen, upstream(outputs))
     assert_same_bits(got.values(), [expected[name] for name in got])
     outputs = function.call(every, case.spec)
-    g_weight = torch.autograd.grad(outputs[2], every["layer_norm_weight"], upstream(outputs)[2])[0]
+    g_weight = torch.autograd.grad(outputs[2], every["rms_norm_weight"], upstream(outputs)[2])[0]
     assert not g_weight.any()
 
 
@@ -132,12 +132,12 @@ def test_the_aggregations_share_is_of_the_rounded_g_u():
     arguments = FUNCTION.arguments(CASE)
     leaves = requiring({name: getattr(inputs, name) for name in ("x", "phi", "alpha", "bias")})
     layer_input, *_ = ops.pre(
-        *leaves.values(), spec, layer_norm_weight=arguments["weight"].requires_grad_(), layer_norm_eps=EPS
+        *leaves.values(), spec, rms_norm_weight=arguments["weight"].requires_grad_(), rms_norm_eps=EPS
     )
     got = torch.autograd.grad(layer_input, [*leaves.values(), arguments["weight"]], g)
     with torch.no_grad():
         *_, h_pre, projected = torch.ops.mhc_tilelang.pre(*vars_of(inputs), None, None, *constants_of(spec), EPS)
-        g_u, g_h_pre, g_weight = launch_norm.pre_norm_backward(g, inputs.x, h_pre, arguments["weight"], EPS)
+        g_u, g_h_pre, g_weight = launch_norm.aggregate_norm_backward(g, inputs.x, h_pre, arguments["weight"], EPS)
         g_projected, g_alpha, g_bias = launch_backward.coefficients_backward(
             g_h_pre, None, None, projected, inputs.alpha, inputs.bias, spec
         )
@@ -161,13 +161,13 @@ def test_a_stream_of_connections_with_norms(delayed):
     """
     spec = MHCSpec(hidden_size=64, delayed_pre=delayed)
     generator = torch.Generator().manual_seed(3)
-    normed = [HyperConnection(spec, k, layer_norm_eps=1e-5) for k in range(3)]
+    normed = [HyperConnection(spec, k, rms_norm_eps=1e-5) for k in range(3)]
     plain = [HyperConnection(spec, k) for k in range(3)]
     weights = [torch.nn.Parameter(torch.empty(64).uniform_(0.5, 1.5, generator=generator)) for _ in range(3)]
     for one, other, weight in zip(normed, plain, weights, strict=True):
         other.phi.data.normal_(std=0.05, generator=generator)
-        one.load_state_dict({**other.state_dict(), "layer_norm_weight": weight.detach().clone()})
-        assert one.layer_norm_weight.dtype == torch.float32
+        one.load_state_dict({**other.state_dict(), "rms_norm_weight": weight.detach().clone()})
+        assert one.rms_norm_weight.dtype == torch.float32
     h = torch.randn(9, 64, generator=generator)
     g = torch.randn(9, 64, generator=generator)
 
@@ -177,8 +177,8 @@ def test_a_stream_of_connections_with_norms(delayed):
             stream.write(torch.tanh(norm(stream.read(connection))))
         result = stream.reduce("sum")
         named_parameters = [dict(c.named_parameters()) for c in connections]
-        shared = [p for names in named_parameters for name, p in names.items() if name != "layer_norm_weight"]
-        scales = [c.layer_norm_weight for c in connections] if connections is normed else weights
+        shared = [p for names in named_parameters for name, p in names.items() if name != "rms_norm_weight"]
+        scales = [c.rms_norm_weight for c in connections] if connections is normed else weights
         return result, torch.autograd.grad(result, [*shared, *scales], g)
 
     got = run(normed, [lambda u: u] * 3)
@@ -193,7 +193,7 @@ def test_a_stream_of_connections_with_norms(delayed):
 def test_every_connection_of_the_kind_normalises(kind):
     """Catches a subclass that takes the option and ignores it."""
     spec, x = MHCSpec(hidden_size=64), Inputs.of(Case(4, 64, torch.bfloat16, 6), CPU).x
-    layer_input, *mappings = kind(spec, layer_norm_eps=1e-5)(x)
+    layer_input, *mappings = kind(spec, rms_norm_eps=1e-5)(x)
     u, *others = kind(spec)(x)
     assert_same_bits([m.detach() for m in mappings], [o.detach() for o in others])
     expected = torch.nn.functional.rms_norm(u.float(), (64,), eps=1e-5)
@@ -203,12 +203,12 @@ def test_every_connection_of_the_kind_normalises(kind):
 def test_a_connection_owns_the_weight():
     """It starts at one, is float32 in a bfloat16 model, and is not there without an eps."""
     spec = MHCSpec(hidden_size=64)
-    connection = HyperConnection(spec, layer_norm_eps=1e-5).to(torch.bfloat16)
-    assert connection.layer_norm_weight.dtype == torch.float32
-    assert torch.equal(connection.layer_norm_weight, torch.ones(64))
-    assert "layer_norm_eps=1e-05" in repr(connection)
+    connection = HyperConnection(spec, rms_norm_eps=1e-5).to(torch.bfloat16)
+    assert connection.rms_norm_weight.dtype == torch.float32
+    assert torch.equal(connection.rms_norm_weight, torch.ones(64))
+    assert "rms_norm_eps=1e-05" in repr(connection)
     bare = HyperConnection(spec)
-    assert bare.layer_norm_weight is None
-    assert "layer_norm_weight" not in bare.state_dict()
-    with pytest.raises(ValueError, match="HyperConnection: layer_norm_eps: expected 0 or a positive number"):
-        HyperConnection(spec, layer_norm_eps=-1e-5)
+    assert bare.rms_norm_weight is None
+    assert "rms_norm_weight" not in bare.state_dict()
+    with pytest.raises(ValueError, match="HyperConnection: rms_norm_eps: expected 0 or a positive number"):
+        HyperConnection(spec, rms_norm_eps=-1e-5)

@@ -1,6 +1,4 @@
-# pre_mappings
-
-pre_mappings: `pre`, and beside it the two mappings that are needed only after the layer.
+"""aggregate_mappings: `aggregate`, and beside it the two mappings that are needed only after the layer.
 
 Equations (3), (18) and (19), for token t, from the rows of `projected` that `coefficients` kept:
 
@@ -9,17 +7,20 @@ Equations (3), (18) and (19), for token t, from the rows of `projected` that `co
     h_post[t]         = post_scale · sigmoid(z_post[t])
     h_res[t]          = sinkhorn(z_res[t])
 
-Traffic per token: n·C read and C written, as `pre`; and n² + n values of float32 read, and written.
+Traffic per token: n·C read and C written, as `aggregate`; and n² + n values of float32 read, and written.
 
 The layer waits for h_pre and its input, not for Sinkhorn, a chain of dependent steps that one token cannot shorten.
 The first blocks of the grid, one thread a token, walk that chain while all others stream. Same formulas, same macros,
-same bits as `coefficients` and `pre`.
+same bits as `coefficients` and `aggregate`.
+"""
 
-## TileLang
+import tilelang.language as T
 
-From [`kernels/pre_mappings.py`](../../kernels/pre_mappings.py).
+from .aggregate import aggregate_streams
+from .boundary_plans import AggregateMappingsPlan
+from .coefficients import row_groups, scale_and_shift, store_post, store_res
 
-```python
+
 @T.macro
 def load_rows(z, projected, first_row, first_token):
     """z[a, b, t] = projected[first_row + a · inner + b, first_token + t], 0 beyond the last token."""
@@ -30,17 +31,17 @@ def load_rows(z, projected, first_row, first_token):
         )
 
 
-def pre_mappings_kernel(
+def aggregate_mappings_kernel(
     num_streams: int,
     hidden_size: int,
     dtype: str,
-    plan: PreMappingsPlan,
-    chained: bool,
+    plan: AggregateMappingsPlan,
+    pdl: bool,
 ):
     """x [T, n, C], h_pre [T, n], projected [M + 1, T], alpha [3], bias [M]
     -> layer_input [T, C], h_post [T, n], h_res [T, n, n].
 
-    Where it is `chained`, the launch waits on the device for the one before it.
+    Where it is `pdl`, the launch waits on the device for the one before it.
     """
     n, block, tokens = num_streams, plan.tile.channels, plan.tokens
     blocks = -(-hidden_size // block)
@@ -49,7 +50,7 @@ def pre_mappings_kernel(
     num_tokens = T.dynamic("num_tokens")
 
     @T.prim_func
-    def pre_mappings(
+    def aggregate_mappings(
         x: T.Tensor[(num_tokens, n, hidden_size), dtype],
         h_pre: T.Tensor[(num_tokens, n), T.float32],
         projected: T.Tensor[(num_rows + 1, num_tokens), T.float32],
@@ -70,7 +71,7 @@ def pre_mappings_kernel(
             P = T.alloc_fragment((n, n, tokens), T.float32)
             if plan.blocks_per_sm > 1:
                 T.annotate_min_blocks_per_sm(plan.blocks_per_sm)
-            if chained:
+            if pdl:
                 T.pdl_sync()
             if index < mapping_blocks:
                 first = index * tokens
@@ -88,56 +89,4 @@ def pre_mappings_kernel(
                 aggregate_streams(acc, x_frag, h_pre, token)
                 T.copy(acc, layer_input[token, channel])
 
-    return pre_mappings
-```
-
-## Traffic
-
-Counted from the code at n = 4, C = 2560, bfloat16, 4096 tokens, in units of C elements of the stream a token: of tensors as wide as the stream or a layer every access, of the others each element once, and apart what blocks read of them again.
-
-| kernel | buffer | read | written | of small tensors, again from caches |
-|---|---|---|---|---|
-| pre_mappings | `x` | 4C | – | – |
-| pre_mappings | `h_pre` | 0.003C | – | 0.003C |
-| pre_mappings | `projected` | 0.016C | – | – |
-| pre_mappings | `alpha` | < 0.001C | – | < 0.001C |
-| pre_mappings | `bias` | < 0.001C | – | < 0.001C |
-| pre_mappings | `layer_input` | – | 1C | – |
-| pre_mappings | `h_post` | – | 0.003C | – |
-| pre_mappings | `h_res` | – | 0.013C | – |
-| pre_mappings | **stream and layer** | 4C | 1C | |
-
-## Launch
-
-| kernel | grid | at 4096 tokens | threads |
-|---|---|---|---|
-| pre_mappings | `(num_tokens + 160 - 1) // 160 + num_tokens * 2` | 8218 | 160 |
-
-Compiled with:
-
-- pre_mappings: `num_streams=4, hidden_size=2560, dtype='bfloat16', plan=PreMappingsPlan(tile=ChannelTile(channels=1280, threads=160), tokens=160, blocks_per_sm=8), chained=False`
-
-## Resources
-
-At n = 4, C = 2560, bfloat16; tilelang 0.1.15, nvcc 13.0.88, nvdisasm 13.5.37.
-
-| kernel | arch | registers | spills | shared | blocks, warps | limited by | instructions | tensor | barriers | loads | stores |
-|---|---|---|---|---|---|---|---|---|---|---|---|
-| pre_mappings | sm_80 | 48 | 0 | 0 | 8, 62% | registers | 1097 | 0 | 0 | 9×16 26×4 | 6×16 |
-| pre_mappings | sm_90a | 48 | 0 | 0 | 8, 62% | registers | 1603 | 0 | 0 | 9×16 26×4 | 6×16 |
-| pre_mappings | sm_100a | 48 | 0 | 0 | 8, 62% | registers | 1485 | 0 | 0 | 9×16 26×4 | 6×16 |
-| pre_mappings | sm_120a | 48 | 0 | 0 | 8, 83% | registers | 1072 | 0 | 0 | 9×16 26×4 | 6×16 |
-
-Accesses to what is as wide as the stream, in the machine code, how many × how many bytes:
-
-| kernel | arch | tensor | loads | stores |
-|---|---|---|---|---|
-| pre_mappings | sm_90a | `x` | 4×16 | – |
-| pre_mappings | sm_90a | not told | 1×4 | – |
-| pre_mappings | sm_90a | `layer_input` | – | 1×16 |
-| pre_mappings | sm_100a | `x` | 4×16 | – |
-| pre_mappings | sm_100a | `layer_input` | – | 1×16 |
-
-Not counted by tensor in the stored builds for sm_80, sm_120a.
-
-- pre_mappings on sm_90a: 8 blocks, 40 warps. Limited by registers: 48 registers a thread, 5 warps a block.
+    return aggregate_mappings

@@ -2,7 +2,7 @@
 
     y[c] = u[c] · r · w[c],   r = rsqrt(mean over c of u[c]² + eps)
 
-Nothing is rounded here, so `layer_norm(aggregate(x, h_pre), …)` is also what a kernel computes that normalises u before
+Nothing is rounded here, so `rms_norm(aggregate(x, h_pre), …)` is also what a kernel computes that normalises u before
 it rounds it.
 
 Backward. ∂r/∂u[c] = −r³ · u[c] / C, so with D = Σ_c g_y[c] · w[c] · u[c]:
@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from ._inputs import Array, as_float64, as_gradient
 
 
-def layer_norm(layer_input: ArrayLike, weight: ArrayLike, eps: float) -> Array:
+def rms_norm(layer_input: ArrayLike, weight: ArrayLike, eps: float) -> Array:
     """y, the normalised layer input.
 
     Args:
@@ -31,14 +31,14 @@ def layer_norm(layer_input: ArrayLike, weight: ArrayLike, eps: float) -> Array:
     return u * scale * weight
 
 
-def layer_norm_backward(
+def rms_norm_backward(
     g_normed: ArrayLike | None, layer_input: ArrayLike, weight: ArrayLike, eps: float
 ) -> tuple[Array, Array]:
     """g_u and g_w.
 
     Args:
         g_normed: g_y, [..., C], or None.
-        layer_input, weight, eps: as for `layer_norm`.
+        layer_input, weight, eps: as for `rms_norm`.
 
     Returns:
         g_layer_input [..., C], and g_weight [C], summed over tokens.

@@ -1,4 +1,4 @@
-"""pre_norm, backward: from the gradient of the normalised layer input to that of the sum before it.
+"""aggregate_norm, backward: from the gradient of the normalised layer input to that of the sum before it.
 
 With u[c] = Σ_i h_pre[i] · x[i, c], r = rsqrt(Σ_c u[c]² / C + eps), layer_input[c] = u[c] · r · w[c] and
 g = g_layer_input, per token:
@@ -8,12 +8,12 @@ g = g_layer_input, per token:
     g_r        = Σ_c g[c] · w[c] · u[c]                                     = D
     g_u[c]     = r · w[c] · g[c] − r³ · D / C · u[c]
 
-and then as in `pre_backward`, with g_u for g:
+and then as in `aggregate_backward`, with g_u for g:
 
     g_h_pre[i] = Σ_c g_u[c] · x[i, c] = r · A[i] − r³ · D / C · B[i]
     A[i] = Σ_c w[c] · g[c] · x[i, c],   B[i] = Σ_c u[c] · x[i, c]
 
-So one walk over the channels finds every sum, A, B, D and Σ u², in lanes as in `pre_norm` (r comes of the same
+So one walk over the channels finds every sum, A, B, D and Σ u², in lanes as in `aggregate_norm` (r comes of the same
 additions), and a second walk writes g_u, which takes the place of g_layer_input in all that follows: the share of
 the aggregation in g_x is h_pre[i] · g_u. For that it is rounded to the stream's dtype; g_h_pre is made of float32 sums.
 
@@ -28,8 +28,8 @@ cache. The partial sums cost 4·C bytes to write and as many to read, per block.
 
 import tilelang.language as T
 
+from .aggregate_norm import add_squares, aggregate_step, inverse_rms
 from .plans import NormTile
-from .pre_norm import add_squares, aggregate_step, inverse_rms
 
 
 @T.macro
@@ -124,7 +124,7 @@ def store_partial(partial, g_weight, group, step, slot, tile: NormTile):
                 partial[group, step * tile.lanes + lane, c] = g_weight[slot, lane, c]
 
 
-def pre_norm_backward_kernel(
+def aggregate_norm_backward_kernel(
     num_streams: int, hidden_size: int, dtype: str, weight_dtype: str, tile: NormTile, weights: bool
 ):
     """g_layer_input [T, C], x [T, n, C], h_pre [T, n], weight [C]
@@ -139,7 +139,7 @@ def pre_norm_backward_kernel(
     num_partials = T.dynamic("num_partials")
 
     @T.prim_func
-    def pre_norm_backward(
+    def aggregate_norm_backward(
         g_layer_input: T.Tensor[(num_tokens, *row), dtype],
         x: T.Tensor[(num_tokens, n, *row), dtype],
         h_pre: T.Tensor[(num_tokens, n), T.float32],
@@ -197,4 +197,4 @@ def pre_norm_backward_kernel(
                 for step in T.unroll(steps, unroll_factor=slots):
                     store_partial(partial, g_weight, group, step, step, tile)
 
-    return pre_norm_backward
+    return aggregate_norm_backward

@@ -1,4 +1,4 @@
-"""pre: aggregate the n streams into the layer's input.
+"""aggregate: sum the n streams, weighted by h_pre, into the layer's input.
 
 Equation (3), H_pre x:
 
@@ -15,7 +15,7 @@ from .plans import ChannelTile
 
 @T.macro
 def aggregate_streams(acc, x_frag, h_pre, token):
-    """acc[c] = Σ_i h_pre[token, i] · x_frag[i, c], in pre's order."""
+    """acc[c] = Σ_i h_pre[token, i] · x_frag[i, c], in the order of `aggregate`."""
     n, block = x_frag.shape
     for c in T.Parallel(block):
         acc[c] = 0.0
@@ -23,14 +23,14 @@ def aggregate_streams(acc, x_frag, h_pre, token):
             acc[c] = T.ieee_fmaf(h_pre[token, i], T.cast(x_frag[i, c], T.float32), acc[c])
 
 
-def pre_kernel(num_streams: int, hidden_size: int, dtype: str, tile: ChannelTile):
+def aggregate_kernel(num_streams: int, hidden_size: int, dtype: str, tile: ChannelTile):
     """x [T, n, C], h_pre [T, n] -> layer_input [T, C]."""
     n, block = num_streams, tile.channels
     blocks = -(-hidden_size // block)
     num_tokens = T.dynamic("num_tokens")
 
     @T.prim_func
-    def pre(
+    def aggregate(
         x: T.Tensor[(num_tokens, n, hidden_size), dtype],
         h_pre: T.Tensor[(num_tokens, n), T.float32],
         layer_input: T.Tensor[(num_tokens, hidden_size), dtype],
@@ -45,4 +45,4 @@ def pre_kernel(num_streams: int, hidden_size: int, dtype: str, tile: ChannelTile
             aggregate_streams(acc, x_frag, h_pre, token)
             T.copy(acc, layer_input[token, first])
 
-    return pre
+    return aggregate
