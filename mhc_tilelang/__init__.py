@@ -7,8 +7,8 @@
 
     modules    what a model uses: connections, the stream, recomputation, overlap, pipeline stages
     ops        the functions; they check with `arguments` and `ops_arguments` and call `operators`
-    operators  what autograd and torch.compile see; they run kernels through the `launch` modules
-    launch*    where a launch is decided: plans, outputs, the kernels of a call
+    operators  what autograd and torch.compile see; they run kernels through `launch`
+    launch     where a launch is decided: plans, outputs, the kernels of a call
     compiler   (kernel family, sizes, target) -> a kernel, something to call; the CPU's lowering, CUDA, caches
     spec       the sizes and constants
     kernels    the TileLang code          reference   the same in numpy float64

@@ -150,7 +150,7 @@ def sources_hash() -> str:
     from .. import kernels
 
     compiler = PACKAGE / "compiler"
-    files = [*Path(kernels.__file__).parent.glob("*.py"), *PACKAGE.glob("launch*.py")]
+    files = [*Path(kernels.__file__).parent.glob("*.py"), *PACKAGE.glob("launch/*.py")]
     files += [path for path in (compiler / "cpu").iterdir() if path.suffix in (".py", ".h")]
     files += [compiler / name for name in ("kernel.py", "tracing.py", "cuda.py", "cuda_source.py")]
     return sha256("".join(sorted(facts_of(path)["sha256"] for path in files)).encode())[:20]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from .. import launch_backward, reference
+from .. import launch, reference
 from ..compiler import platform_of
 from ..compiler.kernel import dtype_name
 from ..kernels import plans
@@ -26,7 +26,7 @@ from .plain_torch import by_autograd
 def check_expand_backward(case: Case, inputs: Inputs) -> list[Comparison]:
     """The sum over the streams."""
     g_x = Gradients.of(case, inputs.h.device).g_x
-    got, exact, n = launch_backward.expand_backward(g_x), numpy64(g_x), case.num_streams
+    got, exact, n = launch.expand_backward(g_x), numpy64(g_x), case.num_streams
     expected = reference.expand_backward(exact, numpy64(inputs.h), n)
     [plain] = by_autograd(lambda h: plain_torch.expand(h, n), g_x, inputs.h)
     magnitude = np.abs(exact).sum(1)
@@ -38,7 +38,7 @@ def check_sinkhorn_backward(case: Case, inputs: Inputs) -> list[Comparison]:
     """Sinkhorn alone."""
     spec, g_h_res = case.spec, Gradients.of(case, inputs.logits.device).g_h_res
     constants = spec.sinkhorn_iters, spec.sinkhorn_eps
-    got = launch_backward.sinkhorn_backward(g_h_res, inputs.logits, *constants)
+    got = launch.sinkhorn_backward(g_h_res, inputs.logits, *constants)
     [plain] = by_autograd(lambda logits: plain_torch.sinkhorn(logits, *constants), g_h_res, inputs.logits)
     gradient, logits = numpy64(g_h_res), numpy64(inputs.logits)
     expected = reference.sinkhorn_backward(gradient, logits, *constants)
@@ -49,7 +49,7 @@ def check_sinkhorn_backward(case: Case, inputs: Inputs) -> list[Comparison]:
 def check_aggregate_backward(case: Case, inputs: Inputs) -> list[Comparison]:
     """n inner products over the channels."""
     g = Gradients.of(case, inputs.x.device).g_h
-    got = launch_backward.aggregate_backward(g, inputs.x)
+    got = launch.aggregate_backward(g, inputs.x)
     [plain] = by_autograd(lambda h_pre: plain_torch.aggregate(inputs.x, h_pre), g, inputs.h_pre)
     x, gradient = numpy64(inputs.x), numpy64(g)
     _, expected = reference.aggregate_backward(gradient, x, numpy64(inputs.h_pre))
@@ -65,7 +65,7 @@ def check_post_backward(case: Case, inputs: Inputs) -> list[Comparison]:
     """Two mixtures of streams, and n² + n inner products over the channels."""
     arguments = (inputs.x, inputs.layer_output, inputs.h_post, inputs.h_res)
     g_x_next = Gradients.of(case, inputs.x.device).g_x
-    got = launch_backward.post_backward(g_x_next, *arguments)
+    got = launch.post_backward(g_x_next, *arguments)
     plain = by_autograd(plain_torch.post, g_x_next, *arguments)
     exact = [numpy64(argument) for argument in arguments]
     gradient, dtype, n = numpy64(g_x_next), dtype_name(case.dtype), case.num_streams
@@ -98,7 +98,7 @@ def compare_projection(case: Case, inputs: Inputs, aggregated: bool) -> list[Com
     g_projected, g_layer_input = gradients.g_projected, gradients.g_h
     h_pre = inputs.h_pre if aggregated else torch.zeros_like(inputs.h_pre)
     given = (h_pre, g_layer_input) if aggregated else (None, None)
-    got = launch_backward.project_backward(g_projected, x, phi, h_pre=given[0], g_layer_input=given[1])
+    got = launch.project_backward(g_projected, x, phi, h_pre=given[0], g_layer_input=given[1])
 
     def formula(g_dots: Array, rho: Array, wide: Array, rows: Array, weights: Array, narrow: Array) -> list[Array]:
         through_dots, g_phi = reference.project_backward(g_dots.T, rho / 2, wide, rows)

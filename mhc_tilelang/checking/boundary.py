@@ -14,15 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from .. import (
-    launch,
-    launch_backward,
-    launch_boundary,
-    launch_boundary_backward,
-    launch_head,
-    launch_mappings,
-    reference,
-)
+from .. import launch, reference
 from ..compiler import platform_of
 from ..compiler.kernel import dtype_name
 from ..kernels import boundary_plans
@@ -50,7 +42,7 @@ def check_post_pre(case: Case, inputs: Inputs, delayed: bool = False) -> list[Co
     """
     parameters, spec = (inputs.phi, inputs.alpha, inputs.bias), case.spec
     given = inputs.h_pre if delayed else None
-    got = launch_boundary.post_pre(*mixed(inputs), *parameters, spec, h_pre=given)
+    got = launch.post_pre(*mixed(inputs), *parameters, spec, h_pre=given)
     plain_next = plain_torch.post(*mixed(inputs))
     plain = plain_torch.coefficients(plain_next, *parameters, spec)
     plain_input = plain_torch.aggregate(plain_next, inputs.h_pre if delayed else plain[0])
@@ -84,9 +76,7 @@ def check_aggregate_mappings(case: Case, inputs: Inputs) -> list[Comparison]:
     plan = launch.projection_plan(inputs.x, spec.num_coefficients)
     partial_sums = launch.project(inputs.x, inputs.phi, plan)
     h_pre, _, _, projected = launch.coefficients(partial_sums, *parameters[1:], spec, plan, deferred=True)
-    layer_input, *mappings = launch_mappings.aggregate_mappings(
-        inputs.x, inputs.h_pre, projected, *parameters[1:], spec
-    )
+    layer_input, *mappings = launch.aggregate_mappings(inputs.x, inputs.h_pre, projected, *parameters[1:], spec)
     plain = plain_torch.coefficients(inputs.x, *parameters, spec)
     return [
         compare_input(case, inputs, layer_input),
@@ -97,9 +87,9 @@ def check_aggregate_mappings(case: Case, inputs: Inputs) -> list[Comparison]:
 def check_post_pre_backward(case: Case, inputs: Inputs) -> list[Comparison]:
     """All seven gradients."""
     spec, parameters, upstream = case.spec, (inputs.phi, inputs.alpha, inputs.bias), Gradients.of(case, inputs.x.device)
-    forward = launch_boundary.post_pre(*mixed(inputs), *parameters, spec)
+    forward = launch.post_pre(*mixed(inputs), *parameters, spec)
     g_input, of_mappings = upstream.g_h, (upstream.g_h_post, upstream.g_h_res)
-    got = launch_boundary_backward.post_pre_backward(
+    got = launch.post_pre_backward(
         upstream.g_x,
         g_input,
         *of_mappings,
@@ -111,8 +101,8 @@ def check_post_pre_backward(case: Case, inputs: Inputs) -> list[Comparison]:
         spec,
     )
     plain = plain_gradients(case, inputs, upstream)
-    g_mappings = (launch_backward.aggregate_backward(g_input, forward.x_next), *of_mappings)
-    g_projected, *_ = launch_backward.coefficients_backward(
+    g_mappings = (launch.aggregate_backward(g_input, forward.x_next), *of_mappings)
+    g_projected, *_ = launch.coefficients_backward(
         g_mappings[0], *of_mappings, forward.projected, *parameters[1:], spec
     )
     at = Logits(g_mappings, forward.projected, inputs.alpha, inputs.bias, spec)
@@ -140,8 +130,8 @@ def compare_mixing(
     inputs: Inputs,
     upstream: Gradients,
     g_projected: torch.Tensor,
-    forward: launch_boundary.Boundary | launch_head.LastBoundary,
-    got: launch_boundary_backward.BoundaryGradients,
+    forward: launch.Boundary | launch.LastBoundary,
+    got: launch.BoundaryGradients,
     plain: tuple[torch.Tensor, ...],
 ) -> list[Comparison]:
     """The gradients of what was mixed, and of phi."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .. import launch, launch_backward, reference
+from .. import launch, reference
 from ..spec import MHCSpec
 from . import plain_torch, tolerance
 from .inputs import Case, Gradients, Inputs
@@ -45,7 +45,7 @@ def check_coefficients_backward(case: Case, inputs: Inputs) -> list[Comparison]:
     plan = launch.projection_plan(inputs.x, spec.num_coefficients)
     *_, projected = launch.coefficients(launch.project(inputs.x, inputs.phi, plan), alpha, bias, spec, plan)
     upstream = (gradients.g_h_pre, gradients.g_h_post, gradients.g_h_res)
-    got = launch_backward.coefficients_backward(*upstream, projected, alpha, bias, spec)
+    got = launch.coefficients_backward(*upstream, projected, alpha, bias, spec)
     return comparisons(Logits(upstream, projected, alpha, bias, spec), got, sublayer_mappings(spec))
 
 
@@ -68,7 +68,7 @@ def check_head_coefficients_backward(case: Case, inputs: Inputs) -> list[Compari
     plan = launch.projection_plan(inputs.x, n)
     _, projected = launch.head_coefficients(launch.project(inputs.x, phi, plan), alpha, bias, spec, plan)
     upstream = (Gradients.of(case, inputs.x.device).g_h_pre,)
-    got = launch_backward.head_coefficients_backward(*upstream, projected, alpha, bias, spec)
+    got = launch.head_coefficients_backward(*upstream, projected, alpha, bias, spec)
     return comparisons(Logits(upstream, projected, alpha, bias, spec), got, lambda z: (torch.sigmoid(z),))
 
 

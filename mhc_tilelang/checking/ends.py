@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from .. import launch_backward, launch_expand, launch_head, reference
+from .. import launch, reference
 from ..compiler import platform_of
 from ..compiler.kernel import dtype_name
 from ..kernels import plans
@@ -43,7 +43,7 @@ def check_expand_pre(case: Case, inputs: Inputs) -> list[Comparison]:
     of a phi whose streams are independent.
     """
     spec, dtype, n = case.spec, dtype_name(case.dtype), case.num_streams
-    got = launch_expand.expand_pre(inputs.h, *parameters(inputs), spec)
+    got = launch.expand_pre(inputs.h, *parameters(inputs), spec)
     plain_x = plain_torch.expand(inputs.h, n)
     plain = plain_torch.coefficients(plain_x, *parameters(inputs), spec)
     plain_input = plain_torch.aggregate(plain_x, plain[0])
@@ -71,10 +71,10 @@ def check_expand_pre_backward(case: Case, inputs: Inputs) -> list[Comparison]:
     """All four gradients."""
     spec, n, h = case.spec, case.num_streams, inputs.h
     upstream = Gradients.of(case, h.device)
-    forward = launch_expand.expand_pre(h, *parameters(inputs), spec)
+    forward = launch.expand_pre(h, *parameters(inputs), spec)
     given = (upstream.g_x, upstream.g_h, upstream.g_h_post, upstream.g_h_res)
     left = (forward.h_pre, forward.projected)
-    got = launch_expand.expand_pre_backward(*given, h, *parameters(inputs), *left, spec)
+    got = launch.expand_pre_backward(*given, h, *parameters(inputs), *left, spec)
 
     def outputs(*arguments: torch.Tensor) -> torch.Tensor:
         given_h, phi, alpha, bias = arguments
@@ -84,11 +84,9 @@ def check_expand_pre_backward(case: Case, inputs: Inputs) -> list[Comparison]:
 
     gradient = torch.cat([each.float().flatten() for each in given])
     plain = by_autograd(outputs, gradient, h, *parameters(inputs))
-    g_h_pre = launch_backward.aggregate_backward(upstream.g_h, forward.x)
+    g_h_pre = launch.aggregate_backward(upstream.g_h, forward.x)
     g_mappings = (g_h_pre, *given[2:])
-    g_projected, *_ = launch_backward.coefficients_backward(
-        *g_mappings, forward.projected, inputs.alpha, inputs.bias, spec
-    )
+    g_projected, *_ = launch.coefficients_backward(*g_mappings, forward.projected, inputs.alpha, inputs.bias, spec)
     at = Logits(g_mappings, forward.projected, inputs.alpha, inputs.bias, spec)
     of_logits = comparisons(at, (g_projected, *got[2:]), sublayer_mappings(spec))[2:]
     of_logits = [replace(one, torch=numpy64(p)) for one, p in zip(of_logits, plain[2:], strict=True)]
@@ -130,7 +128,7 @@ def gradient_of_h(
 def check_post_head(case: Case, inputs: Inputs) -> list[Comparison]:
     """x_next as of post; the output as of head at that x_next."""
     of_last = of_head(case, inputs)
-    got = launch_head.post_head(*mixed(inputs), *parameters(of_last), case.spec)
+    got = launch.post_head(*mixed(inputs), *parameters(of_last), case.spec)
     plain_next = plain_torch.post(*mixed(inputs))
     exact = [numpy64(argument) for argument in mixed(inputs)]
     magnitude = reference.post(*map(np.abs, exact))
@@ -145,9 +143,9 @@ def check_post_head(case: Case, inputs: Inputs) -> list[Comparison]:
 def check_post_head_backward(case: Case, inputs: Inputs) -> list[Comparison]:
     """All seven gradients."""
     spec, of_last, upstream = case.spec, of_head(case, inputs), Gradients.of(case, inputs.x.device)
-    forward = launch_head.post_head(*mixed(inputs), *parameters(of_last), spec)
+    forward = launch.post_head(*mixed(inputs), *parameters(of_last), spec)
     left = (forward.x_next, forward.h_pre, forward.projected)
-    got = launch_head.post_head_backward(upstream.g_x, upstream.g_h, *mixed(inputs), *parameters(of_last), *left, spec)
+    got = launch.post_head_backward(upstream.g_x, upstream.g_h, *mixed(inputs), *parameters(of_last), *left, spec)
 
     def outputs(*arguments: torch.Tensor) -> torch.Tensor:
         x, layer_output, h_post, h_res, *of_parameters = arguments
@@ -158,9 +156,9 @@ def check_post_head_backward(case: Case, inputs: Inputs) -> list[Comparison]:
 
     gradient = torch.cat([each.float().flatten() for each in (upstream.g_x, upstream.g_h)])
     plain = by_autograd(outputs, gradient, *mixed(inputs), *parameters(of_last))
-    g_h_pre = launch_backward.aggregate_backward(upstream.g_h, forward.x_next)
+    g_h_pre = launch.aggregate_backward(upstream.g_h, forward.x_next)
     rest = (forward.projected, of_last.alpha, of_last.bias, spec)
-    g_projected, *_ = launch_backward.head_coefficients_backward(g_h_pre, *rest)
+    g_projected, *_ = launch.head_coefficients_backward(g_h_pre, *rest)
     of_logits = comparisons(
         Logits((g_h_pre,), *rest), (g_projected, got.g_alpha, got.g_bias), lambda z: (torch.sigmoid(z),)
     )[2:]

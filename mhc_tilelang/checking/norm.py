@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .. import launch_norm, reference
+from .. import launch, reference
 from ..compiler.kernel import dtype_name
 from . import plain_torch, tolerance
 from .inputs import Case, Gradients, Inputs, drawing_device
@@ -57,7 +57,7 @@ class Normed:
 def check_aggregate_norm(case: Case, inputs: Inputs) -> list[Comparison]:
     """The normalised aggregation, for a given h_pre."""
     weight, at = rms_norm_weight(case, inputs.x.device), Normed.of(case, inputs)
-    got = launch_norm.aggregate_norm(inputs.x, inputs.h_pre, weight, EPS)
+    got = launch.aggregate_norm(inputs.x, inputs.h_pre, weight, EPS)
     plain = plain_torch.aggregate_normed(inputs.x, inputs.h_pre, weight, EPS)
     expected = reference.rms_norm(at.u, at.weight, EPS)
     scale = np.abs(at.scale * at.weight) * at.magnitude
@@ -70,7 +70,7 @@ def check_aggregate_norm_backward(case: Case, inputs: Inputs) -> list[Comparison
     """The gradients of the sum before the norm, of h_pre and of the weight."""
     weight, at = rms_norm_weight(case, inputs.x.device), Normed.of(case, inputs)
     upstream = Gradients.of(case, inputs.x.device).g_h
-    got = launch_norm.aggregate_norm_backward(upstream, inputs.x, inputs.h_pre, weight, EPS)
+    got = launch.aggregate_norm_backward(upstream, inputs.x, inputs.h_pre, weight, EPS)
     plain = plain_gradients(upstream, inputs, weight)
 
     g, x, dtype, size = numpy64(upstream), numpy64(inputs.x), dtype_name(case.dtype), case.hidden_size

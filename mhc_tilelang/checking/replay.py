@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from .. import launch_replay, reference
+from .. import launch, reference
 from ..compiler.kernel import dtype_name
-from ..launch_replay import Written
+from ..launch import Written
 from . import plain_torch, tolerance
 from .inputs import Case, Inputs
 from .kernels import Array, Comparison, numpy64
@@ -24,7 +24,7 @@ def check_replay(case: Case, inputs: Inputs) -> list[Comparison]:
     of_sublayer = [Inputs.of(replace(case, seed=case.seed + k), inputs.x.device) for k in range(SUBLAYERS)]
     written = [Written(i.layer_output, i.h_post, i.h_res) for i in of_sublayer[:-1]]
     h_pre = [i.h_pre for i in of_sublayer]
-    streams, layer_inputs = launch_replay.replay(inputs.x, written, dict(enumerate(h_pre)))
+    streams, layer_inputs = launch.replay(inputs.x, written, dict(enumerate(h_pre)))
     starts, plain = [inputs.x, *streams], [inputs.x]
     for one in written:
         plain.append(plain_torch.post(plain[-1], *one))

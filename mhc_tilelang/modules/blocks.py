@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from .. import launch_replay
-from ..launch_replay import Written
+from .. import launch
+from ..launch import Written
 from ..operators.library import flat
 
 Maker = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x [T, n, C], h_pre [T, n] -> layer_input [T, C]
@@ -138,7 +138,7 @@ class Block:
         ]
         asked = {k: flat(self.h_pre[k].tensor, 1) for name, k in self.handles if name == "u"}
         aggregated = {k: h_pre for k, h_pre in asked.items() if k not in self.makers}
-        streams, inputs = launch_replay.replay(flat(x, 2), written, aggregated)
+        streams, inputs = launch.replay(flat(x, 2), written, aggregated)
         for k in asked.keys() & self.makers.keys():
             inputs[k] = self.makers[k](streams[k - 1] if k else flat(x, 2), asked[k])
         made = {("x", k): stream.view(x.shape) for k, stream in enumerate(streams, 1)}

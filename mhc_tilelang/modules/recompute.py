@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from .. import launch, launch_expand, launch_norm
+from .. import launch
 from ..arguments import check_streams
 from .blocks import Block, Watched, Workspace
 from .connections import HyperConnection
@@ -139,7 +139,7 @@ class Recorder:
                     self._block.makers[self._sublayer] = _of_equal_streams
                 if connection.rms_norm_eps is not None:  # C numbers, as they are now
                     self._block.makers[self._sublayer] = partial(
-                        launch_norm.aggregate_norm, weight=weight.detach().clone(), eps=connection.rms_norm_eps
+                        launch.aggregate_norm, weight=weight.detach().clone(), eps=connection.rms_norm_eps
                     )
         else:
             self._block = self._x = None
@@ -241,4 +241,4 @@ def _saved_these(saved: Iterable[Any], tensors: Iterable[torch.Tensor | None]) -
 
 def _of_equal_streams(x: torch.Tensor, h_pre: torch.Tensor) -> torch.Tensor:
     """The first layer's input as `expand_pre` makes it, from one stream and the sum of h_pre."""
-    return launch.aggregate(x[:, :1].contiguous(), launch_expand.total(h_pre))
+    return launch.aggregate(x[:, :1].contiguous(), launch.total_h_pre(h_pre))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .. import launch_boundary, launch_boundary_backward
+from .. import launch
 from .coefficients import CONSTANTS, Tensors, allocate, allocate_projected
 from .library import (
     absent,
@@ -63,9 +63,9 @@ def _allocate(x: torch.Tensor, *rest: Any) -> Tensors:
     return x.new_empty(x.shape), layer_input, h_post, h_res, h_pre, allocate_projected(x, phi)
 
 
-def _launch(*inputs_and_constants: Any, out: Any = None) -> launch_boundary.Boundary:
+def _launch(*inputs_and_constants: Any, out: Any = None) -> launch.Boundary:
     inputs, (h_pre, rms_norm_weight, *constants, eps) = inputs_and_constants[:7], inputs_and_constants[7:]
-    return launch_boundary.post_pre(
+    return launch.post_pre(
         *flat_inputs(inputs),
         spec_of(inputs[0].shape[-1], inputs[0].shape[-2], *constants),
         h_pre=flat_or_none(h_pre, 1),
@@ -132,7 +132,7 @@ def _run_backward(*arguments: Any) -> Tensors:
         flat_or_none(g, trailing) for g, trailing in zip(gradients, (2, 1, 1, 2, 1), strict=True)
     )
     x = inputs[0]
-    found = launch_boundary_backward.post_pre_backward(
+    found = launch.post_pre_backward(
         g_x_next,
         g_layer_input,
         g_h_post_next,

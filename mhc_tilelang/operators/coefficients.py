@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .. import launch, launch_backward, launch_mappings
+from .. import launch
 from .library import (
     absent,
     check_buffers,
@@ -59,7 +59,7 @@ def write(
     parameters = (alpha.contiguous(), bias.contiguous(), spec, plan)
     if layer_input is None:
         return launch.coefficients(partial, *parameters, out=out)[3]
-    return launch_mappings.read(x, partial, *parameters, out=(flat(layer_input, 1), *out))
+    return launch.coefficients_and_aggregate(x, partial, *parameters, out=(flat(layer_input, 1), *out))
 
 
 def allocate_gradients(
@@ -86,7 +86,7 @@ def project_backward(
     """
     g_x = g_phi = None
     if needs_x or needs_phi:
-        g_x, g_phi = launch_backward.project_backward(
+        g_x, g_phi = launch.project_backward(
             g_projected,
             flat(x, 2),
             phi.contiguous(),
@@ -149,7 +149,7 @@ def _run_backward(
     *constants_and_needs: float,
 ) -> Tensors:
     *constants, needs_x, needs_phi = constants_and_needs
-    g_projected, g_alpha, g_bias = launch_backward.coefficients_backward(
+    g_projected, g_alpha, g_bias = launch.coefficients_backward(
         flat_or_none(g_h_pre, 1),
         flat_or_none(g_h_post, 1),
         flat_or_none(g_h_res, 2),

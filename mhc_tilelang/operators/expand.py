@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .. import launch, launch_backward
+from .. import launch
 from .library import check_buffers, define, define_out, differentiate, flat
 
 
@@ -31,13 +31,13 @@ def _allocate_collapsed(x: torch.Tensor) -> torch.Tensor:
 
 def _run_collapse(x: torch.Tensor) -> torch.Tensor:
     h = _allocate_collapsed(x)
-    launch_backward.expand_backward(flat(x, 2), out=flat(h, 1))
+    launch.expand_backward(flat(x, 2), out=flat(h, 1))
     return h
 
 
 def _run_collapse_out(x: torch.Tensor, *, out: torch.Tensor) -> None:
     check_buffers("collapse", {"out": out}, {"x": x})
-    launch_backward.expand_backward(flat(x, 2), out=flat(out, 1))
+    launch.expand_backward(flat(x, 2), out=flat(out, 1))
 
 
 expand = define("expand(Tensor h, int num_streams) -> Tensor", _run, _allocate)

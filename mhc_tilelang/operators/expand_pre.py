@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import launch_expand
+from .. import launch
 from ..spec import MHCSpec
 from .boundary import unflat
 from .coefficients import CONSTANTS, Tensors, allocate, allocate_gradients
@@ -61,7 +61,7 @@ def _write(
     """Write x, layer_input, h_post, h_res and h_pre; return projected."""
     out = tuple(flat(result, trailing) for result, trailing in zip(results, (2, 1, 1, 2, 1), strict=True))
     parameters = (phi.contiguous(), alpha.contiguous(), bias.contiguous())
-    return launch_expand.expand_pre(flat(h, 1), *parameters, _spec(h, phi, constants), out=out).projected
+    return launch.expand_pre(flat(h, 1), *parameters, _spec(h, phi, constants), out=out).projected
 
 
 def _run(h: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor, *constants: float) -> Tensors:
@@ -100,7 +100,7 @@ def _run_backward(*arguments: Any) -> Tensors:
     g_x, g_layer_input, g_h_post, g_h_res = (
         flat_or_none(g, trailing) for g, trailing in zip(arguments[:4], (2, 1, 1, 2), strict=True)
     )
-    g_h, g_phi, g_alpha, g_bias = launch_expand.expand_pre_backward(
+    g_h, g_phi, g_alpha, g_bias = launch.expand_pre_backward(
         g_x,
         g_layer_input,
         g_h_post,

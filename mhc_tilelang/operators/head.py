@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import launch, launch_backward
+from .. import launch
 from ..spec import MHCSpec
 from .coefficients import INPUTS, Tensors, allocate_gradients, allocate_projected, project_backward
 from .library import check_buffers, define, define_backward, define_out, differentiate, flat, needed, spec_of
@@ -102,8 +102,8 @@ def _run_backward(
     needs_phi: bool,
 ) -> Tensors:
     g_output = flat(g_output, 1)
-    g_projected, g_alpha, g_bias = launch_backward.head_coefficients_backward(
-        launch_backward.aggregate_backward(g_output, flat(x, 2)),
+    g_projected, g_alpha, g_bias = launch.head_coefficients_backward(
+        launch.aggregate_backward(g_output, flat(x, 2)),
         projected.contiguous(),
         alpha.contiguous(),
         bias.contiguous(),

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .. import launch, launch_backward
+from .. import launch
 from .library import absent, check_buffers, define, define_backward, define_out, differentiate, flat, needed
 
 Tensors = tuple[torch.Tensor, ...]
@@ -60,7 +60,7 @@ def _run_backward(
     needs_mixing: bool,
 ) -> Tensors:
     inputs = (x, layer_output, h_post, h_res)
-    gradients = launch_backward.post_backward(
+    gradients = launch.post_backward(
         flat(g_x_next, 2),
         *_flatten(*inputs),
         needs_x=needs_x,

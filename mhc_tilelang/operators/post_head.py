@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .. import launch_head
+from .. import launch
 from ..spec import MHCSpec
 from .boundary import Seven, flat_inputs, unflat
 from .coefficients import Tensors, allocate_projected
@@ -50,7 +50,7 @@ def _write(inputs: Seven, constants: tuple[float, float], results: tuple[torch.T
     """Write x_next and output; return h_pre [T, n] and projected [n + 1, T]."""
     x_next, output = results
     out = (flat(x_next, 2), flat(output, 1))
-    found = launch_head.post_head(*flat_inputs(inputs), _spec(inputs[0], *constants), out=out)
+    found = launch.post_head(*flat_inputs(inputs), _spec(inputs[0], *constants), out=out)
     return found.h_pre, found.projected
 
 
@@ -76,7 +76,7 @@ def _allocate_backward(g_x_next: torch.Tensor | None, g_output: torch.Tensor, *r
 def _run_backward(g_x_next: torch.Tensor | None, g_output: torch.Tensor, *rest: Any) -> Tensors:
     inputs: Any = rest[:7]
     (x_next, h_pre, projected), constants = rest[7:10], rest[10:]
-    found = launch_head.post_head_backward(
+    found = launch.post_head_backward(
         flat_or_none(g_x_next, 2),
         flat(g_output, 1),
         *flat_inputs(inputs),

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .. import launch_backward, launch_norm
+from .. import launch
 from .coefficients import CONSTANTS, Tensors, allocate, allocate_gradients, allocate_projected, project_backward, write
 from .coefficients import INPUTS as PROJECTED
 from .library import (
@@ -59,7 +59,7 @@ def _write(
     if h_pre is None and weight is None:
         return write(*arguments, layer_input)
     projected = write(*arguments)
-    launch_norm.layer_input(x, flat(h_pre_next if h_pre is None else h_pre, 1), weight, eps, out=flat(layer_input, 1))
+    launch.aggregate_norm(x, flat(h_pre_next if h_pre is None else h_pre, 1), weight, eps, out=flat(layer_input, 1))
     return projected
 
 
@@ -148,14 +148,14 @@ def _run_backward(
     g_layer_input, g_h_pre_next = flat_or_none(g_layer_input, 1), flat_or_none(g_h_pre_next, 1)
     weights, g_weights, g_weight = flat(h_pre_next if h_pre is None else h_pre, 1), None, None
     if g_layer_input is not None and rms_norm_weight is not None:
-        g_layer_input, g_weights, g_weight = launch_norm.aggregate_norm_backward(
+        g_layer_input, g_weights, g_weight = launch.aggregate_norm_backward(
             g_layer_input, flat(x, 2), weights, rms_norm_weight.contiguous(), eps, needs_weight=bool(needs_weight)
         )
     elif g_layer_input is not None and (h_pre is None or needs_h_pre):
-        g_weights = launch_backward.aggregate_backward(g_layer_input, flat(x, 2))
+        g_weights = launch.aggregate_backward(g_layer_input, flat(x, 2))
     if h_pre is None:
         g_h_pre_next = g_weights
-    g_projected, g_alpha, g_bias = launch_backward.coefficients_backward(
+    g_projected, g_alpha, g_bias = launch.coefficients_backward(
         g_h_pre_next,
         flat_or_none(g_h_post, 1),
         flat_or_none(g_h_res, 2),

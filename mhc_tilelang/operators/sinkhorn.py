@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .. import launch, launch_backward
+from .. import launch
 from .library import check_buffers, define, define_backward, define_out, differentiate, flat
 
 
@@ -30,7 +30,7 @@ def _allocate_backward(g_h_res: torch.Tensor, logits: torch.Tensor, iters: int, 
 
 
 def _run_backward(g_h_res: torch.Tensor, logits: torch.Tensor, iters: int, eps: float) -> torch.Tensor:
-    return launch_backward.sinkhorn_backward(flat(g_h_res, 2), flat(logits, 2), iters, eps).view(logits.shape)
+    return launch.sinkhorn_backward(flat(g_h_res, 2), flat(logits, 2), iters, eps).view(logits.shape)
 
 
 sinkhorn = define("sinkhorn(Tensor logits, int iters, float eps) -> Tensor", _run, _allocate)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ... import launch, launch_backward, launch_boundary, launch_boundary_backward, ops
+from ... import launch, ops
 from .cases import BOUNDARY_STEP, POST_PRE, POST_PRE_BACKWARD, POST_PRE_DELAYED
 from .workloads import Stream, Tensors, gradients_like
 
@@ -90,7 +90,7 @@ def forward(stream: Stream, delayed: bool = False) -> Parts:
         launch.aggregate(x_next, h_pre_next if given is None else given, out=layer_input)
 
     return (
-        lambda: launch_boundary.post_pre(**arguments, spec=spec, h_pre=given, out=fused),
+        lambda: launch.post_pre(**arguments, spec=spec, h_pre=given, out=fused),
         lambda: dict(zip(names, fused, strict=False)),
         {**arguments, "spec": spec, **({"h_pre": given} if delayed else {})},
         Separate(separately, lambda: dict(zip(names, apart, strict=False))),
@@ -105,24 +105,24 @@ def backward(stream: Stream) -> Parts:
     kept = {"x_next": left.x_next, "h_pre": left.h_pre, "projected": left.projected}
     arguments: dict[str, Any] = {**left.upstream, **taken, **kept, "spec": spec}
     streams = torch.empty_like(i.x), torch.empty_like(i.layer_output)
-    latest: list[launch_boundary_backward.BoundaryGradients] = []
+    latest: list[launch.BoundaryGradients] = []
 
     def run() -> None:
-        latest[:] = [launch_boundary_backward.post_pre_backward(**arguments, out=streams)]
+        latest[:] = [launch.post_pre_backward(**arguments, out=streams)]
 
     g_next, g_h_pre, g_projected = (torch.empty_like(t) for t in (i.x, i.h_pre, left.projected))
     apart = {name: torch.empty_like(taken[name.removeprefix("g_")]) for name in GRADIENTS}
 
     def separately() -> None:
-        launch_backward.aggregate_backward(left.upstream["g_layer_input"], left.x_next, out=g_h_pre)
+        launch.aggregate_backward(left.upstream["g_layer_input"], left.x_next, out=g_h_pre)
         mappings = (g_h_pre, left.upstream["g_h_post_next"], left.upstream["g_h_res_next"])
         of_parameters = (g_projected, apart["g_alpha"], apart["g_bias"])
-        launch_backward.coefficients_backward(*mappings, left.projected, i.alpha, i.bias, spec, out=of_parameters)
+        launch.coefficients_backward(*mappings, left.projected, i.alpha, i.bias, spec, out=of_parameters)
         aggregation: dict[str, Any] = {"h_pre": left.h_pre, "g_layer_input": left.upstream["g_layer_input"]}
-        launch_backward.project_backward(g_projected, left.x_next, i.phi, **aggregation, out=(g_next, apart["g_phi"]))
+        launch.project_backward(g_projected, left.x_next, i.phi, **aggregation, out=(g_next, apart["g_phi"]))
         g_next.add_(left.upstream["g_x_next"])
         mixed = tuple(apart[f"g_{name}"] for name in MIXING)
-        launch_backward.post_backward(g_next, **inputs_of(stream, *MIXING), out=mixed)  # type: ignore[arg-type]
+        launch.post_backward(g_next, **inputs_of(stream, *MIXING), out=mixed)  # type: ignore[arg-type]
 
     return (
         run,

@@ -11,16 +11,7 @@ from typing import Any
 
 import torch
 
-from ... import (
-    launch,
-    launch_backward,
-    launch_boundary,
-    launch_boundary_backward,
-    launch_expand,
-    launch_head,
-    launch_norm,
-    launch_replay,
-)
+from ... import launch
 from ...checking import inputs as checking
 from ...checking.inputs import Gradients, Inputs
 from ...checking.norm import rms_norm_weight
@@ -39,7 +30,7 @@ def every_call(shape: Shape, device: torch.device) -> dict[str, Run]:
     parameters, mixed = (phi, alpha, bias), (x, inputs.layer_output, inputs.h_post, inputs.h_res)
     head = (phi[:n].contiguous(), alpha[:1].clone(), bias[:n].clone())
     weight = rms_norm_weight(case, device)
-    written = [launch_replay.Written(*mixed[1:])] * (REPLAYED - 1)
+    written = [launch.Written(*mixed[1:])] * (REPLAYED - 1)
     iters, eps = spec.sinkhorn_iters, spec.sinkhorn_eps
     of_mappings = (gradients.g_h_post, gradients.g_h_res)
     g_all = (gradients.g_h_pre, *of_mappings)
@@ -49,18 +40,18 @@ def every_call(shape: Shape, device: torch.device) -> dict[str, Run]:
     partial, head_partial = launch.project(x, phi, plan), launch.project(x, head[0], head_plan)
     *_, projected = launch.coefficients(partial, alpha, bias, spec, plan)
     _, head_projected = launch.head_coefficients(head_partial, *head[1:], spec, head_plan)
-    after = launch_boundary.post_pre(*mixed, *parameters, spec)
-    delayed = launch_boundary.post_pre(*mixed, *parameters, spec, h_pre=inputs.h_pre)
-    last = launch_head.post_head(*mixed, *head, spec)
-    first = launch_expand.expand_pre(inputs.h, *parameters, spec)
+    after = launch.post_pre(*mixed, *parameters, spec)
+    delayed = launch.post_pre(*mixed, *parameters, spec, h_pre=inputs.h_pre)
+    last = launch.post_head(*mixed, *head, spec)
+    first = launch.expand_pre(inputs.h, *parameters, spec)
 
-    def post_pre_backward(forward: launch_boundary.Boundary, **given: Any) -> object:
+    def post_pre_backward(forward: launch.Boundary, **given: Any) -> object:
         saved = (forward.x_next, forward.h_pre, forward.projected)
-        return launch_boundary_backward.post_pre_backward(*upstream, *mixed, *parameters, *saved, spec, **given)
+        return launch.post_pre_backward(*upstream, *mixed, *parameters, *saved, spec, **given)
 
     def post_head_backward() -> object:
         saved = (last.x_next, last.h_pre, last.projected)
-        return launch_head.post_head_backward(gradients.g_x, gradients.g_h, *mixed, *head, *saved, spec)
+        return launch.post_head_backward(gradients.g_x, gradients.g_h, *mixed, *head, *saved, spec)
 
     aggregated: dict[str, Any] = {"h_pre": inputs.h_pre, "g_layer_input": gradients.g_h}
     given_pre = {"given_pre": inputs.h_pre, "g_h_pre_next": gradients.g_h_pre}
@@ -72,29 +63,27 @@ def every_call(shape: Shape, device: torch.device) -> dict[str, Run]:
         "sinkhorn": lambda: launch.sinkhorn(inputs.logits, iters, eps),
         "aggregate": lambda: launch.aggregate(x, inputs.h_pre),
         "post": lambda: launch.post(*mixed),
-        "replay": lambda: launch_replay.replay(x, written, dict.fromkeys(range(REPLAYED), inputs.h_pre)),
-        "aggregate_norm": lambda: launch_norm.aggregate_norm(x, inputs.h_pre, weight, EPS),
-        "expand_backward": lambda: launch_backward.expand_backward(gradients.g_x),
-        "project_backward": lambda: launch_backward.project_backward(gradients.g_projected, x, phi),
-        AGGREGATED: lambda: launch_backward.project_backward(gradients.g_projected, x, phi, **aggregated),
-        "coefficients_backward": lambda: launch_backward.coefficients_backward(*g_all, projected, alpha, bias, spec),
-        "head_coefficients_backward": lambda: launch_backward.head_coefficients_backward(
+        "replay": lambda: launch.replay(x, written, dict.fromkeys(range(REPLAYED), inputs.h_pre)),
+        "aggregate_norm": lambda: launch.aggregate_norm(x, inputs.h_pre, weight, EPS),
+        "expand_backward": lambda: launch.expand_backward(gradients.g_x),
+        "project_backward": lambda: launch.project_backward(gradients.g_projected, x, phi),
+        AGGREGATED: lambda: launch.project_backward(gradients.g_projected, x, phi, **aggregated),
+        "coefficients_backward": lambda: launch.coefficients_backward(*g_all, projected, alpha, bias, spec),
+        "head_coefficients_backward": lambda: launch.head_coefficients_backward(
             gradients.g_h_pre, head_projected, *head[1:], spec
         ),
-        "sinkhorn_backward": lambda: launch_backward.sinkhorn_backward(gradients.g_h_res, inputs.logits, iters, eps),
-        "aggregate_backward": lambda: launch_backward.aggregate_backward(gradients.g_h, x),
-        "aggregate_norm_backward": lambda: launch_norm.aggregate_norm_backward(
-            gradients.g_h, x, inputs.h_pre, weight, EPS
-        ),
-        "post_backward": lambda: launch_backward.post_backward(gradients.g_x, *mixed),
-        "post_pre": lambda: launch_boundary.post_pre(*mixed, *parameters, spec),
-        "post_pre_delayed": lambda: launch_boundary.post_pre(*mixed, *parameters, spec, h_pre=inputs.h_pre),
-        "post_head": lambda: launch_head.post_head(*mixed, *head, spec),
+        "sinkhorn_backward": lambda: launch.sinkhorn_backward(gradients.g_h_res, inputs.logits, iters, eps),
+        "aggregate_backward": lambda: launch.aggregate_backward(gradients.g_h, x),
+        "aggregate_norm_backward": lambda: launch.aggregate_norm_backward(gradients.g_h, x, inputs.h_pre, weight, EPS),
+        "post_backward": lambda: launch.post_backward(gradients.g_x, *mixed),
+        "post_pre": lambda: launch.post_pre(*mixed, *parameters, spec),
+        "post_pre_delayed": lambda: launch.post_pre(*mixed, *parameters, spec, h_pre=inputs.h_pre),
+        "post_head": lambda: launch.post_head(*mixed, *head, spec),
         "post_pre_backward": lambda: post_pre_backward(after),
         "post_pre_delayed_backward": lambda: post_pre_backward(delayed, **given_pre),
         "post_head_backward": post_head_backward,
-        "expand_pre": lambda: launch_expand.expand_pre(inputs.h, *parameters, spec),
-        "expand_pre_backward": lambda: launch_expand.expand_pre_backward(
+        "expand_pre": lambda: launch.expand_pre(inputs.h, *parameters, spec),
+        "expand_pre_backward": lambda: launch.expand_pre_backward(
             *upstream, inputs.h, *parameters, first.h_pre, first.projected, spec
         ),
     }

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ... import launch, launch_backward, launch_boundary
+from ... import launch
 from ...checking import inputs as checking
 from ...checking.inputs import Inputs
 from ...kernels.plans import ProjectionPlan
@@ -89,7 +89,7 @@ def workload(case: Case, stream: Stream) -> Workload:
         from . import boundary_workloads
 
         run, outputs, arguments, separate = boundary_workloads.BUILDERS[case.kernel](stream)
-        slabs = launch_boundary.schedule(stream.inputs.x, stream.spec.num_coefficients).slabs
+        slabs = launch.boundary_schedule(stream.inputs.x, stream.spec.num_coefficients).slabs
         return Workload(run, outputs, arguments, traffic(case, stream.plan, num_slabs=slabs), separate)
     run, outputs, arguments = BUILDERS[case.kernel](stream)
     slabs = stream.partial.shape[0] if case.kernel in PROJECTED else 0
@@ -178,7 +178,7 @@ def gradients_like(*tensors: torch.Tensor) -> list[torch.Tensor]:
 def expand_backward(stream: Stream) -> Parts:
     """g_x -> g_h."""
     [g_x], g_h = gradients_like(stream.inputs.x), torch.empty_like(stream.inputs.h)
-    return lambda: launch_backward.expand_backward(g_x, out=g_h), lambda: {"g_h": g_h}, {"g_x": g_x}
+    return lambda: launch.expand_backward(g_x, out=g_h), lambda: {"g_h": g_h}, {"g_x": g_x}
 
 
 def project_backward(stream: Stream) -> Parts:
@@ -188,7 +188,7 @@ def project_backward(stream: Stream) -> Parts:
     g_projected[-1] *= phi.norm(dim=0).mean()  # of rho: the two terms of g_x are of one size
     out = (torch.empty_like(x), torch.empty_like(phi))
     return (
-        lambda: launch_backward.project_backward(g_projected, x, phi, out=out),
+        lambda: launch.project_backward(g_projected, x, phi, out=out),
         lambda: dict(zip(("g_x", "g_phi"), out, strict=True)),
         {"g_projected": g_projected, "x": x, "phi": phi},
     )
@@ -203,7 +203,7 @@ def coefficients_backward(stream: Stream) -> Parts:
     arguments: dict[str, Any] = {**upstream, "projected": projected, **parameters}
     out = (torch.empty_like(projected), torch.empty_like(inputs.alpha), torch.empty_like(inputs.bias))
     return (
-        lambda: launch_backward.coefficients_backward(**arguments, out=out),
+        lambda: launch.coefficients_backward(**arguments, out=out),
         lambda: dict(zip(("g_projected", "g_alpha", "g_bias"), out, strict=True)),
         arguments,
     )
@@ -215,7 +215,7 @@ def sinkhorn_backward(stream: Stream) -> Parts:
     [g_h_res] = gradients_like(logits)
     iters, eps = stream.spec.sinkhorn_iters, stream.spec.sinkhorn_eps
     return (
-        lambda: launch_backward.sinkhorn_backward(g_h_res, logits, iters, eps, out=g_logits),
+        lambda: launch.sinkhorn_backward(g_h_res, logits, iters, eps, out=g_logits),
         lambda: {"g_logits": g_logits},
         {"g_h_res": g_h_res, "logits": logits, "iters": iters, "eps": eps},
     )
@@ -226,7 +226,7 @@ def aggregate_backward(stream: Stream) -> Parts:
     x, g_h_pre = stream.inputs.x, torch.empty_like(stream.inputs.h_pre)
     [g_layer_input] = gradients_like(stream.inputs.h)
     return (
-        lambda: launch_backward.aggregate_backward(g_layer_input, x, out=g_h_pre),
+        lambda: launch.aggregate_backward(g_layer_input, x, out=g_h_pre),
         lambda: {"g_h_pre": g_h_pre},
         {"g_layer_input": g_layer_input, "x": x},
     )
@@ -240,7 +240,7 @@ def post_backward(stream: Stream) -> Parts:
     x, layer_output, h_post, h_res = map(torch.empty_like, inputs.values())
     out = (x, layer_output, h_post, h_res)
     return (
-        lambda: launch_backward.post_backward(g_x_next, **inputs, out=out),
+        lambda: launch.post_backward(g_x_next, **inputs, out=out),
         lambda: {f"g_{name}": tensor for name, tensor in zip(names, out, strict=True)},
         {"g_x_next": g_x_next, **inputs},
     )

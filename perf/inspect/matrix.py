@@ -31,7 +31,7 @@ MAIN = "sm_90a"  # what the tiles are made for
 HEAVY = ("project", "project_backward", "post_backward")
 # A dtype reaches these through the number of chunks alone: one is enough.
 COEFFICIENTS = ("coefficients", "head_coefficients")
-# What else `launch` and `launch_backward` may ask for: family, variant, the dtype of the stream, what is changed.
+# What else `launch` may ask for: family, variant, the dtype of the stream, what is changed.
 VARIANTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("split_phi", "head", "bfloat16", {"plan": plans.projection_plan(4, 2560, "bfloat16", "cuda")}),
     ("project", "head", "bfloat16", {"plan": plans.projection_plan(4, 2560, "bfloat16", "cuda")}),

@@ -14,7 +14,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
-from ... import compiler, launch_backward, launch_boundary, launch_boundary_backward
+from ... import compiler, launch
 from ...checking.tolerance import UNIT_ROUNDOFF
 from ...compiler.kernel import dtype_name
 from ...errors import MHCError
@@ -145,9 +145,7 @@ def kernels_alone(x: torch.Tensor, training: bool) -> dict[str, Run]:
     i = stream.inputs
     x_next = torch.empty_like(i.x)
     runs: dict[str, Run] = {
-        "post_project": lambda: launch_boundary.post_project(
-            i.x, i.layer_output, i.h_post, i.h_res, i.phi, out=(x_next, None)
-        ),
+        "post_project": lambda: launch.post_project(i.x, i.layer_output, i.h_post, i.h_res, i.phi, out=(x_next, None)),
         **{name: workload(Case(name, shape), stream).run for name in ("coefficients", "aggregate")},
     }
     if not training:
@@ -165,12 +163,12 @@ def fused_backward(stream: Stream) -> dict[str, Run]:
     mixing = (i.x, i.layer_output, left.h_pre, i.h_post, i.h_res, i.phi)
 
     def mappings() -> torch.Tensor:
-        return launch_backward.mappings_backward(
+        return launch.mappings_backward(
             i.h_pre, g_h_post_next, g_h_res_next, left.projected, i.alpha, i.bias, stream.spec, out=g_projected
         )
 
     def boundary() -> tuple[torch.Tensor, ...]:
-        return launch_boundary_backward.mixing_backward(g_x_next, g_layer_input, g_projected, *mixing, out=out)
+        return launch.mixing_backward(g_x_next, g_layer_input, g_projected, *mixing, out=out)
 
     partial_parameters = mappings()
     *_, partial_phi, partial_mixing = boundary()
@@ -178,7 +176,7 @@ def fused_backward(stream: Stream) -> dict[str, Run]:
     return {
         "coefficients_backward": mappings,
         "boundary_backward": boundary,
-        "boundary_sums": lambda: launch_boundary_backward.boundary_sums(*partial, stream.spec.num_streams),
+        "boundary_sums": lambda: launch.boundary_sums(*partial, stream.spec.num_streams),
     }
 
 
@@ -198,7 +196,7 @@ def project_backward(stream: Stream, shape: Shape) -> Run:
     arguments = workload(Case("project_backward", shape), stream).arguments
     arguments |= {"h_pre": stream.inputs.h_pre, "g_layer_input": stream.inputs.layer_output}
     out = (torch.empty_like(stream.inputs.x), torch.empty_like(stream.inputs.phi))
-    return lambda: launch_backward.project_backward(**arguments, out=out)
+    return lambda: launch.project_backward(**arguments, out=out)
 
 
 def memory_of(device: torch.device) -> tuple[str, Callable[[Layer], int]]:

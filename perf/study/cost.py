@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ... import launch, launch_backward
+from ... import launch
 from ..measure import timing
 from ..measure.machine import last_level_cache
 
@@ -24,7 +24,7 @@ def measure(
     shape = (matrices, num_streams, num_streams)
     logits, g_h_res = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
     out = torch.empty_like(logits)
-    forward, backward = launch.sinkhorn, launch_backward.sinkhorn_backward
+    forward, backward = launch.sinkhorn, launch.sinkhorn_backward
     candidates: dict[str, timing.Run] = {}
     for count in iters:
         candidates[f"forward {count}"] = partial(forward, logits, count, eps, out=out)

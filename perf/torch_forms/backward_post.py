@@ -1,7 +1,7 @@
 """Plain torch for the backward of post: two sums over streams, and n² + n dots over channels, from one gradient.
 
 The habits are those of `backward_stream_forms`. Which loops torch.compile fuses depends on the way the sums are
-written, so there are three ways. Arguments as in `mhc_tilelang.launch_backward`; the last ones are outputs.
+written, so there are three ways. Arguments as in `mhc_tilelang.launch`; the last ones are outputs.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The habits are those of `stream_forms`: matrix products, sums of broadcast products or streams one by one for
 torch.compile to fuse, and walks over blocks of tokens for a CPU's cache. To these come what autograd makes of
 the forward (`backward_autograd`), and products of 16-bit values, summed in float32, for tensor cores.
-`post` is in `backward_post_forms`. Arguments as in `mhc_tilelang.launch_backward`; the last ones are outputs.
+`post` is in `backward_post_forms`. Arguments as in `mhc_tilelang.launch`; the last ones are outputs.
 """
 
 from __future__ import annotations

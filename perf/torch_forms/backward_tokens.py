@@ -6,7 +6,7 @@ g ← (g − Σ g·P) / d. Here it runs on H = g·P, which needs neither d nor a
     H ← H − P · Σ H        P being what the step gave
 
 Forms that are fast keep the tokens innermost, as in `token_forms`, and P of every step. Arguments as in
-`mhc_tilelang.launch_backward`; the last ones are outputs.
+`mhc_tilelang.launch`; the last ones are outputs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What `mhc-tilelang traffic --schedule` prints: how the fused boundary is shared out over blocks, batch by batch.
 
-The choice is `boundary_plans.boundary_schedule`'s, from sizes alone; `launch_boundary.schedule(x, rows)` is the same
+The choice is `boundary_plans.boundary_schedule`'s, from sizes alone; `launch.boundary_schedule(x, rows)` is the same
 for a tensor on its device, and takes another number of chunks a split. Imports no torch.
 """
 
@@ -19,7 +19,7 @@ FOOTNOTES = """\
 regime: "tokens" where a block takes every channel of its tile of tokens, as with thousands of tokens; "channels" where
 the chunks of a tile are shared out over splits, so that a few tokens, as in decoding, still fill the device. blocks: of
 the launch, token tiles × splits. slabs: of partial sums that the coefficients kernel adds up. No choice moves a bit of
-any result. Another one: launch_boundary.post_pre(…, schedule=launch_boundary.schedule(x, rows, chunks_per_split))."""
+any result. Another one: launch.post_pre(…, schedule=launch.boundary_schedule(x, rows, chunks_per_split))."""
 
 
 @dataclass(frozen=True)

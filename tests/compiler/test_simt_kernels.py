@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mhc_tilelang import launch, launch_backward, launch_replay
+from mhc_tilelang import launch
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.checking.run import CHECKS, check_case
 from mhc_tilelang.compiler.cuda_source import generate
@@ -127,10 +127,10 @@ def test_the_same_bits_as_on_the_cpu_target() -> None:
     partial = torch.randn(9, 300, generator=torch.Generator().manual_seed(2))
 
     def results() -> list[torch.Tensor]:
-        g_x, g_layer_output, _, _ = launch_backward.post_backward(g, x, h, h_post, h_res)
+        g_x, g_layer_output, _, _ = launch.post_backward(g, x, h, h_post, h_res)
         applied = [launch.expand(h, 4), launch.aggregate(x, h_pre), launch.post(x, h, h_post, h_res)]
-        sums = [launch_backward.sum_partials(partial), launch_backward.expand_backward(g)]
-        streams, inputs = launch_replay.replay(x, [launch_replay.Written(h, h_post, h_res)] * 2, {0: h_pre, 2: h_pre})
+        sums = [launch.sum_partials(partial), launch.expand_backward(g)]
+        streams, inputs = launch.replay(x, [launch.Written(h, h_post, h_res)] * 2, {0: h_pre, 2: h_pre})
         return [*applied, *sums, *streams, *inputs.values(), g_x, g_layer_output]  # type: ignore[list-item]
 
     with executing():

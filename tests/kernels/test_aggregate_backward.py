@@ -11,7 +11,7 @@ import torch
 from helpers import CPU, DTYPES, assert_matches_float64, crosses
 from helpers_backward import BACKWARD, assert_reads_nothing_else, assert_special_values_stay
 
-from mhc_tilelang import launch_backward
+from mhc_tilelang import launch
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.kernels import plans
@@ -40,7 +40,7 @@ def test_each_channel_counts_once(dtype):
     inputs = Inputs.of(Case(4, 333, dtype, 7), CPU)
     x, g = (inputs.x > 0).to(dtype), (inputs.layer_output > 0).to(dtype)
     counts = np.einsum("tc,tic->ti", numpy64(g), numpy64(x))
-    np.testing.assert_array_equal(numpy64(launch_backward.aggregate_backward(g, x)), counts)
+    np.testing.assert_array_equal(numpy64(launch.aggregate_backward(g, x)), counts)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -22,7 +22,7 @@ from helpers import (
     named,
 )
 
-from mhc_tilelang import launch, launch_norm, ops, reference
+from mhc_tilelang import launch, ops, reference
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.checking.norm import EPS, rms_norm_weight
@@ -45,7 +45,7 @@ CASES += [
 
 def normed(inputs, case, **changes):
     weight = rms_norm_weight(case, CPU)
-    return (launch_norm.aggregate_norm(inputs.x, inputs.h_pre, **{"weight": weight, "eps": EPS, **changes}),)
+    return (launch.aggregate_norm(inputs.x, inputs.h_pre, **{"weight": weight, "eps": EPS, **changes}),)
 
 
 def normed64(inputs, case):
@@ -148,7 +148,7 @@ def test_public_functions_hand_on_their_coefficients(case):
         for x, results in ((inputs.x, pre(inputs, case, **given)), (x_next, at_boundary)):
             layer_input, h_post, h_res, *own = results
             h_pre, *others = ops.coefficients(x, inputs.phi, inputs.alpha, inputs.bias, case.spec)
-            expected = launch_norm.aggregate_norm(x, given.get("h_pre", h_pre), weight, EPS)
+            expected = launch.aggregate_norm(x, given.get("h_pre", h_pre), weight, EPS)
             assert_same_bits([layer_input, h_post, h_res], [expected, *others])
             assert_same_bits(own, [h_pre] if given else [])
 

@@ -13,11 +13,11 @@ from differentiable import NORMED, gradients, requiring, upstream
 from helpers import CPU, DTYPES, STREAMS, assert_matches_float64, assert_same_bits, named
 from helpers_backward import BACKWARD, assert_reads_nothing_else, assert_special_values_stay
 
-from mhc_tilelang import HyperConnection, MHCSpec, ResidualStream, convert, launch_backward, launch_norm, ops
+from mhc_tilelang import HyperConnection, MHCSpec, ResidualStream, convert, launch, ops
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
 from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.checking.norm import EPS
-from mhc_tilelang.kernels import plans
+from mhc_tilelang.kernels import boundary_plans, plans
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 CASE = Case(4, 333, torch.bfloat16, 63)
@@ -73,7 +73,7 @@ def test_a_gradient_along_the_result_is_none():
     """
     case = replace(CASE, dtype=torch.float32)
     arguments = {**FUNCTION.arguments(case), "weight": torch.ones(case.hidden_size), "eps": 0.0}
-    normed = launch_norm.aggregate_norm(arguments["x"], arguments["h_pre"], arguments["weight"], 0.0)
+    normed = launch.aggregate_norm(arguments["x"], arguments["h_pre"], arguments["weight"], 0.0)
     got = FUNCTION({**arguments, "g_layer_input": normed})
     scale = np.abs(FUNCTION.float64(arguments)["g_u"]).max()
     assert np.abs(numpy64(got["g_u"])).max() < 2e-6 * scale  # 333 channels, 20 roundings of 6e-8 in r³·D
@@ -106,9 +106,7 @@ def test_gradients_of_the_function(name):
 @pytest.mark.parametrize("name", ["post_pre-normed", "post_pre-delayed-normed"])
 def test_the_separate_backward(name, monkeypatch):
     """The kernels that a GPU takes at n = 8 in place of the fused ones: a rounding more of g_x, float32 here."""
-    from mhc_tilelang import launch_boundary_backward
-
-    monkeypatch.setattr(launch_boundary_backward.boundary_plans, "backward_is_fused", lambda *_: False)
+    monkeypatch.setattr(boundary_plans, "backward_is_fused", lambda *_: False)
     test_gradients_of_the_function(name)
 
 
@@ -137,11 +135,11 @@ def test_the_aggregations_share_is_of_the_rounded_g_u():
     got = torch.autograd.grad(layer_input, [*leaves.values(), arguments["weight"]], g)
     with torch.no_grad():
         *_, h_pre, projected = torch.ops.mhc_tilelang.pre(*vars_of(inputs), None, None, *constants_of(spec), EPS)
-        g_u, g_h_pre, g_weight = launch_norm.aggregate_norm_backward(g, inputs.x, h_pre, arguments["weight"], EPS)
-        g_projected, g_alpha, g_bias = launch_backward.coefficients_backward(
+        g_u, g_h_pre, g_weight = launch.aggregate_norm_backward(g, inputs.x, h_pre, arguments["weight"], EPS)
+        g_projected, g_alpha, g_bias = launch.coefficients_backward(
             g_h_pre, None, None, projected, inputs.alpha, inputs.bias, spec
         )
-        g_x, g_phi = launch_backward.project_backward(g_projected, inputs.x, inputs.phi, h_pre=h_pre, g_layer_input=g_u)
+        g_x, g_phi = launch.project_backward(g_projected, inputs.x, inputs.phi, h_pre=h_pre, g_layer_input=g_u)
     assert_same_bits(got, [g_x, g_phi, g_alpha, g_bias, g_weight])
 
 

@@ -6,10 +6,10 @@ rounds elsewhere than its parts.
 
 import pytest
 import torch
-from helpers import CPU, assert_same_bits, map_tokens
+from helpers import CPU, assert_same_bits, map_tokens, replace_launch
 from helpers_backward import BACKWARD, SUMS, in_nan, take, take_tokens, token_axis
 
-from mhc_tilelang import launch, launch_backward, ops
+from mhc_tilelang import launch, ops
 from mhc_tilelang.checking.inputs import Case, Inputs
 
 NUM_TOKENS = 70
@@ -178,8 +178,8 @@ def test_given_outputs_of_a_backward_are_written(name):
 
 def test_given_total_of_partial_sums_is_written():
     partial, total = torch.randn(17, 300), torch.full((300,), torch.nan)
-    assert launch_backward.sum_partials(partial, out=total) is total
-    assert_same_bits([total], [launch_backward.sum_partials(partial)])
+    assert launch.sum_partials(partial, out=total) is total
+    assert_same_bits([total], [launch.sum_partials(partial)])
 
 
 def test_sinkhorn_backward_is_the_one_in_coefficients():
@@ -188,7 +188,7 @@ def test_sinkhorn_backward_is_the_one_in_coefficients():
     arguments = take_tokens(function.arguments(CASES["n4-bfloat16"]), torch.arange(1))
     arguments["projected"][8:24] = 0.0
     logits = arguments["bias"][8:].view(1, 4, 4).clone()
-    expected = launch_backward.sinkhorn_backward(arguments["g_h_res"], logits, 20, 1e-6)
+    expected = launch.sinkhorn_backward(arguments["g_h_res"], logits, 20, 1e-6)
     assert_same_bits([function(arguments)["g_bias"][8:]], [expected])
 
 
@@ -199,7 +199,7 @@ def test_size_of_the_device(function, parallel_blocks, monkeypatch):
     case = CASES["n4-bfloat16"]
     inputs = map_tokens(Inputs.of(case, CPU), lambda t: t[:3])
     expected = run(function, inputs, case)
-    monkeypatch.setattr(launch, "parallel_blocks", lambda _: parallel_blocks)
+    replace_launch(monkeypatch, "parallel_blocks", lambda _: parallel_blocks)
     assert_same_bits(run(function, inputs, case), expected)
 
 

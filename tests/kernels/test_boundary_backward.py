@@ -12,7 +12,7 @@ import torch
 from helpers import CPU, DTYPES, MIXED_DTYPES, STREAMS, assert_same_bits, named
 from helpers_backward import in_nan
 
-from mhc_tilelang import launch_backward, launch_boundary, launch_boundary_backward, reference
+from mhc_tilelang import launch, reference
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
 from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.kernels import boundary_plans
@@ -53,11 +53,11 @@ class Drawn:
         self.inputs, gradients = Inputs.of(case, CPU), Gradients.of(case, CPU)
         self.upstream = {name: getattr(gradients, name) for name in UPSTREAM}
         self.g_h_pre = gradients.g_h_pre
-        self.forward = launch_boundary.post_pre(*mixed(self.inputs), *parameters(self.inputs), case.spec)
+        self.forward = launch.post_pre(*mixed(self.inputs), *parameters(self.inputs), case.spec)
 
     def backward(self, **changes):
         upstream, i, f = {**self.upstream, **changes}, self.inputs, self.forward
-        got = launch_boundary_backward.post_pre_backward(
+        got = launch.post_pre_backward(
             *upstream.values(), *mixed(i), *parameters(i), f.x_next, f.h_pre, f.projected, self.spec
         )
         return dict(zip(NAMES, got, strict=False))
@@ -65,14 +65,12 @@ class Drawn:
     def separate(self):
         """By one kernel each; autograd would add the two gradients of x_next in the stream's dtype."""
         i, f, (g_x, g_input, g_post, g_res) = self.inputs, self.forward, self.upstream.values()
-        g_pre = launch_backward.aggregate_backward(g_input, f.x_next)
-        g_projected, g_alpha, g_bias = launch_backward.coefficients_backward(
+        g_pre = launch.aggregate_backward(g_input, f.x_next)
+        g_projected, g_alpha, g_bias = launch.coefficients_backward(
             g_pre, g_post, g_res, f.projected, i.alpha, i.bias, self.spec
         )
-        g_next, g_phi = launch_backward.project_backward(
-            g_projected, f.x_next, i.phi, h_pre=f.h_pre, g_layer_input=g_input
-        )
-        values = (*launch_backward.post_backward(g_next + g_x, *mixed(i)), g_phi, g_alpha, g_bias)
+        g_next, g_phi = launch.project_backward(g_projected, f.x_next, i.phi, h_pre=f.h_pre, g_layer_input=g_input)
+        values = (*launch.post_backward(g_next + g_x, *mixed(i)), g_phi, g_alpha, g_bias)
         return dict(zip(NAMES, values, strict=True))
 
     def float64(self, **changes):
@@ -163,7 +161,7 @@ def test_a_tokens_gradients_depend_on_no_other_token():
         fields = {n: getattr(part.inputs, n)[67 - size :] for n in ("x", "layer_output", "h_post", "h_res")}
         part.inputs = replace(part.inputs, **fields)
         part.upstream = {name: g[67 - size :] for name, g in part.upstream.items()}
-        part.forward = launch_boundary.post_pre(*mixed(part.inputs), *parameters(part.inputs), SMALL.spec)
+        part.forward = launch.post_pre(*mixed(part.inputs), *parameters(part.inputs), SMALL.spec)
         got = part.backward()
         assert_same_bits([got[n] for n in PER_TOKEN], [whole[n][67 - size :] for n in PER_TOKEN])
 
@@ -207,7 +205,7 @@ def test_delayed_form():
     """layer_input by a given h_pre: its gradient is returned, and the one of the h_pre that was returned is taken."""
     drawn = Drawn(replace(SMALL, dtype=torch.float32))
     i, f = drawn.inputs, drawn.forward
-    got = launch_boundary_backward.post_pre_backward(
+    got = launch.post_pre_backward(
         *drawn.upstream.values(),
         *mixed(i),
         *parameters(i),
@@ -257,9 +255,7 @@ def test_separate_kernels_at_8_streams(delayed, dtype, monkeypatch):
 
     def backward():
         upstream, left = drawn.upstream.values(), (f.x_next, f.h_pre, f.projected)
-        return launch_boundary_backward.post_pre_backward(
-            *upstream, *mixed(i), *parameters(i), *left, drawn.spec, **forms
-        )
+        return launch.post_pre_backward(*upstream, *mixed(i), *parameters(i), *left, drawn.spec, **forms)
 
     fused = backward()
     monkeypatch.setattr(boundary_plans, "backward_is_fused", lambda *_: False)

@@ -8,8 +8,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers import replace_launch
 
-from mhc_tilelang import launch, launch_backward, launch_boundary, launch_boundary_backward, launch_expand, launch_head
+from mhc_tilelang import launch
 from mhc_tilelang.checking import backward, real_stream, run
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
 from mhc_tilelang.checking.kernels import Comparison, compare
@@ -47,7 +48,7 @@ def transposing_post(monkeypatch):
     def transposing(x, layer_output, h_post, h_res, **out):
         return post(x, layer_output, h_post, h_res.transpose(1, 2).contiguous(), **out)
 
-    monkeypatch.setattr(launch, "post", transposing)
+    replace_launch(monkeypatch, "post", transposing)
 
 
 def test_rows():
@@ -96,7 +97,7 @@ def test_upstream_gradients_make_errors_visible():
 def test_broken_backward_kernel_fails(kernel, monkeypatch):
     """Whatever it returns, a hundredth too large. Catches a check that is listed and compares nothing."""
     function = kernel.removesuffix("_aggregated")
-    launched = getattr(launch_backward, function)
+    launched = getattr(launch, function)
 
     def too_large(*arguments, **options):
         got = launched(*arguments, **options)
@@ -104,32 +105,26 @@ def test_broken_backward_kernel_fails(kernel, monkeypatch):
 
     inputs = Inputs.of(TINY[1], CPU)
     assert run.check_case(kernel, TINY[1], inputs).passed
-    monkeypatch.setattr(launch_backward, function, too_large)
+    replace_launch(monkeypatch, function, too_large)
     assert not run.check_case(kernel, TINY[1], inputs).passed
 
 
 BOUNDARY = [
-    *(("post_pre", launch_boundary, output) for output in ("x_next", "layer_input", "h_post", "h_res", "h_pre")),
-    ("post_pre_delayed", launch_boundary, "layer_input"),
-    *(
-        ("post_pre_backward", launch_boundary_backward, f"g_{name}")
-        for name in ("x", "layer_output", "h_post", "h_res", "phi", "alpha", "bias")
-    ),
-    *(("expand_pre", launch_expand, output) for output in ("x", "layer_input", "h_post", "h_res", "h_pre")),
-    *(("expand_pre_backward", launch_expand, f"g_{name}") for name in ("h", "phi", "alpha", "bias")),
-    *(("post_head", launch_head, output) for output in ("x_next", "output")),
-    *(
-        ("post_head_backward", launch_head, f"g_{name}")
-        for name in ("x", "layer_output", "h_post", "h_res", "phi", "alpha", "bias")
-    ),
+    *(("post_pre", output) for output in ("x_next", "layer_input", "h_post", "h_res", "h_pre")),
+    ("post_pre_delayed", "layer_input"),
+    *(("post_pre_backward", f"g_{name}") for name in ("x", "layer_output", "h_post", "h_res", "phi", "alpha", "bias")),
+    *(("expand_pre", output) for output in ("x", "layer_input", "h_post", "h_res", "h_pre")),
+    *(("expand_pre_backward", f"g_{name}") for name in ("h", "phi", "alpha", "bias")),
+    *(("post_head", output) for output in ("x_next", "output")),
+    *(("post_head_backward", f"g_{name}") for name in ("x", "layer_output", "h_post", "h_res", "phi", "alpha", "bias")),
 ]
 
 
-@pytest.mark.parametrize(("check", "module", "output"), BOUNDARY)
-def test_broken_output_of_a_boundary_fails(check, module, output, monkeypatch):
+@pytest.mark.parametrize(("check", "output"), BOUNDARY)
+def test_broken_output_of_a_boundary_fails(check, output, monkeypatch):
     """Any one of them, a hundredth too large: each has a bound of its own."""
     function = check.replace("_delayed", "")
-    launched = getattr(module, function)
+    launched = getattr(launch, function)
 
     def too_large(*arguments, **options):
         got = launched(*arguments, **options)
@@ -137,7 +132,7 @@ def test_broken_output_of_a_boundary_fails(check, module, output, monkeypatch):
 
     inputs = Inputs.of(TINY[1], CPU)
     assert run.check_case(check, TINY[1], inputs).passed
-    monkeypatch.setattr(module, function, too_large)
+    replace_launch(monkeypatch, function, too_large)
     assert not run.check_case(check, TINY[1], inputs).passed
 
 
@@ -178,7 +173,7 @@ def test_kernel_that_returns_nan_fails(monkeypatch):
     def nowhere(x, *_, out=None):
         return (torch.empty_like(x) if out is None else out).fill_(float("nan"))
 
-    monkeypatch.setattr(launch, "post", nowhere)
+    replace_launch(monkeypatch, "post", nowhere)
     row = run.check_case("post", TINY[0], Inputs.of(TINY[0], CPU))
     assert not row.passed
     assert row.error == float("inf")

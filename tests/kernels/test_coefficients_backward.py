@@ -14,9 +14,10 @@ from helpers import STREAMS, assert_matches_float64
 from helpers_backward import BACKWARD, assert_reads_nothing_else, assert_special_values_stay
 from test_coefficients import Changed
 
-from mhc_tilelang import MHCSpec, launch_backward
+from mhc_tilelang import MHCSpec
 from mhc_tilelang.checking.inputs import Case
 from mhc_tilelang.checking.kernels import numpy64
+from mhc_tilelang.launch.coefficients import partial_sums
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 CASE = Case(4, 333, torch.bfloat16, 67)
@@ -142,6 +143,6 @@ def test_alpha_of_each_row():
 def test_partial_sums_have_a_row_per_block():
     """As many as the kernel writes, and a row of zeros where there is no token."""
     for num_tokens, rows in ((0, 1), (1, 1), (64, 1), (65, 2), (4097, 65)):
-        partial = launch_backward.partial_sums(torch.empty(25, num_tokens), 64, 27)
+        partial = partial_sums(torch.empty(25, num_tokens), 64, 27)
         assert partial.shape == (rows, 27)
         assert partial.isnan().all() == (num_tokens > 0)

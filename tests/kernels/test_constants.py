@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import CPU, assert_matches_float64, verdicts
 
-from mhc_tilelang import compiler, launch, launch_backward, launch_norm
+from mhc_tilelang import compiler, launch
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
 from mhc_tilelang.checking.kernels import compare
 from mhc_tilelang.checking.norm import rms_norm_weight
@@ -88,8 +88,8 @@ def test_eps_of_a_norm(loads):
     inputs, g, weight = Inputs.of(case, CPU), Gradients.of(case, CPU).g_h, rms_norm_weight(case, CPU)
 
     def results(eps):
-        forward = launch_norm.aggregate_norm(inputs.x, inputs.h_pre, weight, eps)
-        return forward, *launch_norm.aggregate_norm_backward(g, inputs.x, inputs.h_pre, weight, eps)
+        forward = launch.aggregate_norm(inputs.x, inputs.h_pre, weight, eps)
+        return forward, *launch.aggregate_norm_backward(g, inputs.x, inputs.h_pre, weight, eps)
 
     before = results(1e-6)
     loads.clear()
@@ -105,14 +105,14 @@ def test_iterations_up_to_the_capacity_are_one_kernel(loads):
     logits, g_h_res = Inputs.of(case, CPU).logits, Gradients.of(case, CPU).g_h_res
     small, large = list(plans.sinkhorn_backward_blocks(4, "cpu"))[:2]
     launch.sinkhorn(logits, 20, 1e-6)
-    launch_backward.sinkhorn_backward(g_h_res, logits, 20, 1e-6)
+    launch.sinkhorn_backward(g_h_res, logits, 20, 1e-6)
     loads.clear()
     for iters in (1, 2, small):
         launch.sinkhorn(logits, iters, 1e-6)
-        launch_backward.sinkhorn_backward(g_h_res, logits, iters, 1e-6)
+        launch.sinkhorn_backward(g_h_res, logits, iters, 1e-6)
     launch.sinkhorn(logits, large, 1e-6)
     assert loads == []
-    launch_backward.sinkhorn_backward(g_h_res, logits, small + 1, 1e-6)
+    launch.sinkhorn_backward(g_h_res, logits, small + 1, 1e-6)
     assert loads in ([], ["sinkhorn_backward"])  # none where another test has loaded it
 
 

@@ -15,7 +15,7 @@ import torch
 from helpers import CPU, assert_same_bits, assert_views_can_start_anywhere
 
 import mhc_tilelang as mhc
-from mhc_tilelang import launch, launch_boundary, launch_mappings, ops
+from mhc_tilelang import launch, ops
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.compiler.cuda_source import generate
 from mhc_tilelang.kernels import boundary_plans
@@ -51,7 +51,7 @@ def test_boundary(case: Case, num_tokens: int | None, monkeypatch: pytest.Monkey
     inputs = Inputs.of(case, CPU)
     tokens = [t[:num_tokens] for t in (inputs.x, inputs.layer_output, inputs.h_post, inputs.h_res)]
     arguments = (*tokens, inputs.phi, inputs.alpha, inputs.bias, case.spec)
-    before, beside = in_both_places(monkeypatch, lambda: launch_boundary.post_pre(*arguments))
+    before, beside = in_both_places(monkeypatch, lambda: launch.post_pre(*arguments))
     assert_same_bits(beside, before)
 
 
@@ -111,7 +111,12 @@ def test_on_a_gpus_code(monkeypatch: pytest.MonkeyPatch) -> None:
             shapes = ((tokens, case.hidden_size), (tokens, n), (tokens, n), (tokens, n, n))
             dtypes = (BF16, FP32, FP32, FP32)
             out = tuple(torch.empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
-            return [*out, launch_mappings.read(inputs.x, partial, inputs.alpha, inputs.bias, case.spec, plan, out=out)]
+            return [
+                *out,
+                launch.coefficients_and_aggregate(
+                    inputs.x, partial, inputs.alpha, inputs.bias, case.spec, plan, out=out
+                ),
+            ]
 
         before, beside = in_both_places(monkeypatch, read)
     assert_same_bits(beside, before)

@@ -11,7 +11,7 @@ import torch
 from helpers import CPU, DTYPES, STREAMS, assert_matches_float64, assert_same_bits, named
 from helpers_backward import in_nan
 
-from mhc_tilelang import launch, launch_backward, launch_expand
+from mhc_tilelang import launch
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
 from mhc_tilelang.compiler.kernel import dtype_name
 from mhc_tilelang.kernels import boundary_plans
@@ -38,7 +38,7 @@ def plan_of(case, target):
 
 
 def total_phi(inputs, case):
-    return launch_backward.expand_backward(inputs.phi.view(-1, case.num_streams, case.hidden_size))
+    return launch.expand_backward(inputs.phi.view(-1, case.num_streams, case.hidden_size))
 
 
 @pytest.mark.parametrize("case", CASES + TOKENS)
@@ -53,7 +53,7 @@ def test_matches_float64(case):
 def test_is_the_projection_of_one_stream(case, target):
     """On phi summed over streams, to the bit, squares n times: by the CPU's plan, and by the GPU's run on the CPU."""
     inputs, plan = Inputs.of(case, CPU), plan_of(case, target)
-    x, partial = launch_expand.expand_project(inputs.h, inputs.phi, plan)
+    x, partial = launch.expand_project(inputs.h, inputs.phi, plan)
     assert_same_bits([x], [launch.expand(inputs.h, case.num_streams)])
     chunks = plan.projection.num_chunks(case.hidden_size)
     projected = [
@@ -73,7 +73,7 @@ def test_no_schedule_moves_a_bit(target):
 
     def results(per_split):
         schedule = boundary_plans.boundary_schedule(65, 1000, plan, 2, per_split)
-        x, partial = launch_expand.expand_project(inputs.h, inputs.phi, plan, schedule=schedule)
+        x, partial = launch.expand_project(inputs.h, inputs.phi, plan, schedule=schedule)
         assert len(partial) == schedule.slabs
         return x, *launch.coefficients(partial, inputs.alpha, inputs.bias, case.spec, plan.projection)
 
@@ -89,7 +89,7 @@ def test_streams_of_phi_that_cancel(target):
     inputs = Inputs.of(SMALL, CPU)
     phi = inputs.phi.view(-1, 4, SMALL.hidden_size).clone()
     phi[:, 1], phi[:, 2:] = -phi[:, 0], 0
-    _, partial = launch_expand.expand_project(inputs.h, phi.view(inputs.phi.shape), plan_of(SMALL, target))
+    _, partial = launch.expand_project(inputs.h, phi.view(inputs.phi.shape), plan_of(SMALL, target))
     assert not partial[:, :-LANES].any()
     assert partial[:, -LANES:].all()
 
@@ -98,10 +98,10 @@ def test_streams_of_phi_that_cancel(target):
 def test_reads_nothing_else(target):
     """Both tensors inside a buffer of NaN, aligned and not. Catches a tail multiplied by zero."""
     inputs, plan = Inputs.of(SMALL, CPU), plan_of(SMALL, target)
-    expected = launch_expand.expand_project(inputs.h, inputs.phi, plan)
+    expected = launch.expand_project(inputs.h, inputs.phi, plan)
     for offset in (0, 1):
         inside = (in_nan(inputs.h, offset), in_nan(inputs.phi, offset))
-        assert_same_bits(launch_expand.expand_project(*inside, plan), expected)
+        assert_same_bits(launch.expand_project(*inside, plan), expected)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -111,7 +111,7 @@ def test_special_values_stay_in_their_token(value):
     parameters = (inputs.phi, inputs.alpha, inputs.bias, SMALL.spec)
     spoilt = inputs.h.clone()
     spoilt[-1, 5] = value
-    clean, got = (launch_expand.expand_pre(h, *parameters) for h in (inputs.h, spoilt))
+    clean, got = (launch.expand_pre(h, *parameters) for h in (inputs.h, spoilt))
     assert not torch.isfinite(got.h_post[-1]).all()
     assert_same_bits([output[:-1] for output in got[:5]], [output[:-1] for output in clean[:5]])
     assert_same_bits([got.projected[:, :-1]], [clean.projected[:, :-1]])
@@ -121,12 +121,12 @@ def test_gradients_are_shared_by_the_streams():
     """g_phi is the same for every stream; what is not asked for is not there, and changes nothing of the rest."""
     inputs, upstream = Inputs.of(SMALL, CPU), Gradients.of(SMALL, CPU)
     parameters = (inputs.phi, inputs.alpha, inputs.bias)
-    forward = launch_expand.expand_pre(inputs.h, *parameters, SMALL.spec)
+    forward = launch.expand_pre(inputs.h, *parameters, SMALL.spec)
 
     def backward(**needs):
         given = (upstream.g_x, upstream.g_h, upstream.g_h_post, upstream.g_h_res)
         left = (forward.h_pre, forward.projected, SMALL.spec)
-        return launch_expand.expand_pre_backward(*given, inputs.h, *parameters, *left, **needs)
+        return launch.expand_pre_backward(*given, inputs.h, *parameters, *left, **needs)
 
     whole = backward()
     streams = whole.g_phi.view(-1, 4, SMALL.hidden_size).unbind(1)
@@ -140,5 +140,5 @@ def test_gradients_are_shared_by_the_streams():
 
 def test_no_token():
     inputs = Inputs.of(replace(SMALL, num_tokens=0), CPU)
-    got = launch_expand.expand_pre(inputs.h, inputs.phi, inputs.alpha, inputs.bias, SMALL.spec)
+    got = launch.expand_pre(inputs.h, inputs.phi, inputs.alpha, inputs.bias, SMALL.spec)
     assert [output.shape[0] for output in got[:5]] == [0] * 5

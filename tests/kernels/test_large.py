@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mhc_tilelang as mhc
-from mhc_tilelang import launch, launch_backward
+from mhc_tilelang import launch
 from mhc_tilelang.compiler import tracing
 from mhc_tilelang.compiler.cuda_source import generate
 from mhc_tilelang.kernels import plans
@@ -54,16 +54,16 @@ def test_the_backward_of_the_last_token_of_a_huge_stream() -> None:
     def calls(last: slice) -> Iterator[torch.Tensor]:
         few, x = h[last].clone(), launch.expand(h[last], n)
         mixing = (h_post[last].clone(), h_res[last].clone())
-        yield launch_backward.expand_backward(x)
-        yield launch_backward.aggregate_backward(few, x)
+        yield launch.expand_backward(x)
+        yield launch.aggregate_backward(few, x)
         for needs in ((True, False, False), (False, True, True)):
             names = ("needs_x", "needs_layer_output", "needs_mixing")
             wanted = dict(zip(names, needs, strict=True))
-            gradients = launch_backward.post_backward(x, x, few, *mixing, **wanted)
+            gradients = launch.post_backward(x, x, few, *mixing, **wanted)
             yield from (gradient for gradient in gradients if gradient is not None)
         columns = g_projected[:, last].contiguous()
-        yield launch_backward.project_backward(columns, x, phi, h_pre=mixing[0], g_layer_input=few, needs_phi=False)[0]
-        yield launch_backward.project_backward(columns, x, phi, needs_x=False)[1]
+        yield launch.project_backward(columns, x, phi, h_pre=mixing[0], g_layer_input=few, needs_phi=False)[0]
+        yield launch.project_backward(columns, x, phi, needs_x=False)[1]
 
     small = list(calls(slice(-3, None)))
     for huge, expected in zip(calls(slice(None)), small, strict=True):

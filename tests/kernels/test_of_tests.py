@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, DTYPES, STREAMS, verdicts
+from helpers import CPU, DTYPES, STREAMS, replace_launch, verdicts
 
 from mhc_tilelang import launch, reference
 from mhc_tilelang.checking.inputs import Case, Inputs
@@ -255,7 +255,7 @@ def test_last_chunk_left_out_is_rejected(size):
 def test_narrow_operands_are_rejected(size, operand, target, monkeypatch):
     """TF32 (cut to 10 mantissa bits) and bfloat16 operands, at float32 streams, under either plan's bound."""
     case = Case(4, size, torch.float32, 63)
-    monkeypatch.setattr(launch, "projection_plan", lambda _, rows: plans.projection_plan(rows, size, "float32", target))
+    replace_launch(monkeypatch, "projection_plan", lambda _, rows: plans.projection_plan(rows, size, "float32", target))
     inputs = Inputs.of(case, CPU)
     comparison = comparison_of("project", "dots", case)
     exact = getattr(inputs, operand)
@@ -276,7 +276,7 @@ def test_an_unwritten_token_is_rejected(monkeypatch):
         return x_next
 
     post = launch.post
-    monkeypatch.setattr(launch, "post", all_but_the_last_token)
+    replace_launch(monkeypatch, "post", all_but_the_last_token)
     [(_, verdict)] = verdicts("post", CASES[0])
     assert not verdict.passed
     assert verdict.error == np.inf

@@ -9,7 +9,7 @@ import torch
 from helpers import assert_same_bits
 from helpers_backward import in_nan
 
-from mhc_tilelang import launch_backward
+from mhc_tilelang import launch
 from mhc_tilelang.checking import tolerance
 from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.kernels import plans
@@ -40,7 +40,7 @@ def in_order(partial):
 @pytest.mark.parametrize("blocks", BLOCKS)
 def test_bits_of_the_order(blocks, elements):
     partial = drawn(blocks, elements)
-    assert_same_bits([launch_backward.sum_partials(partial)], [in_order(partial)])
+    assert_same_bits([launch.sum_partials(partial)], [in_order(partial)])
 
 
 def test_the_order_shows():
@@ -57,7 +57,7 @@ def test_the_order_shows():
 def test_matches_float64(blocks):
     partial = drawn(blocks, 257)
     bound = tolerance.sum_over_tokens(numpy64(partial).T, np.zeros((257, blocks)))
-    assert (np.abs(numpy64(launch_backward.sum_partials(partial)) - numpy64(partial).sum(0)) <= bound).all()
+    assert (np.abs(numpy64(launch.sum_partials(partial)) - numpy64(partial).sum(0)) <= bound).all()
 
 
 @pytest.mark.parametrize("blocks", [3, 17])
@@ -65,7 +65,7 @@ def test_reads_nothing_else(blocks):
     """NaN around the partial sums. Catches a lane without a block that is read and multiplied by zero."""
     partial = drawn(blocks, 27)
     for offset in (0, 1):
-        assert_same_bits([launch_backward.sum_partials(in_nan(partial, offset))], [in_order(partial)])
+        assert_same_bits([launch.sum_partials(in_nan(partial, offset))], [in_order(partial)])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -75,4 +75,4 @@ def test_special_values(blocks, value):
     partial = drawn(blocks, 27)
     partial[2, 5] = value
     expected = torch.arange(27) != 5
-    assert torch.equal(torch.isfinite(launch_backward.sum_partials(partial)), expected)
+    assert torch.equal(torch.isfinite(launch.sum_partials(partial)), expected)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import CPU, DTYPES, MIXED_DTYPES, STREAMS, assert_matches_float64, assert_same_bits, named
 
-from mhc_tilelang import launch, launch_head
+from mhc_tilelang import launch
 from mhc_tilelang.checking.boundary import mixed
 from mhc_tilelang.checking.ends import of_head, parameters
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
@@ -27,7 +27,7 @@ SMALL = Case(4, 333, torch.bfloat16, 70)
 
 
 def fused(inputs, case):
-    return launch_head.post_head(*mixed(inputs), *parameters(of_head(case, inputs)), case.spec)
+    return launch.post_head(*mixed(inputs), *parameters(of_head(case, inputs)), case.spec)
 
 
 @pytest.mark.parametrize("case", CASES + TOKENS)
@@ -82,7 +82,7 @@ def test_separate_kernels_give_the_same(outside, monkeypatch):
 
     def backward():
         g_x_next = upstream.g_x if outside else None
-        return launch_head.post_head_backward(g_x_next, upstream.g_h, *mixed(inputs), *parameters(last), *left)
+        return launch.post_head_backward(g_x_next, upstream.g_h, *mixed(inputs), *parameters(last), *left)
 
     expected = backward()
     monkeypatch.setattr(boundary_plans, "backward_is_fused", lambda *_: False)

@@ -11,7 +11,7 @@ import torch
 from helpers import CPU, DTYPES, MIXED_DTYPES, STREAMS, assert_same_bits, map_tokens, named
 from helpers_backward import in_nan
 
-from mhc_tilelang import launch, launch_boundary
+from mhc_tilelang import launch
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.compiler.kernel import dtype_name
 from mhc_tilelang.kernels import boundary_plans
@@ -40,7 +40,7 @@ def separate(inputs, spec):
 
 
 def fused(inputs, spec, **options):
-    return launch_boundary.post_pre(*mixed(inputs), inputs.phi, inputs.alpha, inputs.bias, spec, **options)
+    return launch.post_pre(*mixed(inputs), inputs.phi, inputs.alpha, inputs.bias, spec, **options)
 
 
 def gpu_plan(case, rows, aggregated=False):
@@ -69,7 +69,7 @@ def test_gpu_plan_of_a_head_equals_separate(case):
 def assert_gpu_plan_equals_separate(case, rows):
     inputs = Inputs.of(case, CPU)
     phi, plan = inputs.phi[:rows].contiguous(), gpu_plan(case, rows)
-    x_next, partial, layer_input = launch_boundary.post_project(*mixed(inputs), phi, plan)
+    x_next, partial, layer_input = launch.post_project(*mixed(inputs), phi, plan)
     expected = launch.post(*mixed(inputs))
     chunks = plan.projection.num_chunks(case.hidden_size)
     projected = [launch.project(expected, phi, plan.projection, split) for split in (chunks, 1)]
@@ -84,8 +84,8 @@ def test_delayed_form_aggregates_with_what_it_is_given(case, target):
     """The kernel's own aggregation is that of `pre`, and x_next and the sums are those without it."""
     inputs = Inputs.of(case, CPU)
     plan = gpu_plan(case, case.spec.num_coefficients, True) if target == "cuda" else None
-    got = launch_boundary.post_project(*mixed(inputs), inputs.phi, plan, h_pre=inputs.h_pre)
-    plain = launch_boundary.post_project(*mixed(inputs), inputs.phi, plan)
+    got = launch.post_project(*mixed(inputs), inputs.phi, plan, h_pre=inputs.h_pre)
+    plain = launch.post_project(*mixed(inputs), inputs.phi, plan)
     assert_same_bits(got, [*plain[:2], launch.aggregate(plain[0], inputs.h_pre)])
 
 
@@ -108,7 +108,7 @@ def test_a_token_keeps_its_bits_in_batches_of_1_to_300():
         got = fused(batch, case.spec)
         assert_same_bits(got[:5], [output[300 - size :] for output in whole[:5]])
         assert_same_bits([got.projected], [whole.projected[:, 300 - size :]])
-        regimes.add(launch_boundary.schedule(batch.x, 24).regime)
+        regimes.add(launch.boundary_schedule(batch.x, 24).regime)
     assert regimes == ({"tokens", "channels"} if torch.get_num_threads() > 1 else {"tokens"})
 
 
@@ -122,7 +122,7 @@ def test_no_schedule_moves_a_bit(target):
 
     def results(per_split):
         schedule = boundary_plans.boundary_schedule(65, 1000, plan, 2, per_split)
-        x_next, partial, _ = launch_boundary.post_project(*mixed(inputs), inputs.phi, plan, schedule=schedule)
+        x_next, partial, _ = launch.post_project(*mixed(inputs), inputs.phi, plan, schedule=schedule)
         assert len(partial) == schedule.slabs
         return x_next, *launch.coefficients(partial, inputs.alpha, inputs.bias, spec, plan.projection)
 
@@ -146,7 +146,7 @@ def test_schedules_of_a_gpu():
 
 def test_a_schedule_of_no_chunks_is_refused():
     with pytest.raises(ValueError, match="schedule: chunks_per_split: expected at least 1, got 0"):
-        launch_boundary.schedule(Inputs.of(SMALL, CPU).x, 24, 0)
+        launch.boundary_schedule(Inputs.of(SMALL, CPU).x, 24, 0)
 
 
 @pytest.mark.parametrize(("dtype", "layer_dtype"), MIXED_DTYPES)
@@ -165,10 +165,10 @@ def test_reads_nothing_else(target):
     inputs = Inputs.of(case, CPU)
     plan = gpu_plan(case, 24, True) if target == "cuda" else None
     arguments = [*mixed(inputs), inputs.phi]
-    expected = launch_boundary.post_project(*arguments, plan, h_pre=inputs.h_pre)
+    expected = launch.post_project(*arguments, plan, h_pre=inputs.h_pre)
     for offset in (0, 1):
         inside = [in_nan(argument, offset) for argument in arguments]
-        got = launch_boundary.post_project(*inside, plan, h_pre=in_nan(inputs.h_pre, offset))
+        got = launch.post_project(*inside, plan, h_pre=in_nan(inputs.h_pre, offset))
         assert_same_bits(got, expected)
 
 

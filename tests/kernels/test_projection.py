@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, DTYPES, STREAMS, assert_matches_float64, assert_same_bits, crosses, verdicts
+from helpers import CPU, DTYPES, STREAMS, assert_matches_float64, assert_same_bits, crosses, replace_launch, verdicts
 
 from mhc_tilelang import launch
 from mhc_tilelang.checking.inputs import Case, Inputs
@@ -41,7 +41,7 @@ def gpu_plan(monkeypatch):
     def plan(x, rows):
         return plans.projection_plan(rows, x.shape[-1], dtype_name(x.dtype), "cuda")
 
-    monkeypatch.setattr(launch, "projection_plan", plan)
+    replace_launch(monkeypatch, "projection_plan", plan)
 
 
 @pytest.mark.parametrize("case", crosses())
@@ -84,7 +84,7 @@ def test_the_split_matters(dtype, monkeypatch):
         halves[plan.rows :] = 0
         return halves
 
-    monkeypatch.setattr(launch, "split_phi", high_only)
+    replace_launch(monkeypatch, "split_phi", high_only)
     case = Case(4, 192, dtype, 63)
     (_, dots), (_, squares) = verdicts("project", case)
     assert not dots.passed

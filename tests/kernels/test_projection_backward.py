@@ -9,12 +9,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, DTYPES, STREAMS, assert_matches_float64, assert_same_bits, crosses, named, verdicts
+from helpers import (
+    CPU,
+    DTYPES,
+    STREAMS,
+    assert_matches_float64,
+    assert_same_bits,
+    crosses,
+    named,
+    replace_launch,
+    verdicts,
+)
 from helpers_backward import BACKWARD, assert_reads_nothing_else, assert_special_values_stay
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhc_tilelang import launch_backward
+from mhc_tilelang import launch
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
 from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.compiler.kernel import dtype_name
@@ -174,7 +184,7 @@ def test_the_split_matters(dtype, monkeypatch):
     """Tests the tests above: with operands as the tensor core holds them, the bound of the GPU's plan is broken."""
     case = Case(4, 192, dtype, 63)
     narrow = torch.bfloat16 if plan_of(case, "cuda").operand_dtype == "bfloat16" else None
-    launch = launch_backward.project_backward
+    full = launch.project_backward
 
     def high_only(g_projected, x, phi, **others):
         high = [
@@ -182,9 +192,9 @@ def test_the_split_matters(dtype, monkeypatch):
             for t in (g_projected, phi)
         ]
         high[0][-1] = g_projected[-1]
-        return launch(high[0], x, high[1], **others)
+        return full(high[0], x, high[1], **others)
 
-    monkeypatch.setattr(launch_backward, "project_backward", high_only)
+    replace_launch(monkeypatch, "project_backward", high_only)
     (_, g_x), (_, g_phi) = verdicts("project_backward_aggregated", case)
     assert not g_phi.passed
     if dtype == torch.float32:  # rounding to 16 bits hides what is lost in g_x

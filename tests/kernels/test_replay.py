@@ -10,13 +10,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import CPU, DTYPES, STREAMS, assert_same_bits, named
+from helpers import CPU, DTYPES, STREAMS, assert_same_bits, named, replace_launch
 
-from mhc_tilelang import launch, launch_replay
+from mhc_tilelang import launch
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.checking.kernels import compare
 from mhc_tilelang.checking.run import CHECKS
-from mhc_tilelang.launch_replay import Written
+from mhc_tilelang.launch import Written
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 THIN = [(2, torch.bfloat16), (4, torch.bfloat16), (4, torch.float32), (8, torch.float16)]
@@ -49,7 +49,7 @@ def one_by_one(x, written, h_pre):
 
 
 def assert_replayed(x, written, h_pre):
-    streams, layer_inputs = launch_replay.replay(x, written, h_pre)
+    streams, layer_inputs = launch.replay(x, written, h_pre)
     assert sorted(layer_inputs) == sorted(h_pre)
     got = [*streams, *(layer_inputs[k] for k in sorted(layer_inputs))]
     assert_same_bits(got, one_by_one(x, written, h_pre))
@@ -78,7 +78,7 @@ def test_layers_of_several_dtypes(dtype, layer_dtype):
     """As autocast leaves them: a launch for each run of the same."""
     x, written, h_pre = block(Case(4, 40, dtype, 5), 3)
     written[1] = written[1]._replace(layer_output=written[1].layer_output.to(layer_dtype))
-    assert [(first, len(part)) for first, part in launch_replay.parts(written)] == [(0, 1), (1, 1), (2, 1)]
+    assert [(first, len(part)) for first, part in launch.replay_parts(written)] == [(0, 1), (1, 1), (2, 1)]
     assert_replayed(x, written, h_pre)
 
 
@@ -96,7 +96,7 @@ def test_tensors_that_start_anywhere():
 @pytest.mark.parametrize("output", range(5))
 def test_its_check_can_fail(output, monkeypatch):
     """Each output one unit off in one row is rejected."""
-    replay, inputs = launch_replay.replay, Inputs.of(CASE := Case(4, 192, torch.bfloat16, 63), CPU)
+    replay, inputs = launch.replay, Inputs.of(CASE := Case(4, 192, torch.bfloat16, 63), CPU)
 
     def damaged(*arguments):
         streams, layer_inputs = replay(*arguments)
@@ -104,5 +104,5 @@ def test_its_check_can_fail(output, monkeypatch):
         return streams, layer_inputs
 
     assert all(compare(one).passed for one in CHECKS["replay"](CASE, inputs))
-    monkeypatch.setattr(launch_replay, "replay", damaged)
+    replace_launch(monkeypatch, "replay", damaged)
     assert not all(compare(one).passed for one in CHECKS["replay"](CASE, inputs))

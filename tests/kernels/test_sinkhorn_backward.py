@@ -10,7 +10,7 @@ import torch
 from helpers import CPU, STREAMS, assert_matches_float64
 from helpers_backward import BACKWARD, assert_reads_nothing_else, assert_special_values_stay
 
-from mhc_tilelang import launch_backward, reference
+from mhc_tilelang import launch, reference
 from mhc_tilelang.checking import tolerance
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
 from mhc_tilelang.checking.kernels import Comparison, compare, numpy64
@@ -37,7 +37,7 @@ def passes(got, expected, g_h_res, logits, iters):
 
 def assert_close(g_h_res, logits, iters=20, eps=1e-6):
     """Within the bound of the float64 definition; returns the kernel's."""
-    got = launch_backward.sinkhorn_backward(g_h_res, logits, iters, eps)
+    got = launch.sinkhorn_backward(g_h_res, logits, iters, eps)
     expected = reference.sinkhorn_backward(numpy64(g_h_res), numpy64(logits), iters, eps)
     assert passes(got, expected, g_h_res, logits, iters)
     return got
@@ -87,7 +87,7 @@ def test_small_elements_keep_their_gradient():
     logits = drawn(4, 1.0)[1]
     logits[:, 1, 2] = logits.amax((1, 2)) - 20
     g_h_res = drawn()[0]
-    got = numpy64(launch_backward.sinkhorn_backward(g_h_res, logits, 20, 1e-6))[:, 1, 2]
+    got = numpy64(launch.sinkhorn_backward(g_h_res, logits, 20, 1e-6))[:, 1, 2]
     expected = reference.sinkhorn_backward(numpy64(g_h_res), numpy64(logits), 20, 1e-6)[:, 1, 2]
     assert np.abs(expected).max() < 1e-7
     assert (np.abs(got - expected) <= 1e-4 * np.abs(expected).max()).all()
@@ -123,7 +123,7 @@ def test_most_iterations(n):
     with pytest.raises(
         GradientError, match=rf"^sinkhorn: .*at most {most} iterations for {n} streams on cpu, got {most + 1}$"
     ):
-        launch_backward.sinkhorn_backward(g_h_res, logits, most + 1, 1e-6)
+        launch.sinkhorn_backward(g_h_res, logits, most + 1, 1e-6)
 
 
 @pytest.mark.parametrize("iters", [10_000, 700])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import CPU, STREAMS, assert_matches_float64, assert_same_bits, assert_special_values_stay_in_their_token
 
-from mhc_tilelang import launch_backward, ops, reference
+from mhc_tilelang import launch, ops, reference
 from mhc_tilelang.checking import plain_torch, tolerance
 from mhc_tilelang.checking.inputs import Case, Gradients
 from mhc_tilelang.checking.kernels import Comparison, compare, numpy64
@@ -41,7 +41,7 @@ def assert_both_ways(logits, iters=20):
     exact, gradient, no_bound = numpy64(logits), numpy64(g_h_res), np.zeros(logits.shape)
     h_res = ops.sinkhorn(logits, iters, 0.0)
     assert_close("h_res", h_res, reference.sinkhorn(exact, iters, 0.0), tolerance.sinkhorn(no_bound, exact, iters))
-    g_logits = launch_backward.sinkhorn_backward(g_h_res, logits, iters, 0.0)
+    g_logits = launch.sinkhorn_backward(g_h_res, logits, iters, 0.0)
     bound = tolerance.sinkhorn_backward(gradient, no_bound, exact, iters)
     assert_close("g_logits", g_logits, reference.sinkhorn_backward(gradient, exact, iters, 0.0), bound)
     return h_res, g_logits

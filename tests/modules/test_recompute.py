@@ -11,11 +11,12 @@ import weakref
 
 import pytest
 import torch
+from helpers import replace_launch
 from recomputed import DEPTH, TOKENS, C, Model, assert_same, gradients, handles_of, saved
 from test_connections import normal, randomize
 
 import mhc_tilelang as mhc
-from mhc_tilelang import launch_replay
+from mhc_tilelang import launch
 from mhc_tilelang.modules import blocks
 from mhc_tilelang.modules.blocks import Workspace
 
@@ -90,8 +91,8 @@ def test_no_tokens():
 
 def test_layers_run_once_and_blocks_are_replayed_once(monkeypatch):
     """Whatever is made again is made by one replay a block."""
-    calls, replay = [], launch_replay.replay
-    monkeypatch.setattr(launch_replay, "replay", lambda *a: calls.append(len(a[1])) or replay(*a))
+    calls, replay = [], launch.replay
+    replace_launch(monkeypatch, "replay", lambda *a: calls.append(len(a[1])) or replay(*a))
     model = Model()
     gradients(model, normal(*TOKENS, C), 3)
     assert [layer.calls for layer in model.layers] == [1] * DEPTH

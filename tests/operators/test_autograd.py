@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from differentiable import FORMS, FUNCTIONS, gradients, requiring, upstream
-from helpers import assert_same_bits
+from helpers import assert_same_bits, replace_launch
 
-from mhc_tilelang import launch, launch_backward
+from mhc_tilelang import launch
 from mhc_tilelang.checking.inputs import Case
 
 CASE = Case(4, 64, torch.float32, 6)
@@ -32,13 +32,13 @@ def test_gradients_are_the_kernels(case):
         return upstream(outputs), gradients(outputs, given, upstream(outputs)).values()
 
     g, got = autograd("expand")
-    assert_same_bits(got, [launch_backward.expand_backward(*g)])
+    assert_same_bits(got, [launch.expand_backward(*g)])
     g, got = autograd("collapse")
     assert_same_bits(got, [launch.expand(*g, case.num_streams)])
     g, got = autograd("sinkhorn")
-    assert_same_bits(got, [launch_backward.sinkhorn_backward(*g, tensors["sinkhorn"]["logits"], 20, 1e-6)])
+    assert_same_bits(got, [launch.sinkhorn_backward(*g, tensors["sinkhorn"]["logits"], 20, 1e-6)])
     g, got = autograd("post")
-    assert_same_bits(got, launch_backward.post_backward(*g, *tensors["post"].values()))
+    assert_same_bits(got, launch.post_backward(*g, *tensors["post"].values()))
 
     for name in ("coefficients", "pre", "head"):
         x, phi, alpha, bias, _ = tensors[name].values()
@@ -48,15 +48,15 @@ def test_gradients_are_the_kernels(case):
         aggregation = {}
         if name == "head":
             h_pre, projected = launch.head_coefficients(partial, alpha, bias, spec, plan)
-            backward = launch_backward.head_coefficients_backward
+            backward = launch.head_coefficients_backward
         else:
             h_pre, _, _, projected = launch.coefficients(partial, alpha, bias, spec, plan)
-            backward = launch_backward.coefficients_backward
+            backward = launch.coefficients_backward
         if name != "coefficients":
             aggregation = {"h_pre": h_pre, "g_layer_input": g[0]}
-            g[0] = launch_backward.aggregate_backward(g[0], x)
+            g[0] = launch.aggregate_backward(g[0], x)
         g_projected, g_alpha, g_bias = backward(*g, projected, alpha, bias, spec)
-        g_x, g_phi = launch_backward.project_backward(g_projected, x, phi, **aggregation)
+        g_x, g_phi = launch.project_backward(g_projected, x, phi, **aggregation)
         assert_same_bits(got, [g_x, g_phi, g_alpha, g_bias])
 
 
@@ -168,7 +168,7 @@ def launched(monkeypatch):
 
     for family in ("expand", "sinkhorn", "aggregate", "coefficients", "head_coefficients", "project", "post"):
         name = f"{family}_backward"
-        monkeypatch.setattr(launch_backward, name, counted(name, getattr(launch_backward, name)))
+        replace_launch(monkeypatch, name, counted(name, getattr(launch, name)))
     return calls
 
 

@@ -19,7 +19,7 @@ from helpers import CPU
 from test_operators import ADJOINT, backward_arguments, operator, operator_arguments
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mhc_tilelang import MHCSpec, compiler, launch_replay, operators
+from mhc_tilelang import MHCSpec, compiler, launch, operators
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.checking.norm import EPS
 from mhc_tilelang.compiler.kernel import Kernel
@@ -169,9 +169,9 @@ def test_every_buffer_counts_its_write(name: str) -> None:
 def test_a_replay_starts_where_a_gpu_reads(moved: str) -> None:
     inputs = vars(Inputs.of(CASE, CPU))
     given = {key: shifted(t) if key == moved else t for key, t in inputs.items()}
-    written = launch_replay.Written(given["layer_output"], given["h_post"], given["h_res"])
+    written = launch.Written(given["layer_output"], given["h_post"], given["h_res"])
     with recording("cuda") as found:
-        launch_replay.replay(given["x"], [written] * 2, dict.fromkeys(range(3), given["h_pre"]))
+        launch.replay(given["x"], [written] * 2, dict.fromkeys(range(3), given["h_pre"]))
     (one,) = found
     assert_starts_where_it_is_read(one)
 

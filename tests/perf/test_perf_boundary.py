@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import replace_launch
 
-from mhc_tilelang import cli, launch_backward, reference
+from mhc_tilelang import cli, reference
 from mhc_tilelang.checking import run as checks
 from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.errors import MHCError
@@ -190,7 +191,7 @@ def test_wrong_parts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_wrong_separate_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     case, _, load = make(POST_PRE_BACKWARD)
-    monkeypatch.setattr(launch_backward, "aggregate_backward", lambda *_, out: out.zero_())
+    replace_launch(monkeypatch, "aggregate_backward", lambda *_, out: out.zero_())
     with pytest.raises(MHCError, match="separate kernels: expected g_"):
         bench.verify_separate(case, load)
 

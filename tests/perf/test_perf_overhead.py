@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from mhc_tilelang import ResidualStream, cli, launch, launch_boundary, ops
+from mhc_tilelang import ResidualStream, cli, launch, ops
 from mhc_tilelang.checking import plain_torch
 from mhc_tilelang.errors import MHCError
 from mhc_tilelang.modules.connections import ResidualConnection
@@ -138,7 +138,7 @@ def test_the_kernels_layer_is_what_a_residual_stream_runs(monkeypatch: pytest.Mo
     layer_input, *mappings = other(x)  # type: ignore[operator]
     layer = replace(made, x=x, waiting=(ffn(layer_input), *mappings))
     calls: list[str] = []
-    for module, name in ((launch_boundary, "post_pre"), (launch, "post"), (launch, "project")):
+    for module, name in ((launch, "post_pre"), (launch, "post"), (launch, "project")):
         monkeypatch.setattr(module, name, recorded(calls, name, getattr(module, name)))
     results = layer.forward()
     assert calls == ["post_pre", "post_pre"]

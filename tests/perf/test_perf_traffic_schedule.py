@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import replace_launch
 
-from mhc_tilelang import cli, launch, launch_boundary
+from mhc_tilelang import cli, launch
 
 
 def schedules(tmp_path: Path, *options: str) -> list[dict[str, Any]]:
@@ -37,10 +38,10 @@ def test_schedule_of_every_batch(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_schedule_is_that_of_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "parallel_blocks", lambda _: os.cpu_count() or 1)
+    replace_launch(monkeypatch, "parallel_blocks", lambda _: os.cpu_count() or 1)
     options = ("--device", "cpu", "--widths", "600", "--tokens", "3", "100", "--dtype", "float32", "--streams", "2")
     for row in schedules(tmp_path, *options):
-        found = launch_boundary.schedule(torch.zeros(row["num_tokens"], 2, 600), rows=8)
+        found = launch.boundary_schedule(torch.zeros(row["num_tokens"], 2, 600), rows=8)
         counts = (found.token_blocks, found.chunks_per_split, found.splits, found.slabs)
         assert counts == tuple(row[key] for key in ("token_blocks", "chunks_per_split", "splits", "slabs"))
 

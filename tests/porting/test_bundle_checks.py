@@ -18,7 +18,7 @@ import pytest
 import torch
 from helpers_bundle import DTYPE, SPEC, small_bundle
 
-from mhc_tilelang import cli, kernels, launch_backward, launch_norm
+from mhc_tilelang import cli, kernels, launch
 from mhc_tilelang.bundle import driver, export, golden, load, manifest, verify, workload
 from mhc_tilelang.bundle.described import UNUSED, describe
 from mhc_tilelang.checking.inputs import Inputs
@@ -36,7 +36,7 @@ def test_every_form_has_vectors_and_a_second_export_the_same(monkeypatch: pytest
     def normed(spec: MHCSpec, inputs: Inputs, eps: float | None) -> Iterator[list[torch.Tensor]]:
         if eps is not None:
             weight = inputs.phi[0, : spec.hidden_size].contiguous()
-            yield [launch_norm.aggregate_norm_backward(inputs.layer_output, inputs.x, inputs.h_pre, weight, eps)[0]]
+            yield [launch.aggregate_norm_backward(inputs.layer_output, inputs.x, inputs.h_pre, weight, eps)[0]]
 
     monkeypatch.setattr(workload, "functions", lambda *_: [])
     monkeypatch.setattr(workload, "streams", normed)
@@ -64,7 +64,7 @@ def test_what_a_kernel_does_not_touch_is_unused() -> None:
     """Of the gradients that were not asked for: a host passes anything there, and no vector has them."""
     x, layer_output, h_post, h_res = (torch.empty(3, *shape, device="meta") for shape in ((4, 64), (64,), (4,), (4, 4)))
     with recording("cpu", 1) as noted:
-        launch_backward.post_backward(x, x, layer_output, h_post, h_res, needs_x=False, needs_layer_output=False)
+        launch.post_backward(x, x, layer_output, h_post, h_res, needs_x=False, needs_layer_output=False)
     (one,) = noted
     kernel = describe(one.family, one.parameters, {"num_streams": 4, "hidden_size": 64, "dtype": "float32"})
     unused = {b.name for b, role in zip(kernel.signature.buffers, kernel.roles, strict=True) if role == UNUSED}

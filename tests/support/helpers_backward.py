@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from helpers import CPU, assert_same_bits
 
-from mhc_tilelang import launch_backward, launch_norm, reference
+from mhc_tilelang import launch, reference
 from mhc_tilelang.checking.inputs import Gradients, Inputs
 from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.checking.norm import EPS, rms_norm_weight
@@ -28,7 +28,7 @@ PADDING = 4096  # elements of NaN before and after: more than a tile of any kern
 
 @dataclass(frozen=True)
 class Backward:
-    """One function of `launch_backward`."""
+    """One function of `launch`."""
 
     outputs: tuple[str, ...]
     arguments_of: Callable
@@ -125,19 +125,19 @@ BACKWARD = {
     "expand_backward": Backward(
         ("g_h",),
         lambda _, __, g: {"g_x": g.g_x},
-        launch_backward.expand_backward,
+        launch.expand_backward,
         lambda g_x: (g_x.sum(1),),
     ),
     "sinkhorn_backward": Backward(
         ("g_logits",),
         lambda _, i, g: {"g_h_res": g.g_h_res, "logits": i.logits, "iters": 20, "eps": 1e-6},
-        launch_backward.sinkhorn_backward,
+        launch.sinkhorn_backward,
         lambda *arguments, **named: (reference.sinkhorn_backward(*arguments, **named),),
     ),
     "aggregate_backward": Backward(
         ("g_h_pre",),
         lambda _, i, g: {"g_layer_input": g.g_h, "x": i.x},
-        launch_backward.aggregate_backward,
+        launch.aggregate_backward,
         lambda g_layer_input, x: (np.einsum("tc,tic->ti", g_layer_input, x),),
     ),
     "post_backward": Backward(
@@ -149,7 +149,7 @@ BACKWARD = {
             "h_post": i.h_post,
             "h_res": i.h_res,
         },
-        launch_backward.post_backward,
+        launch.post_backward,
         reference.post_backward,
     ),
     "project_backward_aggregated": Backward(
@@ -161,19 +161,19 @@ BACKWARD = {
             "h_pre": i.h_pre,
             "g_layer_input": g.g_h,
         },
-        launch_backward.project_backward,
+        launch.project_backward,
         project_backward64,
     ),
     "coefficients_backward": Backward(
         ("g_projected", "g_alpha", "g_bias"),
         coefficients_arguments,
-        launch_backward.coefficients_backward,
+        launch.coefficients_backward,
         coefficients_backward64,
     ),
     "head_coefficients_backward": Backward(
         ("g_projected", "g_alpha", "g_bias"),
         head_arguments,
-        launch_backward.head_coefficients_backward,
+        launch.head_coefficients_backward,
         head_coefficients_backward64,
     ),
     "aggregate_norm_backward": Backward(
@@ -185,7 +185,7 @@ BACKWARD = {
             "weight": rms_norm_weight(case, CPU),
             "eps": EPS,
         },
-        launch_norm.aggregate_norm_backward,
+        launch.aggregate_norm_backward,
         aggregate_norm_backward64,
     ),
 }

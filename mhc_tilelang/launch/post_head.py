@@ -5,8 +5,8 @@
                          launches;
                          at n = 8 on a GPU the separate kernels
 
-Tensors come flat, [T, …], checked and contiguous; `operators` sees to that. Results have the bits of `launch.post`,
-then the head's kernels. Sums over tokens and channels are taken in an order that the sizes fix.
+Tensors come flat, [T, …], checked and contiguous; `operators` sees to that. Results have the bits of `post`, then the
+head's kernels. Sums over tokens and channels are taken in an order that the sizes fix.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from typing import NamedTuple
 
 import torch
 
-from . import launch, launch_backward, launch_boundary
-from .compiler import platform_of
-from .kernels import boundary_plans
-from .launch_boundary_backward import BoundaryGradients, Gradient, boundary_sums, mixing_backward, separate_backward
-from .spec import MHCSpec
+from ..compiler import platform_of
+from ..kernels import boundary_plans
+from ..spec import MHCSpec
+from .aggregate import aggregate, aggregate_backward
+from .coefficients import head_coefficients, head_coefficients_backward, head_mapping_backward
+from .post_pre import post_project
+from .post_pre_backward import BoundaryGradients, Gradient, boundary_sums, mixing_backward, separate_backward
+from .projection import projection_plan
 
 
 class LastBoundary(NamedTuple):
@@ -49,10 +52,10 @@ def post_head(
     `out` has the first two.
     """
     next_buffer, output = out or (torch.empty_like(x), None)
-    x_next, partial, _ = launch_boundary.post_project(x, layer_output, h_post, h_res, phi, out=(next_buffer, None))
-    plan = launch.projection_plan(x, phi.shape[0])
-    h_pre, projected = launch.head_coefficients(partial, alpha, bias, spec, plan)
-    return LastBoundary(x_next, launch.aggregate(x_next, h_pre, out=output), h_pre, projected)
+    x_next, partial, _ = post_project(x, layer_output, h_post, h_res, phi, out=(next_buffer, None))
+    plan = projection_plan(x, phi.shape[0])
+    h_pre, projected = head_coefficients(partial, alpha, bias, spec, plan)
+    return LastBoundary(x_next, aggregate(x_next, h_pre, out=output), h_pre, projected)
 
 
 def post_head_backward(
@@ -73,13 +76,13 @@ def post_head_backward(
     """Gradients of x_next [T, n, C], None where it was not used, and output [T, C] that `post_head` returned, its
     arguments, and x_next, h_pre and projected as it returned them -> gradients of its arguments.
     """
-    g_pre, mixed = launch_backward.aggregate_backward(g_output, x_next), (x, layer_output)
+    g_pre, mixed = aggregate_backward(g_output, x_next), (x, layer_output)
     if not boundary_plans.backward_is_fused(spec.num_streams, platform_of(x.device)):
-        g_projected, g_alpha, g_bias = launch_backward.head_coefficients_backward(g_pre, projected, alpha, bias, spec)
+        g_projected, g_alpha, g_bias = head_coefficients_backward(g_pre, projected, alpha, bias, spec)
         g_mixed, g_phi = separate_backward(g_x_next, g_output, g_projected, *mixed, h_pre, h_post, h_res, phi, x_next)
         return BoundaryGradients(*g_mixed, g_phi, g_alpha, g_bias)
     g_projected = torch.empty_like(projected)
-    partial_parameters = launch_backward.head_mapping_backward(g_pre, projected, alpha, bias, spec, out=g_projected)
+    partial_parameters = head_mapping_backward(g_pre, projected, alpha, bias, spec, out=g_projected)
     g_x, g_layer_output, partial_phi, partial_mixing = mixing_backward(
         g_x_next, g_output, g_projected, *mixed, h_pre, h_post, h_res, phi
     )

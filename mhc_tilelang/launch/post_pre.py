@@ -6,8 +6,7 @@
     schedule          how a batch's work is shared out over blocks: print it, or give another
 
 Tensors come flat, [T, …], checked and contiguous; `ops` sees to that. Results have the bits of the separate kernels,
-`launch.post`, then `launch.project`, `launch.coefficients` and `launch.aggregate`.
-The backward is in `launch_boundary_backward`.
+`post`, then `project`, `coefficients` and `aggregate`. The backward is in `post_pre_backward`.
 """
 
 from __future__ import annotations
@@ -16,11 +15,15 @@ from typing import NamedTuple
 
 import torch
 
-from . import compiler, launch, launch_mappings, launch_norm
-from .compiler.kernel import dtype_name
-from .kernels import boundary_plans
-from .launch import aligned
-from .spec import MHCSpec
+from .. import compiler
+from ..compiler.kernel import dtype_name
+from ..kernels import boundary_plans
+from ..spec import MHCSpec
+from .aggregate import aggregate_norm
+from .coefficients import coefficients
+from .mappings import coefficients_and_aggregate
+from .operands import aligned, stream_kernel
+from .projection import parallel_blocks, projection_plan
 
 
 class Boundary(NamedTuple):
@@ -75,15 +78,15 @@ def post_pre(
         schedule=schedule,
         out=(x_next, None if given is None else layer_input),
     )
-    plan = launch.projection_plan(x, phi.shape[0])
+    plan = projection_plan(x, phi.shape[0])
     if h_pre is None and rms_norm_weight is None:
         results = (layer_input, h_pre_next, h_post_next, h_res_next)
-        projected = launch_mappings.read(x_next, partial, alpha, bias, spec, plan, out=results)
+        projected = coefficients_and_aggregate(x_next, partial, alpha, bias, spec, plan, out=results)
         return Boundary(x_next, layer_input, h_post_next, h_res_next, h_pre_next, projected)
-    *_, projected = launch.coefficients(partial, alpha, bias, spec, plan, out=(h_pre_next, h_post_next, h_res_next))
+    *_, projected = coefficients(partial, alpha, bias, spec, plan, out=(h_pre_next, h_post_next, h_res_next))
     if given is None:
         weights = h_pre_next if h_pre is None else h_pre
-        launch_norm.layer_input(x_next, weights, rms_norm_weight, rms_norm_eps, out=layer_input)
+        aggregate_norm(x_next, weights, rms_norm_weight, rms_norm_eps, out=layer_input)
     return Boundary(x_next, layer_input, h_post_next, h_res_next, h_pre_next, projected)
 
 
@@ -100,26 +103,21 @@ def post_project(
     out: tuple[torch.Tensor, torch.Tensor | None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """x [T, n, C], layer_output [T, C], h_post [T, n], h_res [T, n, n], phi [M, K] of the next sublayer or of a head
-    -> x_next [T, n, C], partial sums [slabs, slab_rows, T] as of `launch.project`, layer_input [T, C].
+    -> x_next [T, n, C], partial sums [slabs, slab_rows, T] as of `project`, layer_input [T, C].
 
     The layer's input is None unless h_pre [T, n], from the sublayer before, is given. `plan` and `schedule` are picked
-    unless given; neither moves a bit as long as the plan's chunks are those of `launch.project`. `out` has x_next and
+    unless given; neither moves a bit as long as the plan's chunks are those of `project`. `out` has x_next and
     layer_input.
     """
     num_tokens, num_streams, hidden_size = x.shape
     aggregated = h_pre is not None
     plan = plan or post_project_plan(x, phi.shape[0], aggregated)
-    schedule = schedule or boundary_plans.boundary_schedule(
-        num_tokens, hidden_size, plan, launch.parallel_blocks(x.device)
-    )
+    schedule = schedule or boundary_plans.boundary_schedule(num_tokens, hidden_size, plan, parallel_blocks(x.device))
     partial = x.new_empty((schedule.slabs, plan.projection.slab_rows, num_tokens), dtype=torch.float32)
     x_next, layer_input = out or (torch.empty_like(x), x.new_empty(num_tokens, hidden_size) if aggregated else None)
-    kernel = compiler.kernel(
+    kernel = stream_kernel(
         "post_project",
-        compiler.target_of(x.device),
-        num_streams=num_streams,
-        hidden_size=hidden_size,
-        dtype=dtype_name(x.dtype),
+        x,
         layer_dtype=dtype_name(layer_output.dtype),
         plan=plan,
         aggregated=aggregated,
@@ -147,7 +145,9 @@ def post_project_plan(x: torch.Tensor, rows: int, aggregated: bool = False) -> b
     )
 
 
-def schedule(x: torch.Tensor, rows: int, chunks_per_split: int | None = None) -> boundary_plans.BoundarySchedule:
+def boundary_schedule(
+    x: torch.Tensor, rows: int, chunks_per_split: int | None = None
+) -> boundary_plans.BoundarySchedule:
     """How the boundary of a stream x [T, n, C] is shared out on its device, for a phi of `rows` rows; `print` tells.
 
     With `chunks_per_split`, from 1 to all, every block takes so many chunks of channels instead.
@@ -159,5 +159,5 @@ def schedule(x: torch.Tensor, rows: int, chunks_per_split: int | None = None) ->
         raise ValueError(f"schedule: chunks_per_split: expected at least 1, got {chunks_per_split}")
     plan = post_project_plan(x, rows)
     return boundary_plans.boundary_schedule(
-        x.shape[0], x.shape[2], plan, launch.parallel_blocks(x.device), per_split=chunks_per_split
+        x.shape[0], x.shape[2], plan, parallel_blocks(x.device), per_split=chunks_per_split
     )

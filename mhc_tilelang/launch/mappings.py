@@ -1,24 +1,25 @@
 """From a projection to the layer's input, launched, and to the mappings that are needed only after the layer.
 
-    read           coefficients and the aggregation, with h_post and h_res made where the plan says
+    coefficients_and_aggregate   coefficients and the aggregation, with h_post and h_res made where the plan says
     aggregate_mappings   the aggregation, and beside it h_post and h_res
 
-Tensors come flat, [T, …], checked and contiguous. Results have the bits of `launch.coefficients`, then
-`launch.aggregate`, whichever of the two makes the mappings. docs/critical-path.md has the reasons.
+Tensors come flat, [T, …], checked and contiguous. Results have the bits of `coefficients`, then `aggregate`, whichever
+of the two makes the mappings. docs/critical-path.md has the reasons.
 """
 
 from __future__ import annotations
 
 import torch
 
-from . import compiler, launch
-from .compiler.kernel import dtype_name
-from .kernels import boundary_plans, plans
-from .launch import aligned
-from .spec import MHCSpec
+from .. import compiler
+from ..kernels import boundary_plans, plans
+from ..spec import MHCSpec
+from .aggregate import aggregate
+from .coefficients import coefficients
+from .operands import aligned, alignment, stream_kernel
 
 
-def read(
+def coefficients_and_aggregate(
     x: torch.Tensor,
     partial: torch.Tensor,
     alpha: torch.Tensor,
@@ -35,11 +36,11 @@ def read(
     layer_input, h_pre, h_post, h_res = out
     deferred = boundary_plans.defers_mappings(compiler.platform_of(x.device))
     mappings = (h_pre, h_post, h_res)
-    *_, projected = launch.coefficients(partial, alpha, bias, spec, plan, deferred=deferred, out=mappings)
+    *_, projected = coefficients(partial, alpha, bias, spec, plan, deferred=deferred, out=mappings)
     if deferred:
         aggregate_mappings(x, h_pre, projected, alpha, bias, spec, out=(layer_input, h_post, h_res))
     else:
-        launch.aggregate(x, h_pre, out=layer_input)
+        aggregate(x, h_pre, out=layer_input)
     return projected
 
 
@@ -53,7 +54,7 @@ def aggregate_mappings(
     *,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x [T, n, C], h_pre [T, n], projected [M + 1, T] as of `launch.coefficients`, alpha [3], bias [M]
+    """x [T, n, C], h_pre [T, n], projected [M + 1, T] as of `coefficients`, alpha [3], bias [M]
     -> layer_input [T, C], h_post [T, n], h_res [T, n, n], which `out` has.
     """
     num_tokens, n, hidden_size = x.shape
@@ -62,14 +63,11 @@ def aggregate_mappings(
         h_pre.new_empty(num_tokens, n),
         h_pre.new_empty(num_tokens, n, n),
     )
-    starts = launch.alignment(x, layer_input)
+    starts = alignment(x, layer_input)
     platform, target = compiler.platform_of(x.device), compiler.target_of(x.device)
-    kernel = compiler.kernel(
+    kernel = stream_kernel(
         "aggregate_mappings",
-        target,
-        num_streams=n,
-        hidden_size=hidden_size,
-        dtype=dtype_name(x.dtype),
+        x,
         plan=boundary_plans.aggregate_mappings_plan(n, hidden_size, x.element_size(), platform, starts),
         pdl=target in boundary_plans.PDL,
     )

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from . import launch
-from .compiler.kernel import dtype_name
-from .kernels.plans import MAX_SUBLAYERS
+from ..compiler.kernel import dtype_name
+from ..kernels.plans import MAX_SUBLAYERS
+from .operands import aligned, channel_kernel
 
 
 class Written(NamedTuple):
@@ -30,10 +30,10 @@ def replay(
     """x_0 [T, n, C], what was written to it one after the other, and h_pre_k [T, n] for each k whose layer input is
     wanted, 0 for that of x_0 itself -> x_1, x_2, … [T, n, C], and layer_input_k [T, C] for these k.
 
-    Bits are those of `launch.post` and `launch.aggregate`. A launch takes eight sublayers whose layers agree in dtype.
+    Bits are those of `post` and `aggregate`. A launch takes eight sublayers whose layers agree in dtype.
     """
     streams, layer_inputs = [x], dict[int, torch.Tensor]()
-    for first, part in parts(written):
+    for first, part in replay_parts(written):
         last = first + len(part)
         asked = tuple(k for k in range(first + (first > 0), last + 1) if k in h_pre)
         made = [torch.empty_like(x) for _ in part]
@@ -43,7 +43,7 @@ def replay(
     return streams[1:], layer_inputs
 
 
-def parts(written: Sequence[Written]) -> list[tuple[int, Sequence[Written]]]:
+def replay_parts(written: Sequence[Written]) -> list[tuple[int, Sequence[Written]]]:
     """Runs of at most eight sublayers with one dtype of layer outputs, and where each begins; one of none for none."""
     found: list[tuple[int, Sequence[Written]]] = []
     first = 0
@@ -69,9 +69,9 @@ def _launch(
     for k, one in enumerate(written):
         named |= {
             f"layer_output_{k}": one.layer_output,
-            f"h_post_{k}": launch.aligned(one.h_post),
-            f"h_res_{k}": launch.aligned(one.h_res),
+            f"h_post_{k}": aligned(one.h_post),
+            f"h_res_{k}": aligned(one.h_res),
         }
     for k, (h_pre, layer_input) in inputs.items():
-        named |= {f"h_pre_{k}": launch.aligned(h_pre), f"layer_input_{k}": layer_input}
-    launch.apply_kernel("replay", x, *wide, **sizes)(**named)
+        named |= {f"h_pre_{k}": aligned(h_pre), f"layer_input_{k}": layer_input}
+    channel_kernel("replay", x, *wide, **sizes)(**named)

@@ -14,13 +14,15 @@ from typing import NamedTuple
 
 import torch
 
-from . import compiler, launch, launch_backward
-from .compiler.kernel import dtype_name
-from .kernels import boundary_plans
-from .launch import aligned
-from .spec import MHCSpec
-
-Gradient = torch.Tensor | None
+from .. import compiler
+from ..compiler.kernel import dtype_name
+from ..kernels import boundary_plans
+from ..spec import MHCSpec
+from .aggregate import aggregate, aggregate_backward
+from .coefficients import coefficients, coefficients_backward
+from .expand import expand, expand_backward
+from .operands import Gradient, aligned, stream_kernel
+from .projection import parallel_blocks, project_backward, projection_plan
 
 
 class FirstBoundary(NamedTuple):
@@ -58,13 +60,13 @@ def expand_pre(
     `out` has the first five.
     """
     x, layer_input, h_post, h_res, h_pre = out or (None,) * 5
-    plan = launch.projection_plan(h, phi.shape[0])
+    plan = projection_plan(h, phi.shape[0])
     x, partial = expand_project(h, phi, out=x)
     mappings = None
     if h_pre is not None and h_post is not None and h_res is not None:
         mappings = (h_pre, h_post, h_res)
-    h_pre, h_post, h_res, projected = launch.coefficients(partial, alpha, bias, spec, plan, out=mappings)
-    layer_input = launch.aggregate(h.unsqueeze(1), total(h_pre), out=layer_input)
+    h_pre, h_post, h_res, projected = coefficients(partial, alpha, bias, spec, plan, out=mappings)
+    layer_input = aggregate(h.unsqueeze(1), total_h_pre(h_pre), out=layer_input)
     return FirstBoundary(x, layer_input, h_post, h_res, h_pre, projected)
 
 
@@ -76,29 +78,20 @@ def expand_project(
     schedule: boundary_plans.BoundarySchedule | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """h [T, C], phi [M, K] -> x [T, n, C], partial sums [slabs, slab_rows, T] as of `launch.project`.
+    """h [T, C], phi [M, K] -> x [T, n, C], partial sums [slabs, slab_rows, T] as of `project`.
 
     `plan` and `schedule` are picked unless given; neither moves a bit as long as the plan's chunks are those of
-    `launch.project`. `out` has x.
+    `project`. `out` has x.
     """
     (num_tokens, hidden_size), rows = h.shape, phi.shape[0]
     num_streams = phi.shape[1] // hidden_size
     plan = plan or boundary_plans.expand_project_plan(
         rows, num_streams, hidden_size, dtype_name(h.dtype), compiler.platform_of(h.device)
     )
-    schedule = schedule or boundary_plans.boundary_schedule(
-        num_tokens, hidden_size, plan, launch.parallel_blocks(h.device)
-    )
+    schedule = schedule or boundary_plans.boundary_schedule(num_tokens, hidden_size, plan, parallel_blocks(h.device))
     x = h.new_empty(num_tokens, num_streams, hidden_size) if out is None else out
     partial = h.new_empty((schedule.slabs, plan.projection.slab_rows, num_tokens), dtype=torch.float32)
-    kernel = compiler.kernel(
-        "expand_project",
-        compiler.target_of(h.device),
-        num_streams=num_streams,
-        hidden_size=hidden_size,
-        dtype=dtype_name(h.dtype),
-        plan=plan,
-    )
+    kernel = stream_kernel("expand_project", x, plan=plan)
     operand = aligned(phi).view(rows, num_streams, hidden_size)
     kernel(h=aligned(h), phi=operand, x=x, partial=partial, chunks_per_split=schedule.chunks_per_split)
     return x, partial
@@ -127,18 +120,16 @@ def expand_pre_backward(
     n, one_stream = spec.num_streams, h.unsqueeze(1)
     g_h_pre = total_pre = None
     if g_layer_input is not None:
-        g_h_pre = launch_backward.aggregate_backward(g_layer_input, one_stream).expand(-1, n).contiguous()
-        total_pre = total(h_pre) if needs_h else None
-    g_projected, g_alpha, g_bias = launch_backward.coefficients_backward(
-        g_h_pre, g_h_post, g_h_res, projected, alpha, bias, spec
-    )
+        g_h_pre = aggregate_backward(g_layer_input, one_stream).expand(-1, n).contiguous()
+        total_pre = total_h_pre(h_pre) if needs_h else None
+    g_projected, g_alpha, g_bias = coefficients_backward(g_h_pre, g_h_post, g_h_res, projected, alpha, bias, spec)
     if not (needs_h or needs_phi):
         return FirstGradients(None, None, g_alpha, g_bias)
     g_projected[-1] *= n  # ρ is that of each stream
-    g_h, g_phi = launch_backward.project_backward(
+    g_h, g_phi = project_backward(
         g_projected,
         one_stream,
-        launch_backward.expand_backward(aligned(phi).view(-1, n, spec.hidden_size)),
+        expand_backward(aligned(phi).view(-1, n, spec.hidden_size)),
         h_pre=total_pre,
         g_layer_input=g_layer_input,
         needs_x=needs_h,
@@ -147,12 +138,12 @@ def expand_pre_backward(
     if g_h is not None:
         g_h = g_h.squeeze(1)
         if g_x is not None:
-            g_h += launch_backward.expand_backward(g_x)
+            g_h += expand_backward(g_x)
     if g_phi is not None:
-        g_phi = launch.expand(g_phi, n).view(phi.shape)
+        g_phi = expand(g_phi, n).view(phi.shape)
     return FirstGradients(g_h, g_phi, g_alpha, g_bias)
 
 
-def total(h_pre: torch.Tensor) -> torch.Tensor:
+def total_h_pre(h_pre: torch.Tensor) -> torch.Tensor:
     """h_pre [T, n] -> Σ_j h_pre[j] [T, 1], streams in ascending order: what adds up streams adds up weights too."""
-    return launch_backward.expand_backward(h_pre.unsqueeze(-1))
+    return expand_backward(h_pre.unsqueeze(-1))

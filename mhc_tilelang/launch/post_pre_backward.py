@@ -1,4 +1,4 @@
-"""The backward of a sublayer boundary, launched: as `launch_boundary`, for the gradients.
+"""The backward of a sublayer boundary, launched: as `post_pre`, for the gradients.
 
     post_pre_backward   aggregate_backward, coefficients_backward, boundary_backward, boundary_sums: four launches;
                         at n = 8 on a GPU the separate kernels, six launches and two more for their partial sums;
@@ -15,14 +15,16 @@ from typing import NamedTuple
 
 import torch
 
-from . import compiler, launch_backward, launch_norm
-from .compiler.kernel import dtype_name
-from .kernels import boundary_plans, plans
-from .launch import aligned
-from .launch_backward import or_unused
-from .spec import MHCSpec
-
-Gradient = torch.Tensor | None
+from .. import compiler
+from ..compiler.kernel import dtype_name
+from ..kernels import boundary_plans, plans
+from ..spec import MHCSpec
+from .aggregate import aggregate_backward, aggregate_norm_backward
+from .coefficients import coefficients_backward, mappings_backward
+from .operands import Gradient, aligned, placeholder_if_none, stream_kernel
+from .partial_sums import ELEMENTS
+from .post import post_backward
+from .projection import project_backward
 
 
 class BoundaryGradients(NamedTuple):
@@ -67,7 +69,7 @@ def post_pre_backward(
     needs_weight: bool = False,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> BoundaryGradients:
-    """Gradients of x_next [T, n, C], layer_input [T, C], h_post [T, n], h_res [T, n, n] that `launch_boundary.post_pre`
+    """Gradients of x_next [T, n, C], layer_input [T, C], h_post [T, n], h_res [T, n, n] that `post_pre`
     returned, its arguments, and x_next, h_pre and projected as it returned them -> gradients of its arguments.
 
     In the delayed form `given_pre` is the h_pre that it was given, and g_h_pre_next the gradient of the one that it
@@ -76,28 +78,28 @@ def post_pre_backward(
     num_tokens, num_streams, _ = x.shape
     weights, g_weights, g_norm = h_pre if given_pre is None else given_pre, None, None
     if g_layer_input is not None and rms_norm_weight is not None:
-        g_layer_input, g_weights, g_norm = launch_norm.aggregate_norm_backward(
+        g_layer_input, g_weights, g_norm = aggregate_norm_backward(
             g_layer_input, x_next, weights, rms_norm_weight, rms_norm_eps, needs_weight=needs_weight
         )
     elif g_layer_input is not None and given_pre is None:
-        g_weights = launch_backward.aggregate_backward(g_layer_input, x_next)
+        g_weights = aggregate_backward(g_layer_input, x_next)
     elif needs_weight and rms_norm_weight is not None:
         g_norm = torch.zeros_like(rms_norm_weight)
     if given_pre is None:
         g_h_pre_next = g_weights
     delayed = given_pre is not None and g_layer_input is not None and g_weights is None
     if not boundary_plans.backward_is_fused(num_streams, compiler.platform_of(x.device)):
-        g_projected, g_alpha, g_bias = launch_backward.coefficients_backward(
+        g_projected, g_alpha, g_bias = coefficients_backward(
             g_h_pre_next, g_h_post_next, g_h_res_next, projected, alpha, bias, spec
         )
         g_mixed, g_phi = separate_backward(
             g_x_next, g_layer_input, g_projected, x, layer_output, weights, h_post, h_res, phi, x_next, out=out
         )
         if delayed and g_layer_input is not None:
-            g_weights = launch_backward.aggregate_backward(g_layer_input, x_next)
+            g_weights = aggregate_backward(g_layer_input, x_next)
         return BoundaryGradients(*g_mixed, g_phi, g_alpha, g_bias, _given(given_pre, g_weights), g_norm)
     g_projected = torch.empty_like(projected)
-    partial_parameters = launch_backward.mappings_backward(
+    partial_parameters = mappings_backward(
         g_h_pre_next, g_h_post_next, g_h_res_next, projected, alpha, bias, spec, out=g_projected
     )
     g_x, g_layer_output, partial_phi, partial_mixing = mixing_backward(
@@ -139,15 +141,13 @@ def separate_backward(
     """
     g_next, g_phi = torch.empty_like(x), torch.empty_like(phi)
     weights = None if g_layer_input is None else h_pre
-    launch_backward.project_backward(
-        g_projected, x_next, phi, h_pre=weights, g_layer_input=g_layer_input, out=(g_next, g_phi)
-    )
+    project_backward(g_projected, x_next, phi, h_pre=weights, g_layer_input=g_layer_input, out=(g_next, g_phi))
     if g_x_next is not None:
         g_next += g_x_next
     g_x, g_layer_output = out or (torch.empty_like(x), torch.empty_like(layer_output))
     g_post, g_res = (torch.empty_like(each, memory_format=torch.contiguous_format) for each in (h_post, h_res))
     of_mixing = (g_x, g_layer_output, g_post, g_res)
-    launch_backward.post_backward(g_next, x, layer_output, h_post, h_res, out=of_mixing)
+    post_backward(g_next, x, layer_output, h_post, h_res, out=of_mixing)
     return of_mixing, g_phi
 
 
@@ -180,12 +180,9 @@ def mixing_backward(
     num_sums = n + n * n + (n if delayed else 0)
     partial_mixing = phi.new_empty(-(-hidden_size // plan.channels), num_sums, num_tokens)
     g_x, g_layer_output = out or (torch.empty_like(x), torch.empty_like(layer_output))
-    kernel = compiler.kernel(
+    kernel = stream_kernel(
         "boundary_backward",
-        compiler.target_of(x.device),
-        num_streams=n,
-        hidden_size=hidden_size,
-        dtype=dtype,
+        x,
         layer_dtype=dtype_name(layer_output.dtype),
         plan=plan,
         outside=g_x_next is not None,
@@ -193,12 +190,12 @@ def mixing_backward(
         delayed=delayed,
     )
     kernel(
-        g_x_next=or_unused(g_x_next, x),
-        g_layer_input=or_unused(g_layer_input, x),
+        g_x_next=placeholder_if_none(g_x_next, x),
+        g_layer_input=placeholder_if_none(g_layer_input, x),
         g_projected=g_projected,
         x=aligned(x),
         layer_output=aligned(layer_output),
-        h_pre=or_unused(None if g_layer_input is None else h_pre, phi),
+        h_pre=placeholder_if_none(None if g_layer_input is None else h_pre, phi),
         h_post=aligned(h_post),
         h_res=aligned(h_res),
         phi=aligned(phi).view(rows, n, hidden_size),
@@ -235,7 +232,7 @@ def boundary_sums(
         delayed=delayed,
         ranges=ranges,
         lanes=plans.partial_lanes(partial_parameters.shape[0]),
-        block=launch_backward.ELEMENTS,
+        block=ELEMENTS,
     )
     kernel(
         partial_phi=partial_phi,
@@ -244,7 +241,7 @@ def boundary_sums(
         g_phi=g_phi,
         g_h_post=g_h_post,
         g_h_res=g_h_res,
-        g_h_pre=or_unused(g_h_pre, partial_phi),
+        g_h_pre=placeholder_if_none(g_h_pre, partial_phi),
         g_parameters=g_parameters,
     )
     return g_phi, g_h_post, g_h_res.view(num_tokens, n, n), g_h_pre, g_parameters

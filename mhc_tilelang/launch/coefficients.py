@@ -1,0 +1,213 @@
+"""From partial sums of a projection to the mappings, of a sublayer and of the head, and their backward.
+
+Tensors come flat and contiguous, [T, …]; `operators` sees to that. A gradient that is not given is None and counts as
+zero. Sums over tokens are taken in an order that the sizes fix.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import compiler
+from ..kernels import boundary_plans, plans
+from ..spec import MHCSpec
+from .operands import Gradient, aligned, placeholder_if_none
+from .partial_sums import sum_partials
+from .sinkhorn import sinkhorn_sizes
+
+
+def coefficients(
+    partial: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    spec: MHCSpec,
+    plan: plans.ProjectionPlan,
+    *,
+    deferred: bool = False,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Partial sums, alpha [3], bias [M] -> h_pre [T, n], h_post [T, n], h_res [T, n, n], projected [M + 1, T].
+
+    Where they are `deferred`, h_post and h_res are not written: `aggregate_mappings` is to do it. `out`
+    has the first three.
+    """
+    n, num_tokens = spec.num_streams, partial.shape[-1]
+    h_pre, h_post, h_res = out or (partial.new_empty(num_tokens, *rest) for rest in ((n,), (n,), (n, n)))
+    projected = partial.new_empty(spec.num_coefficients + 1, num_tokens)
+    target = compiler.target_of(partial.device)
+    kernel = compiler.kernel(
+        "coefficients",
+        target,
+        num_streams=n,
+        hidden_size=spec.hidden_size,
+        plan=plan,
+        block=plans.tokens_per_block(target),
+        deferred=deferred,
+        pdl=deferred and target in boundary_plans.PDL,
+    )
+    kernel(
+        partial=partial,
+        alpha=aligned(alpha),
+        bias=aligned(bias),
+        h_pre=h_pre,
+        h_post=h_post.new_empty(1) if deferred else h_post,
+        h_res=h_res.new_empty(1) if deferred else h_res,
+        projected=projected,
+        iters=spec.sinkhorn_iters,
+        sinkhorn_eps=spec.sinkhorn_eps,
+        pre_eps=spec.pre_eps,
+        rms_eps=spec.rms_eps,
+        post_scale=spec.post_scale,
+    )
+    return h_pre, h_post, h_res, projected
+
+
+def head_coefficients(
+    partial: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    spec: MHCSpec,
+    plan: plans.ProjectionPlan,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Partial sums, alpha [1], bias [n] -> h_pre [T, n], projected [n + 1, T]."""
+    n, num_tokens = spec.num_streams, partial.shape[-1]
+    h_pre, projected = partial.new_empty(num_tokens, n), partial.new_empty(n + 1, num_tokens)
+    target = compiler.target_of(partial.device)
+    kernel = compiler.kernel(
+        "head_coefficients",
+        target,
+        num_streams=n,
+        hidden_size=spec.hidden_size,
+        plan=plan,
+        block=plans.tokens_per_block(target),
+    )
+    kernel(
+        partial=partial,
+        alpha=aligned(alpha),
+        bias=aligned(bias),
+        h_pre=h_pre,
+        projected=projected,
+        pre_eps=spec.pre_eps,
+        rms_eps=spec.rms_eps,
+    )
+    return h_pre, projected
+
+
+def coefficients_backward(
+    g_h_pre: Gradient,
+    g_h_post: Gradient,
+    g_h_res: Gradient,
+    projected: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    spec: MHCSpec,
+    *,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the mappings, projected [M + 1, T], alpha [3], bias [M]
+    -> g_projected [M + 1, T], g_alpha [3], g_bias [M].
+    """
+    g_projected, g_alpha, g_bias = out or (torch.empty_like(t) for t in (projected, alpha, bias))
+    partial = mappings_backward(g_h_pre, g_h_post, g_h_res, projected, alpha, bias, spec, out=g_projected)
+    split_parameters(partial, g_alpha, g_bias)
+    return g_projected, g_alpha, g_bias
+
+
+def mappings_backward(
+    g_h_pre: Gradient,
+    g_h_post: Gradient,
+    g_h_res: Gradient,
+    projected: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    spec: MHCSpec,
+    *,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """The kernel of `coefficients_backward`: writes g_projected to `out`, returns the gradients of alpha and bias with
+    their sums over tokens still in parts, [blocks, 3 + M].
+    """
+    target = compiler.target_of(projected.device)
+    given = {"g_h_pre": g_h_pre, "g_h_post": g_h_post, "g_h_res": g_h_res}
+    capacity, block = sinkhorn_sizes(spec.num_streams, spec.sinkhorn_iters, target)
+    kernel = compiler.kernel(
+        "coefficients_backward",
+        target,
+        num_streams=spec.num_streams,
+        hidden_size=spec.hidden_size,
+        capacity=capacity,
+        block=block,
+        pre_given=g_h_pre is not None,
+        post_given=g_h_post is not None,
+        res_given=g_h_res is not None,
+    )
+    tensors = {name: placeholder_if_none(gradient, projected) for name, gradient in given.items()}
+    partial = partial_sums(projected, block, alpha.numel() + bias.numel())
+    kernel(
+        **tensors,
+        projected=projected,
+        alpha=aligned(alpha),
+        bias=aligned(bias),
+        g_projected=out,
+        partial=partial,
+        iters=spec.sinkhorn_iters,
+        sinkhorn_eps=spec.sinkhorn_eps,
+        post_scale=spec.post_scale,
+    )
+    return partial
+
+
+def head_coefficients_backward(
+    g_h_pre: torch.Tensor, projected: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor, spec: MHCSpec
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """g_h_pre [T, n], projected [n + 1, T], alpha [1], bias [n] -> g_projected [n + 1, T], g_alpha [1], g_bias [n]."""
+    g_projected, g_alpha, g_bias = (torch.empty_like(t) for t in (projected, alpha, bias))
+    partial = head_mapping_backward(g_h_pre, projected, alpha, bias, spec, out=g_projected)
+    split_parameters(partial, g_alpha, g_bias)
+    return g_projected, g_alpha, g_bias
+
+
+def head_mapping_backward(
+    g_h_pre: torch.Tensor,
+    projected: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    spec: MHCSpec,
+    *,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """The kernel of `head_coefficients_backward`: writes g_projected to `out`, returns the gradients of alpha and bias
+    with their sums over tokens still in parts, [blocks, 1 + n].
+    """
+    target = compiler.target_of(projected.device)
+    block = plans.tokens_per_block(target)
+    kernel = compiler.kernel(
+        "head_coefficients_backward",
+        target,
+        num_streams=spec.num_streams,
+        hidden_size=spec.hidden_size,
+        block=block,
+    )
+    partial = partial_sums(projected, block, alpha.numel() + bias.numel())
+    kernel(
+        g_h_pre=aligned(g_h_pre),
+        projected=projected,
+        alpha=aligned(alpha),
+        bias=aligned(bias),
+        g_projected=out,
+        partial=partial,
+    )
+    return partial
+
+
+def partial_sums(projected: torch.Tensor, block: int, elements: int) -> torch.Tensor:
+    """Room for a row of partial sums per block of tokens; a row of zeros where there is no token."""
+    num_partials = -(-projected.shape[-1] // block)
+    return projected.new_empty(num_partials, elements) if num_partials else projected.new_zeros(1, elements)
+
+
+def split_parameters(partial: torch.Tensor, g_alpha: torch.Tensor, g_bias: torch.Tensor) -> None:
+    """The partial sums added up, and shared out."""
+    total = sum_partials(partial)
+    g_alpha.copy_(total[: g_alpha.numel()])
+    g_bias.copy_(total[g_alpha.numel() :])
