@@ -8,6 +8,7 @@ are, the middle one stands for all. Each refusal is a sentence:
     loops           a branch depended on data: how often it goes which way is not in the code
     bytes           of the stream tensors the walk's bytes are the audit's, which reads the TIR; every access is of a
                     known buffer
+    barriers        that the blocks come to in the walk are those of the generated source
     products        tensor instructions executed do the multiply-adds of the TIR's T.gemm
     not modelled    wgmma and tcgen05, the TMA, atomics, spills inside loops
     cache           a working set that fits the last-level cache, unless it is said to be flushed
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ...compiler.cuda_source import CudaSource
 from ..inspect.compiler import COMPILE_FLAGS, Compiled, compile_source, versions
 from ..inspect.occupancy import occupancy
+from .barriers import count_barriers
 from .block import Block, Walked, walk_block
 from .listing import Instruction, parse
 from .model import Work
@@ -111,6 +113,7 @@ def launched(launch: Recorded, arch: str) -> Launched:
     built = build_function(func, arch)
     entry = built.entry(launch.sizes)
     walked = walk_grid(built, entry)
+    expected = sum(share * count_barriers(built.source, launch.sizes, block) for block, share in blocks_of(entry.grid))
     audited = audit_function(func, launch.sizes)
     streams = [name for name in launch.streams if name in audited]
     blocks, edge = prod(entry.grid), 1 / entry.grid[0]
@@ -119,6 +122,7 @@ def launched(launch: Recorded, arch: str) -> Launched:
         moved[built.source.arguments[number] if number >= 0 else "", side] += amount * blocks  # type: ignore[assignment]
     refusals = [
         *not_modelled(built.code, walked),
+        *barriers_differ(walked.block.barriers, expected),
         *bytes_differ(moved, audited, streams, edge),
         *products_differ(blocks * multiply_adds(built.code, walked), products_asked(func, launch.sizes), edge),
     ]
@@ -133,11 +137,7 @@ def launched(launch: Recorded, arch: str) -> Launched:
 
 def walk_grid(built: Built, entry: Entry) -> Walked:
     """The blocks that stand for the grid, averaged."""
-    x, y, z = entry.grid
-    walked = [
-        (walk_block(built.code, entry, (x // 2, at_y, at_z)), of_y * of_z / (y * z))
-        for (at_y, of_y), (at_z, of_z) in product(positions(y), positions(z))
-    ]
+    walked = [(walk_block(built.code, entry, block), share) for block, share in blocks_of(entry.grid)]
     features = zip(*(each.block for each, _ in walked), strict=True)
     shares = [share for _, share in walked]
     block = Block(*(sum(value * share for value, share in zip(each, shares, strict=True)) for each in features))
@@ -146,6 +146,13 @@ def walk_grid(built: Built, entry: Entry) -> Walked:
     undecided = dict.fromkeys(text for each, _ in walked for text in each.undecided)
     others = {name: max(each.others[name] for each, _ in walked) for name in walked[0][0].others}
     return Walked(block, moved, tuple(undecided), others)
+
+
+def blocks_of(grid: tuple[int, int, int]) -> list[tuple[tuple[int, int, int], float]]:
+    """Which blocks are walked, and the share of the grid that each stands for."""
+    x, y, z = grid
+    places = product(positions(y), positions(z))
+    return [((x // 2, at_y, at_z), of_y * of_z / (y * z)) for (at_y, of_y), (at_z, of_z) in places]
 
 
 def positions(extent: int) -> list[tuple[int, int]]:
@@ -192,6 +199,13 @@ def bytes_differ(
                 text = f"{executed / 1e6:.2f} MB executed, {expected / 1e6:.2f} MB in the TIR"
                 found.append(f"{name}: bytes {side} differ: {text}")
     return found
+
+
+def barriers_differ(executed: float, expected: float) -> list[str]:
+    """Where the walk does not meet as often as the source says; NaN where that cannot be counted."""
+    if abs(executed - expected) < 0.5:
+        return []
+    return [f"barriers differ: {executed:.0f} a block executed, {expected:.0f} in the source"]
 
 
 def products_differ(executed: float, expected: int, edge: float) -> list[str]:

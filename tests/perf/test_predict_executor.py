@@ -1,7 +1,8 @@
 """The walk through machine code against the executor, which runs the generated source: two ways to the same counts.
 
 Every block of a small launch is walked. Would catch: a trip count, a guard or an address that the walk computes
-wrongly, a barrier or a product that it misses, an instruction whose semantics it has wrong.
+wrongly, a barrier or a product that it misses, barriers that are counted wrongly in the source, an instruction whose
+semantics it has wrong.
 """
 
 from math import prod
@@ -15,6 +16,7 @@ from mhc_tilelang.compiler.tracing import signature_of, trace
 from mhc_tilelang.kernels import FAMILIES
 from mhc_tilelang.perf.calls.cases import CALLS, Case, Shape
 from mhc_tilelang.perf.calls.launches import launches
+from mhc_tilelang.perf.predict.barriers import count_barriers
 from mhc_tilelang.perf.predict.launched import build
 from mhc_tilelang.perf.predict.walk import walk
 from mhc_tilelang.perf.simt import launch as execute
@@ -51,7 +53,7 @@ def test_the_walk_counts_what_the_executor_counts(family):
     built = build(source, ARCH)
     entry = built.entry(launch.sizes)
     walked = {(name, side): 0 for name in tensors for side in ("read", "written")}
-    barriers = products = 0
+    barriers = products = in_source = 0
     for number in range(prod(entry.grid)):
         x, y, z = entry.grid
         found = walk(built.code, entry, (number % x, number // x % y, number // (x * y) % z))
@@ -64,7 +66,9 @@ def test_the_walk_counts_what_the_executor_counts(family):
                 assert access.buffer >= 0
                 side = "written" if kind in ("STG", "ST") else "read"
                 walked[source.arguments[access.buffer], side] += access.lanes * access.width
+        in_source += count_barriers(source, launch.sizes, (number % x, number // x % y, number // (x * y) % z))
     assert products == counts.mma
+    assert in_source == counts.barriers
     assert barriers == counts.barriers * entry.warps
     for name, traffic in counts.tensors.items():
         assert walked[name, "written"] == traffic.written_bytes, name

@@ -1,8 +1,9 @@
 """What `predict` refuses, each with code or a shape that provokes it, and what it says where it answers.
 
 Would catch: a number for a kernel whose path depends on data, that spills in a loop, counts with atomics or uses tensor
-instructions that the model does not know; for bytes or products that are not the TIR's; for a set that fits the cache;
-one number below 20 µs; a verdict between two kernels too close to tell apart; a narrow band for a fused kernel.
+instructions that the model does not know; for bytes, products or barriers that are not those of TIR and source; for a
+set that fits the cache; one number below 20 µs; a verdict between two kernels too close to tell apart; a narrow band
+for a fused kernel.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from mhc_tilelang.compiler.toolchain import find_nvdisasm
 from mhc_tilelang.errors import MHCError
 from mhc_tilelang.perf.calls.cases import Case, Shape
 from mhc_tilelang.perf.predict import launched, predicted
+from mhc_tilelang.perf.predict.barriers import count_barriers
 from mhc_tilelang.perf.predict.block import Block, walk_block
 from mhc_tilelang.perf.predict.devices import DEVICES, device
 from mhc_tilelang.perf.predict.launched import Launched, build
@@ -88,6 +90,31 @@ def test_products_that_are_not_the_tirs_are_refused():
     assert launched.products_differ(1000, 1000, 0) == []
     assert "products differ" in launched.products_differ(4000, 1000, 0.01)[0]
     assert "products differ" in launched.products_differ(float("nan"), 1000, 0.01)[0]  # a shape that is not known
+
+
+SOURCE = """extern "C" __global__ void k(float* x, int n) {{
+  for (int i = 0; i < min((((int)blockIdx.x) + 1) * 2, n); ++i) {{
+    if ({guard}) {{
+      x[i] = 0;
+    }} else {{
+      __syncthreads();
+    }}
+    float s = tl::AllReduce<tl::SumOp, 128, 1, 0, tl::NamedBarrier<128>>::run(x[i], x);
+  }}
+  int other = (n < 3) ? 1 : 2;
+}}"""
+
+
+@pytest.mark.parametrize(
+    ("guard", "block", "expected"),
+    [("i % 2 == 0", 1, 2 + 4 * 4), ("i % 2 == 0 && n < 3", 0, 2 + 2 * 4), ("((int)threadIdx.x) == 0", 1, None)],
+)
+def test_barriers_are_counted_in_the_source(guard, block, expected):
+    source = CudaSource("k", SOURCE.format(guard=guard), ("x", "n"), ("2", "1", "1"), (128, 1, 1), 0)
+    found = count_barriers(source, {"n": 5}, (block, 0, 0))
+    assert found == expected or expected is None
+    assert bool(launched.barriers_differ(expected or 18, found)) == (expected is None)
+    assert "barriers differ: 18 a block executed, 17 in the source" in launched.barriers_differ(18, 17)
 
 
 def answer(work=WORK, reasons=(), family="post", gpu=B200):
