@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from ...compiler.cuda_source import CudaSource
 
@@ -32,12 +33,17 @@ def count_barriers(source: CudaSource, sizes: Mapping[str, float], block: tuple[
     names = {**sizes, **{f"block_{axis}": place for axis, place in zip("xyz", block, strict=True)}}
     lines = map(str.strip, source.code[source.code.rindex("__global__") :].splitlines()[1:])
     program, _ = translate(lines)
-    variables = {"__builtins__": {"range": range, "min": min, "max": max}, "attempt": attempt, "count": 0, **names}
+    variables: dict[str, Any] = {
+        "__builtins__": {"range": range, "min": min, "max": max},
+        "attempt": attempt,
+        "count": 0,
+        **names,
+    }
     try:
         exec("\n".join(program), variables)
     except (NameError, SyntaxError, TypeError):
         return float("nan")
-    return variables["count"]
+    return float(variables["count"])
 
 
 def attempt(value: Callable[[], int]) -> int | None:
