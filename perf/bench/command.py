@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from ...cli.device import add_device_argument, describe, pick_device, versions
 from ...cli.json_output import add_json_argument, write_json
+from ...errors import MHCError
 from ...spec import STREAM_COUNTS
 from .. import peers
 from ..calls import cases
@@ -123,11 +125,14 @@ def measure_kernels(args: argparse.Namespace) -> int:
     every = (*cases.KERNELS, *cases.BACKWARD_KERNELS, *cases.BOUNDARY_KERNELS)
     kernels = args.kernels or (*every, *([cases.SUBLAYER_INPUT] if running else []))
     chosen = cases.make_cases(kernels, shapes(args, device))
-    table, results = report.Table(chosen, args.baselines == "all"), list[Result]()
+    gpu = gpu_name(device)
+    table, results = report.Table(chosen, args.baselines == "all", bool(gpu)), list[Result]()
     try:
         with torch.no_grad():
             measured = run_cases(chosen, device, args.baselines, repeats, *running)
             for result in tqdm(measured, total=len(chosen), desc="bench", unit="case", leave=False):
+                if gpu:
+                    result = replace(result, predicted=beside(result.case, gpu))
                 tqdm.write(table.line(result) if results else f"{table.head}\n{table.line(result)}")
                 sys.stdout.flush()  # a row is there to be read when it is measured, through a pipe too
                 results.append(result)
@@ -139,6 +144,31 @@ def measure_kernels(args: argparse.Namespace) -> int:
     print("\n" + report.below(results))
     write_json(args.json, report.as_json(facts, results))
     return 0
+
+
+def gpu_name(device: torch.device) -> str:
+    """What torch calls a GPU; empty for a CPU."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
+def beside(case: cases.Case, gpu: str) -> str:
+    """What is predicted of a case from a cold L2, in ms as the table has it; empty where nothing is."""
+    from ..predict.devices import named
+    from ..predict.predicted import predict
+
+    device = named(gpu)
+    if device is None or case.kernel not in cases.CALLS:
+        return ""
+    try:
+        found = predict(case, device, flushed=True)
+    except (MHCError, OSError):  # no nvcc, no disassembler
+        return ""
+    if found.low is None or found.high is None:
+        return found.regime
+    numbers = [found.us] if found.us else [found.low, found.high]
+    return " to ".join(report.milliseconds(us / 1e6) for us in numbers)
 
 
 def listed(numbers: Sequence[int]) -> str:

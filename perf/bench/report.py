@@ -61,12 +61,13 @@ def header(facts: dict[str, Any]) -> str:
 class Table:
     """A row per result, of columns that are as wide as they will need to be: a row is printed when it is measured."""
 
-    def __init__(self, cases: Sequence[Case], compiled: bool) -> None:
-        self.compiled = compiled
+    def __init__(self, cases: Sequence[Case], compiled: bool, predicted: bool = False) -> None:
+        self.compiled, self.predicted = compiled, predicted
         self.separate = any(case.kernel.startswith("post_pre") for case in cases)
         kernel = max([6, *(len(case.kernel) for case in cases)]) + len(IN_CACHE + DOUBTFUL)
         # Names and widths in characters; a negative width aligns on the left.
         self.columns = [("kernel", -kernel), ("C", 5), ("tokens", 6), ("dtype", -8), ("time, ms", 8)]
+        self.columns += [("predicted", 14)] if predicted else []
         self.columns += [("quartiles", -16), ("stream, MB", 10), ("small, MB", 9), ("GB/s", 6), ("of copy", 7)]
         self.columns += [("vs separate", 11)] if self.separate else []
         self.columns += [
@@ -84,7 +85,7 @@ class Table:
 
     def line(self, result: Result) -> str:
         """One result."""
-        return self._joined(row(result, self.compiled, self.separate))
+        return self._joined(row(result, self.compiled, self.separate, self.predicted))
 
     def _joined(self, cells: Sequence[str]) -> str:
         padded = (
@@ -99,14 +100,20 @@ def below(results: Sequence[Result]) -> str:
     return "\n".join((*footnotes(results), *(["", *peers] if peers else [])))
 
 
-def row(result: Result, compiled: bool, separate: bool) -> list[str]:
+def row(result: Result, compiled: bool, separate: bool, predicted: bool = False) -> list[str]:
     """The cells of a line."""
     case, time, traffic = result.case, result.kernel, result.traffic
     quartiles = f"{milliseconds(time.lower_quartile)} to {milliseconds(time.upper_quartile)}"
     marks = (IN_CACHE if result.in_cache else "") + (DOUBTFUL if is_doubtful(result) else "")
     eager = result.fastest("eager")
     line = [case.kernel + marks, str(case.hidden_size or ""), str(case.shape.num_tokens), case.dtype]
-    line += [milliseconds(time.median), quartiles, megabytes(traffic.stream), megabytes(traffic.small)]
+    line += [
+        milliseconds(time.median),
+        *([result.predicted] if predicted else []),
+        quartiles,
+        megabytes(traffic.stream),
+        megabytes(traffic.small),
+    ]
     line += [f"{result.bandwidth / 1e9:.1f}", f"{result.share_of_copy:.0%}"]
     line += [separate_ratio(result)] if separate else []
     line += [f"{result.speedup(eager):.2f}×", eager.form]
@@ -134,6 +141,8 @@ def footnotes(results: Sequence[Result]) -> list[str]:
         "of a torch copy of as many bytes, whose half is written; a kernel that mostly reads can exceed it.",
         "vs: the form's time over the kernel's, above 1 where the kernel is faster.",
     ]
+    if any(result.predicted for result in results):
+        lines.append("predicted: by `mhc-tilelang predict` from machine code, in ms; not measured.")
     if any(result.separate for result in results):
         lines.append("vs separate: the time of our own kernels one by one over that of the fused ones.")
     if any(result.replayed for result in results):
@@ -181,6 +190,7 @@ def result_json(result: Result) -> dict[str, Any]:
         "num_tokens": case.shape.num_tokens,
         "dtype": case.dtype,
         "time": asdict(result.kernel),
+        "predicted_ms": result.predicted or None,
         "traffic": {**asdict(result.traffic), "total": result.traffic.total},
         "bandwidth": result.bandwidth,
         "share_of_copy": result.share_of_copy,

@@ -61,7 +61,8 @@ class SeparateResult:
 class Result:
     """A case's times. `copy_bytes` are read and written together; `in_cache` when one call's bytes fit the cache.
 
-    `replayed` when the calls were replays of CUDA graphs, without launches from Python.
+    `replayed` when the calls were replays of CUDA graphs, without launches from Python. `predicted` is what
+    `mhc-tilelang predict` says of a GPU, in ms.
     """
 
     case: Case
@@ -74,6 +75,7 @@ class Result:
     peers: tuple[PeerResult, ...] = ()
     separate: SeparateResult | None = None
     replayed: bool = False
+    predicted: str = ""
 
     @property
     def bandwidth(self) -> float:

@@ -2,7 +2,8 @@
 
 For each family at one shape: enumerate (`tune_plans`), compile in parallel (`building`), run on the arguments of the
 ordinary call, compare what every plan writes with what the heuristic's writes, and time those that agree in the same
-rounds, from a cold cache (`timing`). A plan may change the order of sums over channels or tokens, and so bits; those
+rounds, from a cold cache (`timing`). On a GPU that `predict` has constants of, its cost model ranks them first
+(`tune_rank`). A plan may change the order of sums over channels or tokens, and so bits; those
 of bfloat16 and float16 then differ by a rounding. What is compiled in is the heuristic's all the same: this only says
 where it is worth changing.
 """
@@ -13,7 +14,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
     from ...compiler.recording import Recorded
     from ..measure.timing import Statistics
+    from ..predict.devices import Device
+    from .tune_rank import Ranked
 
 TOLERANCE = {"bfloat16": 2**-7, "float16": 2**-10, "float32": 1e-5}  # of the norm: a rounding, and the order of sums
 TOKENS = {"cuda": 4096, "cpu": 1024}
@@ -48,6 +51,7 @@ class Tried:
     outputs: str = ""
     refused: str = ""
     time: Statistics | None = None
+    predicted_us: float | None = None
 
 
 def calls_with(family: str) -> list[str]:
@@ -73,8 +77,33 @@ def find(family: str, shape: Shape, device: torch.device) -> Recorded:
     raise MHCError(f"tune: {family}: expected a kernel family that a call launches here, got one that none does")
 
 
-def tune(one: Recorded, target: str, processes: int, repeats: int, limit: int | None) -> list[Tried]:
-    """Every plan, the heuristic's first; then those that were timed, fastest first, then the others."""
+def ranked_plans(
+    family: str, shape: Shape, gpu: Device, processes: int, limit: int | None = None
+) -> tuple[list[Ranked], dict[str, Any]]:
+    """The plans of a family by their predicted time, and the heuristic's. Raises MHCError where no call launches it."""
+    from ..calls.cases import Case
+    from ..calls.launches import launches
+    from .tune_plans import alternatives
+    from .tune_rank import rank
+
+    blocks = 2 * int(gpu.constants.sms)
+    for call in calls_with(family):
+        for one in launches(Case(call, shape), "cuda", blocks):
+            if one.family == family:
+                plans = [one.parameters, *alternatives(one.parameters, "cuda")[:limit]]
+                return rank(one, plans, one.streams, gpu, processes), one.parameters
+    raise MHCError(f"tune: {family}: expected a kernel family that a call launches here, got one that none does")
+
+
+def tune(
+    one: Recorded,
+    target: str,
+    processes: int,
+    repeats: int,
+    limit: int | None,
+    ranked: Sequence[Ranked] = (),
+) -> list[Tried]:
+    """Every plan, the heuristic's first, then as `ranked`; of those that were timed, the fastest first."""
     from ... import compiler
     from ..measure.machine import last_level_cache
     from ..measure.timing import clock_for, measure
@@ -82,7 +111,11 @@ def tune(one: Recorded, target: str, processes: int, repeats: int, limit: int | 
     from .tune_plans import alternatives
 
     kind = "cpu" if target == "cpu" else "cuda"
-    plans = [one.parameters, *alternatives(one.parameters, kind)[:limit]]
+    order = [each.parameters for each in ranked]
+    others = alternatives(one.parameters, kind)
+    others.sort(key=lambda plan: order.index(plan) if plan in order else len(order))
+    predicted = {changes(each.parameters, one.parameters): each.us for each in ranked}
+    plans = [one.parameters, *others[:limit]]
     built = build_all([Job(one.family, plan) for plan in plans], target, processes)
     errors = {str(each.job.parameters): each.error for each in built}
     written = outputs_of(one)
@@ -105,7 +138,7 @@ def tune(one: Recorded, target: str, processes: int, repeats: int, limit: int | 
             runs[label] = run
     device = next(value.device for value in one.arguments.values() if hasattr(value, "device"))
     times = measure(runs, clock_for(device, last_level_cache(device)), repeats)
-    timed = [Tried(each.plan, each.heuristic, each.outputs, each.refused, times.get(each.plan)) for each in tried]
+    timed = [replace(each, time=times.get(each.plan), predicted_us=predicted.get(each.plan)) for each in tried]
     return sorted(timed, key=lambda each: each.time.median if each.time else float("inf"))
 
 
@@ -190,9 +223,12 @@ def table(tried: Sequence[Tried]) -> str:
             quartiles = f"{each.time.lower_quartile * 1e3:.4g} to {each.time.upper_quartile * 1e3:.4g}"
             ratio = f"{chosen.time.median / each.time.median:.2f}x" if chosen and chosen.time else ""
             mark = "heuristic" if each.heuristic else ""
-            lines.append((place, f"{each.time.median * 1e3:.4g}", quartiles, ratio, each.outputs, mark, each.plan))
-    headers = ("", "time, ms", "quartiles", "faster", "outputs", "", "plan")
-    return tabulate(lines, headers=headers, disable_numparse=True, colalign=("right", "right", *["left"] * 5))
+            model = f"{each.predicted_us / 1e3:.4g}" if each.predicted_us else ""
+            lines.append(
+                (place, f"{each.time.median * 1e3:.4g}", model, quartiles, ratio, each.outputs, mark, each.plan)
+            )
+    headers = ("", "time, ms", "predicted", "quartiles", "faster", "outputs", "", "plan")
+    return tabulate(lines, headers=headers, disable_numparse=True, colalign=("right", "right", *["left"] * 6))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -207,6 +243,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--plans", type=positive, metavar="N", help="try so many besides the heuristic's (default: all)")
     one.add_argument("--processes", type=positive, metavar="N", help="that compile (default: one per core)")
     one.add_argument("--repeats", type=positive, metavar="R", help="rounds that count (default: 30, on a CPU 10)")
+    text = "rank the plans by what they are predicted to take on b200, h200, h100 or a file's GPU, and run none"
+    one.add_argument("--predict", metavar="GPU", help=text)
     add_json_argument(one)
     return one
 
@@ -226,14 +264,35 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ...compiler import target_of
+    from ..predict import devices
+    from . import tune_rank
 
+    processes = args.processes or os.cpu_count() or 1
+    if args.predict:
+        shape = Shape(args.tokens or TOKENS["cuda"], args.streams, args.width, args.dtype)
+        content = {}
+        for family in args.families:
+            asked = devices.device(args.predict)
+            ranked, heuristic = ranked_plans(family, shape, asked, processes, args.plans)
+            print(
+                f"{family}, {shape.num_tokens} x {shape.num_streams} x {shape.hidden_size}, {shape.dtype}, predicted:"
+            )
+            print(tune_rank.table(ranked, heuristic) + "\n")
+            content[family] = [(changes(each.parameters, heuristic), each.us, each.why) for each in ranked]
+        write_json(args.json, {"gpu": args.predict, "families": content})
+        return 0
     device = pick_device(args.device)
+    gpu = devices.named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     shape = Shape(args.tokens or TOKENS[device.type], args.streams, args.width, args.dtype)
-    processes, repeats = args.processes or os.cpu_count() or 1, args.repeats or REPEATS[device.type]
+    repeats = args.repeats or REPEATS[device.type]
     results: dict[str, list[Tried]] = {}
     for family in args.families:
+        ranked, heuristic = ranked_plans(family, shape, gpu, processes) if gpu else ([], {})
+        if gpu:
+            print(tune_rank.table(ranked, heuristic) + "\n")
         with torch.no_grad():
-            results[family] = tune(find(family, shape, device), target_of(device), processes, repeats, args.plans)
+            one = find(family, shape, device)
+            results[family] = tune(one, target_of(device), processes, repeats, args.plans, ranked)
         tried = results[family]
         refused, wrong = (
             sum(bool(test) for test in tests)

@@ -80,6 +80,11 @@ def device(name: str) -> Device:
     return found
 
 
+def named(gpu: str) -> Device | None:
+    """The device that torch calls so, as in "NVIDIA H200"; None for one without constants."""
+    return next((one for name, one in DEVICES.items() if name in gpu.lower()), None)
+
+
 def numbers(one: dict[str, Any]) -> tuple[float, float, float]:
     """Value, low, high."""
     value = float(one["value"])

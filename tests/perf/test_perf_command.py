@@ -22,6 +22,7 @@ from mhc_tilelang.checking.run import Row
 from mhc_tilelang.perf.bench import command, ready
 from mhc_tilelang.perf.bench import run as bench
 from mhc_tilelang.perf.calls import cases, workloads
+from mhc_tilelang.perf.calls.cases import Case, Shape
 from mhc_tilelang.perf.measure import timing
 from mhc_tilelang.perf.measure.timing import Sample
 
@@ -228,6 +229,33 @@ def test_table_shows_the_fastest_form(
 
 
 @pytest.mark.usefixtures("checked")
+def test_a_prediction_stands_beside_what_is_measured_on_a_gpu(
+    checked, clock: list[float], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock and a GPU's name that are stand-ins: a number, an interval where that is all, why there is none."""
+    from mhc_tilelang.perf.predict import predicted
+
+    shape = ("h200", 16, 64, "float32")
+    numbers = {"aggregate": (45.0, 40.0, 50.0, "memory"), "post": (None, 5.0, 9.0, "launch and latency")}
+
+    def stand_in(case, device, flushed):
+        assert (device.name, flushed) == ("h200", True)
+        us, low, high, regime = numbers.get(case.kernel, (None, None, None, predicted.REFUSED))
+        return predicted.Prediction(case.kernel, *shape, us, low, high, regime, 1.0, 1.0, 1, (), "")
+
+    monkeypatch.setattr(command, "gpu_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr(predicted, "predict", stand_in)
+    path = tmp_path / "found.json"
+    options = "--kernels aggregate post expand --widths 64 --tokens 16 --dtype float32 --repeats 2"
+    assert cli.main(["bench", "--device", "cpu", *options.split(), "--json", str(path)]) == 0
+    found = {row["kernel"]: row["predicted_ms"] for row in json.loads(path.read_text())["results"]}
+    assert found == {"aggregate": "0.045", "post": "0.005 to 0.009", "expand": "no answer"}
+    text = capsys.readouterr().out
+    assert any("predicted" in line for line in text.splitlines() if line.startswith("kernel"))
+    assert "not measured" in text
+    assert command.beside(Case("sinkhorn", Shape(8, 4, 64, "float32")), "NVIDIA A100") == ""
+
+
 def test_marks(clock: list[float], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "last_level_cache", lambda _: 1 << 20)
     clock[0] = 1e6

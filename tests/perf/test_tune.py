@@ -1,21 +1,25 @@
 """The tuner, on a CPU: what it enumerates, what it refuses, what it calls wrong.
 
 Would catch: a plan that is timed though it writes something else, one that is compared with its own output, a
-heuristic's choice that is not among the results, an axis that a kind of plan lacks.
+heuristic's choice that is not among the results, an axis that a kind of plan lacks; a ranking that puts a plan
+without a prediction first, or says nothing of why there is none.
 """
 
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import CPU
 
+from mhc_tilelang.compiler.toolchain import find_nvdisasm
+from mhc_tilelang.errors import MHCError
 from mhc_tilelang.perf.calls.cases import CALLS, Case, Shape
 from mhc_tilelang.perf.calls.launches import launches
-from mhc_tilelang.perf.gpu import tune
+from mhc_tilelang.perf.gpu import tune, tune_rank
 from mhc_tilelang.perf.gpu.building import Job, build_all, unique
 from mhc_tilelang.perf.gpu.tune_plans import alternatives
 
@@ -93,3 +97,58 @@ def test_outputs_start_as_nan() -> None:
     assert given["h_res"].isnan().all()
     assert not one.arguments["h_res"].isnan().any()
     assert given["logits"] is one.arguments["logits"]
+
+
+class AtOnce:
+    """A pool of processes that is this one."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def submit(self, function, *arguments):
+        job = Future()
+        try:
+            job.set_result(function(*arguments))
+        except Exception as error:
+            job.set_exception(error)
+        return job
+
+
+def test_plans_are_ranked_by_what_they_are_predicted_to_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fastest first, then those without a number; and the choice is said."""
+
+    def stand_in(launch, gpu):
+        assert (gpu.name, launch.sizes["num_tokens"], "x" in launch.streams) == ("h200", 4096, True)
+        threads = launch.parameters["tile"].threads
+        if threads == 64:
+            raise MHCError("too large")
+        return (None, "spills") if threads == 96 else (1e3 / launch.parameters["tile"].channels, "bytes")
+
+    monkeypatch.setattr(tune_rank, "workers", lambda _: AtOnce())
+    monkeypatch.setattr(tune_rank, "predict", stand_in)
+    path = tmp_path / "ranked.json"
+    options = ["--predict", "h200", "--tokens", "4096", "--processes", "1", "--json", str(path)]
+    assert tune.main(["aggregate", *options]) == 0
+    ranked = json.loads(path.read_text())["families"]["aggregate"]
+    times = [us for _, us, _ in ranked if us]
+    assert times == sorted(times)
+    assert 0 < len(times) < len(ranked)
+    assert all(us is None for _, us, _ in ranked[len(times) :])
+    assert {why for _, us, why in ranked if us is None} == {"spills", "MHCError: too large"}
+    assert "predicted fastest: " in capsys.readouterr().out
+
+
+@pytest.mark.full
+@pytest.mark.nvcc
+@pytest.mark.skipif(find_nvdisasm() is None, reason="no nvdisasm")
+def test_a_plan_is_predicted(tmp_path: Path) -> None:
+    path = tmp_path / "ranked.json"
+    options = ["--predict", "b200", "--tokens", "32768", "--width", "2560", "--plans", "1", "--processes", "1"]
+    assert tune.main(["expand", *options, "--json", str(path)]) == 0
+    ranked = json.loads(path.read_text())["families"]["expand"]
+    assert [len(ranked), all(us > 20 for _, us, _ in ranked)] == [2, True]
