@@ -30,12 +30,13 @@ from .arguments import Arguments, check_streams, sizes_of
 from .operators import sharding
 from .ops_arguments import (
     RMS_NORM_EPS,
-    check_buffers,
+    call,
     check_delayed,
     check_mixed,
     check_projected,
     check_rms_norm,
     constants,
+    sizes,
 )
 from .spec import MHCSpec
 
@@ -57,11 +58,7 @@ def expand(h: torch.Tensor, num_streams: int, *, out: torch.Tensor | None = None
     (hidden_size,) = sizes_of("expand", "h", h, ("C",))
     arguments = Arguments("expand")
     arguments.tensor("h", h, (hidden_size,), batched=True)
-    if out is None:
-        return operators.expand.expand(h, num_streams)
-    arguments.buffer("out", out, (num_streams, hidden_size), h.dtype)
-    operators.expand.expand_out(h, num_streams, out=out)
-    return out
+    return call(arguments, operators.expand, (h,), (num_streams,), (num_streams, hidden_size), out)
 
 
 def collapse(x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -78,11 +75,7 @@ def collapse(x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tenso
     check_streams("collapse", "x", num_streams)
     arguments = Arguments("collapse")
     arguments.tensor("x", x, (num_streams, hidden_size), batched=True)
-    if out is None:
-        return operators.expand.collapse(x)
-    arguments.buffer("out", out, (hidden_size,), x.dtype)
-    operators.expand.collapse_out(x, out=out)
-    return out
+    return call(arguments, operators.collapse, (x,), (), (num_streams, hidden_size), out)
 
 
 def sinkhorn(
@@ -110,11 +103,7 @@ def sinkhorn(
         raise type(error)(f"sinkhorn: {str(error).removeprefix('sinkhorn_')}") from None
     arguments = Arguments("sinkhorn")
     logits = arguments.widened("logits", logits, (num_streams, num_streams), batched=True)
-    if out is None:
-        return operators.sinkhorn.sinkhorn(logits, iters, float(eps))
-    arguments.buffer("out", out, (num_streams, num_streams), torch.float32)
-    operators.sinkhorn.sinkhorn_out(logits, iters, float(eps), out=out)
-    return out
+    return call(arguments, operators.sinkhorn, (logits,), (iters, float(eps)), (num_streams, 0), out)
 
 
 def coefficients(
@@ -144,15 +133,7 @@ def coefficients(
         stream i in output stream j.
     """
     arguments, phi, alpha, bias = check_projected("coefficients", x, phi, alpha, bias, spec, norm_weight)
-    if out is None:
-        h_pre, h_post, h_res, _ = operators.coefficients.coefficients(x, phi, alpha, bias, *constants(spec))
-        return h_pre, h_post, h_res
-    n = spec.num_streams
-    h_pre, h_post, h_res = check_buffers(arguments, out, (torch.float32,) * 3, h_pre=(n,), h_post=(n,), h_res=(n, n))
-    operators.coefficients.coefficients_out(
-        x, phi, alpha, bias, *constants(spec), h_pre=h_pre, h_post=h_post, h_res=h_res
-    )
-    return h_pre, h_post, h_res
+    return call(arguments, operators.coefficients, (x, phi, alpha, bias), constants(spec), sizes(spec), out)
 
 
 def pre(
@@ -186,20 +167,10 @@ def pre(
     """
     function = "pre"
     arguments, phi, alpha, bias = check_projected(function, x, phi, alpha, bias, spec, norm_weight)
-    n, hidden_size = spec.num_streams, spec.hidden_size
     h_pre = check_delayed(arguments, h_pre, spec)
     eps = check_rms_norm(arguments, rms_norm_weight, rms_norm_eps, spec, x.dtype)
-    inputs = (x, phi, alpha, bias, h_pre, rms_norm_weight, *constants(spec), eps)
-    if out is None:
-        *results, h_pre_next, _ = operators.pre.pre(*inputs)
-        return tuple(results) if h_pre is None else (*results, h_pre_next)
-    shapes = {"layer_input": (hidden_size,), "h_post": (n,), "h_res": (n, n)}
-    if h_pre is not None:
-        shapes["h_pre"] = (n,)
-    buffers = check_buffers(arguments, out, (x.dtype, *(torch.float32,) * 3), **shapes)
-    named = dict(zip(("layer_input", "h_post", "h_res", "h_pre_next"), buffers, strict=False))
-    operators.pre.pre_out(*inputs, **named)
-    return buffers
+    inputs = (x, phi, alpha, bias, h_pre, rms_norm_weight)
+    return call(arguments, operators.pre, inputs, (*constants(spec), eps), sizes(spec), out)
 
 
 def first_pre(x: torch.Tensor) -> torch.Tensor:
@@ -214,7 +185,7 @@ def first_pre(x: torch.Tensor) -> torch.Tensor:
     num_streams, _ = sizes_of("first_pre", "x", x, ("n", "C"))
     check_streams("first_pre", "x", num_streams)
     if sharding.is_dtensor(x):
-        return sharding.lay_like(first_pre(x.to_local()), x, x.shape[:-1])  # type: ignore[attr-defined]
+        return sharding.place_like(first_pre(x.to_local()), x, x.shape[:-1])  # type: ignore[attr-defined]
     # By axes from the end, not x[..., 0]: a trace of that holds for one count of leading dimensions.
     h_pre = torch.zeros_like(x.select(-1, 0), dtype=torch.float32, memory_format=torch.contiguous_format)
     h_pre.select(-1, 0).fill_(1)
@@ -249,11 +220,7 @@ def post(
     arguments = Arguments("post")
     arguments.tensor("x", x, (num_streams, hidden_size), batched=True)
     h_post, h_res = check_mixed(arguments, x, layer_output, h_post, h_res)
-    if out is None:
-        return operators.post.post(x, layer_output, h_post, h_res)
-    arguments.buffer("out", out, (num_streams, hidden_size), x.dtype)
-    operators.post.post_out(x, layer_output, h_post, h_res, out=out)
-    return out
+    return call(arguments, operators.post, (x, layer_output, h_post, h_res), (), (num_streams, hidden_size), out)
 
 
 def post_pre(
@@ -297,21 +264,11 @@ def post_pre(
     """
     function = "post_pre"
     arguments, phi, alpha, bias = check_projected(function, x, phi, alpha, bias, spec, norm_weight)
-    n, hidden_size = spec.num_streams, spec.hidden_size
     h_post, h_res = check_mixed(arguments, x, layer_output, h_post, h_res)
     h_pre = check_delayed(arguments, h_pre, spec)
     eps = check_rms_norm(arguments, rms_norm_weight, rms_norm_eps, spec, x.dtype)
-    inputs = (x, layer_output, h_post, h_res, phi, alpha, bias, h_pre, rms_norm_weight, *constants(spec), eps)
-    if out is None:
-        *results, h_pre_next, _ = operators.boundary.post_pre(*inputs)
-        return tuple(results) if h_pre is None else (*results, h_pre_next)
-    shapes = {"x_next": (n, hidden_size), "layer_input": (hidden_size,), "h_post": (n,), "h_res": (n, n)}
-    if h_pre is not None:
-        shapes["h_pre"] = (n,)
-    buffers = check_buffers(arguments, out, (x.dtype, x.dtype, *(torch.float32,) * 3), **shapes)
-    named = dict(zip(("x_next", "layer_input", "h_post_next", "h_res_next", "h_pre_next"), buffers, strict=False))
-    operators.boundary.post_pre_out(*inputs, **named)
-    return buffers
+    inputs = (x, layer_output, h_post, h_res, phi, alpha, bias, h_pre, rms_norm_weight)
+    return call(arguments, operators.post_pre, inputs, (*constants(spec), eps), sizes(spec), out)
 
 
 def head(
@@ -336,11 +293,7 @@ def head(
         [..., C] in x's dtype: Σ_i h_pre[i] · x[i] with h_pre = sigmoid(alpha · s · x·phi + bias) + pre_eps.
     """
     arguments, phi, alpha, bias = check_projected("head", x, phi, alpha, bias, spec, norm_weight, head=True)
-    if out is None:
-        return operators.head.head(x, phi, alpha, bias, spec.pre_eps, spec.rms_eps)[0]
-    arguments.buffer("out", out, (spec.hidden_size,), x.dtype)
-    operators.head.head_out(x, phi, alpha, bias, spec.pre_eps, spec.rms_eps, out=out)
-    return out
+    return call(arguments, operators.head, (x, phi, alpha, bias), (spec.pre_eps, spec.rms_eps), sizes(spec), out)
 
 
 def expand_pre(
@@ -370,16 +323,7 @@ def expand_pre(
         x [..., n, C] and layer_input [..., C] in h's dtype; h_post [..., n] and h_res [..., n, n], float32.
     """
     arguments, phi, alpha, bias = check_projected("expand_pre", h, phi, alpha, bias, spec, norm_weight, expanded=False)
-    n, hidden_size = spec.num_streams, spec.hidden_size
-    inputs = (h, phi, alpha, bias, *constants(spec))
-    if out is None:
-        x, layer_input, h_post, h_res, *_ = operators.expand_pre.expand_pre(*inputs)
-        return x, layer_input, h_post, h_res
-    shapes = {"x": (n, hidden_size), "layer_input": (hidden_size,), "h_post": (n,), "h_res": (n, n)}
-    buffers = check_buffers(arguments, out, (h.dtype, h.dtype, torch.float32, torch.float32), **shapes)
-    operators.expand_pre.expand_pre_out(*inputs, **dict(zip(shapes, buffers, strict=True)))
-    x, layer_input, h_post, h_res = buffers
-    return x, layer_input, h_post, h_res
+    return call(arguments, operators.expand_pre, (h, phi, alpha, bias), constants(spec), sizes(spec), out)
 
 
 def post_head(
@@ -413,14 +357,6 @@ def post_head(
         x_next [..., n, C] and the head's output [..., C], in x's dtype.
     """
     arguments, phi, alpha, bias = check_projected("post_head", x, phi, alpha, bias, spec, norm_weight, head=True)
-    n, hidden_size = spec.num_streams, spec.hidden_size
     h_post, h_res = check_mixed(arguments, x, layer_output, h_post, h_res)
-    inputs = (x, layer_output, h_post, h_res, phi, alpha, bias, spec.pre_eps, spec.rms_eps)
-    if out is None:
-        x_next, output, *_ = operators.post_head.post_head(*inputs)
-        return x_next, output
-    shapes = {"x_next": (n, hidden_size), "output": (hidden_size,)}
-    buffers = check_buffers(arguments, out, (x.dtype, x.dtype), **shapes)
-    operators.post_head.post_head_out(*inputs, **dict(zip(shapes, buffers, strict=True)))
-    x_next, output = buffers
-    return x_next, output
+    inputs = (x, layer_output, h_post, h_res, phi, alpha, bias)
+    return call(arguments, operators.post_head, inputs, (spec.pre_eps, spec.rms_eps), sizes(spec), out)

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .arguments import STREAM_DTYPES, Arguments, check_eps, check_spec, shape_of
+from .operators.declaration import STREAMS, Declaration
 from .spec import MHCSpec
 
 RMS_NORM_EPS = 1e-6
@@ -83,19 +86,39 @@ def check_rms_norm(
     return eps
 
 
-def check_buffers(
+def call(
     arguments: Arguments,
-    out: tuple[torch.Tensor, ...],
-    dtypes: tuple[torch.dtype, ...],
-    **trailing: tuple[int, ...],
-) -> tuple[torch.Tensor, ...]:
-    """Check a tuple of buffers against the names and trailing shapes of the results, and their dtypes."""
-    if not isinstance(out, (tuple, list)) or len(out) != len(trailing):
-        got = f"{len(out)} of them" if isinstance(out, (tuple, list)) else type(out).__name__
-        raise TypeError(f"{arguments.function}: out: expected a tuple of {', '.join(trailing)}, got {got}")
-    for k, (name, shape) in enumerate(trailing.items()):
-        arguments.buffer(f"out[{k}] ({name})", out[k], shape, dtypes[k])
-    return tuple(out)
+    operator: Declaration,
+    inputs: tuple[torch.Tensor | None, ...],
+    constants: tuple[float, ...],
+    sizes: tuple[int, int],
+    out: Any,
+) -> Any:
+    """Run an operator on checked inputs: its results without what it keeps, or `out` after a check, written.
+
+    `sizes` are n and C. One result is a tensor, several are a tuple in their order, and so is `out`.
+    """
+    names = operator.public(inputs)
+    if out is None:
+        results = operator.operator(*inputs, *constants)
+        if not isinstance(results, tuple):
+            return results
+        return results[: len(names)] if len(names) > 1 else results[0]
+    buffers = (out,) if len(names) == 1 else out
+    if not isinstance(buffers, (tuple, list)) or len(buffers) != len(names):
+        got = f"{len(buffers)} of them" if isinstance(buffers, (tuple, list)) else type(buffers).__name__
+        raise TypeError(f"{arguments.function}: out: expected a tuple of {', '.join(names)}, got {got}")
+    for k, (name, buffer) in enumerate(zip(names, buffers, strict=True)):
+        dtype = inputs[0].dtype if name in STREAMS else torch.float32  # type: ignore[union-attr]
+        shown = "out" if len(names) == 1 else f"out[{k}] ({name})"
+        arguments.buffer(shown, buffer, operator.shape(name, *sizes), dtype)
+    operator.write(inputs, constants, buffers)
+    return out if len(names) == 1 else tuple(buffers)
+
+
+def sizes(spec: MHCSpec) -> tuple[int, int]:
+    """n and C."""
+    return spec.num_streams, spec.hidden_size
 
 
 def constants(spec: MHCSpec) -> tuple[int, float, float, float, float]:

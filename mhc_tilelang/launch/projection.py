@@ -87,6 +87,8 @@ def project_backward(
 
     With h_pre [T, n] and g_layer_input [T, C], g_x also has what the aggregation adds, h_pre[i] · g_layer_input.
     """
+    if not (needs_x or needs_phi):
+        return None, None
     num_tokens, num_streams, hidden_size = x.shape
     rows = phi.shape[0]
     plan = plans.projection_backward_plan(rows, hidden_size, dtype_name(x.dtype), compiler.platform_of(x.device))

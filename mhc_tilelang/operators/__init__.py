@@ -1,11 +1,10 @@
 """The functions as PyTorch operators, `torch.ops.mhc_tilelang.*`: what autograd and torch.compile see.
 
-    library       how an operator is registered, and what the families share
-    expand, sinkhorn, post, coefficients, pre, head, boundary, expand_pre, post_head
-                  a family a file: X, X_out, X_backward, each with its fake, and X's autograd
-    sharding      how DTensors lie before and after each of them
-
-The file of expand has collapse too: each is the other's backward.
+    declaration   X, X_out, X_backward, their fakes and X's autograd from one declaration
+    expand, sinkhorn, post, coefficients, pre, head, post_pre, expand_pre, post_head
+                  a family a file: its declaration, and what its forward and backward launch
+    library       how an operator is registered
+    sharding      DTensor placements before and after each of them
 
 X allocates its outputs, X_out writes into buffers and has no gradient, X_backward is an operator because
 torch.compile traces a backward too. They take tensors with any leading dimensions, so that no view stands
@@ -16,6 +15,25 @@ their backward needs (`h_pre`, `projected`); `ops` drops that.
 Importing this package registers all of them.
 """
 
-from . import boundary, coefficients, expand, expand_pre, head, post, post_head, pre, sinkhorn
+from .coefficients import coefficients
+from .expand import collapse, expand
+from .expand_pre import expand_pre
+from .head import head
+from .post import post
+from .post_head import post_head
+from .post_pre import post_pre
+from .pre import pre
+from .sinkhorn import sinkhorn
 
-__all__ = ["boundary", "coefficients", "expand", "expand_pre", "head", "post", "post_head", "pre", "sinkhorn"]
+__all__ = [
+    "coefficients",
+    "collapse",
+    "expand",
+    "expand_pre",
+    "head",
+    "post",
+    "post_head",
+    "post_pre",
+    "pre",
+    "sinkhorn",
+]

@@ -92,28 +92,6 @@ def flat(tensor: torch.Tensor, trailing: int) -> torch.Tensor:
     return tensor.contiguous().view(-1, *tensor.shape[tensor.ndim - trailing :])
 
 
-def flat_or_none(tensor: torch.Tensor | None, trailing: int) -> torch.Tensor | None:
-    """The same of a gradient that may be absent."""
-    return None if tensor is None else flat(tensor, trailing)
-
-
-def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """The same of a parameter that may be absent."""
-    return None if tensor is None else tensor.contiguous()
-
-
-def needed(ctx: Any, gradients: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, ...]:
-    """What autograd is given: the gradients of the first inputs where it needs them, None for all others."""
-    count = len(ctx.needs_input_grad)
-    padded = (*gradients, *(None,) * (count - len(gradients)))
-    return tuple(padded[k] if ctx.needs_input_grad[k] else None for k in range(count))
-
-
-def absent(like: torch.Tensor) -> torch.Tensor:
-    """What a backward operator returns for a gradient that nobody needs: a schema has no optional outputs."""
-    return like.new_empty(0)
-
-
 def check_buffers(
     function: str, buffers: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor], whole: tuple[str, ...] = ()
 ) -> None:
@@ -141,9 +119,14 @@ def check_buffers(
     torch.autograd.graph.increment_version(buffers.values())
 
 
+def spec_of(x: torch.Tensor, *constants: float, **named: float) -> MHCSpec:
+    """The spec again, from a stream x and the constants, in MHCSpec's order or by name."""
+    return spec_of_sizes(x.shape[-1], x.shape[-2], *constants, **named)
+
+
 @cache
-def spec_of(hidden_size: int, num_streams: int, *constants: float, **named: float) -> MHCSpec:
-    """The spec again, from a stream's sizes and the constants, in MHCSpec's order or by name."""
+def spec_of_sizes(hidden_size: int, num_streams: int, *constants: float, **named: float) -> MHCSpec:
+    """The same from the stream's sizes."""
     return MHCSpec(hidden_size, num_streams, *constants, **named)  # type: ignore[arg-type]
 
 

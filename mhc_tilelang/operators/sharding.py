@@ -1,4 +1,4 @@
-"""DTensors: how an operator's inputs and outputs lie on a device mesh.
+"""DTensor placements: how an operator's inputs and outputs lie on a device mesh.
 
 A stream may be sharded over tokens, by any of its leading dimensions: batch, sequence, or both on two dimensions of a
 mesh. Every token is a computation of its own, so that each rank runs the kernels on its part, and nothing is sent:
@@ -28,30 +28,10 @@ from typing import Any
 
 import torch
 
-# What each operator returns: t as the tokens lie, f with the tokens flattened to one dimension, d `projected`, g the
-# gradient of a parameter. Of the inputs, p are parameters.
-RESULTS = {
-    "expand": "t",
-    "collapse": "t",
-    "sinkhorn": "t",
-    "sinkhorn_backward": "t",
-    "coefficients": "tttd",
-    "coefficients_backward": "tggg",
-    "pre": "ttttd",
-    "pre_backward": "tgggtg",
-    "post": "t",
-    "post_backward": "tttt",
-    "post_pre": "tttttd",
-    "post_pre_backward": "ttttgggtg",
-    "expand_pre": "tttttd",
-    "expand_pre_backward": "tggg",
-    "post_head": "ttfd",
-    "post_head_backward": "ttttggg",
-    "head": "ttd",
-    "head_backward": "tggg",
-}
+# What each declared operator returns: t as the tokens lie, d `projected`, g the gradient of a parameter. Of the
+# inputs, p are parameters.
+RESULTS: dict[str, str] = {}
 INPUTS = {"phi": "p", "alpha": "p", "bias": "p", "rms_norm_weight": "p", "projected": "d"}  # all others: t
-FLAT = {"post_head_backward": "h_pre"}  # but for these: f
 TOKENS = {"x": 2, "h": 1, "logits": 2}  # the input that decides, and its dimensions that are not tokens
 
 _registered = False
@@ -69,7 +49,7 @@ def register_if_loaded() -> None:
         _register()
 
 
-def lay_like(local: torch.Tensor, x: Any, shape: torch.Size) -> torch.Tensor:
+def place_like(local: torch.Tensor, x: Any, shape: torch.Size) -> torch.Tensor:
     """A rank's part of a tensor of that shape as a DTensor, whose tokens lie as those of the stream x do."""
     from torch.distributed.tensor import DTensor
 
@@ -117,7 +97,7 @@ def _strategy(schema: Any) -> Any:
         return DTensorSpec(spec.mesh, placements[role])
 
     results = tuple(lies(role) for role in RESULTS[name])
-    inputs = [lies("f" if key == FLAT.get(name) else INPUTS.get(key, "t")) for key in given]
+    inputs = [lies(INPUTS.get(key, "t")) for key in given]
     return OpStrategy([OpSpec(results if len(results) > 1 else results[0], inputs)])
 
 
@@ -146,7 +126,6 @@ def _placements(placements: tuple[Any, ...]) -> dict[str, tuple[Any, ...]]:
 
     return {
         "t": tuple(p if here else Replicate() for p, here in zip(placements, sharded, strict=True)),
-        "f": where_sharded(Shard(0)),
         "d": where_sharded(Shard(1)),
         "g": where_sharded(Partial()),
         "p": where_sharded(Replicate()),

@@ -259,8 +259,8 @@ BUFFERS = {
     "post_pre": {
         "out[0] (x_next)": (T, n, C),
         "out[1] (layer_input)": (T, C),
-        "out[2] (h_post)": (T, n),
-        "out[3] (h_res)": (T, n, n),
+        "out[2] (h_post_next)": (T, n),
+        "out[3] (h_res_next)": (T, n, n),
     },
     "expand_pre": {
         "out[0] (x)": (T, n, C),
@@ -288,8 +288,8 @@ def test_the_delayed_form(function):
     for kind, value in not_dense(torch.zeros(T, n)).items():
         assert_refused(ValueError, function, "h_pre", ["expected a dense tensor", kind], h_pre=value)
     given, out = torch.zeros(T, n), buffers_of(function)
-    assert_refused(TypeError, function, "out", ["h_res, h_pre, got"], h_pre=given, out=out)
-    last = f"out[{len(out)}] (h_pre)"
+    assert_refused(TypeError, function, "out", ["h_pre_next, got"], h_pre=given, out=out)
+    last = f"out[{len(out)}] (h_pre_next)"
     assert_refused(ValueError, function, last, ["[6, 5]"], h_pre=given, out=(*out, torch.zeros(T, 5)))
     overlapping = {"h_pre": given, "out": (*out, given), "norm_weight": None}
     assert_refused(ValueError, function, last, ["overlaps h_pre"], **overlapping)

@@ -13,7 +13,7 @@ import torch
 from differentiable import DELAYED, FORMS, FUNCTIONS, gradients, requiring, upstream
 from helpers import assert_same_bits
 
-from mhc_tilelang import ops
+from mhc_tilelang import operators, ops
 from mhc_tilelang.checking.inputs import Case
 from mhc_tilelang.checking.norm import EPS
 from mhc_tilelang.operators import library
@@ -52,29 +52,24 @@ def operator_arguments(function, case):
 def backward_arguments(function, case):
     """Positional arguments of X_backward: the upstream gradients, X's tensors, what X kept, constants, needs."""
     arguments = operator_arguments(function, case)
+    declared = getattr(operators, function.name)
     outputs = operator(function.name)(*arguments)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    public = len(function.call(function.tensors(case), case.spec))
-    g_outputs = upstream(outputs[:public])
-    count = len(arguments) - len(constants_of(function, case.spec))
-    delayed, normed = (name in function.arguments for name in ("h_pre", "rms_norm_weight"))
-    needs = {"sinkhorn": [], "post": [True] * 3, "post_pre": [normed], "pre": [True, True, delayed, normed]}
-    needs |= {"post_head": []}
-    needs = needs.get(function.name, [True] * 2)
-    if function.name in DELAYED and "h_pre" not in function.arguments:
-        g_outputs = [*g_outputs, None]  # of the h_pre that is not returned
-    kept = outputs[{"pre": 3, "post_pre": 4}.get(function.name, public) :]
-    if function.name in ("post_pre", "post_head"):
-        kept = [outputs[0], *kept]
-    return [*g_outputs, *arguments[:count], *kept, *arguments[count:], *needs]
+    named = dict(zip((*declared.results, *declared.kept), outputs, strict=True))
+    count = len(declared.inputs)
+    public = declared.public(arguments[:count])
+    g_outputs = upstream([named[name] for name in public])
+    g_outputs += [None] * (len(declared.results) - len(public))  # of the h_pre that is not returned
+    needs = [tensor is not None for tensor in arguments[:count]]
+    return [*g_outputs, *arguments[:count], *(named[name] for name in declared.saved), *arguments[count:], *needs]
 
 
 def buffers_of(function, outputs):
     """X_out's buffers for these outputs, by name."""
-    names = {"coefficients": ("h_pre", "h_post", "h_res"), "pre": ("layer_input", "h_post", "h_res")}
-    names |= {"post_pre": ("x_next", "layer_input", "h_post_next", "h_res_next"), "post_head": ("x_next", "output")}
-    names |= {"expand_pre": ("x", "layer_input", "h_post", "h_res")}
-    names = names.get(function.name, ("out",)) + (("h_pre_next",) if "h_pre" in function.arguments else ())
+    declared = getattr(operators, function.name)
+    names = ("out",) if len(declared.results) == 1 else declared.results
+    if declared.optional and "h_pre" not in function.arguments:
+        names = names[:-1]
     return {name: torch.zeros_like(output) for name, output in zip(names, outputs, strict=False)}
 
 
@@ -96,14 +91,14 @@ def test_backward_operators(function, num_tokens):
     arguments = backward_arguments(function, Case(4, 64, torch.bfloat16, num_tokens))
     check = operator(f"{function.name}_backward")
     torch.library.opcheck(check, tuple(arguments))
-    if function.name in ("coefficients", "expand_pre"):
-        torch.library.opcheck(check, (None, None, *arguments[2:-2], False, True))
-    if function.name == "pre":
-        torch.library.opcheck(check, (None, None, *arguments[2:-4], False, True, False, False))
-    if function.name == "post_head":
-        torch.library.opcheck(check, (None, *arguments[1:]))
-    if function.name == "post":
-        torch.library.opcheck(check, (*arguments[:-3], False, True, False))
+    declared = getattr(operators, function.name)
+    results, inputs = len(declared.results), len(declared.inputs)
+    last = [None] * (results - 1) + arguments[results - 1 : results]
+    if results > 1 and last[-1] is not None:
+        torch.library.opcheck(check, (*last, *arguments[results:]))
+    for needed in range(inputs):
+        needs = [k == needed and arguments[-inputs:][k] for k in range(inputs)]
+        torch.library.opcheck(check, (*arguments[:-inputs], *needs))
 
 
 @pytest.mark.parametrize("num_tokens", [6, 0], ids=["tokens", "no-token"])
