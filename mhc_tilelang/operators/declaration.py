@@ -82,9 +82,9 @@ class Declaration:
         self.optional = next((one[:-1] for one in results.split() if one.endswith("?")), None)
         self.kept = tuple(kept.split())
         self.saved = tuple(saved.split())
-        self._named: Any = namedtuple("_named", self.inputs)
-        self._named_results: Any = namedtuple("_named_results", self.results)
-        self._named_saved: Any = namedtuple("_named_saved", self.saved)
+        self._named = _tuple_of(self.inputs)
+        self._named_results = _tuple_of(self.results)
+        self._named_saved = _tuple_of(self.saved)
         # The h_pre of the delayed form says whether the optional result is one.
         self._h_pre = self.inputs.index("h_pre") if self.optional else None
 
@@ -242,11 +242,12 @@ class Declaration:
         if all(g is None for g in gradients):
             return (*[None] * count, *constants)
         found: Any = None
+        saved = ctx.saved_tensors  # once: to unpack them again may recompute them again
         if self.shortcut is not None:
-            inputs = self._named(*ctx.saved_tensors[:count])
+            inputs = self._named(*saved[:count])
             found = self.shortcut(self._named_results(*gradients), inputs, self._named(*needs))
         if found is None:
-            found = self.operator_backward(*gradients, *ctx.saved_tensors, *ctx.constants, *needs)
+            found = self.operator_backward(*gradients, *saved, *ctx.constants, *needs)
             found = found if count > 1 else (found,)
         wanted: list[Any] = [g if need else None for g, need in zip(found, needs, strict=True)]
         return (*wanted, *constants)
@@ -258,6 +259,11 @@ def flatten(names: Sequence[str], tensors: Optionals) -> list[Any]:
         None if t is None else flat(t, len(DIMENSIONS[one])) if one in DIMENSIONS else t.contiguous()
         for one, t in zip(names, tensors, strict=True)
     ]
+
+
+def _tuple_of(names: Sequence[str]) -> Any:
+    """A type of tuples whose items have these names."""
+    return namedtuple("_Named", names)
 
 
 def _signature(names: Sequence[str]) -> str:
