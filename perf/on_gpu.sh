@@ -5,7 +5,7 @@
 #   perf/on_gpu.sh --part bench         one part; several with several --part
 #   perf/on_gpu.sh --list               the steps, their limits and estimates; runs nothing
 #
-#   --out DIR       where on-gpu.json, on-gpu.log and counters.csv go (default: $OUT, else perf/results/<device>)
+#   --out DIR       where on-gpu.json, on-gpu.log, counters.csv and device.json go (default: $OUT, else perf/results/<device>)
 #   --seconds N     for all steps together (default: 540)
 #   --again         run the chosen steps even if they are recorded as done
 #
@@ -39,6 +39,7 @@ overhead-9b         overhead     60  30   $MHC bench overhead --device cuda --mo
 overhead-27b        overhead     60  30   $MHC bench overhead --device cuda --model 27b --json $JSON
 overhead-v4-flash   overhead     70  40   $MHC bench overhead --device cuda --model v4-flash --json $JSON
 overhead-v4-pro     overhead     80  50   $MHC bench overhead --device cuda --model v4-pro --json $JSON
+constants           counters    120  90   $PYTHON -m mhc_tilelang.perf.gpu.constants --out $CONSTANTS
 compile-counters    counters     60  10   $ON_GPU compile counters
 counters            counters    150  80   $PYTHON -m mhc_tilelang.perf.gpu.counters --csv $COUNTERS --json $JSON
 compile-peers       peers       200  10   $ON_GPU compile peers
@@ -104,6 +105,7 @@ fi
 mkdir -p "$out" || fail "--out: cannot make $out"
 export MHC="$PYTHON -m mhc_tilelang.cli" ON_GPU="$PYTHON -m mhc_tilelang.perf.gpu.run"
 export TUNE="$PYTHON -m mhc_tilelang.perf.gpu.tune --device cuda" COUNTERS="$out/counters.csv"
+export CONSTANTS="$out/device.json" # for mhc-tilelang predict --gpu
 
 # A step's record is one line: status, seconds, limit.
 while read -r name part limit estimate command; do

@@ -6,6 +6,7 @@ Needs nvcc and nvdisasm, no GPU; `--validate` and `--peers` need numpy alone.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...cli.json_output import add_json_argument, write_json
@@ -25,7 +26,7 @@ DEFAULT_CALLS = (
     "post_pre_backward",
 )
 DEFAULTS = {"names": [], "gpu": "b200", "tokens": [4096], "width": [2560], "streams": 4, "dtype": "bfloat16"}
-DEFAULTS |= {"flushed": False, "json": None}
+DEFAULTS |= {"flushed": False, "json": None, "measured": None}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--width", nargs="+", type=positive, metavar="C", help="hidden sizes (default: 2560)")
     add("--streams", type=int, choices=STREAM_COUNTS, help="residual streams, n (default: 4)")
     add("--dtype", choices=DTYPES, help="of the stream (default: bfloat16)")
+    text = "what `bench --json` stored on this GPU: one measured shape of a call scales its predictions"
+    add("--measured", type=Path, metavar="FILE", help=text)
     add("--flushed", action="store_true", help="the last-level cache is cold before each call")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--compare", nargs=2, metavar=("A", "B"), help="which of two is predicted to be faster")
@@ -74,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 def predict_calls(args: argparse.Namespace, gpu: Device) -> int:
     """Every name at every shape: a table, or a sentence a pair."""
-    from .predicted import compare, predict, table
+    from .predicted import compare, measured_factors, predict, scaled, table
 
     cases = [
         case_of(name, args, tokens, width)
@@ -82,7 +85,9 @@ def predict_calls(args: argparse.Namespace, gpu: Device) -> int:
         for tokens in args.tokens
         for name in args.compare or args.names or DEFAULT_CALLS
     ]
+    factors = measured_factors(args.measured, gpu, args.streams) if args.measured else {}
     found = [predict(case, gpu, args.flushed, family) for case, family in cases]
+    found = [scaled(one, factors.get((one.name, one.hidden_size, one.dtype))) for one in found]
     if args.compare:
         for one, other in zip(found[::2], found[1::2], strict=True):
             print(f"{one.tokens} tokens, C = {one.hidden_size}: {compare(one, other)}")
@@ -124,7 +129,7 @@ def draw_timeline(args: argparse.Namespace, gpu: Device) -> int:
 def refuse_what_is_ignored(args: argparse.Namespace) -> None:
     """Raise MHCError for options that say nothing beside another one."""
     mode = next((name for name in ("validate", "peers", "compare", "timeline") if getattr(args, name)), "")
-    ignored: dict[str, tuple[str, ...]] = {"compare": ("names",), "timeline": ("flushed", "json"), "": ()}
+    ignored: dict[str, tuple[str, ...]] = {"compare": ("names",), "timeline": ("flushed", "json", "measured"), "": ()}
     if mode == "timeline" and not (len(args.names) == len(args.tokens) == len(args.width) == 1 and args.out):
         raise MHCError("--timeline: expected one KERNEL, one shape and --out DIR")
     for name in ignored.get(mode, tuple(name for name in DEFAULTS if name != "json")):

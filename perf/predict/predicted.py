@@ -7,11 +7,13 @@ constants leave open. A prediction that a check refuses has no number.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
-from ..calls.cases import Case
+from ...errors import MHCError
+from ..calls.cases import CALLS, Case, Shape
 from .devices import Device
 from .launched import Launched, build_function, fits_cache, launched
 from .model import SHORT_US, Work, advice, regime, rows_of, terms
@@ -24,6 +26,8 @@ FUSED = ("post_project", "expand_project", "boundary_backward", "aggregate_mappi
 FUSED_BAND = 1.6  # nothing in the published set resembles them: until one is measured
 CANNOT_SAY = 1.22  # predicted ratio, below which the faster one of two was wrong too often
 REFUSED = "no answer"
+MEASURED_BAND = 1.14  # with one measured point of the kernel: the 90th percentile over the 140 points
+NO_WIDTH = 2560  # of kernels that do not depend on it
 
 
 class Part(NamedTuple):
@@ -127,6 +131,35 @@ def part_of(family: str, work: Work, device: Device) -> Part:
     stack = {"launch": one["launch"], "memory": memory, **stack, "tail": one["tail"]}
     ends = float(fast.us[0]) / band, float(slow.us[0]) * band
     return Part(family, us, *ends, memory, sm, stack, advice(work, device.constants), one["waves"])
+
+
+def measured_factors(path: Path, device: Device, num_streams: int) -> dict[tuple[str, int, str], float]:
+    """Measured over predicted time by call, width and dtype, from what `bench --json` stored on the device.
+
+    Of the row with most tokens, where several have a predicted number. Raises MHCError for a file of something else.
+    """
+    from ..stored import from_json
+    from ..stored.results import KernelResults
+
+    results = from_json.load(path)
+    if not isinstance(results, KernelResults):
+        raise MHCError(f"--measured {path}: expected what `bench --json` wrote, got an overhead")
+    found = {}
+    for one in sorted(results.measurements, key=lambda one: one.num_tokens):
+        if one.num_streams == num_streams and one.kernel in CALLS:
+            shape = Shape(one.num_tokens, num_streams, one.hidden_size or NO_WIDTH, one.dtype)
+            if us := predict(Case(one.kernel, shape), device, flushed=True).us:
+                found[one.kernel, shape.hidden_size, one.dtype] = 1e6 * one.time.median / us
+    return found
+
+
+def scaled(one: Prediction, factor: float | None) -> Prediction:
+    """A prediction that one measured point of its kernel corrects; as it is without a factor or a number."""
+    if factor is None or one.us is None:
+        return one
+    us = one.us * factor
+    said = f"scaled by {factor:.2f}, measured over predicted time of one shape"
+    return one._replace(us=us, low=us / MEASURED_BAND, high=us * MEASURED_BAND, reasons=(*one.reasons, said))
 
 
 def compare(one: Prediction, other: Prediction) -> str:

@@ -9,6 +9,7 @@ for a fused kernel.
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import sass
@@ -159,6 +160,29 @@ def test_compare_says_cannot_say():
     assert "cannot say" in predicted.compare(one, answer(reasons=["no"]))
     fused = answer(WORK._replace(bytes=900_000_000), family="post_project")
     assert "resembles nothing measured" in predicted.compare(one, fused)
+
+
+def test_one_measured_point_scales_the_others(tmp_path, monkeypatch):
+    from mhc_tilelang.perf.stored import from_json, results
+
+    def point(tokens, ms):
+        sizes = {"kernel": "post", "num_tokens": tokens, "num_streams": 4, "hidden_size": 8192, "dtype": "bfloat16"}
+        return SimpleNamespace(**sizes, time=SimpleNamespace(median=ms / 1e3))
+
+    class Stored(results.KernelResults):
+        def __init__(self):
+            object.__setattr__(self, "measurements", (point(4096, 0.12), point(64, 1.0)))
+
+    monkeypatch.setattr(from_json, "load", lambda _: Stored())
+    by_tokens = {4096: answer(), 64: answer(reasons=["small"]), 8192: answer(WORK._replace(bytes=2 * WORK.bytes))}
+    monkeypatch.setattr(predicted, "predict", lambda case, *_, **__: by_tokens[case.shape.num_tokens])
+    factors = predicted.measured_factors(tmp_path, B200, 4)
+    assert factors == {("post", 8192, "bfloat16"): pytest.approx(120 / answer().us)}
+    other = predicted.scaled(by_tokens[8192], factors["post", 8192, "bfloat16"])
+    assert other.us == pytest.approx(120 / answer().us * by_tokens[8192].us)
+    assert other.high / other.low == pytest.approx(1.14**2)
+    assert "measured over predicted" in other.reasons[-1]
+    assert predicted.scaled(by_tokens[64], 2.0) == by_tokens[64]
 
 
 @pytest.mark.parametrize(
