@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     import torch
 
 # Modules with a line of HELP, add_arguments and run, which load no torch before run.
+ROUNDS = "15 on a CPU, 5 of what takes long; 50 on a GPU"
 MEASUREMENTS = {"overhead": overhead_command, "report": report_command, "compare": compare}
 REPEATS = {"cpu": 15, "cuda": 50}
+SECONDS = {"cpu": 0.5, "cuda": None}  # of one candidate's samples: what has taken them leaves early
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--baselines", choices=("fast", "eager", "all"), default="fast", help=text)
     text = f"other implementations to compare with, where installed: {', '.join(peers.CHOICES)} (default: none)"
     add("--peers", nargs="+", choices=peers.CHOICES, default=["none"], metavar="NAME", help=text)
-    add("--repeats", type=positive, metavar="R", help="rounds that count (default: 15 on a CPU, 50 on a GPU)")
+    add("--repeats", type=positive, metavar="R", help=f"rounds that count (default: {ROUNDS})")
     add_json_argument(parser)
     parser.set_defaults(measure=measure_kernels)
     others = parser.add_subparsers(
@@ -105,13 +107,15 @@ def measure_kernels(args: argparse.Namespace) -> int:
 
     from ...checking.command import as_table
     from ..measure.machine import clock_mhz
-    from ..measure.timing import WARMUP_ROUNDS
+    from ..measure.timing import FEWEST_ROUNDS, WARMUP_ROUNDS
     from ..peers.prepare import load
     from .ready import FailedCheckError
     from .run import Result, run_cases
 
     device = pick_device(args.device)
     repeats = args.repeats or REPEATS[device.type]
+    seconds = None if args.repeats else SECONDS[device.type]
+    rounds = {"warmup_rounds": WARMUP_ROUNDS, "rounds": repeats, "fewest_rounds": FEWEST_ROUNDS, "seconds": seconds}
     wanted = load(peers.selected(args.peers), device)
     running = [peer for peer in wanted if peer.peer]
     facts = {
@@ -119,7 +123,7 @@ def measure_kernels(args: argparse.Namespace) -> int:
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": versions(),
         "threads": torch.get_num_threads(),
-        "method": report.method(device.type, repeats, WARMUP_ROUNDS, args.baselines, peer_facts(wanted)),
+        "method": report.method(device.type, rounds, args.baselines, peer_facts(wanted)),
     }
     print(report.header(facts) + "\n", flush=True)
     every = (*cases.KERNELS, *cases.BACKWARD_KERNELS, *cases.BOUNDARY_KERNELS)
@@ -129,7 +133,7 @@ def measure_kernels(args: argparse.Namespace) -> int:
     table, results = report.Table(chosen, args.baselines == "all", bool(gpu)), list[Result]()
     try:
         with torch.no_grad():
-            measured = run_cases(chosen, device, args.baselines, repeats, *running)
+            measured = run_cases(chosen, device, args.baselines, repeats, *running, seconds=seconds)
             for result in tqdm(measured, total=len(chosen), desc="bench", unit="case", leave=False):
                 if gpu:
                     result = replace(result, predicted=beside(result.case, gpu))

@@ -27,7 +27,7 @@ METHOD = {
 
 
 def method(
-    device_type: str, repeats: int, warmup: int, baselines: str, peers: Sequence[dict[str, Any]] = ()
+    device_type: str, rounds: dict[str, Any], baselines: str, peers: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
     """How the numbers came about, for the header and the JSON."""
     some = any(not peer["skipped"] for peer in peers)
@@ -35,8 +35,7 @@ def method(
     return {
         "clock": METHOD[device_type],
         "order": f"{interleaved} interleaved, every other round reversed",
-        "warmup_rounds": warmup,
-        "rounds": repeats,
+        **rounds,
         "baselines": baselines,
         "peers": list(peers),
     }
@@ -46,11 +45,12 @@ def header(facts: dict[str, Any]) -> str:
     """The lines above the table."""
     how = facts["method"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    fewer = f" (of {how['fewest_rounds']} or more where these take {how['seconds']} s)" if how["seconds"] else ""
     return "\n".join(
         (
             f"{facts['device']}, {facts['date']}",
             f"{versions}, torch threads {facts['threads']}",
-            f"{how['clock']}; medians and quartiles of {how['rounds']} rounds,",
+            f"{how['clock']}; medians and quartiles of {how['rounds']} rounds{fewer},",
             f"{how['order']}",
             f"torch forms: {BASELINES[how['baselines']]}",
             *peer_report.header(how["peers"]),

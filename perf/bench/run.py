@@ -102,24 +102,41 @@ class Result:
 
 
 def run_cases(
-    cases: Iterable[Case], device: torch.device, baselines: str, repeats: int, *peers: Loaded
+    cases: Iterable[Case],
+    device: torch.device,
+    baselines: str,
+    repeats: int,
+    *peers: Loaded,
+    seconds: float | None = None,
 ) -> Iterator[Result]:
     """Measure the cases one by one; those of one shape, which are neighbours, share their inputs.
 
-    Before a shape's first, all of its kernels are compiled and checked. Raises FailedCheckError where one is off.
+    Before a shape's first, all of its kernels are compiled and checked; the very first case goes ahead of the others
+    of its shape, so that a row is there soon. Raises FailedCheckError where a kernel is off.
     """
     preparation = Preparation(device)
+
+    def prepared(of_shape: list[Case], ahead: int) -> Iterator[Case]:
+        for part in filter(None, (of_shape[:ahead], of_shape[ahead:])):
+            preparation.prepare(part)
+            yield from part
+
     try:
-        for shape, group in groupby(cases, key=lambda case: case.shape):
-            of_shape = list(group)
-            preparation.prepare(of_shape)
-            yield from run_shape(shape, of_shape, device, baselines, repeats, *peers)
+        for number, (shape, group) in enumerate(groupby(cases, key=lambda case: case.shape)):
+            of_shape = prepared(list(group), ahead=int(number == 0))
+            yield from run_shape(shape, of_shape, device, baselines, repeats, *peers, seconds=seconds)
     finally:
         preparation.close()
 
 
 def run_shape(
-    shape: Shape, cases: Iterable[Case], device: torch.device, baselines: str, repeats: int, *peers: Loaded
+    shape: Shape,
+    cases: Iterable[Case],
+    device: torch.device,
+    baselines: str,
+    repeats: int,
+    *peers: Loaded,
+    seconds: float | None = None,
 ) -> Iterator[Result]:
     """Measure the cases of one shape, whose kernels are checked."""
     cache_bytes = last_level_cache(device)
@@ -139,7 +156,7 @@ def run_shape(
         error = verify_separate(case, load)
         if load.separate:
             candidates[SEPARATE] = load.separate[0]
-        times = measure(capturable(candidates, clock, needed=(KERNEL, COPY, SEPARATE)), clock, repeats)
+        times = measure(capturable(candidates, clock, needed=(KERNEL, COPY, SEPARATE)), clock, repeats, seconds)
         in_cache = load.traffic.total <= cache_bytes
         torch_results = tuple(form_result(form, times) for form in verified if form.name in times)
         peer_results = tuple(PeerResult(call, times.get(call.name)) for call in calls)

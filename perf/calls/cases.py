@@ -58,7 +58,7 @@ WIDTHS = (1280, 1920, 2560, 4096, 7168)  # the paper's 3B, 9B and 27B models, th
 CPU_WIDTHS = (1280, 2560, 7168)  # of these as many as take two cores three minutes
 GPU_TOKENS = (4096, 16384)  # the batch of one sequence, and of four
 REPLAYED = 4  # sublayers of the block that is replayed where its traffic is counted: L_r* of the paper's 3B model
-CPU_STREAM_BYTES = 64 << 20
+CPU_STREAM_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def make_cases(kernels: Iterable[str], shapes: Iterable[Shape]) -> list[Case]:
 
 
 def cpu_tokens(num_streams: int, hidden_size: int, itemsize: int, cache_bytes: int) -> int:
-    """A power of two of tokens whose stream is 64 MiB at most, more where the last-level cache is larger.
+    """A power of two of tokens whose stream is 32 MiB at most, more where the last-level cache is larger.
 
     The limit is never below twice the cache, so that even rounded down to a power of two a stream does not
     fit the cache.

@@ -1,8 +1,9 @@
 """Time things against each other: interleaved rounds, one call a sample, quartiles.
 
 Whatever is compared is timed within the same rounds, so that a slow spell of the machine hits all of it
-alike. Every other round runs backwards, so that nobody always follows the same neighbour. Before each call
-the last-level cache is emptied: else whoever shares a buffer with its neighbour finds it there. Clocks:
+alike. Every other round runs backwards, so that nobody always follows the same neighbour. What takes long
+leaves after a few rounds. Before each call the last-level cache is emptied: else whoever shares a buffer with
+its neighbour finds it there. Clocks:
 
     CpuClock    wall time of one call, monotonic. Notes how long its threads waited for a core: on a machine
                 with other work, a sample measures the scheduler (a kernel of 0.6 ms was seen to take 4 and 8,
@@ -26,6 +27,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 WARMUP_ROUNDS = 2
+FEWEST_ROUNDS = 5  # that count, of what takes long
 SHORTEST_WAIT, LONGEST_WAIT = 1 << 17, 1 << 25  # cycles of a GPU: 70 us and 17 ms at 2 GHz
 WAITING_SHARE = 0.05  # of a call's time; quiet machines stay below it
 REPLAYED_TOKENS = 128  # up to so many, calls on a GPU are captured and replayed
@@ -63,19 +65,33 @@ Run = Callable[[], object]
 Clock = Callable[[Run], Sample]
 
 
-def measure(candidates: Mapping[str, Run], clock: Clock, repeats: int) -> dict[str, Statistics]:
+def measure(
+    candidates: Mapping[str, Run], clock: Clock, repeats: int, seconds: float | None = None
+) -> dict[str, Statistics]:
     """The statistics of every candidate's samples."""
-    return {name: summarize(taken) for name, taken in sample(candidates, clock, repeats).items()}
+    return {name: summarize(taken) for name, taken in sample(candidates, clock, repeats, seconds).items()}
 
 
-def sample(candidates: Mapping[str, Run], clock: Clock, repeats: int) -> dict[str, list[Sample]]:
-    """Run every candidate once a round, for WARMUP_ROUNDS that are dropped and `repeats` that count."""
+def sample(
+    candidates: Mapping[str, Run], clock: Clock, repeats: int, seconds: float | None = None
+) -> dict[str, list[Sample]]:
+    """Run every candidate once a round, for WARMUP_ROUNDS that are dropped and `repeats` that count.
+
+    One whose samples have taken `seconds` together leaves after FEWEST_ROUNDS, and is warmed up once.
+    """
+    warmups: dict[str, list[Sample]] = {name: [] for name in candidates}
     samples: dict[str, list[Sample]] = {name: [] for name in candidates}
+
+    def enough(taken: Sequence[Sample], share: float) -> bool:
+        return seconds is not None and sum(one.seconds for one in taken) >= share * seconds
+
     for round_number in range(WARMUP_ROUNDS + repeats):
         for name in list(candidates)[:: -1 if round_number % 2 else 1]:
-            taken = clock(candidates[name])
-            if round_number >= WARMUP_ROUNDS:
-                samples[name].append(taken)
+            if round_number < WARMUP_ROUNDS:
+                if not enough(warmups[name], 1 / FEWEST_ROUNDS):
+                    warmups[name].append(clock(candidates[name]))
+            elif len(samples[name]) < FEWEST_ROUNDS or not enough(samples[name], 1):
+                samples[name].append(clock(candidates[name]))
     return samples
 
 
@@ -87,9 +103,9 @@ def summarize(samples: Sequence[Sample]) -> Statistics:
 def ratios(samples: Sequence[Sample], baseline: Sequence[Sample]) -> Statistics:
     """Median and quartiles of the ratios to the baseline, round by round: what slows down a whole round cancels.
 
-    A ratio counts as disturbed where either of its samples is.
+    A ratio counts as disturbed where either of its samples is; rounds that one of the two had left have none.
     """
-    pairs = zip(samples, baseline, strict=True)
+    pairs = zip(samples, baseline, strict=False)
     return quartiles([(one.seconds / other.seconds, one.disturbed or other.disturbed) for one, other in pairs])
 
 

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 
 HELP = "measure what mHC adds to a whole layer, beside the paper's 6.7 % and a model's prediction"
 CUSTOM = "custom"
+ROUNDS = "15 on a CPU, 5 of what takes long; 30 on a GPU"
 LEADING_DEVICE = "H200"
 TOKENS = {"cpu": 512, "cuda": SEQUENCE}
 REPEATS = {"cpu": 15, "cuda": 30}
+SECONDS = {"cpu": 1.0, "cuda": None}  # of one candidate's samples: what has taken them leaves early
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,10 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = f"tokens, in sequences of {SEQUENCE} or in a single shorter one (default: 512 on a CPU, {SEQUENCE} on a GPU)"
     add("--tokens", type=positive, metavar="T", help=text)
     add("--streams", type=int, choices=STREAM_COUNTS, default=4, help="residual streams, n (default: 4)")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="of stream, weights and activations (default: bfloat16)")
+    text = "of stream, weights and activations (default: bfloat16; float32 on a CPU that cannot multiply bfloat16)"
+    add("--dtype", choices=DTYPES, help=text)
     text = "forward alone, training (forward and backward), or both (default)"
     add("--mode", choices=(*MODES, "both"), default="both", help=text)
-    add("--repeats", type=positive, metavar="R", help="rounds that count (default: 15 on a CPU, 30 on a GPU)")
+    add("--repeats", type=positive, metavar="R", help=f"rounds that count (default: {ROUNDS})")
     group = parser.add_argument_group("the model")
     add = group.add_argument
     text = f"devices to predict for (default: all of {', '.join(DEVICES)})"
@@ -68,14 +71,16 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ..measure.machine import clock_mhz, last_level_cache
-    from ..measure.timing import WARMUP_ROUNDS, clock_for
+    from ..measure.timing import FEWEST_ROUNDS, WARMUP_ROUNDS, clock_for
     from .layers import make_layers
     from .run import measure_layers
 
     device = pick_device(args.device)
+    args.dtype = args.dtype or default_dtype(device)
     num_tokens, sequence = tokens_and_sequence(args.tokens or TOKENS[device.type])
     modes = MODES if args.mode == "both" else (args.mode,)
     repeats = args.repeats or REPEATS[device.type]
+    seconds = None if args.repeats else SECONDS[device.type]
     at_hand = given or device_at_hand(device, args.dtype)
     devices = [DEVICES[name] for name in args.devices]
     table = [predict(args, sizes, one, mode, SEQUENCE, itemsize=2) for one in devices for mode in modes]
@@ -92,13 +97,15 @@ def run(args: argparse.Namespace) -> int:
         "sequence": sequence,
         "rounds": repeats,
         "warmup_rounds": WARMUP_ROUNDS,
+        "fewest_rounds": FEWEST_ROUNDS,
+        "seconds": seconds,
     }
     assumptions = {"bandwidth_share": args.bandwidth_share, "flops_share": args.flops_share}
 
     print("mhc-tilelang bench overhead: checking the layer first", file=sys.stderr)
     layers = make_layers(sizes, num_tokens, sequence, args.streams, getattr(torch, args.dtype), device)
     clock = clock_for(device, last_level_cache(device))
-    measured = measure_layers(layers, modes, clock, repeats)
+    measured = measure_layers(layers, modes, clock, repeats, seconds)
     facts["clock_mhz"] = clock_mhz(device)
 
     explained = [*devices, given] if given else devices
@@ -128,6 +135,14 @@ def layer_sizes(args: argparse.Namespace) -> LayerSizes:
     if extra := [option for option, value in options.items() if value is not None]:
         raise MHCError(f"{', '.join(extra)}: expected with --model custom only, got --model {args.model}")
     return MODELS[args.model]
+
+
+def default_dtype(device: torch.device) -> str:
+    """The dtype that layers are trained in, unless the device's matrix products in it take many times as long."""
+    import torch
+
+    slow = device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "float32" if slow else "bfloat16"
 
 
 def given_device(args: argparse.Namespace) -> Device | None:

@@ -42,6 +42,7 @@ def header(facts: dict[str, Any], sizes: LayerSizes) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     attention = f"causal attention with {sizes.num_heads} heads of {sizes.head_size}"
     sequences = f"{facts['num_tokens']} tokens in sequences of {facts['sequence']}"
+    fewer = f" ({facts['fewest_rounds']} or more where these take {facts['seconds']} s)" if facts["seconds"] else ""
     return "\n".join(
         (
             f"{facts['device']}, {facts['date']}",
@@ -50,7 +51,8 @@ def header(facts: dict[str, Any], sizes: LayerSizes) -> str:
             f"{sizes.ffn_width}",
             "(dense, as wide as all experts that a token visits; no routing), the same under every connection;",
             f"n {layer['num_streams']}, {layer['dtype']}, {sequences}; medians and quartiles of {facts['rounds']}",
-            "rounds, connections and kernels interleaved, every other round reversed, each call from a cold cache",
+            f"rounds{fewer}, connections and kernels interleaved,",
+            "every other round reversed, each call from a cold cache",
             "",
         )
     )

@@ -104,7 +104,9 @@ def check_layers(layers: Mapping[str, Layer]) -> dict[str, float]:
     return errors
 
 
-def measure_layers(layers: Mapping[str, Layer], modes: tuple[str, ...], clock: Clock, repeats: int) -> Measurement:
+def measure_layers(
+    layers: Mapping[str, Layer], modes: tuple[str, ...], clock: Clock, repeats: int, seconds: float | None = None
+) -> Measurement:
     """Check, then measure. Raises MHCError where the check fails."""
     errors = check_layers(layers)
     x = layers[KERNELS].x
@@ -121,7 +123,7 @@ def measure_layers(layers: Mapping[str, Layer], modes: tuple[str, ...], clock: C
             bar.update()
             return taken
 
-        samples = sample(candidates, counted, repeats)
+        samples = sample(candidates, counted, repeats, seconds)
     timings = {
         mode: {
             kind: Timing(

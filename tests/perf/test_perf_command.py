@@ -8,7 +8,7 @@ what the table shows, a traceback where one line will do.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,13 @@ def test_a_failed_check_ends_it_without_a_number(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def measured(_: cases.Shape, of_shape: Iterator[cases.Case], *__: Any, **___: Any) -> Iterator[Any]:
+        for case in of_shape:
+            pytest.fail(f"measured over a failed check: {case}")
+        yield from ()
+
     checked(PASSED, FAILED)
-    monkeypatch.setattr(bench, "run_shape", lambda *_: pytest.fail("measured over a failed check"))
+    monkeypatch.setattr(bench, "run_shape", measured)
     file = tmp_path / "bench.json"
     assert cli.main(["bench", *SMALL, "--json", str(file)]) == 1
     out = capsys.readouterr().out
@@ -199,8 +204,8 @@ def test_a_row_is_printed_when_it_is_measured(
     """The second case never comes; the first is there, under the columns' names."""
     real = bench.run_shape
 
-    def one(*arguments: Any) -> Any:
-        yield next(real(*arguments))
+    def one(*arguments: Any, **options: Any) -> Any:
+        yield next(real(*arguments, **options))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bench, "run_shape", one)
@@ -270,8 +275,10 @@ def test_marks(clock: list[float], capsys: pytest.CaptureFixture[str], monkeypat
 def test_options_reach_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {}
 
-    def stand_in(chosen: list[cases.Case], device: torch.device, baselines: str, repeats: int) -> Any:
-        asked.update(cases=chosen, device=device, baselines=baselines, repeats=repeats)
+    def stand_in(
+        chosen: list[cases.Case], device: torch.device, baselines: str, repeats: int, seconds: float | None
+    ) -> Any:
+        asked.update(cases=chosen, device=device, baselines=baselines, repeats=repeats, seconds=seconds)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bench, "run_cases", stand_in)
@@ -279,7 +286,7 @@ def test_options_reach_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyboardInterrupt):
         cli.main(["bench", "--device", "cpu", *options.split(), "--repeats", "7"])
     assert asked["device"] == torch.device("cpu")
-    assert (asked["baselines"], asked["repeats"]) == ("all", 7)
+    assert (asked["baselines"], asked["repeats"], asked["seconds"]) == ("all", 7, None)
     expected = [(T, 8, C, d) for d in ("float32", "float16") for C in (32, 64) for T in (8, 16)]
     assert asked["cases"] == [cases.Case("aggregate", cases.Shape(*sizes)) for sizes in expected]
 

@@ -24,6 +24,7 @@ from mhc_tilelang.errors import MHCError
 from mhc_tilelang.modules.connections import ResidualConnection
 from mhc_tilelang.perf.measure import timing
 from mhc_tilelang.perf.measure.timing import Run, Sample
+from mhc_tilelang.perf.overhead import command
 from mhc_tilelang.perf.overhead import report as overhead_report
 from mhc_tilelang.perf.overhead import run as overhead
 from mhc_tilelang.perf.overhead.layers import EAGER, HC, KERNELS, KINDS, RESIDUAL, Layer, make_layers
@@ -32,6 +33,7 @@ from mhc_tilelang.perf.sizes import LayerSizes
 CPU = torch.device("cpu")
 SIZES = LayerSizes(hidden_size=48, num_heads=2, ffn_width=64, head_size=8)
 CUSTOM = "--device cpu --model custom --hidden-size 48 --heads 2 --ffn-width 64 --head-size 8 --tokens 32 --repeats 2"
+CUSTOM += " --dtype bfloat16"
 SECONDS = {RESIDUAL: 1.0, HC: 3.0, EAGER: 2.0, KERNELS: 1.25}
 
 
@@ -152,6 +154,13 @@ def test_attention_is_causal() -> None:
     later = u.clone()
     later[:, 9:] += 1
     torch.testing.assert_close(attention(later)[:, :9], attention(u)[:, :9])
+
+
+@pytest.mark.parametrize(("fast", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_a_cpu_measures_the_dtype_it_multiplies(fast: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
+    assert command.default_dtype(CPU) == expected
+    assert command.default_dtype(torch.device("cuda")) == "bfloat16"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

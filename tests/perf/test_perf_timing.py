@@ -75,6 +75,23 @@ def test_rounds_alternate_in_order_and_warmup_is_dropped() -> None:
     assert times["b"] == summarize([Sample(7.0), Sample(10.0), Sample(13.0)])
 
 
+def test_what_takes_long_leaves_early_and_rounds_stay_aligned() -> None:
+    """Catches a fast candidate that is cut short, a slow one that is not, samples of a ratio from different rounds."""
+    clock = {"slow": 0.25, "fast": 0.01}
+    calls: list[str] = []
+
+    def timed(run: timing.Run) -> Sample:
+        name = run()
+        calls.append(name)
+        return Sample(clock[name])
+
+    candidates: dict[str, timing.Run] = {name: lambda name=name: name for name in clock}
+    samples = timing.sample(candidates, timed, repeats=9, seconds=1.0)
+    assert {name: len(taken) for name, taken in samples.items()} == {"slow": timing.FEWEST_ROUNDS, "fast": 9}
+    assert calls == ["slow", "fast", "fast", *("slow", "fast", "fast", "slow") * 2, "slow", "fast", *["fast"] * 4]
+    assert ratios(samples["slow"], samples["fast"]).samples == timing.FEWEST_ROUNDS
+
+
 def test_cpu_clock_times_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0
 
