@@ -152,25 +152,12 @@ def test_no_token_gives_a_zero_g_phi():
     assert FUNCTION(FUNCTION.arguments(SMALL), needs_phi=False)["g_phi"] is None
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("field", ["g_projected", "x", "phi", "h_pre", "g_layer_input"])
-def test_special_values(field, value):
-    """g_phi has a column of NaN for one of x, a row for one of g_projected."""
-    assert_special_values_stay(FUNCTION, CASE, field, value)
-
-
 @pytest.mark.parametrize("field", ["g_projected", "x"])
 @pytest.mark.usefixtures("gpu_plan")
 def test_special_values_in_the_gpu_plan(field):
     """Rows of padding and halves: zero times NaN must not reach another row."""
     for value in (float("nan"), float("inf")):
         assert_special_values_stay(FUNCTION, CASE, field, value)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_reads_nothing_else(dtype):
-    """In particular not the tokens after the last one, in a tile that has room for 48."""
-    assert_reads_nothing_else(FUNCTION, replace(CASE, num_tokens=3, dtype=dtype))
 
 
 @pytest.mark.usefixtures("gpu_plan")

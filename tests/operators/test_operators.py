@@ -30,15 +30,14 @@ def operator(name):
 def constants_of(function, spec):
     """What the operators of a function take after its tensors."""
     of_spec = (spec.sinkhorn_iters, spec.sinkhorn_eps, spec.pre_eps, spec.rms_eps, spec.post_scale)
-    return {
+    given = {
         "expand": (spec.num_streams,),
         "sinkhorn": (spec.sinkhorn_iters, spec.sinkhorn_eps),
         "head": (spec.pre_eps, spec.rms_eps),
         "post_head": (spec.pre_eps, spec.rms_eps),
-        "post": (),
-        "collapse": (),
         **dict.fromkeys(DELAYED, (*of_spec, EPS)),
-    }.get(function.name, of_spec)
+    }
+    return given.get(function.name, of_spec if "phi" in function.arguments else ())
 
 
 def operator_arguments(function, case):
