@@ -45,6 +45,7 @@ FAMILIES = {
     "head_coefficients_backward": ("head_backward", "head_coefficients_backward_kernel"),
     "sinkhorn_backward": ("sinkhorn_backward", "sinkhorn_backward_kernel"),
     "aggregate_backward": ("aggregate_backward", "aggregate_backward_kernel"),
+    "aggregate_gradients": ("aggregate_backward", "aggregate_gradients_kernel"),
     "aggregate_norm_backward": ("aggregate_norm_backward", "aggregate_norm_backward_kernel"),
     "post_backward": ("post_backward", "post_backward_kernel"),
     "expand_backward": ("expand_backward", "expand_backward_kernel"),

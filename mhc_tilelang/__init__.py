@@ -68,6 +68,7 @@ __all__ = [
     "ResidualConnection",
     "ResidualStream",
     "UnconstrainedHyperConnection",
+    "aggregate",
     "coefficients",
     "collapse",
     "connection",

@@ -1,5 +1,5 @@
-"""The public functions: expand, collapse, coefficients, sinkhorn, pre, first_pre, post, post_pre, head, and those of a
-stream's two ends, expand_pre and post_head.
+"""The public functions: expand, collapse, aggregate, coefficients, sinkhorn, pre, first_pre, post, post_pre, head, and
+those of a stream's two ends, expand_pre and post_head.
 
 Each checks its arguments (`arguments`) and calls its operator (`operators`), which autograd differentiates and
 torch.compile keeps whole. n streams, C = hidden size, K = n·C, M = n² + 2n; "..." stands for any leading
@@ -40,8 +40,6 @@ from .ops_arguments import (
 )
 from .spec import MHCSpec
 
-Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
 
 def expand(h: torch.Tensor, num_streams: int, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """Copy an embedding into n equal streams.
@@ -76,6 +74,27 @@ def collapse(x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tenso
     arguments = Arguments("collapse")
     arguments.tensor("x", x, (num_streams, hidden_size), batched=True)
     return call(arguments, operators.collapse, (x,), (), (num_streams, hidden_size), out)
+
+
+def aggregate(x: torch.Tensor, h_pre: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Aggregate the streams with weights that are given (Eq. 3, H_pre x): `pre` without its coefficients.
+
+    What a draft head, or code with coefficients of its own, needs.
+
+    Args:
+        x: [..., n, C], stream dtype.
+        h_pre: [..., n].
+        out: the result's buffer.
+
+    Returns:
+        layer_input [..., C] in x's dtype: Σ_i h_pre[i] · x[i], added in float32, streams ascending, rounded once.
+    """
+    num_streams, hidden_size = sizes_of("aggregate", "x", x, ("n", "C"))
+    check_streams("aggregate", "x", num_streams)
+    arguments = Arguments("aggregate")
+    arguments.tensor("x", x, (num_streams, hidden_size), batched=True)
+    h_pre = arguments.widened("h_pre", h_pre, (num_streams,), batched=True)
+    return call(arguments, operators.aggregate, (x, h_pre), (), (num_streams, hidden_size), out)
 
 
 def sinkhorn(
@@ -114,8 +133,8 @@ def coefficients(
     spec: MHCSpec,
     *,
     norm_weight: torch.Tensor | None = None,
-    out: Tensors3 | None = None,
-) -> Tensors3:
+    out: tuple[torch.Tensor, ...] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The three mappings of a sublayer from its stream (Eq. 14-19).
 
     Args:

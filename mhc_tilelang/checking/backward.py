@@ -61,6 +61,25 @@ def check_aggregate_backward(case: Case, inputs: Inputs) -> list[Comparison]:
     ]
 
 
+def check_aggregate_gradients(case: Case, inputs: Inputs) -> list[Comparison]:
+    """The same inner products, and a product an element of the stream."""
+    g = Gradients.of(case, inputs.x.device).g_h
+    got = launch.aggregate_gradients(g, inputs.x, inputs.h_pre)
+    plain = by_autograd(plain_torch.aggregate, g, inputs.x, inputs.h_pre)
+    arguments = [numpy64(t) for t in (g, inputs.x, inputs.h_pre)]
+    expected = reference.aggregate_backward(*arguments)
+    magnitude, _ = reference.aggregate_backward(*map(np.abs, arguments))
+    scales = [magnitude, np.sqrt(np.einsum("tc,tic->ti", *(np.square(t) for t in arguments[:2])))]
+    bounds = [
+        tolerance.combination(magnitude, 1, dtype_name(case.dtype)),
+        tolerance.inner_products(scales[1], case.hidden_size),
+    ]
+    return [
+        Comparison(name, numpy64(g), numpy64(p), e, b, s)
+        for name, g, p, e, b, s in zip(("g_x", "g_h_pre"), got, plain, expected, bounds, scales, strict=True)
+    ]
+
+
 def check_post_backward(case: Case, inputs: Inputs) -> list[Comparison]:
     """Two mixtures of streams, and n² + n inner products over the channels."""
     arguments = (inputs.x, inputs.layer_output, inputs.h_post, inputs.h_res)
@@ -128,6 +147,7 @@ CHECKS: dict[str, Callable[[Case, Inputs], list[Comparison]]] = {
     "expand_backward": check_expand_backward,
     "sinkhorn_backward": check_sinkhorn_backward,
     "aggregate_backward": check_aggregate_backward,
+    "aggregate_gradients": check_aggregate_gradients,
     "post_backward": check_post_backward,
     "project_backward": check_project_backward,
     "project_backward_aggregated": check_project_backward_aggregated,

@@ -15,7 +15,7 @@ Tensors come flat, [T, …], checked and contiguous; `operators` sees to that. N
 functions of sizes and target.
 """
 
-from .aggregate import aggregate, aggregate_backward, aggregate_norm, aggregate_norm_backward
+from .aggregate import aggregate, aggregate_backward, aggregate_gradients, aggregate_norm, aggregate_norm_backward
 from .coefficients import (
     coefficients,
     coefficients_backward,
@@ -46,6 +46,7 @@ __all__ = [
     "Written",
     "aggregate",
     "aggregate_backward",
+    "aggregate_gradients",
     "aggregate_mappings",
     "aggregate_norm",
     "aggregate_norm_backward",

@@ -15,7 +15,7 @@ import torch
 from .. import compiler
 from ..compiler.kernel import Kernel, dtype_name
 from ..kernels import plans
-from .operands import aligned, by_width, channel_kernel, placeholder_if_none, stream_kernel
+from .operands import Gradient, aligned, by_width, channel_kernel, placeholder_if_none, stream_kernel
 from .partial_sums import sum_partials
 
 
@@ -54,6 +54,25 @@ def aggregate_backward(
     kernel = stream_kernel("aggregate_backward", x, tile=tile)
     kernel(g_layer_input=by_width(g_layer_input, tile), x=by_width(x, tile), g_h_pre=g_h_pre)
     return g_h_pre
+
+
+def aggregate_gradients(
+    g_layer_input: torch.Tensor, x: torch.Tensor, h_pre: torch.Tensor, *, needs_x: bool = True, needs_h_pre: bool = True
+) -> tuple[Gradient, Gradient]:
+    """g_layer_input [T, C], x [T, n, C], h_pre [T, n] -> g_x [T, n, C] and g_h_pre [T, n], None unless needed."""
+    if not needs_x:
+        return None, aggregate_backward(g_layer_input, x) if needs_h_pre else None
+    g_x, g_h_pre = torch.empty_like(x), torch.empty_like(h_pre) if needs_h_pre else None
+    tile = plans.reduction_tile(x.shape[2], x.element_size(), compiler.platform_of(x.device))
+    kernel = stream_kernel("aggregate_gradients", x, tile=tile, needs_h_pre=needs_h_pre)
+    kernel(
+        g_layer_input=by_width(g_layer_input, tile),
+        x=by_width(x, tile) if needs_h_pre else x.new_empty(1),
+        h_pre=aligned(h_pre),
+        g_x=by_width(g_x, tile),
+        g_h_pre=placeholder_if_none(g_h_pre, h_pre),
+    )
+    return g_x, g_h_pre
 
 
 def aggregate_norm_backward(

@@ -1,7 +1,7 @@
 """The functions as PyTorch operators, `torch.ops.mhc_tilelang.*`: what autograd and torch.compile see.
 
     declaration   X, X_out, X_backward, their fakes and X's autograd from one declaration
-    expand, sinkhorn, post, coefficients, pre, head, post_pre, expand_pre, post_head
+    expand, aggregate, sinkhorn, post, coefficients, pre, head, post_pre, expand_pre, post_head
                   a family a file: its declaration, and what its forward and backward launch
     library       how an operator is registered
     sharding      DTensor placements before and after each of them
@@ -15,6 +15,7 @@ their backward needs (`h_pre`, `projected`); `ops` drops that.
 Importing this package registers all of them.
 """
 
+from .aggregate import aggregate
 from .coefficients import coefficients
 from .expand import collapse, expand
 from .expand_pre import expand_pre
@@ -26,6 +27,7 @@ from .pre import pre
 from .sinkhorn import sinkhorn
 
 __all__ = [
+    "aggregate",
     "coefficients",
     "collapse",
     "expand",

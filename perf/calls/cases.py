@@ -39,7 +39,8 @@ CALLS = (
         "aggregate_norm",
     ),
     *("expand_backward", "project_backward", AGGREGATED, "coefficients_backward", "head_coefficients_backward"),
-    *("sinkhorn_backward", "aggregate_backward", "aggregate_norm_backward", "post_backward"),
+    *("sinkhorn_backward", "aggregate_backward", "aggregate_gradients", "aggregate_norm_backward"),
+    "post_backward",
     *BOUNDARY,
 )
 FORWARD_PARTS = ("post", "project", "coefficients", "aggregate")

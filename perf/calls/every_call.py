@@ -74,6 +74,7 @@ def every_call(shape: Shape, device: torch.device) -> dict[str, Run]:
         ),
         "sinkhorn_backward": lambda: launch.sinkhorn_backward(gradients.g_h_res, inputs.logits, iters, eps),
         "aggregate_backward": lambda: launch.aggregate_backward(gradients.g_h, x),
+        "aggregate_gradients": lambda: launch.aggregate_gradients(gradients.g_h, x, inputs.h_pre),
         "aggregate_norm_backward": lambda: launch.aggregate_norm_backward(gradients.g_h, x, inputs.h_pre, weight, EPS),
         "post_backward": lambda: launch.post_backward(gradients.g_x, *mixed),
         "post_pre": lambda: launch.post_pre(*mixed, *parameters, spec),

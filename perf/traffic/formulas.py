@@ -1,18 +1,19 @@
 """Bytes that a kernel has to move: every tensor it takes or writes, once. From sizes alone, without torch.
 
 Stream tensors are counted in elements per token, in units of C (4n + 2 for the sum of the paper's
-kernels, project, pre and post):
+kernels, project, aggregate and post):
 
-    expand   reads 1      writes n
-    project  reads n      writes 0
-    pre      reads n      writes 1
-    post     reads n + 1  writes n
+    expand     reads 1      writes n
+    project    reads n      writes 0
+    aggregate  reads n      writes 1
+    post       reads n + 1  writes n
 
-    expand_backward   reads n       writes 1
-    project_backward  reads n       writes n
-    aggregate_backward      reads n + 1   writes 0
-    post_backward     reads 2n + 1  writes n + 1
+    expand_backward     reads n       writes 1
+    project_backward    reads n       writes n
+    aggregate_backward  reads n + 1   writes 0
+    post_backward       reads 2n + 1  writes n + 1
 
+    aggregate_gradients      reads n + 1  writes n
     aggregate_norm           reads n      writes 1
     aggregate_norm_backward  reads n + 1  writes 1
 
@@ -85,6 +86,7 @@ def stream_elements(kernel: str, num_streams: int) -> tuple[int, int]:
         "expand_backward": (n, 1),
         "project_backward": (n, n),
         "aggregate_backward": (n + 1, 0),
+        "aggregate_gradients": (n + 1, n),
         "aggregate_norm": (n, 1),
         "aggregate_norm_backward": (n + 1, 1),
         "post_backward": (2 * n + 1, n + 1),

@@ -1,4 +1,4 @@
-"""pre, backward: n inner products over the channels of a token, by the CPU's tile and, on the CPU, by the GPU's.
+"""aggregate, backward: n inner products over the channels of a token, by the CPU's tile and, on the CPU, by the GPU's.
 
 Would catch: channels left out at the end of a row, or read from the next one, a sum in 16 bits.
 """
@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, DTYPES, assert_matches_float64, crosses
-from helpers_backward import BACKWARD, assert_reads_nothing_else, assert_special_values_stay
+from helpers import CPU, DTYPES, assert_matches_float64, assert_same_bits, crosses
+from helpers_backward import BACKWARD
 
 from mhc_tilelang import launch
-from mhc_tilelang.checking.inputs import Case, Inputs
+from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
 from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.kernels import plans
 
@@ -22,16 +22,18 @@ FUNCTION = BACKWARD["aggregate_backward"]
 
 
 @pytest.mark.parametrize("case", crosses())
-def test_matches_float64(case):
-    assert_matches_float64("aggregate_backward", case)
+@pytest.mark.parametrize("kernel", ["aggregate_backward", "aggregate_gradients"])
+def test_matches_float64(kernel, case):
+    assert_matches_float64(kernel, case)
 
 
 @pytest.mark.parametrize("case", [CASE, Case(8, 1031, torch.float32, 5)])
-def test_gpu_tile_matches_float64(case, monkeypatch):
+@pytest.mark.parametrize("kernel", ["aggregate_backward", "aggregate_gradients"])
+def test_gpu_tile_matches_float64(kernel, case, monkeypatch):
     """Tiles of 256 and 512 channels, the last of which hangs over."""
     tile = plans.reduction_tile(case.hidden_size, case.dtype.itemsize, "cuda")
     monkeypatch.setattr(plans, "reduction_tile", lambda *_: tile)
-    assert_matches_float64("aggregate_backward", case)
+    assert_matches_float64(kernel, case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -43,11 +45,11 @@ def test_each_channel_counts_once(dtype):
     np.testing.assert_array_equal(numpy64(launch.aggregate_backward(g, x)), counts)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("field", ["g_layer_input", "x"])
-def test_special_values(field, value):
-    assert_special_values_stay(FUNCTION, CASE, field, value)
-
-
-def test_reads_nothing_else():
-    assert_reads_nothing_else(FUNCTION, replace(CASE, num_tokens=3))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_subset_of_gradients(dtype):
+    """What is needed alone has the bits of both, and g_h_pre those of the kernel that computes it alone."""
+    inputs, g = Inputs.of(replace(CASE, dtype=dtype), CPU), Gradients.of(replace(CASE, dtype=dtype), CPU).g_h
+    g_x, g_h_pre = launch.aggregate_gradients(g, inputs.x, inputs.h_pre)
+    alone, absent = launch.aggregate_gradients(g, inputs.x, inputs.h_pre, needs_h_pre=False)
+    assert absent is None
+    assert_same_bits([alone, launch.aggregate_backward(g, inputs.x)], [g_x, g_h_pre])

@@ -29,6 +29,7 @@ OUTPUTS = {
     "expand_backward": ("g_h",),
     "sinkhorn_backward": ("g_logits",),
     "aggregate_backward": ("g_h_pre",),
+    "aggregate_gradients": ("g_x", "g_h_pre"),
     "post_backward": ("g_x", "g_layer_output", "g_h_post", "g_h_res"),
     "project_backward": ("g_x", "g_phi"),
     "project_backward_aggregated": ("g_x", "g_phi"),

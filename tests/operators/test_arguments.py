@@ -27,6 +27,7 @@ def arguments_of(function):
     return {
         "expand": {"h": torch.zeros(T, C), "num_streams": n},
         "collapse": {"x": x},
+        "aggregate": {"x": x, "h_pre": torch.zeros(T, n)},
         "sinkhorn": {"logits": torch.zeros(T, n, n), "iters": 20, "eps": 1e-6},
         "coefficients": projected,
         "pre": projected,
@@ -38,7 +39,7 @@ def arguments_of(function):
     }[function]
 
 
-FUNCTIONS = ("expand", "collapse", "sinkhorn", "coefficients", "pre", "post", "post_pre", "head")
+FUNCTIONS = ("expand", "collapse", "aggregate", "sinkhorn", "coefficients", "pre", "post", "post_pre", "head")
 FUNCTIONS += ("expand_pre", "post_head")
 PROJECTING = ("coefficients", "pre", "post_pre", "head", "expand_pre", "post_head")
 TENSORS = [(f, name) for f in FUNCTIONS for name, v in arguments_of(f).items() if isinstance(v, torch.Tensor)]
@@ -251,6 +252,7 @@ def test_tangents(function, argument):
 BUFFERS = {
     "expand": {"out": (T, n, C)},
     "collapse": {"out": (T, C)},
+    "aggregate": {"out": (T, C)},
     "sinkhorn": {"out": (T, n, n)},
     "coefficients": {"out[0] (h_pre)": (T, n), "out[1] (h_post)": (T, n), "out[2] (h_res)": (T, n, n)},
     "pre": {"out[0] (layer_input)": (T, C), "out[1] (h_post)": (T, n), "out[2] (h_res)": (T, n, n)},

@@ -37,6 +37,7 @@ def expected_of(name: str, dtype: torch.dtype) -> list[tuple[tuple[int, ...], to
     results = {
         "expand": [x],
         "collapse": [u],
+        "aggregate": [u],
         "sinkhorn": [res],
         "coefficients": [post, post, res],
         "pre": [u, post, res],

@@ -82,6 +82,7 @@ FUNCTIONS = {
     for function in (
         Function("expand", ("h",), lambda spec: {"num_streams": spec.num_streams}),
         Function("collapse", ("x",), lambda _: {}),
+        Function("aggregate", ("x", "h_pre"), lambda _: {}),
         Function("sinkhorn", ("logits",), lambda spec: {"iters": spec.sinkhorn_iters, "eps": spec.sinkhorn_eps}),
         Function("coefficients", _PROJECTED, lambda spec: {"spec": spec}),
         Function("pre", _PROJECTED, lambda spec: {"spec": spec}),

@@ -140,6 +140,12 @@ BACKWARD = {
         launch.aggregate_backward,
         lambda g_layer_input, x: (np.einsum("tc,tic->ti", g_layer_input, x),),
     ),
+    "aggregate_gradients": Backward(
+        ("g_x", "g_h_pre"),
+        lambda _, i, g: {"g_layer_input": g.g_h, "x": i.x, "h_pre": i.h_pre},
+        launch.aggregate_gradients,
+        reference.aggregate_backward,
+    ),
     "post_backward": Backward(
         ("g_x", "g_layer_output", "g_h_post", "g_h_res"),
         lambda _, i, g: {
