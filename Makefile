@@ -45,8 +45,9 @@ docs-guide: $(READY) ## take the excerpts, tables, numbers and figures of the pa
 	$(BIN)/python -m mhc_tilelang.perf.figures.excerpts .
 	$(BIN)/python -m mhc_tilelang.perf.figures.guide docs/guide/figures
 
-docs-predict: $(READY) ## write the tables of docs/predict.md: how far predictions are off
-	$(BIN)/python -m mhc_tilelang.perf.predict.report docs/predict.md
+docs-predict: $(READY) ## predict anew what changed (nvcc), write the tables of docs/predict.md and docs/tuning.md
+	$(BIN)/python -m mhc_tilelang.perf.predict.stored
+	$(BIN)/python -m mhc_tilelang.perf.predict.report docs/predict.md docs/tuning.md
 
 docs-kernels: $(READY) ## write the pages of docs/kernels
 	$(BIN)/python -m mhc_tilelang.perf.inspect.pages docs/kernels

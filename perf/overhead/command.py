@@ -110,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
 
     explained = [*devices, given] if given else devices
     predictions = [overhead_report.model_table(table + (predicted if given else []), explained, assumptions)]
+    predictions.append(overhead_report.predicted_kernels(table, sizes, args.streams))
     if any(one.name == LEADING_DEVICE for one in devices):
         predictions.insert(0, overhead_report.headline(table, LEADING_DEVICE, SEQUENCE))
     measurements = [

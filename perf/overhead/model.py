@@ -112,6 +112,11 @@ class Prediction:
     mode: str
     seconds: float
     overhead: dict[str, float]
+    residual: float = 0.0  # seconds of the plain residual's own adding, which a connection takes the place of
+
+    def with_connection(self, seconds: float) -> float:
+        """The share that connections add which take so many seconds per token in a layer."""
+        return (seconds - self.residual) / self.seconds
 
 
 def predict(
@@ -138,4 +143,4 @@ def predict(
     residual = connections(RESIDUAL)
     seconds = work.flops / flops + moving(work.elements) + residual
     overhead = {name: (connections(form) - residual) / seconds for name, form in FORMS.items()}
-    return Prediction(device.name, mode, seconds, overhead)
+    return Prediction(device.name, mode, seconds, overhead, residual)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..bench.report import milliseconds
 from ..sizes import LayerSizes
-from .model import FORMS, MODES, OURS, SUBLAYERS, TRAINING, Device, Prediction
+from .model import FORMS, FORWARD, MODES, OURS, SUBLAYERS, TRAINING, Device, Prediction
 
 if TYPE_CHECKING:
     from ..measure.timing import Statistics
@@ -58,6 +58,11 @@ def header(facts: dict[str, Any], sizes: LayerSizes) -> str:
     )
 
 
+PREDICTED_KERNELS = """\
+The same for our kernels with times that mhc-tilelang predict reads from machine code, launches in it, in place of
+bytes over an assumed share of the bandwidth (from, to: the prediction's interval; not measured):"""
+
+
 def headline(predictions: Sequence[Prediction], device: str, sequence: int) -> str:
     """The model's answer for one device."""
     ours = {p.mode: f"{percent(p.overhead[OURS])} to {IN_MODE[p.mode]}" for p in predictions if p.device == device}
@@ -86,6 +91,22 @@ def model_table(predictions: Sequence[Prediction], devices: Sequence[Device], as
         "FLOP/s, of",
     ]
     lines += [f"  {d.name}: {d.bandwidth / 1e12:.3g} TB/s, {d.flops / 1e12:.4g} TFLOP/s ({d.source})" for d in devices]
+    return "\n".join(lines)
+
+
+def predicted_kernels(predictions: Sequence[Prediction], sizes: LayerSizes, num_streams: int) -> str:
+    """What our kernels add by the times that `mhc-tilelang predict` gives them, or why it gives none."""
+    from ..predict.stored import TOKENS, connection
+
+    lines = [PREDICTED_KERNELS]
+    for one in predictions:
+        found = connection(one.device, sizes.hidden_size, num_streams)
+        if isinstance(found, str):
+            lines.append(f"  {one.device}, {IN_MODE[one.mode]}: as above, by bytes: {found}")
+            continue
+        times = [f + (0.0 if one.mode == FORWARD else b) for f, b in zip(*found, strict=True)]
+        middle, low, high = (percent(one.with_connection(SUBLAYERS * us * 1e-6 / TOKENS)) for us in times)
+        lines.append(f"  {one.device}, {IN_MODE[one.mode]}: {middle}, from {low} to {high}")
     return "\n".join(lines)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..predict.stored import TOKENS, connection
 from ..simulation.costs import FUSED, Assumptions
 from ..simulation.overhead import overhead, step_overhead
 from ..sizes import MODELS, SEQUENCE
 from ..stored.command import markdown_table
 from ..stored.results import OverheadResults
 from . import model
-from .model import DEVICES, FORWARD, ONE_BY_ONE, OURS, TRAINING
+from .model import DEVICES, FORWARD, ONE_BY_ONE, OURS, SUBLAYERS, TRAINING
 from .report import IN_MODE, LABELS, PAPER, percent
 
 HEADERS = ["who", "of what", "against", "how", "adds"]
@@ -40,12 +41,12 @@ def measured(results: OverheadResults) -> list[list[str]]:
     """A stored layer, ours before plain torch."""
     over = {(row.connection, row.mode): row.overhead for row in results.rows}
     rows = []
-    for connection in (LABELS[kind] for kind in ("mhc_kernels", "mhc_eager", "hc")):
-        what = f"one layer, {connection}; {results.layer}; {results.facts.device}"
+    for label in (LABELS[kind] for kind in ("mhc_kernels", "mhc_eager", "hc")):
+        what = f"one layer, {label}; {results.layer}; {results.facts.device}"
         numbers = [
             f"{IN_MODE[mode]} {percent(one.median / 100)} ({one.lower_quartile:.1f} to {one.upper_quartile:.1f})"
             for mode in (TRAINING, FORWARD)
-            if (one := over[connection, IN_MODE[mode]])
+            if (one := over[label, IN_MODE[mode]])
         ]
         rows.append(["**`bench overhead`**", what, PLAIN, "**measured here**", "; ".join(numbers)])
     return rows
@@ -71,7 +72,21 @@ def layer() -> list[list[str]]:
         f"one layer, {form}; {SEQUENCE} tokens, forward + backward": {name: found[name][form] for name in MODELS}
         for form in (OURS, ONE_BY_ONE, PAPERS_KERNELS, FLOOR, UNFUSED)
     }
-    return [modelled("bench overhead", what, share.__getitem__) for what, share in shares.items()]
+    return [*(modelled("bench overhead", what, share.__getitem__) for what, share in shares.items()), *predicted()]
+
+
+def predicted() -> list[list[str]]:
+    """One layer, with kernel times of `mhc-tilelang predict` where it gives any."""
+    numbers = []
+    for name, sizes in MODELS.items():
+        found = connection("H200", sizes.hidden_size, 4)
+        if not isinstance(found, str):
+            one = model.predict(sizes, DEVICES["H200"], TRAINING, sequence=SEQUENCE)
+            times = [SUBLAYERS * (forward + backward) * 1e-6 / TOKENS for forward, backward in zip(*found, strict=True)]
+            middle, low, high = (percent(one.with_connection(seconds)) for seconds in times)
+            numbers.append(f"{name} {middle} ({low} to {high})")
+    what = f"one layer, {OURS}, their times predicted from machine code; {SEQUENCE} tokens, forward + backward; H200"
+    return [["`bench overhead`", what, PLAIN, "predicted", ", ".join(numbers) or "no answer"]]
 
 
 def stage() -> list[list[str]]:

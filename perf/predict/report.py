@@ -1,8 +1,8 @@
 """What `predict --validate` and `--peers` say, as text, JSON and the generated part of docs/predict.md.
 
-`python -m mhc_tilelang.perf.predict.report docs/predict.md` writes that part anew; a test compares. The bad rows are in
-all of them. Peers are TileKernels' kernels at the published shapes, each predicted by constants that were fitted
-without it, within the ranges of `fit`: as ours are, which no fit has seen. Neither the package nor nvcc is needed.
+`python -m mhc_tilelang.perf.predict.report docs/predict.md docs/tuning.md` writes both anew; tests compare. The bad
+rows are in all of them. Peers are TileKernels' kernels at the published shapes, each predicted by constants that were
+fitted without it, within the ranges of `fit`: as ours are, which no fit has seen. Needs neither the package nor nvcc.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ import numpy as np
 from tabulate import tabulate
 
 from ..inspect.tile_kernels import KERNELS
+from . import stored
 from .devices import DEVICES, Device
 from .fit import RANGES, Bench, Error, Validation, quantiles, ranking, validate, without_kernels
 from .model import SHORT_US
-from .predicted import BANDS
+from .predicted import BANDS, digits
 
 HEADING = "## How far off it is\n"
+MARKS = "### As predicted\n", "### In flight\n"
+TUNED, NUMBERS = ("h200", "b200"), ("us", "low", "high", "memory_us", "sm_us")
 SHAPE = 4096, 8192  # of the page's table of peers
 WARM_TOKENS = (256, 512)  # of vLLM's points: sets of 33 and 66 MB, in a cache that was warm; the tool refuses them
 LARGE_TOKENS = 1024
@@ -203,6 +206,22 @@ def refreshed(page: str, found: Validation) -> str:
     return page[: page.index(HEADING)] + HEADING + "\n" + "\n\n".join(parts) + "\n"
 
 
+def tuning(page: str) -> str:
+    """docs/tuning.md with the stored predictions between two headings as they are now."""
+    before, rest = page.split(MARKS[0])
+    tables = []
+    for gpu in TUNED:
+        lines = []
+        for row in (row for (name, _, width), row in stored.rows().items() if (name, width) == (gpu, stored.WIDTH)):
+            parts = row["parts"] if len(row["parts"]) > 1 else []
+            said = "; ".join(filter(None, (*row["reasons"], row["change_first"])))
+            lines.append([f"`{row['name']}`", *map(digits, (row[key] for key in NUMBERS)), row["regime"], said])
+            lines += [[f"· {p['family']}", *map(digits, (p[key] for key in NUMBERS)), "", ""] for p in parts]
+        headers = ("call", "predicted, µs", "from", "to", "memory", "SM", "regime", "what to change first")
+        tables.append(f"{gpu}:\n\n{tabulate(lines, headers, tablefmt='github', disable_numparse=True)}")
+    return MARKS[0].join((before, "\n" + "\n\n".join(tables) + "\n\n" + MARKS[1] + rest.split(MARKS[1])[1]))
+
+
 def constants(device: Device) -> str:
     """A device's table: value, range, source."""
     lines = [f"{device.name} ({device.arch}):", "", "| constant | value | range | source |", "|---|---|---|---|"]
@@ -213,5 +232,6 @@ def constants(device: Device) -> str:
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    path.write_text(refreshed(path.read_text(encoding="utf-8"), validate()), encoding="utf-8")
+    page, tuned = map(Path, sys.argv[1:3])
+    page.write_text(refreshed(page.read_text(encoding="utf-8"), validate()), encoding="utf-8")
+    tuned.write_text(tuning(tuned.read_text(encoding="utf-8")), encoding="utf-8")

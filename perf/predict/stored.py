@@ -1,8 +1,9 @@
 """Predictions kept with the source, for what has no nvcc: `python -m mhc_tilelang.perf.predict.stored` makes them.
 
-Every call of CALLS at WIDTHS on every device of `devices`, from a cold last-level cache, as `bench` measures. Each row
-has a hash of the TIR of its kernels and of the device's constants; a test compares. `simulate`, `bench overhead` and
-docs/tuning.md read them.
+Every call of CALLS at one width, the fused boundary at those of all models, on every device of `devices`, from a cold
+last-level cache, as `bench` measures. Each row has a hash of the TIR of its kernels, their sizes and the device's
+constants, which a test compares: only what has changed is predicted anew, everything with `--again`, as after a change
+of the model. `simulate`, `bench overhead` and docs/tuning.md read them.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ import hashlib
 import json
 import sys
 from functools import cache
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..calls.cases import Case, Shape
 from .devices import DEVICES, FILES, Device
 
 FILE = Path(__file__).with_name("predictions.json")
-TOKENS, STREAMS, WIDTHS, DTYPE = 4096, 4, (2560,), "bfloat16"
+TOKENS, STREAMS, DTYPE, WIDTH = 4096, 4, "bfloat16", 2560
+WIDTHS = (WIDTH,)  # at which `simulate` has them; each further one is minutes of nvcc
+BOUNDARY = ("post_pre", "post_pre_backward")
 CALLS = (
     *("expand", "aggregate", "aggregate_norm", "post", "project", "coefficients", "sinkhorn"),
     *("post_pre", "post_pre_delayed", "replay", "expand_backward", "aggregate_backward", "aggregate_norm_backward"),
@@ -28,8 +32,9 @@ CALLS = (
 
 
 def cases(width: int) -> list[Case]:
-    """What is predicted at a width."""
-    return [Case(call, Shape(TOKENS, STREAMS, width, DTYPE)) for call in CALLS]
+    """What is predicted at a width: the fused boundary at those of all models, every call at one."""
+    calls = CALLS if width == WIDTH else BOUNDARY
+    return [Case(call, Shape(TOKENS, STREAMS, width, DTYPE)) for call in calls]
 
 
 def digest(case: Case, device: Device) -> str:
@@ -37,7 +42,8 @@ def digest(case: Case, device: Device) -> str:
     from ...compiler.tracing import trace
     from .predicted import launches_of
 
-    texts = [trace(one.family, one.parameters).script() for one in launches_of(case, device, "")]
+    launches = launches_of(case, device, "")
+    texts = [f"{trace(one.family, one.parameters).script()} {sorted(one.sizes.items())}" for one in launches]
     return hashlib.sha256("\0".join([*texts, FILES[device.name].read_text()]).encode()).hexdigest()[:16]
 
 
@@ -48,18 +54,40 @@ def rows() -> dict[tuple[str, str, int], dict[str, Any]]:
     return {(row["gpu"], row["name"], row["hidden_size"]): row for row in stored}
 
 
-def write() -> None:
-    """Predict everything anew."""
+class Connection(NamedTuple):
+    """Predicted µs of a sublayer's fused boundary, forward and backward, at TOKENS tokens: middle, low, high."""
+
+    forward: tuple[float, float, float]
+    backward: tuple[float, float, float]
+
+
+def connection(device: str, hidden_size: int, num_streams: int) -> Connection | str:
+    """What is stored of the fused boundary, or why there is no time of it."""
+    found = []
+    for call in BOUNDARY:
+        row = rows().get((device.lower(), call, hidden_size)) if num_streams == STREAMS else None
+        if row is None:
+            return f"{device}, n = {num_streams}, C = {hidden_size}: nothing is stored"
+        if row["low"] is None:
+            return f"{call} at C = {hidden_size}: no answer: {row['reasons'][0]}"
+        middle = row["us"] or (row["low"] + row["high"]) / 2
+        found.append((middle, row["low"], row["high"]))
+    return Connection(*found)
+
+
+def write(again: bool) -> None:
+    """Predict what has changed since it was stored, or everything; each row is stored as it comes."""
     from .predicted import predict
 
-    found = []
-    for width in WIDTHS:
-        for device in DEVICES.values():
-            for case in cases(width):
-                print(device.name, case.kernel, width, file=sys.stderr, flush=True)
-                row = predict(case, device, flushed=True).as_row()
-                found.append(rounded({**row, "digest": digest(case, device)}))
-    FILE.write_text("[\n" + ",\n".join(map(json.dumps, found)) + "\n]\n", encoding="utf-8")
+    wanted = {(d.name, c.kernel, width): (c, d) for width, d in product(WIDTHS, DEVICES.values()) for c in cases(width)}
+    found = {key: row for key, row in rows().items() if key in wanted}
+    for key, (case, device) in wanted.items():
+        made_from = digest(case, device)
+        if again or key not in found or found[key]["digest"] != made_from:
+            print(*key, file=sys.stderr, flush=True)
+            found[key] = rounded({**predict(case, device, flushed=True).as_row(), "digest": made_from})
+            lines = (json.dumps(found[key]) for key in wanted if key in found)
+            FILE.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
 
 def rounded(value: Any) -> Any:
@@ -72,4 +100,4 @@ def rounded(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    write()
+    write("--again" in sys.argv)

@@ -8,8 +8,9 @@ from typing import Any
 
 from ..overhead.model import DEVICES
 from ..overhead.report import PAPER, percent
+from ..predict.stored import TOKENS, connection
 from ..sizes import NUM_LAYERS, SEQUENCE
-from .costs import Assumptions, costs, forms
+from .costs import FUSED, Assumptions, Measured, costs, forms
 from .overhead import Change, Solution, overhead, pipeline_of, sensitivity, solve, step_overhead
 from .stage import stage_of
 from .streams import makespan
@@ -19,6 +20,11 @@ mHC adds: to a stage's forward and backward micro-batch in the steady state, of 
 1F1B step: all stages and micro-batches, one direction at a time on a stage, and it waits for its experts; the bubble is
 that of the plain residual's step, the wait for sends included. Taken as free: launches, imbalance, what tasks that run
 side by side take from each other, the optimizer, embedding, head. The paper names neither model nor hardware."""
+
+
+PREDICTED = """\
+The same with kernel times that mhc-tilelang predict reads from machine code, launches in it, in place of bytes over an
+assumed share of the bandwidth; from, to: the prediction's interval. Predicted, not measured."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ def report(results: Results) -> str:
         "A MODEL: a simulated schedule of tasks whose times follow from sizes and assumptions; no measurement.",
         "\n".join(assumed(given)),
         models_table(results.models),
+        predicted_table(results),
         f"{given.model}, one assumption changed at a time:\n\n{changes_table(results.changes)}",
         f"One assumption's value, the others kept, that gives a stage {percent(PAPER)}:\n\n{solutions_table(results)}",
         NOTES,
@@ -112,6 +119,27 @@ def assumed(given: Assumptions) -> list[str]:
         ("layer", "plain causal attention; a dense SwiGLU as wide as all experts of a token; no routing"),
     ]
     return [f"  {name:<15}{text}" for name, text in pairs]
+
+
+def predicted_table(results: Results) -> str:
+    """mHC's share with kernel times that `mhc-tilelang predict` gives, in place of bytes; why, where it gives none."""
+    lines, reasons = [], []
+    for model in (row.model for row in results.models):
+        given = replace(results.given, model=model)
+        found = connection(given.device, given.sizes.hidden_size, given.num_streams)
+        if given.form != FUSED or given.measured:
+            found = "connections are " + ("measured" if given.measured else f"not the {FUSED}'s")
+        if isinstance(found, str):
+            reasons.append(f"{model}: as above, by bytes: {found}")
+            continue
+        shares = [
+            overhead(replace(given, measured=Measured(forward * 1e-6 / TOKENS, backward * 1e-6 / TOKENS, "predicted")))
+            for forward, backward in zip(*found, strict=True)
+        ]
+        lines.append([model, *(f"{us[0]:.0f}" for us in found), *map(percent, shares)])
+    headers = ["model", "post_pre, us", "post_pre_backward, us", "mHC adds", "from", "to"]
+    shown = [table(headers, lines, ["left", *["right"] * 5])] if lines else []
+    return "\n\n".join([PREDICTED, *shown, *(["\n".join(reasons)] if reasons else [])])
 
 
 def models_table(rows: Sequence[ModelRow]) -> str:

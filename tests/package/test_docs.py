@@ -139,24 +139,6 @@ def test_numbers_that_nothing_holds_are_noticed() -> None:
         assert held_by_nothing(text) == [], text
 
 
-def test_the_predictions_rest_on_the_stored_builds() -> None:
-    """Blocks a multiprocessor and registers of docs/tuning.md, row by row: catches a plan that has changed since."""
-    page = (ROOT / "docs" / "tuning.md").read_text(encoding="utf-8")
-    rows = re.findall(
-        r"^\| `(\w+)`(, (?:delayed|aggregated))?[^|`]*(?:`split_phi`)? \|(?:[^|]*\|){2} \d+ × (\d+) \| (\d+) \|",
-        page,
-        re.M,
-    )
-    assert len(rows) == 18
-    for kernel, variant, blocks, registers in rows:
-        name = f"{kernel} (aggregated)" if variant or kernel == "boundary_backward" else kernel
-        name = {"boundary_sums": "boundary_sums (16 lanes)"}.get(name, name)
-        assert (blocks, registers) == (
-            facts.built(name, "blocks, warps").split(",")[0],
-            facts.built(name, "registers"),
-        ), name
-
-
 @pytest.mark.parametrize("name", ["default", "2048x4x1024-all-baselines", "2048x4x1024-boundary"])
 def test_the_stored_report_is_that_of_the_stored_results(name: str) -> None:
     """Pages take rows of report.md."""

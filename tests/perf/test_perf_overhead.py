@@ -7,6 +7,7 @@ round moves, memory counted twice, a CPU's figure that reads like the paper's, a
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -280,6 +281,7 @@ def test_a_described_machine_gets_a_prediction(tmp_path: Path, capsys: pytest.Ca
     assert overhead_report.percent(prediction["overhead"]["our kernels"]) in line
     assert "on an H200" not in out
     assert "no prediction" not in out
+    assert re.search(r"A100, .*: as above, by bytes: A100, n = 4, C = \d+: nothing is stored", out)
 
 
 def test_a_failed_check_ends_it_without_a_number(

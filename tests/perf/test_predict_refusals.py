@@ -9,6 +9,7 @@ for a fused kernel.
 from __future__ import annotations
 
 import json
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ from mhc_tilelang.compiler.cuda_source import CudaSource
 from mhc_tilelang.compiler.toolchain import find_nvdisasm
 from mhc_tilelang.errors import MHCError
 from mhc_tilelang.perf.calls.cases import Case, Shape
-from mhc_tilelang.perf.predict import launched, predicted
+from mhc_tilelang.perf.predict import launched, predicted, stored
 from mhc_tilelang.perf.predict.barriers import count_barriers
 from mhc_tilelang.perf.predict.block import Block, walk_block
 from mhc_tilelang.perf.predict.devices import DEVICES, device
@@ -253,15 +254,42 @@ def test_validation_and_peers_are_printed(tmp_path, capsys):
     assert "outside" in capsys.readouterr().out  # the bad rows are shown
 
 
+@pytest.mark.parametrize(
+    "call", [pytest.param(call, marks=[] if call == "post" else [pytest.mark.full]) for call in stored.CALLS]
+)
+def test_stored_predictions_are_of_the_kernels_as_they_are(call):
+    for width, gpu in product(stored.WIDTHS, DEVICES.values()):
+        for case in (case for case in stored.cases(width) if case.kernel == call):
+            row = stored.rows()[gpu.name, call, width]
+            assert row["digest"] == stored.digest(case, gpu), "stale: run make docs-predict"
+
+
+def test_what_is_stored_of_a_boundary(monkeypatch):
+    def row(call, us, low, high, reasons=()):
+        return ("h200", call, 2560), {"us": us, "low": low, "high": high, "reasons": reasons}
+
+    both = [row("post_pre", 132.0, 76.0, 215.0), row("post_pre_backward", None, 10.0, 30.0)]
+    monkeypatch.setattr(stored, "rows", lambda: dict(both))
+    assert stored.connection("H200", 2560, 4) == ((132.0, 76.0, 215.0), (20.0, 10.0, 30.0))
+    assert "nothing is stored" in stored.connection("H200", 2560, 8)
+    assert "nothing is stored" in stored.connection("A100", 2560, 4)
+    monkeypatch.setattr(
+        stored, "rows", lambda: dict([both[0], row("post_pre_backward", None, None, None, ["x: spills"])])
+    )
+    assert stored.connection("H200", 2560, 4) == "post_pre_backward at C = 2560: no answer: x: spills"
+
+
 def test_the_page_is_fresh():
     from pathlib import Path
 
     from mhc_tilelang.perf.predict import report
     from mhc_tilelang.perf.predict.fit import validate
 
-    path = Path(__file__).parents[2] / "docs" / "predict.md"
-    text = path.read_text(encoding="utf-8")
+    docs = Path(__file__).parents[2] / "docs"
+    text = (docs / "predict.md").read_text(encoding="utf-8")
     assert report.refreshed(text, validate()) == text, "stale: run make docs-predict"
+    text = (docs / "tuning.md").read_text(encoding="utf-8")
+    assert report.tuning(text) == text, "stale: run make docs-predict"
 
 
 @pytest.mark.nvcc

@@ -1,6 +1,7 @@
 """`mhc-tilelang simulate`: what it prints, draws and reads; the page that shows it and `mhc-tilelang memory`.
 
-Would catch: an assumption that is not printed, stored times that are not used, a page that shows older numbers.
+Would catch: an assumption that is not printed, stored times that are not used, a page that shows older numbers,
+predicted times that are taken for measured ones or in other units.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import pytest
 from mhc_tilelang import cli
 from mhc_tilelang.perf.calls.cases import BACKWARD_KERNELS, KERNELS
 from mhc_tilelang.perf.overhead.model import DEVICES
-from mhc_tilelang.perf.simulation.costs import Assumptions
+from mhc_tilelang.perf.predict.stored import Connection
+from mhc_tilelang.perf.simulation import report
+from mhc_tilelang.perf.simulation.costs import Assumptions, costs
 from mhc_tilelang.perf.simulation.overhead import overhead, step_overhead
 from mhc_tilelang.perf.sizes import MODELS
 
@@ -95,6 +98,24 @@ def test_stored_times_of_something_else(
     given = [option.replace("_", " ") for option in options.split()]
     assert cli.main(["simulate", "--results", str(gpu_results(tmp_path, 1e-4)), *given]) == 1
     assert named in capsys.readouterr().err
+
+
+def test_predicted_kernels_take_the_place_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times that are those of the bytes give what the bytes give; longer ones more; a refusal is said."""
+    given = Assumptions()
+    cost = costs(given, plain=False)
+    times = [1e6 * seconds for seconds in (cost.connection, cost.connection_backward)]
+    found = {2560: Connection(*((us, 0.5 * us, 2 * us) for us in times)), 1280: "spills inside a loop"}
+    monkeypatch.setattr(report, "connection", lambda _device, width, _streams: found[width])
+    text = report.predicted_table(report.simulate(given, ("27b", "3b")))
+    line = next(line for line in text.splitlines() if line.startswith("27b"))
+    middle, low, high = re.findall(r"([\d.]+) %", line)
+    assert middle == f"{100 * overhead(given):.1f}"
+    assert float(low) < float(middle) < float(high)
+    assert "3b: as above, by bytes: spills inside a loop" in text
+    assert "not measured" in text
+    alone = report.predicted_table(report.simulate(Assumptions(form="kernel by kernel"), ("27b",)))
+    assert "27b: as above, by bytes: connections are not the fused boundary's" in alone
 
 
 def test_pictures(tmp_path: Path) -> None:
