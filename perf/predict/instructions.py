@@ -22,6 +22,7 @@ from .registers import (
     Registers,
     UnknownError,
     Value,
+    exact,
     inverted,
     is_predicate,
     needed,
@@ -130,7 +131,7 @@ def multiply_add(step: Instruction, r: Registers) -> Sequence[Value]:
     """IMAD Rd, a, b, c; .WIDE: 64 bits of c and Rd; .HI: their upper half; .X: and a carry."""
     (a, b, c), carried = sources(step)
     read = r.word if "U32" in step.modifiers else r.signed
-    product = 0 if {a, b} & {"RZ", "URZ"} else read(a) * read(b)  # a move is written as 0 times anything
+    product = 0 if {a, b} & {"RZ", "URZ"} else exact(read(a)) * exact(read(b))  # a move is written as 0 times anything
     ones = sum(map(r.bit, carried))
     if not {"WIDE", "HI"} & set(step.modifiers):
         return (product + r.term(c) + ones & WORD,)
@@ -146,17 +147,17 @@ def move(step: Instruction, r: Registers) -> Sequence[Value]:
 def shift(step: Instruction, r: Registers) -> Sequence[Value]:
     """SHF.L.U32 Rd, a, by, c and the rest: the 64 bits c:a, shifted, one half of them."""
     lower, by, upper = step.operands[1:4]
-    names, count = set(step.modifiers), r.word(by)
+    names, count = set(step.modifiers), exact(r.word(by))
     wide = bool(names & {"U64", "S64"})
     most = 63 if wide else 32
     count = count & 31 if "W" in names else where(count > most, most, count)
     if "L" in names:
-        value = r.word(lower) << count
-        return [value + (r.word(upper) << count + 32) >> 32 & WORD if "HI" in names else value & WORD]
+        value = exact(r.word(lower)) << count
+        return [value + (exact(r.word(upper)) << count + 32) >> 32 & WORD if "HI" in names else value & WORD]
     top = r.signed(upper) if names & {"S32", "S64"} else r.word(upper)
     if "HI" in names or (not wide and lower in ("RZ", "URZ") and "W" not in names):
         return [top >> count & WORD]
-    return [(top << 32 | r.word(lower)) >> count & WORD]
+    return [(exact(top) << 32 | exact(r.word(lower))) >> count & WORD]
 
 
 def by_table(table: int, operands: Sequence[str], read: Callable[[str], Value], ones: int) -> Value:
@@ -217,9 +218,9 @@ def scaled_add(step: Instruction, r: Registers) -> Sequence[Value]:
     if "HI" not in step.modifiers:
         value = r.word(a) << r.word(others[0]) & WORD
     elif "SX32" in step.modifiers:
-        value = (r.signed(a) & PAIR) << r.word(others[0]) >> 32 & WORD
+        value = (exact(r.signed(a)) & PAIR) << r.word(others[0]) >> 32 & WORD
     else:
-        value = (r.word(others[0]) << 32 | r.word(a)) << r.word(others[1]) >> 32 & WORD
+        value = (exact(r.word(others[0])) << 32 | exact(r.word(a))) << r.word(others[1]) >> 32 & WORD
     total = value + r.term(b) + sum(map(r.bit, carried))
     return total & WORD, total >> 32 >= 1
 
@@ -248,7 +249,7 @@ def permute(step: Instruction, r: Registers) -> Sequence[Value]:
     result: Value = 0
     for byte in range(4):
         wanted = selector >> 4 * byte
-        found = (b << 32 | a) >> (wanted & 7) * 8 & 0xFF
+        found = (exact(b) << 32 | exact(a)) >> (wanted & 7) * 8 & 0xFF
         result = result | where(wanted & 8 != 0, (found >> 7 & 1) * 0xFF, found) << 8 * byte
     return [result]
 
@@ -304,10 +305,10 @@ def byte_of(text: str) -> int:
 def to_float(step: Instruction, r: Registers) -> Sequence[Value]:
     """I2F[.RP][.U32] Rd, a: a division of integers starts so, .RP rounds up."""
     value = (r.word if "U32" in step.modifiers else r.signed)(step.operands[-1])
-    exact = np.asarray(value, dtype=np.float64)
-    number = exact.astype(np.float32)
+    double = np.asarray(value, dtype=np.float64)
+    number = double.astype(np.float32)
     if "RP" in step.modifiers:
-        number = np.where(number < exact, np.nextafter(number, np.float32(np.inf)), number)
+        number = np.where(number < double, np.nextafter(number, np.float32(np.inf)), number)
     return [bits_of(number)]
 
 
@@ -339,7 +340,7 @@ def bits_of(number: np.ndarray) -> Value:
 
 def plain(value: np.ndarray) -> Value:
     """Python's numbers; an array of no axis as one of them."""
-    return value.astype(object) if value.ndim else int(value)
+    return value.astype(np.int64) if value.ndim else int(value)
 
 
 def exchange(step: Instruction, r: Registers) -> Sequence[Value]:

@@ -1,9 +1,9 @@
 """A warp's registers and predicates over its lanes, and what an operand of an instruction says about them.
 
-A value is a Python int where all lanes of a block agree, else an array of Python ints: exact at any width, so a carry
-is a shift. What came from memory or out of floating-point arithmetic is unknown: None in a register; to read it raises
-UnknownError, and then every result of the instruction is unknown. Registers hold 32 bits without a sign; a predicate
-is a bool or an array of them.
+A value is a Python int where all lanes of a block agree, else an array: of int64 for 32 bits, of Python's ints where it
+may be wider (`exact`), so a carry is a shift. What came from memory or out of arithmetic of floats is unknown: None
+in a register; to read it raises UnknownError, and then every result of the instruction is unknown. Registers hold 32
+bits without a sign; a predicate is a bool or an array of them.
 
     R5, UR5        a register of a lane, of the warp; RZ, URZ are zero      P0, UP0     predicates; PT, UPT are true
     -R5, ~R5       negated, inverted                                        0x10, -0x10 an immediate
@@ -78,7 +78,7 @@ def is_predicate(operand: str) -> bool:
     return taken_apart(operand).form == "predicate"
 
 
-def where(condition: Value, true: Value, false: Value, kind: type = object) -> Value:
+def where(condition: Value, true: Value, false: Value, kind: type = np.int64) -> Value:
     """One or the other, by lane."""
     if isinstance(condition, np.ndarray):
         return np.where(condition, np.asarray(true, kind), np.asarray(false, kind))
@@ -144,7 +144,7 @@ class Registers:
             return needed(upper) << 32 | needed(lower)
         if operand.sign or operand.form != "register":
             raise UnknownError
-        return self.known(operand.upper) << 32 | self.known(operand.name)
+        return exact(self.known(operand.upper)) << 32 | exact(self.known(operand.name))
 
     def predicate(self, text: str) -> Value:
         """A predicate, inverted where it says so; None for one that is not known."""
@@ -161,7 +161,7 @@ class Registers:
     def address(self, text: str) -> Value:
         """The sum in brackets: [R4.64+UR6+0x10]; registers named .64 are pairs."""
         parts = [self.pair(o) if wide or o.form == "immediate" else self.known(o.name) for o, wide in terms(text)]
-        return sum(parts) & PAIR
+        return sum(map(exact, parts)) & PAIR
 
     def write(self, name: str, value: Value, lanes: np.ndarray | None = None) -> None:
         """Set a register or predicate; of some lanes only where `lanes` is a mask."""
@@ -173,18 +173,24 @@ class Registers:
             if known is None:
                 known = np.full(lanes.shape, before is not None)
             known = known & ~lanes if value is None else known | lanes
-            kind = bool if is_predicate(name) else object
+            kind = bool if is_predicate(name) else np.int64
             value = where(lanes, 0 if value is None else value, 0 if before is None else before, kind)
             if not known.all():
                 self.partly[name] = known
-        if isinstance(value, np.ndarray) and (value == value[0]).all():
-            value = value[0] if value.dtype == object else bool(value[0])
+        if isinstance(value, np.ndarray):
+            value = value if value.dtype == bool else value.astype(np.int64)
+            value = value[0].item() if (value == value[0]).all() else value
         self.values[name] = value
 
 
 def of_lane(value: Value, lane: int) -> Value:
     """One lane's value in all of its warp."""
     return value.reshape(-1, WARP)[:, lane].repeat(WARP) if isinstance(value, np.ndarray) else value
+
+
+def exact(value: Value) -> Value:
+    """The same as Python's ints, which do not overflow."""
+    return value.astype(object) if isinstance(value, np.ndarray) else value
 
 
 def needed(value: Value) -> Value:

@@ -127,11 +127,11 @@ class Walker:
         # What an instruction leaves unknown, where that is all it does: most give nothing but data.
         looked_at = (step.guard or step.kind in LOOKED_AT for step in code)
         self.forgotten = [None if looked else names for looked, names in zip(looked_at, self.names, strict=True)]
-        thread = np.arange(entry.warps * WARP).astype(object)
+        thread = np.arange(entry.warps * WARP)
         x, y, _ = entry.threads
         self.own = {"lane": thread % WARP, "x": thread % x, "y": thread // x % y, "z": thread // (x * y)}
         self.known_warps: dict[bytes, tuple[int, ...]] = {}
-        self.groups: dict[int, np.ndarray] = {0: (thread < prod(entry.threads)).astype(bool)}
+        self.groups: dict[int, np.ndarray] = {0: thread < prod(entry.threads)}
         self.local: dict[int, Value] = {}
         self.found = Walk()
 
