@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.mhc-ready
 
 .DELETE_ON_ERROR:
-.PHONY: help bench check doctor inspect-full docs docs-guide docs-predict docs-kernels test test-full lint format clean
+.PHONY: help bench check doctor inspect-full docs docs-guide docs-predict test test-full lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' Makefile
@@ -39,6 +39,7 @@ inspect-full: $(READY) ## build every kernel at every size for every CUDA archit
 	$(BIN)/mhc-tilelang inspect --full --json perf/results/inspect/kernels.json $(ARGS)
 
 docs: $(READY) ## build the documentation as a site in build/site; a link that leads nowhere is an error
+	$(BIN)/python -m mhc_tilelang.perf.inspect.pages docs/kernels
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 docs-guide: $(READY) ## take the excerpts, tables, numbers and figures of the pages from their sources again
@@ -48,9 +49,6 @@ docs-guide: $(READY) ## take the excerpts, tables, numbers and figures of the pa
 docs-predict: $(READY) ## predict anew what changed (nvcc), write the tables of docs/predict.md and docs/tuning.md
 	$(BIN)/python -m mhc_tilelang.perf.predict.stored
 	$(BIN)/python -m mhc_tilelang.perf.predict.report docs/predict.md docs/tuning.md
-
-docs-kernels: $(READY) ## write the pages of docs/kernels
-	$(BIN)/python -m mhc_tilelang.perf.inspect.pages docs/kernels
 
 test: $(READY) ## run the tests, without those that take minutes
 	$(BIN)/pytest -n $(JOBS) --dist loadgroup -m "not full" $(ARGS)

@@ -4,7 +4,7 @@ A page names its source in a comment, which a browser of the repository hides. W
 
     <!-- from kernels/aggregate.py: def aggregate_kernel -->                          a function, with its decorators
     <!-- from kernels/aggregate.py: `for c in` to `T.copy(acc` -->              lines, the first and the last one named
-    <!-- rows of docs/kernels/README.md: pre; post -->                    rows of a table that begin so, and its head
+    <!-- rows of docs/kernels/README.md: aggregate; post -->              rows of a table that begin so, and its head
     <!-- = timings("default", 2560) -->                                   a table or a fenced block that `facts` makes
     it adds 5.9 %<!-- = layer_overhead() --> to the step                  a number with its unit that `facts` gives
 
@@ -20,6 +20,9 @@ import sys
 import textwrap
 from pathlib import Path
 
+from ..inspect import pages
+
+KERNEL_TABLE = "docs/kernels/README.md"  # which only `make docs` writes
 EXCERPT = re.compile(r"^<!-- (from|rows of) (\S+): (.+) -->\n(?:```python\n(?:.*\n)*?```\n|(?:\|.*\n)*)", re.M)
 BLOCK = re.compile(r"^<!-- = (.+) -->\n(?:```\n(?:.*\n)*?```\n|(?:\|.*\n)*)", re.M)
 NUMBER = re.compile(r"[+-]?\d[\d.,]*(?: %|×|C\b)?(?=<!-- = (.+?) -->)")
@@ -32,7 +35,7 @@ def refreshed(page: str, root: Path) -> str:
 
     def excerpt(match: re.Match[str]) -> str:
         kind, path, what = match.groups()
-        source = (root / path).read_text(encoding="utf-8")
+        source = pages.index() if path == KERNEL_TABLE else (root / path).read_text(encoding="utf-8")
         if kind == "rows of":
             body = rows(source, what.split("; "), path)
         else:

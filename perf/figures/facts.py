@@ -26,7 +26,6 @@ from ..stored.results import KernelResults, OverheadResults
 
 # Beside this file in a checkout; a wheel has no results.
 STORED = Path(__file__).resolve().parents[1] / "results" / "amd-epyc-2-cores"
-KERNEL_PAGES = Path(__file__).resolve().parents[2] / "docs" / "kernels"
 LAYER = "overhead-3b"
 
 __all__ = [
@@ -112,14 +111,22 @@ def select(table: str, columns: str) -> str:
 
 
 def built(kernel: str, column: str, width: int = 0) -> str:
-    """A column of a kernel's row in docs/kernels/README.md; of loads and stores those of one width in bytes."""
-    lines = (KERNEL_PAGES / "README.md").read_text(encoding="utf-8").splitlines()
+    """A column of a kernel's row in the table of kernel pages; of loads and stores those of one width in bytes."""
+    lines = built_table().splitlines()
     head, row = (
         [cell.strip() for cell in next(line for line in lines if line.startswith(f"| {name} |")).split("|")]
         for name in ("kernel", kernel)
     )
     cell = row[head.index(column)]
     return next(one.split("×")[0] for one in cell.split() if one.endswith(f"×{width}")) if width else cell
+
+
+@cache
+def built_table() -> str:
+    """The page that sets the kernels side by side."""
+    from ..inspect import pages
+
+    return pages.index()
 
 
 # Modelled

@@ -1,7 +1,7 @@
 """docs/kernels: the page of every kernel, and one that sets our kernels beside TileKernels'.
 
-`python -m mhc_tilelang.perf.inspect.pages FOLDER` writes them (`make docs-kernels`); a test compares them with what it
-would write. They are a function of the repository: registers and counts come from perf/results/inspect.
+`python -m mhc_tilelang.perf.inspect.pages FOLDER` writes them, as `make docs` does. They are a function of the
+repository: registers and counts come from perf/results/inspect.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def index() -> str:
     return f"""# The kernels, one by one
 
 Each page has the equation, the TileLang, the traffic, the launch, and what the kernel takes of each architecture. They
-are generated (`make docs-kernels`); `mhc-tilelang inspect KERNEL --explain` prints the same.
+are generated (`make docs`); `mhc-tilelang inspect KERNEL --explain` prints the same.
 
 {links}
 
