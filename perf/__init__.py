@@ -13,7 +13,6 @@
     study        `study`: gain over depth, training, Sinkhorn
     inspect      `inspect`: what nvcc makes of every kernel, and a page to study each
     predict      `predict`: what a kernel takes on a GPU that is not here, from its machine code
-    simt         executes the generated CUDA source on the CPU, thread by thread
     peers        other implementations, verified and timed beside the kernels
     gpu          what `on_gpu.sh` runs on a GPU: builds, counters, the tuner
     figures      pictures, and the numbers and excerpts of pages

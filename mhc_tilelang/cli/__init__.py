@@ -66,7 +66,7 @@ def executor(args: argparse.Namespace) -> AbstractContextManager[object]:
 
     if getattr(args, "device", None) != EXECUTOR:
         return nullcontext()
-    from mhc_tilelang.perf.simt import executing
+    from mhc_tilelang.compiler.simt import executing
 
     return executing()
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 EXECUTOR = "simt"
-"""The `--device` for which `cli` runs a command within `perf.simt.executing`."""
+"""The `--device` for which `cli` runs a command within `compiler.simt.executing`."""
 
 
 def add_device_argument(parser: argparse.ArgumentParser, *more: str) -> None:

@@ -1,6 +1,6 @@
 """The CUDA source that tilelang generates for a kernel, and how it is launched. Needs neither nvcc nor a GPU.
 
-What `perf.inspect` compiles and reads, and what `perf.simt` executes. Imports tilelang: two seconds.
+What `perf.inspect` compiles and reads, and what `compiler.simt` executes. Imports tilelang: two seconds.
 """
 
 from __future__ import annotations

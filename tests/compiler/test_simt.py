@@ -14,8 +14,8 @@ import torch
 from simt_kernels import PLANTED, SHARED, Planted, T, source
 
 import mhc_tilelang as mhc
+from mhc_tilelang.compiler.simt import LaunchError, SimtError, build, executing, launch
 from mhc_tilelang.errors import CompilerError
-from mhc_tilelang.perf.simt import LaunchError, SimtError, build, executing, launch
 
 
 @pytest.mark.parametrize("name", PLANTED)

@@ -1,6 +1,6 @@
 """Every kernel as the CUDA that tilelang generates for it, executed on the CPU and compared with the float64 reference.
 
-What a GPU would run, but for nvcc: tiles, threads, barriers, fragments, tails. `perf.simt` also sees what no result
+What a GPU would run, but for nvcc: tiles, threads, barriers, fragments, tails. `compiler.simt` also sees what no result
 shows: races, reads of what nobody wrote, accesses out of bounds.
 """
 
@@ -13,12 +13,12 @@ from mhc_tilelang import launch
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.checking.run import CHECKS, check_case
 from mhc_tilelang.compiler.cuda_source import generate
+from mhc_tilelang.compiler.simt import Launched, executing
+from mhc_tilelang.compiler.simt.target import generated
 from mhc_tilelang.kernels import FAMILIES
 from mhc_tilelang.perf.calls.cases import CALLS, Shape
 from mhc_tilelang.perf.calls.cases import Case as Call
 from mhc_tilelang.perf.calls.launches import launches as launches_of
-from mhc_tilelang.perf.simt import Launched, executing
-from mhc_tilelang.perf.simt.target import generated
 from mhc_tilelang.perf.traffic.audit import audit
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

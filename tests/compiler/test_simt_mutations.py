@@ -18,8 +18,8 @@ import torch
 from mhc_tilelang import compiler
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.checking.run import check_case
+from mhc_tilelang.compiler.simt import SimtError, executing, target
 from mhc_tilelang.kernels import FAMILIES
-from mhc_tilelang.perf.simt import SimtError, executing, target
 
 MAIN = Case(4, 144, torch.bfloat16, 37)
 LONG = Case(4, 144, torch.bfloat16, 130)  # several tiles of tokens a block

@@ -236,7 +236,7 @@ def test_what_the_executor_finds_fails_the_command(monkeypatch, capsys, tmp_path
     from dataclasses import replace
 
     from mhc_tilelang import compiler
-    from mhc_tilelang.perf.simt import target
+    from mhc_tilelang.compiler.simt import target
 
     generated = target.generated
 

@@ -18,12 +18,12 @@ import mhc_tilelang as mhc
 from mhc_tilelang import launch, ops
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.compiler.cuda_source import generate
+from mhc_tilelang.compiler.simt import executing
 from mhc_tilelang.kernels import boundary_plans
 from mhc_tilelang.perf.calls.cases import Case as Call
 from mhc_tilelang.perf.calls.cases import Shape
 from mhc_tilelang.perf.calls.launches import launches
 from mhc_tilelang.perf.inspect.compiler import compile_source
-from mhc_tilelang.perf.simt import executing
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -22,8 +22,8 @@ from mhc_tilelang import compiler
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.checking.run import CHECKS, check_case
 from mhc_tilelang.compiler.recording import Recorded, launched
+from mhc_tilelang.compiler.simt import SimtError, executing
 from mhc_tilelang.kernels import FAMILIES, boundary_plans, plans
-from mhc_tilelang.perf.simt import SimtError, executing
 
 CPU = torch.device("cpu")
 TOKENS = 67  # of one tile and a tail: two tiles of tokens in every kernel that has tiles

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from mhc_tilelang.compiler.cuda_source import CudaSource
+from mhc_tilelang.compiler.simt import launch
 from mhc_tilelang.compiler.toolchain import find_nvcc
 from mhc_tilelang.errors import MHCError
 from mhc_tilelang.perf.gpu import constants
 from mhc_tilelang.perf.predict.devices import device
-from mhc_tilelang.perf.simt import launch
 
 CODE = f"#define MHC_KERNELS_ONLY\n{constants.SOURCE.read_text()}"
 

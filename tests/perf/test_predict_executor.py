@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mhc_tilelang.compiler.cuda_source import generate_from
+from mhc_tilelang.compiler.simt import launch as execute
 from mhc_tilelang.compiler.toolchain import find_nvdisasm
 from mhc_tilelang.compiler.tracing import signature_of, trace
 from mhc_tilelang.kernels import FAMILIES
@@ -19,7 +20,6 @@ from mhc_tilelang.perf.calls.launches import launches
 from mhc_tilelang.perf.predict.barriers import count_barriers
 from mhc_tilelang.perf.predict.launched import build
 from mhc_tilelang.perf.predict.walk import walk
-from mhc_tilelang.perf.simt import launch as execute
 
 pytestmark = [pytest.mark.nvcc, pytest.mark.skipif(find_nvdisasm() is None, reason="no nvdisasm")]
 

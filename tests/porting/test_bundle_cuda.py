@@ -149,7 +149,7 @@ def test_cuda_sources_give_the_golden_vectors(dtype: str, tmp_path: Path, monkey
     wrong: the executor watches every access.
     """
     from mhc_tilelang.compiler.cuda_source import CudaSource
-    from mhc_tilelang.perf.simt import launch
+    from mhc_tilelang.compiler.simt import launch
 
     monkeypatch.setattr(cuda_target, "call", lambda command: Path(command[-2]).write_bytes(b"no cubin"))
     facts = export.export(SPEC, dtype, ["sm_80"], tmp_path / "bundle")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from mhc_tilelang.compiler.cuda_source import CudaSource
-from mhc_tilelang.perf.simt import Counts, launch
+from mhc_tilelang.compiler.simt import Counts, launch
 
 
 def source(

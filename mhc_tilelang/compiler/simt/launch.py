@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...compiler.cuda import SHARED_BYTES
-from ...compiler.cuda_source import CudaSource
 from ...errors import MHCError
+from ..cuda import SHARED_BYTES
+from ..cuda_source import CudaSource
 from . import build, interface
 from .source_lines import line_at
 

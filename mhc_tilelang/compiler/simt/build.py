@@ -15,10 +15,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from ...compiler.cpu.build import cxx, processor_hash
-from ...compiler.cuda_source import CudaSource
-from ...compiler.disk_cache import Made, kept, location, put
 from ...errors import CompilerError
+from ..cpu.build import cxx, processor_hash
+from ..cuda_source import CudaSource
+from ..disk_cache import Made, kept, location, put
 
 HERE = Path(__file__).parent
 EXECUTOR_SOURCES = ("executor.cpp", "accesses.cpp", "together.cpp")

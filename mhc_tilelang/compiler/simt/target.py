@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ... import compiler
-from ...compiler.cpu.build import kernel_hash
-from ...compiler.disk_cache import Made, kept
-from ...compiler.kernel import Kernel, Signature
-from ...compiler.tracing import progress
+from ..cpu.build import kernel_hash
+from ..disk_cache import Made, kept
+from ..kernel import Kernel, Signature
+from ..tracing import progress
 from .launch import SHARED_BYTES, Counts, CudaSource, launch
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ def generated(family: str, parameters: dict[str, Any], arch: str) -> tuple[CudaS
     name = f"{family}-{kernel_hash(family, {**parameters, 'arch': arch, 'made by': made_by}, False)}"
 
     def make(_scratch: Path) -> Made:
-        from ...compiler.cuda_source import generate_from
-        from ...compiler.tracing import signature_of, trace
+        from ..cuda_source import generate_from
+        from ..tracing import signature_of, trace
 
         with progress(family, arch, parameters):
             func = trace(family, parameters)

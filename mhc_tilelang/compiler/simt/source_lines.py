@@ -6,7 +6,7 @@ import ctypes
 from functools import cache
 from pathlib import Path
 
-from ...compiler.toolchain import output_of
+from ..toolchain import output_of
 
 
 def line_at(site: int | None, loaded: ctypes.CDLL, path: Path) -> str:
