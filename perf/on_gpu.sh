@@ -28,11 +28,11 @@ memcheck            correctness  90  40   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compu
 racecheck           correctness  90  50   compute-sanitizer --tool racecheck --error-exitcode 9 $ON_GPU launch --device cuda
 compile-correctness correctness 300 200   $ON_GPU compile correctness
 check               correctness 120  60   $MHC check --device cuda --json $JSON
-tests               correctness 150  90   $PYTHON -m pytest -m gpu -n 4 -q $(grep -l mark.gpu tests/test_*.py)
+tests               correctness 150  90   $PYTHON -m pytest -m gpu -n 4 -q $(grep -l mark.gpu -r tests --include="test_*.py")
 compile-bench       bench       200 140   $ON_GPU compile bench
 bench               bench       150 100   $MHC bench --device cuda --tokens 4096 --json $JSON
 bench-16384         bench        90  50   $MHC bench --device cuda --tokens 16384 --widths 2560 --json $JSON
-bench-decode        bench        60  30   $MHC bench --device cuda --tokens 1 8 64 --widths 2560 --kernels pre post post_pre --json $JSON
+bench-decode        bench        60  30   $MHC bench --device cuda --tokens 1 8 64 --widths 2560 --kernels aggregate post post_pre --json $JSON
 compile-overhead    overhead    200  15   $ON_GPU compile overhead
 overhead-3b         overhead     60  30   $MHC bench overhead --device cuda --model 3b --json $JSON
 overhead-9b         overhead     60  30   $MHC bench overhead --device cuda --model 9b --json $JSON
@@ -43,13 +43,13 @@ constants           counters    120  90   $PYTHON -m mhc_tilelang.perf.gpu.const
 compile-counters    counters     60  10   $ON_GPU compile counters
 counters            counters    150  80   $PYTHON -m mhc_tilelang.perf.gpu.counters --csv $COUNTERS --json $JSON
 compile-peers       peers       200  10   $ON_GPU compile peers
-peers-warm          peers       180 120   for k in project+coefficients+aggregate coefficients sinkhorn pre post sinkhorn_backward aggregate_backward post_backward project_backward; do $MHC bench --device cuda --kernels $k --widths 2560 --tokens 4096 --peers all --repeats 1 & done; wait
+peers-warm          peers       180 120   for k in project+coefficients+aggregate coefficients sinkhorn aggregate post sinkhorn_backward aggregate_backward post_backward project_backward; do $MHC bench --device cuda --kernels $k --widths 2560 --tokens 4096 --peers all --repeats 1 & done; wait
 peers               peers       120  60   $MHC bench --device cuda --widths 2560 --tokens 4096 --peers all --json $JSON
 compiled            peers       150 100   $MHC bench --device cuda --widths 2560 --tokens 4096 --baselines all --json $JSON
 tune-post_project   tune        120  80   $TUNE post_project --json $JSON
 tune-boundary       tune        120  90   $TUNE boundary_backward --json $JSON
 tune-post_backward  tune         60  25   $TUNE post_backward aggregate_backward --json $JSON
-tune-apply          tune         90  60   $TUNE post pre expand expand_backward --json $JSON
+tune-apply          tune         90  60   $TUNE post aggregate expand expand_backward --json $JSON
 tune-project        tune        120  80   $TUNE project project_backward --json $JSON
 tune-tokens         tune         90  50   $TUNE coefficients coefficients_backward sinkhorn sinkhorn_backward --json $JSON
 STEPS
