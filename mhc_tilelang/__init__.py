@@ -9,7 +9,7 @@
     ops        the functions; they check with `arguments` and `ops_arguments` and call `operators`
     operators  what autograd and torch.compile see; they run kernels through `launch`
     launch     where a launch is decided: plans, outputs, the kernels of a call
-    compiler   (kernel family, sizes, target) -> a kernel, something to call: the CPU's lowering, CUDA, its executor, caches
+    compiler   (kernel family, sizes, target) -> a kernel, something to call: the CPU's lowering, CUDA, an executor
     spec       the sizes and constants
     kernels    the TileLang code          reference   the same in numpy float64
     convert    other frameworks' weights and conventions      integrations   other frameworks' models
