@@ -13,11 +13,8 @@ from helpers import (
     CPU,
     DTYPES,
     STREAMS,
-    assert_leading_dimensions_are_tokens,
     assert_matches_float64,
     assert_same_bits,
-    assert_special_values_stay_in_their_token,
-    assert_views_can_start_anywhere,
     map_tokens,
     named,
 )
@@ -160,21 +157,6 @@ def test_a_token_has_the_same_bits_in_every_batch(call):
     for tokens in (slice(0, 1), slice(20, 47), slice(62, 63)):
         part = call(map_tokens(inputs, lambda t, tokens=tokens: t[tokens]), CASE)
         assert_same_bits(part, [output[tokens] for output in whole])
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("field", ["x", "h_pre"])
-def test_special_values(field, value):
-    assert_special_values_stay_in_their_token(normed, normed64, CASE, field, value)
-
-
-def test_leading_dimensions():
-    assert_leading_dimensions_are_tokens(pre, CASE)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_misaligned_views(dtype):
-    assert_views_can_start_anywhere(normed, replace(CASE, dtype=dtype))
 
 
 @pytest.mark.parametrize("call", [pre, post_pre])
