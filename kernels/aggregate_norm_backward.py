@@ -130,7 +130,7 @@ def aggregate_norm_backward_kernel(
     """g_layer_input [T, C], x [T, n, C], h_pre [T, n], weight [C]
     -> g_u [T, C], g_h_pre [T, n], partial [blocks, C] of g_w.
 
-    C is written as [C / width, width]. Without `weights`, partial is a tensor of one element that nobody touches.
+    C is written as [C / width, width]. Without `weights`, partial is a one-element placeholder, never accessed.
     """
     n, lanes, width = num_streams, tile.lanes, tile.width
     row = (hidden_size // width, width)

@@ -124,7 +124,7 @@ def defers_mappings(target: str) -> bool:
 
 @dataclass(frozen=True)
 class BoundarySchedule:
-    """How a batch's tiles of tokens and chunks of channels are shared out: moves no bit of any result.
+    """How a batch's tiles of tokens and chunks of channels are shared out; it never changes results.
 
     "tokens" where every block takes all chunks of its tile, as with thousands of tokens; "channels" where the chunks
     of a tile go to several blocks, so that a few tokens still fill the device, as in decoding.

@@ -13,7 +13,7 @@ everything is float32. Only the partial sums are read, and 2·(n² + 2n) + 1 val
 as `projected` what a backward cannot get from them, the rows s·(x·phi) and, last, s.
 
 h_post and h_res are needed after the layer, h_pre before it. So where `aggregate_mappings` follows, which makes the two
-of them from `projected` beside the aggregation, they are `deferred` here, and Sinkhorn's iterations keep nobody
+of them from `projected` beside the aggregation, they are `deferred` here, and Sinkhorn's iterations keep nothing
 waiting.
 """
 
@@ -159,7 +159,7 @@ def coefficients_kernel(
     """partial [slabs, slab_rows, T], alpha [3], bias [M]
     -> h_pre [T, n], h_post [T, n], h_res [T, n, n], projected [M + 1, T].
 
-    Where they are `deferred`, h_post and h_res are tensors of one element that nobody touches, and what they are made
+    Where they are `deferred`, h_post and h_res are one-element placeholders, never accessed, and what they are made
     with (iters, sinkhorn_eps, post_scale) is not read. Where it is `pdl`,
     the launch waits on the device for the one before it, and the next may begin once all blocks have.
     """

@@ -100,7 +100,7 @@ def coefficients_backward_kernel(
     """g_h_pre, g_h_post [T, n], g_h_res [T, n, n], projected [M + 1, T], alpha [3], bias [M]
     -> g_projected [M + 1, T], partial [blocks, 3 + M] of g_alpha and g_bias.
 
-    What is not given, as `…_given` say, is a tensor of one element that nobody touches, and counts as zero. iters may
+    What is not given, as `…_given` say, is a one-element placeholder, never accessed, and counts as zero. iters may
     be 1 to `capacity`.
     """
     n = num_streams

@@ -209,7 +209,7 @@ def chunks_per_split(num_tokens: int, num_chunks: int, plan: ProjectionPlan, par
 
     Whole groups where these are enough to keep half of it busy or more: to write slabs of chunks costs 1C, and as much
     to read them (n = 4, bfloat16), slabs of groups a fifth. Of those, what ends first: waves of blocks times the chunks
-    and slabs of one. The answer moves no bit of any result.
+    and slabs of one. Split-K never changes results.
     """
     token_blocks = max(1, -(-num_tokens // plan.tokens))
     wanted = max(1, parallel_blocks // token_blocks)

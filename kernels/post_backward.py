@@ -11,8 +11,8 @@ The first two are sums over streams, done in one thread's registers like the for
 channels: a block has a whole token and walks over its channels, every lane adds up its own, and the lanes' sums are
 added at the end, once and together, so that their barriers are shared. So the order follows from C and the tile alone.
 
-Traffic per token: (2n + 1)·C read, (n + 1)·C written. What is not wanted is not computed: without `mixing` neither x
-nor layer_output is read.
+Traffic per token: (2n + 1)·C read, (n + 1)·C written. Gradients that are not needed are skipped: without `mixing`
+neither x nor layer_output is read.
 """
 
 import tilelang.language as T
@@ -33,7 +33,7 @@ def post_backward_kernel(
     """g_x_next, x [T, n, C], layer_output [T, C], h_post [T, n], h_res [T, n, n] -> the four gradients, same shapes.
 
     C is written as [C / width, width]. `stream` asks for g_x, `layer` for g_layer_output, `mixing` for g_h_post and
-    g_h_res; what is not asked for is a tensor of one element that nobody touches.
+    g_h_res; what is not needed is a one-element placeholder, never accessed.
     """
     n, lanes, width = num_streams, tile.lanes, tile.width
     row = (hidden_size // width, width)

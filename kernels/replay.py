@@ -1,4 +1,4 @@
-"""replay: the stream of a block of sublayers, made again for the backward from its start and the layers' outputs.
+"""replay: the stream of a block of sublayers, recomputed for the backward from its start and the layers' outputs.
 
 Equation (3), for the sublayers k = 0 … S − 1 of a block one after the other, as `post` and `aggregate` have it:
 

@@ -32,7 +32,7 @@ import tilelang.language as T
 
 
 def iterations(count):
-    """A loop that nvcc leaves one: no iteration can start before the last has ended, so unrolled code is only longer.
+    """A loop nvcc must not unroll: iterations depend on each other, so unrolled code is only longer.
 
     At n = 8 the backward takes 167 registers this way, and took 199 unrolled.
     """

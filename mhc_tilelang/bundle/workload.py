@@ -62,7 +62,7 @@ def inputs_of(spec: MHCSpec, dtype: str) -> Inputs:
 
 
 def unset(inputs: Inputs, num_tokens: int) -> Inputs:
-    """Arguments of the same kind that nobody reads, for more tokens: memory that is not touched costs nothing."""
+    """Placeholders of the same kind for more tokens, never read: memory that is not touched costs nothing."""
     names = ("h", "x", "layer_output", "h_pre", "h_post", "h_res", "logits")
     tensors = {name: getattr(inputs, name) for name in names}
     return replace(inputs, **{name: t.new_empty(num_tokens, *t.shape[1:]) for name, t in tensors.items()})

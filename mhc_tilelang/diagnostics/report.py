@@ -1,7 +1,7 @@
 """What a watch has seen: a row per step and connection, as a dict, a CSV, and warnings where limits are crossed.
 
 A step's numbers are one small table on the model's device. On a GPU its copy to the host waits for nothing, and is
-read once it has arrived: at a later step, or when somebody asks.
+read once it has arrived: at a later step, or on request.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Blocks of sublayers whose streams and layer inputs are made again: what a block keeps, and what stands for the rest.
+"""Blocks of sublayers whose streams and layer inputs are recomputed: what a block keeps, and what stands for the rest.
 
     Block       a stored stream, what was written to it since, and the coefficients: all that a replay needs
-    Handle      packed in the graph for a tensor that is made again; it owns its block
-    Workspace   what was made again, of one block at a time
+    Handle      packed in the graph for a tensor that is recomputed; it owns its block
+    Workspace   what was recomputed, of one block at a time
 
 `recompute` makes blocks as a stream goes along.
 """
@@ -28,7 +28,7 @@ Key = tuple[str, int]  # ("x" or "u", sublayer of the block)
 
 @dataclass(frozen=True)
 class Handle:
-    """What is packed for a saved tensor that is made again: which, and how it lay in it."""
+    """What is packed for a saved tensor that is recomputed: which, and how it lay in it."""
 
     block: Block
     key: Key
@@ -61,7 +61,7 @@ class Watched:
 
 
 class Workspace:
-    """What was made again of a stream, of one block at a time, until its users have had it."""
+    """What was recomputed of a stream, of one block at a time, until its users have had it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -72,7 +72,7 @@ class Workspace:
         self._made_on: torch.cuda.Stream | None = None
 
     def take(self, block: Block, key: Key) -> torch.Tensor:
-        """One of the block's tensors, made again with all others of the block where it is not there.
+        """One of the block's tensors, recomputed with all others of the block where it is not there.
 
         Each is held until as many have asked as there are handles, or the backward comes to another block, or ends.
         On a GPU a layer may have run on streams of its own, whose backward asks from there: they wait for the replay's.

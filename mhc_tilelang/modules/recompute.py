@@ -10,7 +10,7 @@ Layers run once. Of L sublayers the graph keeps
     n·C·⌈L / L_r⌉ + C·L        a token: x at every block's start, and every F; and the embedding, C
 
 beside the coefficients (4·(n² + 2n) bytes) and whatever else layers save. For the time that the backward spends in a
-block there are, made again, n·C·(L_r − 1) + C·L_r.
+block there are, recomputed, n·C·(L_r − 1) + C·L_r.
 
 **How.** After every operator, and at every write for the layer's graph, the nodes that were made meanwhile are walked,
 and where one saved the storage of an x or u of the block, a pair of hooks is registered on that `SavedTensor`: it packs

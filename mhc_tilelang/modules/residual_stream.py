@@ -9,7 +9,7 @@ Reads and writes take turns. A write waits for the next read or reduction, which
 mHC sublayers the merge of the one and the read of the next are one operator, `post_pre`; after the last one the merge
 and a reduction by a `HyperHead` are one, `post_head`. The embedding waits too: its expansion and the first read are
 one, `expand_pre`. Values are those of the functions called one after the other, to the bit, but for the first read: its
-mappings differ in their last bits from those of `pre` after `expand`, as they do where somebody looks at `x` before it.
+mappings differ in their last bits from those of `pre` after `expand`, as they do where `x` is looked at before it.
 Gradients are rounded less often than those of the functions. What waits is merged or expanded in the grad mode that it
 was handed over in, and is refused if it was changed in the meantime.
 

@@ -30,7 +30,7 @@ class StreamModule(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         def keep_float32(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
-            if not tensor.is_floating_point():  # a buffer of somebody else's
+            if not tensor.is_floating_point():  # a buffer that is not ours
                 return moved
             # Not moved.float(), whose values the other dtype has rounded.
             return moved if moved.dtype == torch.float32 else tensor.to(moved.device, torch.float32)

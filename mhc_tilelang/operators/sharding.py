@@ -18,7 +18,7 @@ what one process would have; only the backward of the same call reads it, and th
 PyTorch's `register_sharding` picks the cheapest of several placements by the upstream gradient too, which might
 redistribute `projected`; and it tells calls apart by their int arguments, not by bools. So the rules are registered
 with the propagator beneath it, as it does itself. This needs torch.distributed.tensor, which takes 0.6 s to load, and
-therefore waits until somebody else has loaded it: before, there is no DTensor.
+therefore waits until the caller has loaded it: before, there is no DTensor.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ STALLS = ("long_scoreboard", "short_scoreboard", "barrier", "math_pipe_throttle"
 STALL = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
 ESSENTIAL = (READ, WRITTEN, TIME)
 METRICS = (*ESSENTIAL, LEFT, MEMORY, ARITHMETIC, OCCUPANCY, CONFLICTS, *map(STALL.format, STALLS))
-PROBE = "torch.add"  # bytes that nobody disputes: what the counters say of it, they say of the others
+PROBE = "torch.add"  # bytes known beforehand: what the counters say of it, they say of the others
 PROBE_BYTES = 512 << 20
 
 

@@ -1,4 +1,4 @@
-"""What must not be: the faults of a build that its row shows."""
+"""Build faults: spills, oversized shared memory, atomics, narrow accesses to wide tensors."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ of the stream's dtype, in units of C:
     plain residual                 L                        every layer's input, which is x itself
     mHC, all kept                  (n + 2)·L + 1            every x (n), layer input (1) and layer output (1)
     mHC, recomputed: kept          n·⌈L / L_r⌉ + L + 1      x at every block's start, every layer output
-    mHC, recomputed: made again    n·(L_r − 1) + L_r        of one block, while the backward is in it
+    mHC, recomputed:               n·(L_r − 1) + L_r        of one block, while the backward is in it
     the paper's objective (20)     n·⌈L / L_r⌉ + (n + 2)·L_r
 
 The 1 is the embedding, which the operator of the first read keeps. The paper's objective leaves out the layer outputs,
@@ -14,7 +14,7 @@ which no L_r changes, and counts a normalised layer input besides; here that bel
 float32 and always kept: 2M + 1 numbers a token and sublayer (h_pre, h_post, h_res; m and s for their backward).
 
 In a pipeline L is that of a stage, since blocks do not cross stages; and what is kept is there once for every
-micro-batch in flight, as many as stages at the first one under 1F1B, while only one block at a time is made again.
+micro-batch in flight, as many as stages at the first one under 1F1B, while only one block at a time is recomputed.
 
 Left out: parameters, their gradients, the optimizer, the embedding, the head, buffers of communication, what an
 allocator wastes. Imports no torch.
@@ -61,14 +61,14 @@ class Stage:
         """Of mHC with blocks of `length` sublayers."""
         return self.num_streams * -(-self.num_sublayers // length) + self.num_sublayers + EMBEDDING
 
-    def made_again(self, length: int) -> int:
+    def recomputed(self, length: int) -> int:
         """What there is besides while the backward is in a block."""
         length = min(length, self.num_sublayers)
         return self.num_streams * (length - 1) + length
 
     def peak(self, length: int) -> int:
         """The most that there is: every micro-batch in flight, and a block."""
-        return self.in_flight * self.kept(length) + self.made_again(length)
+        return self.in_flight * self.kept(length) + self.recomputed(length)
 
     def objective(self, length: int) -> int:
         """What the paper minimises over L_r (20)."""

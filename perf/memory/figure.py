@@ -19,7 +19,7 @@ LABEL = 0.055  # of the axis: a line of text
 
 
 def draw(model: str, sizes: LayerSizes, stage: Stage, counts: Sequence[Count]) -> Picture:
-    """Kept, made again, their peak and the paper's objective; the counts of `memory_measured` as diamonds."""
+    """Kept, recomputed, their peak and the paper's objective; the counts of `memory_measured` as diamonds."""
     best, least, flight = stage.papers_length, stage.least_length, stage.in_flight
     lengths = [k for k in stage.lengths if k <= max(8, LONGEST * best, least)]
     unit = ITEMSIZE * sizes.hidden_size
@@ -36,9 +36,9 @@ def draw(model: str, sizes: LayerSizes, stage: Stage, counts: Sequence[Count]) -
     card = Card(title, held + in_flight, notes, height=3.9)
     axes = card.axes(0.75, 2.3, 0.55, 3.2)
     series = (
-        ("peak: kept + made again", [stage.peak(k) for k in lengths], BLUE, "-"),
+        ("peak: kept + recomputed", [stage.peak(k) for k in lengths], BLUE, "-"),
         ("kept" + (" (all in flight)" if flight > 1 else ""), [flight * stage.kept(k) for k in lengths], GREEN, "-"),
-        ("made again", [stage.made_again(k) for k in lengths], GREY, "-"),
+        ("recomputed", [stage.recomputed(k) for k in lengths], GREY, "-"),
         ("the paper's objective (20)", [stage.objective(k) for k in lengths], ORANGE, "--"),
     )
     for _, values, colour, line in series:

@@ -45,7 +45,7 @@ def rows(sizes: LayerSizes, stage: Stage) -> list[Row]:
         Row("plain residual", unit * stage.plain, 0, own),
         Row("mHC, all kept", unit * stage.all_kept, coefficients, own),
         Row(f"mHC, blocks of {length}", unit * stage.kept(length), coefficients, own),
-        Row("and made again, a block at a time", unit * stage.made_again(length), 0, 0),
+        Row("and recomputed, a block at a time", unit * stage.recomputed(length), 0, 0),
     ]
 
 
@@ -87,11 +87,11 @@ def lengths_table(sizes: LayerSizes, stage: Stage) -> str:
     shown = sorted({1, 2, 4, 8, 16, stage.num_sublayers, *best} & {*stage.lengths})
     unit = ITEMSIZE * sizes.hidden_size
     lines = [
-        [k, *(f(k) for f in (stage.objective, stage.kept, stage.made_again, stage.peak)), unit * stage.peak(k)]
+        [k, *(f(k) for f in (stage.objective, stage.kept, stage.recomputed, stage.peak)), unit * stage.peak(k)]
         for k in shown
     ]
     cells = [[str(v) for v in line[:-1]] + [kilobytes(line[-1]), best.get(line[0], "")] for line in lines]
-    headers = ["L_r", "the paper's (20)", "kept", "made again", "peak", "peak, kB/token", ""]
+    headers = ["L_r", "the paper's (20)", "kept", "recomputed", "peak", "peak, kB/token", ""]
     return tabulate(cells, headers=headers, disable_numparse=True, colalign=[*["right"] * 6, "left"])
 
 
@@ -131,7 +131,7 @@ def as_json(model: str, sizes: LayerSizes, stage: Stage, counts: Sequence[Count]
                 "length": k,
                 "papers_objective": stage.objective(k),
                 "kept": stage.kept(k),
-                "made_again": stage.made_again(k),
+                "recomputed": stage.recomputed(k),
                 "peak": stage.peak(k),
             }
             for k in stage.lengths

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "copies of a token that leave for other GPUs' experts (default: %(default)s)"
     add("--expert-copies", type=positive, default=DEFAULT.expert_copies, metavar="K", help=text)
     add("--no-overlap", action="store_true", help="compute waits for all communication")
-    add("--no-recompute", action="store_true", help="every stream is kept, none made again")
+    add("--no-recompute", action="store_true", help="every stream is kept, none recomputed")
     add("--own-stream", action="store_true", help="connections run beside everything else, and take nothing from it")
     add_out_argument(parser)
     add_json_argument(parser)

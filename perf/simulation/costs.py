@@ -74,7 +74,7 @@ class Assumptions:
         expert_copies: k.
         overlapped: a forward and a backward micro-batch share the stage, and communication runs beside them;
             otherwise compute waits for all communication.
-        recompute: the stream is made again in blocks of L_r*.
+        recompute: the stream is recomputed in blocks of L_r*.
         own_stream: the connections run beside everything else, and take nothing from it.
         measured: what the connections take, in place of their form's elements.
     """
@@ -108,7 +108,7 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of each task for one micro-batch. `block` is L_r; 0 where nothing is made again."""
+    """Seconds of each task for one micro-batch. `block` is L_r; 0 where nothing is recomputed."""
 
     attention: float
     attention_input: float

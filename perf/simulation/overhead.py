@@ -54,7 +54,7 @@ def sensitivity(given: Assumptions) -> Iterator[Change]:
     changes += [(f"kernels reach {share:.0%} of the bandwidth", {"bandwidth_share": share}) for share in (0.6, 0.9)]
     changes += [(f"products reach {share:.0%} of the FLOP/s", {"flops_share": share}) for share in (0.4, 0.8)]
     changes += [
-        ("all kept, nothing made again" if given.recompute else "recomputed", {"recompute": not given.recompute}),
+        ("all kept, nothing recomputed" if given.recompute else "recomputed", {"recompute": not given.recompute}),
         ("communication waits" if given.overlapped else "overlapped", {"overlapped": not given.overlapped}),
     ]
     if not given.own_stream:

@@ -105,7 +105,7 @@ def assumed(given: Assumptions) -> list[str]:
         else "none: compute waits for all communication"
     )
     connections = "on a stream of their own, at no cost to others" if given.own_stream else "on the compute stream"
-    blocks = f"streams made again, in blocks of {cost.block} in {given.model}" if cost.block else "streams kept"
+    blocks = f"streams recomputed, in blocks of {cost.block} in {given.model}" if cost.block else "streams kept"
     pairs = [
         ("device", f"{device.name}, {device.bandwidth / 1e12:.3g} TB/s, {device.flops / 1e12:.4g} TFLOP/s bfloat16"),
         ("reached", f"{given.bandwidth_share:.0%} of the bandwidth, {given.flops_share:.0%} of the FLOP/s"),

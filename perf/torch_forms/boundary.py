@@ -74,7 +74,7 @@ def backward_recorded(spec: MHCSpec, **tensors: Tensor) -> Callable[[], None]:
 def backward_vjp(spec: MHCSpec, x_next: Tensor, **tensors: Tensor) -> None:
     """Traced with the forward, of which the compiler keeps what the gradients need.
 
-    It reads x_next as the forward left it: made again within the graph, it would not be rounded, and g_phi 2e-3 off.
+    It reads x_next as the forward left it: recomputed within the graph, it would not be rounded, and g_phi 2e-3 off.
     """
     _, through_pre, *_ = torch.func.vjp(pre_of(spec), x_next, *chosen(tensors, PARAMETERS))
     g_next, *g_parameters = through_pre(chosen(tensors, UPSTREAM[1:]))

@@ -107,7 +107,7 @@ def test_sums_of_a_last_axis(run, size: int) -> None:
 
 @pytest.mark.parametrize("wanted", [False, True])
 def test_what_is_switched_off_leaves_nothing(run, wanted: bool) -> None:
-    """An empty loop body is a statement of nothing, and a tile that nobody touches is not declared.
+    """An empty loop body is a statement of nothing, and a tile that is never accessed is not declared.
 
     The unused one is larger than the stack may be. Catches both refused, and a body of nothing that hides others.
     """

@@ -183,7 +183,7 @@ def test_a_signature_that_is_none_is_refused(change: Callable[[dict], object], m
 
 
 def test_facts_of_no_use_are_made_anew_once(cache: Path) -> None:
-    """What `use` cannot take of a kept entry is made again; of a new one, its error is the caller's."""
+    """What `use` cannot take of a kept entry is recomputed; of a new one, its error is the caller's."""
     entry()
     made = []
 

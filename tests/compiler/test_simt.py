@@ -90,7 +90,7 @@ def test_the_limits_of_a_gpu_hold(changes: dict, message: str) -> None:
 
 
 def test_what_the_header_lacks_is_named() -> None:
-    """An instruction that nobody modelled must not be skipped."""
+    """An instruction without a model must not be skipped."""
     kernel = source(f"y[{T}] = __nanosleep(x[{T}]);", "const float* x, float* y")
     with pytest.raises(CompilerError, match="__nanosleep"):
         launch(kernel, "sm_80", {"x": torch.zeros(64), "y": torch.zeros(64)}, {})

@@ -1,7 +1,7 @@
 """Every kernel as the CUDA that tilelang generates for it, executed on the CPU and compared with the float64 reference.
 
 What a GPU would run, but for nvcc: tiles, threads, barriers, fragments, tails. `compiler.simt` also sees what no result
-shows: races, reads of what nobody wrote, accesses out of bounds.
+shows: races, reads of what was never written, accesses out of bounds.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def test_blocks_of_any_length(sublayers):
 
 
 def test_some_layer_inputs():
-    """Those that nobody asks for are not written; the last one of a chain's launch is none of the next one's."""
+    """Those that are not needed are not written; the last one of a chain's launch is none of the next one's."""
     x, written, h_pre = block(Case(4, 40, torch.bfloat16, 5), 10)
     assert_replayed(x, written, {k: h_pre[k] for k in (1, 8)})
     assert_replayed(x, written, {})

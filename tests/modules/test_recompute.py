@@ -1,6 +1,6 @@
 """A stream that keeps only the starts of its blocks: the same gradients to the bit, less kept, layers run once.
 
-Would catch: a stream or layer input made again from another sublayer's coefficients, one that is kept all the same, a
+Would catch: a stream or layer input recomputed from another sublayer's coefficients, one that is kept all the same, a
 graph that nobody frees.
 """
 
@@ -41,7 +41,7 @@ def test_gradients_are_the_same_to_the_bit(n, dtype, length):
 
 @pytest.mark.parametrize("reduction", ["mean", "head"])
 def test_other_reductions(reduction):
-    """The head saves the last stream, which is then made again with its block."""
+    """The head saves the last stream, which is then recomputed with its block."""
     model = Model()
     model.reduction = randomize(mhc.HyperHead(model.spec)) if reduction == "head" else reduction
     assert_same(model, normal(*TOKENS, C))
@@ -56,7 +56,7 @@ def test_a_heads_stream_is_not_kept():
 
 
 def test_delayed_pre():
-    """A layer's input is made again with the h_pre that the sublayer before left, across looks at the stream too."""
+    """A layer's input is recomputed with the h_pre that the sublayer before left, across looks at the stream too."""
     model, h = Model(delayed=True), normal(*TOKENS, C)
     assert_same(model, h)
     kept = saved(model, h.requires_grad_(), None) - saved(model, h, 3)
@@ -90,7 +90,7 @@ def test_no_tokens():
 
 
 def test_layers_run_once_and_blocks_are_replayed_once(monkeypatch):
-    """Whatever is made again is made by one replay a block."""
+    """Whatever is recomputed is made by one replay a block."""
     calls, replay = [], launch.replay
     replace_launch(monkeypatch, "replay", lambda *a: calls.append(len(a[1])) or replay(*a))
     model = Model()
@@ -128,7 +128,7 @@ def test_saved_bytes_are_the_papers(make_layer):
     assert run(length) == 4 * (apart + tokens * C * (n * -(-depth // length) + depth))
 
 
-def test_what_is_made_again_is_not_kept():
+def test_what_is_recomputed_is_not_kept():
     """No reference is left to any stream but the blocks' starts, nor to any layer's input; catches a cycle too."""
     streams, inputs = [], []
     model = Model()
@@ -148,7 +148,7 @@ def test_what_is_made_again_is_not_kept():
         gc.enable()
 
 
-def test_what_was_made_again_is_dropped_with_its_last_user():
+def test_what_was_recomputed_is_dropped_with_its_last_user():
     """After a backward of everything, or of a part, and after a look from outside nothing is held."""
     model = Model()
     model.recompute = 4

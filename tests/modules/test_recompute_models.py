@@ -1,6 +1,6 @@
 """Recomputation in what models do: compiled, checkpointed and frozen layers, autocast, looks at the stream.
 
-Would catch: a stream or layer input that is made again wrong, or kept, because a node or mode came between.
+Would catch: a stream or layer input that is recomputed wrong, or kept, because a node or mode came between.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def replace_given_pre(_module, args):
 )
 @pytest.mark.parametrize("looks", [False, True])
 def test_hooks_of_connections_may_replace_what_goes_through(hook, delayed, looks):
-    """What a hook has replaced is no operator's result, or not of the stream, and is not made again as if it were.
+    """What a hook has replaced is no operator's result, or not of the stream, and is not recomputed as if it were.
 
     In fused boundaries, and with looks at the stream, which part them. Would catch gradients of values that no layer
     was given.
@@ -106,7 +106,7 @@ def test_hooks_of_connections_may_replace_what_goes_through(hook, delayed, looks
 
 
 def test_backward_hooks_of_connections():
-    """They make views of what goes through, which is made again as ever."""
+    """They make views of what goes through, which is recomputed as ever."""
     model, h = Model(), normal(*TOKENS, C)
     for connection in model.connections:
         connection.register_full_backward_hook(lambda *_: None)
@@ -133,7 +133,7 @@ def test_looks_and_reductions_between_sublayers(sublayer):
 
 
 def test_a_layer_that_looks_at_the_stream():
-    """x saved by a layer's graph is made again as well."""
+    """x saved by a layer's graph is recomputed as well."""
     model, h = Model(), normal(*TOKENS, C)
 
     def run(h):
@@ -154,7 +154,7 @@ def test_a_layer_that_looks_at_the_stream():
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_layers(reentrant):
     """A checkpointed layer runs again, as without recomputation. The reentrant kind saves its input for that, which is
-    made again before; the other one keeps it, and the stream alone is made again.
+    recomputed before; the other one keeps it, and the stream alone is recomputed.
     """
     model, h = Model(), normal(*TOKENS, C)
     plain = [layer.forward for layer in model.layers]
@@ -183,7 +183,7 @@ def test_frozen_parameters(frozen):
 
 @pytest.mark.parametrize("without", [{0}, {2}, {3, 4}])
 def test_sublayers_without_grad(without):
-    """Their streams are made again for those around them, or start a block."""
+    """Their streams are recomputed for those around them, or start a block."""
     model, h = Model(), normal(*TOKENS, C)
 
     def run(h):

@@ -1,6 +1,6 @@
 """Recomputation where something goes wrong or cannot be: exceptions, changes in place, and what is refused by name.
 
-Would catch: a value that is made again although it was changed, hooks that stay behind, a stream that keeps everything
+Would catch: a value that is recomputed although it was changed, hooks that stay behind, a stream that keeps everything
 without a word.
 """
 
@@ -51,7 +51,7 @@ def test_a_layer_may_change_its_input():
 
 
 @pytest.mark.parametrize("sublayer", [0, 1, 2])
-def test_a_stream_that_was_changed_is_not_made_again_wrong(sublayer):
+def test_a_stream_that_was_changed_is_not_recomputed_wrong(sublayer):
     """x changed in place between two sublayers: the block ends there; what was saved before is as it was, or an error
     by name where that was the block's start.
     """

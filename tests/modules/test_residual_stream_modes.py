@@ -83,7 +83,7 @@ def test_a_layer_output_that_changed_meanwhile_is_refused(kind: str) -> None:
 
 @every_kind
 def test_strided_layer_outputs_are_refused_at_once(kind: str) -> None:
-    """By every kind, and the write can be made again."""
+    """By every kind, and the write can be recomputed."""
     [connection], [layer], h = make(kind, 1)
     stream = mhc.ResidualStream(h, 2, kind)
     layer_output = layer(stream.read(connection))

@@ -1,7 +1,7 @@
 """Gradients are those of the kernels to the bit, and those of the reference.
 
 Would catch: the gradient of another argument or output, an upstream gradient read at the wrong strides, a gradient lost
-because its neighbours are absent, a kernel launched for a gradient that nobody wants.
+because its neighbours are absent, a kernel launched for a gradient that is not needed.
 """
 
 from __future__ import annotations

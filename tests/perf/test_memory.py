@@ -25,10 +25,10 @@ def test_a_stage_by_hand() -> None:
     stage = Stage(7, 4, in_flight=2)
     assert (stage.plain, stage.all_kept) == (7, 6 * 7 + 1)
     assert stage.kept(3) == 3 * 4 + 7 + 1
-    assert stage.made_again(3) == 2 * 4 + 3
+    assert stage.recomputed(3) == 2 * 4 + 3
     assert stage.peak(3) == 2 * 20 + 11
     assert stage.objective(3) == 4 * 3 + 6 * 3
-    assert stage.made_again(9) == stage.made_again(7) == 6 * 4 + 7  # no block is longer than the stage
+    assert stage.recomputed(9) == stage.recomputed(7) == 6 * 4 + 7  # no block is longer than the stage
 
 
 def test_bytes_by_hand() -> None:
@@ -50,7 +50,7 @@ def test_the_optimum_is_the_packages(model: str, stages: int) -> None:
 
 
 def test_micro_batches_in_flight_ask_for_longer_blocks() -> None:
-    """What is kept is there for each of them, what is made again once."""
+    """What is kept is there for each of them, what is recomputed once."""
     assert Stage(8, 4, 1).least_length <= Stage(8, 4, 4).least_length <= Stage(8, 4, 64).least_length == 8
 
 
@@ -93,7 +93,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     plain, kept, recomputed, again = (row["streams"] for row in content["kept"])
     unit = 2 * 2560
     assert (plain, kept, recomputed, again) == (60 * unit, 361 * unit, 101 * unit, 26 * unit)
-    assert content["lengths"][5] == {"length": 6, "papers_objective": 76, "kept": 101, "made_again": 26, "peak": 127}
+    assert content["lengths"][5] == {"length": 6, "papers_objective": 76, "kept": 101, "recomputed": 26, "peak": 127}
 
 
 def test_too_many_stages_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -244,13 +244,13 @@ def test_sensitivity_has_the_expected_signs() -> None:
     changes = {one.what: one.overhead for one in sensitivity(Assumptions())}
     base = changes["as assumed"]
     assert changes["connections: single-pass floor"] < base < changes["connections: unfused HC"]
-    assert changes["all kept, nothing made again"] < base < changes["communication waits"]
+    assert changes["all kept, nothing recomputed"] < base < changes["communication waits"]
     assert changes["experts' link: 40 GB/s"] < base
     assert changes["connections cost no compute"] == pytest.approx(0.0, abs=1e-9)
 
 
 def test_a_plain_residual_has_no_overhead() -> None:
-    """mHC of one stream that moves what a residual moves, nothing made again, sends C: no difference is left."""
+    """mHC of one stream that moves what a residual moves, nothing recomputed, sends C: no difference is left."""
     given = Assumptions(num_streams=1, recompute=False)
     pair = [stage_of(given, plain=plain) for plain in (False, True)]
     moved = replace(
