@@ -6,6 +6,7 @@ are run-time values, so one compilation serves every batch.
 
     projection    Eq. 14–15   x·phi and Σx² from one read of x, in fixed chunks; phi split for tensor cores
     coefficients  Eq. 16–19   scale, bias, sigmoids and Sinkhorn of those chunk sums
+    coefficients_aggregate  Eq. 3, 15   the coefficients and the aggregation in one launch
     sinkhorn      Eq. 9, 19   logits -> h_res, alone
     aggregate     Eq. 3       n streams -> the layer's input
     aggregate_mappings  Eq. 3, 18   the same, and beside it h_post and h_res, which are needed after the layer
@@ -19,6 +20,7 @@ are run-time values, so one compilation serves every batch.
     X_backward                the gradients of each, derived where it begins
     boundary_backward         that of post, and of the next projection and aggregation, from one read
     boundary_sums             every kind of partial sum that it leaves, in one launch
+    projection_warps, post_project_warps, sinkhorn_thread   the same as thread-level code, of `warps`
     partial_sums              sums over blocks of tokens, added up: the gradients of parameters
     plans                     tiles, threads, stages: what is compiled in, chosen from sizes and target
     boundary_plans            the same for what is fused across a boundary
@@ -30,6 +32,7 @@ FAMILIES = {
     "split_phi": ("projection", "split_phi_kernel"),
     "project": ("projection", "project_kernel"),
     "coefficients": ("coefficients", "coefficients_kernel"),
+    "coefficients_aggregate": ("coefficients_aggregate", "coefficients_aggregate_kernel"),
     "head_coefficients": ("head", "head_coefficients_kernel"),
     "sinkhorn": ("sinkhorn", "sinkhorn_kernel"),
     "aggregate": ("aggregate", "aggregate_kernel"),

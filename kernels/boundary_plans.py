@@ -14,10 +14,12 @@ from .plans import (
     WARP,
     ChannelTile,
     ProjectionPlan,
+    WarpProjectionPlan,
     channel_tile,
     chunks_per_split,
     num_slabs,
     projection_plan,
+    tile_projection_plan,
     tokens_per_block,
 )
 
@@ -47,6 +49,17 @@ def post_project_plan(
     blocks share a multiprocessor where that spills nothing: 128 registers are just enough for bfloat16.
     """
     projection = projection_plan(rows, hidden_size, dtype, target)
+    if isinstance(projection, WarpProjectionPlan):
+        return PostProjectPlan(projection, rows=WARP // 2, blocks_per_sm=2)
+    return tile_post_project_plan(rows, num_streams, hidden_size, dtype, target, aggregated)
+
+
+@cache
+def tile_post_project_plan(
+    rows: int, num_streams: int, hidden_size: int, dtype: str, target: str, aggregated: bool = False
+) -> PostProjectPlan:
+    """The same for the kernels in which a block's threads share out tiles."""
+    projection = tile_projection_plan(rows, hidden_size, dtype, target)
     if target == "cpu":
         return PostProjectPlan(projection, rows=32 // num_streams)
     tokens = 64 if num_streams <= 4 else 32
@@ -74,7 +87,7 @@ def expand_project_plan(rows: int, num_streams: int, hidden_size: int, dtype: st
 
     256 threads instead of 128 halve the registers of a thread, and so hold twice the warps.
     """
-    plan = post_project_plan(rows, num_streams, hidden_size, dtype, target)
+    plan = tile_post_project_plan(rows, num_streams, hidden_size, dtype, target)
     return ExpandProjectPlan(plan.projection, plan.blocks_per_sm)
 
 
@@ -107,6 +120,26 @@ def aggregate_mappings_plan(
         return AggregateMappingsPlan(tile, tokens_per_block(target))
     warps = 4 * (16 * 1024 // (MAPPING_REGISTERS[num_streams] * WARP))  # in a multiprocessor's four parts
     return AggregateMappingsPlan(tile, tile.threads, min(16, warps * WARP // tile.threads))
+
+
+@dataclass(frozen=True)
+class CoefficientsAggregatePlan:
+    """What is compiled into `coefficients_aggregate`: the projection's plan, the threads of a block, and how many
+    blocks shall find room on a multiprocessor.
+    """
+
+    projection: WarpProjectionPlan
+    threads: int = 128
+    blocks_per_sm: int = 4
+
+
+def aggregating_parts(num_tokens: int, hidden_size: int, plan: CoefficientsAggregatePlan, num_sms: int) -> int:
+    """Warps that share a token's channels in `coefficients_aggregate`: as few as fill the device twice, and at most one
+    for each vector of a lane.
+    """
+    vectors = -(-hidden_size // (MAX_ACCESS_BYTES // 2 * WARP))
+    warps = 2 * num_sms * plan.blocks_per_sm * plan.threads // WARP
+    return max(1, min(vectors, warps // max(1, num_tokens)))
 
 
 # Architectures on which a boundary's second and third launch wait on the device for the one before (programmatic

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import tilelang.language as T
 
-from .plans import LANES, ProjectionPlan
+from .plans import ProjectionPlan, WarpProjectionPlan
 from .sinkhorn import sinkhorn_inplace
 
 
@@ -78,7 +78,7 @@ def sum_slabs(total, partial, first_row, first_token, group_slabs):
 @T.macro
 def inverse_rms(scale, projected, partial, first_token, group_slabs, num_elements, rms_eps, plan, block):
     """scale[0, t] = s of Eq. (15): the slabs of each lane added, then the lanes, ascending. Keeps it."""
-    lanes = T.alloc_fragment((LANES, 1, block), T.float32)
+    lanes = T.alloc_fragment((plan.lanes, 1, block), T.float32)
     sum_slabs(lanes, partial, plan.halves * plan.rows, first_token, group_slabs)
     T.reduce_sum(lanes, scale, dim=0)
     for k, t in T.Parallel(1, block):
@@ -97,7 +97,7 @@ def scaled_dots(z, projected, partial, scale, group: RowGroup, first_token, grou
     """
     outer, inner = group.outer, group.inner
     sum_slabs(z, partial, group.first, first_token, group_slabs)
-    if plan.split:
+    if plan.halves == 2:
         low = T.alloc_fragment((outer, inner, block), T.float32)
         sum_slabs(low, partial, plan.rows + group.first, first_token, group_slabs)
         for a, b, t in T.Parallel(outer, inner, block):
@@ -163,6 +163,10 @@ def coefficients_kernel(
     with (iters, sinkhorn_eps, post_scale) is not read. Where it is `pdl`,
     the launch waits on the device for the one before it, and the next may begin once all blocks have.
     """
+    if isinstance(plan, WarpProjectionPlan) and not deferred:
+        from .coefficients_aggregate import coefficients_by_threads_kernel
+
+        return coefficients_by_threads_kernel(num_streams, hidden_size, plan, block)
     n = num_streams
     pre, post, res = row_groups(n)
     num_rows = n * n + 2 * n

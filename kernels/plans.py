@@ -11,6 +11,8 @@ from functools import cache
 WARP = 32
 MAX_THREADS = 256
 MAX_ACCESS_BYTES = 16
+SPAN = 32  # channels that a warp takes at a time, 8 consecutive ones a lane
+MOST_CHUNKS = 5  # of 64 channels in a group: longer ones leave the device fewer blocks to share out
 LANES = 16  # partial sums of Σx² per token
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 STAGE_BYTES = 32 * 1024  # shared memory of one pipeline stage: three of them fit the 99 KB of sm_120
@@ -154,6 +156,11 @@ class ProjectionPlan:
         return 2 if self.split else 1
 
     @property
+    def lanes(self) -> int:
+        """Partial sums of the squares in a slab."""
+        return LANES
+
+    @property
     def padded_rows(self) -> int:
         """Rows of phi in a tile: both halves, padded to the tensor core's 16."""
         return -(-2 * self.rows // 16) * 16 if self.split else self.rows
@@ -161,7 +168,7 @@ class ProjectionPlan:
     @property
     def slab_rows(self) -> int:
         """Rows of one slab of partial sums: the dots of each half, then the lanes of the squares."""
-        return self.halves * self.rows + LANES
+        return self.halves * self.rows + self.lanes
 
     def num_chunks(self, hidden_size: int) -> int:
         """Chunks that the channels are summed in."""
@@ -172,9 +179,67 @@ class ProjectionPlan:
         return self.chunks_per_group > 1 and self.num_chunks(hidden_size) > 1
 
 
+@dataclass(frozen=True)
+class WarpProjectionPlan(ProjectionPlan):
+    """The same for the kernels in which a warp owns 16 tokens: phi's halves lie in memory as the tensor core takes
+    them, and end in one sum, so that a slab has one row for each row of phi and one for the squares.
+    """
+
+    @property
+    def halves(self) -> int:
+        """Parts of the dots in a slab: both halves of phi are in one sum."""
+        return 1
+
+    @property
+    def lanes(self) -> int:
+        """Partial sums of the squares in a slab."""
+        return 1
+
+    @property
+    def full_tiles(self) -> int:
+        """Tiles of 16 rows of phi, of high halves, and as many of low ones."""
+        return self.rows // 16
+
+    @property
+    def sum_tiles(self) -> int:
+        """Tiles of sums: the full ones, and one of 8 rows of high halves above their low ones, if rows are left."""
+        return self.full_tiles + (self.rows % 16 > 0)
+
+    @property
+    def group_sums(self) -> int:
+        """Dots of a group that a lane has of 8 tokens, high and low halves added up."""
+        return self.full_tiles * 4 + (self.sum_tiles - self.full_tiles) * 2
+
+    @property
+    def phi_tiles(self) -> int:
+        """Tiles of 16 rows in which phi's halves lie."""
+        return self.full_tiles + self.sum_tiles
+
+    @property
+    def padded_rows(self) -> int:
+        """Rows of phi in a tile: both halves, padded to the tensor core's 16."""
+        return 16 * self.phi_tiles
+
+    def units(self, num_streams: int) -> int:
+        """16-byte units of a chunk of phi: for each span of 32 channels, stream, step of 16 channels, tile and lane."""
+        return self.channels // SPAN * num_streams * (SPAN // 16) * self.phi_tiles * WARP
+
+
 @cache
 def projection_plan(rows: int, hidden_size: int, dtype: str, target: str) -> ProjectionPlan:
-    """The plan for phi with `rows` rows. It must not depend on the token count: the chunks fix the bits."""
+    """The plan for phi with `rows` rows. It must not depend on the token count: the chunks fix the bits.
+
+    A bfloat16 stream of four (24 rows, and 4 of a head) is projected by warps where a lane's 8 channels are in a row.
+    """
+    if target != "cpu" and dtype == "bfloat16" and rows in (4, 24) and hidden_size % (MAX_ACCESS_BYTES // 2) == 0:
+        plan = WarpProjectionPlan(rows, True, dtype, tokens=64, channels=64, threads=128, stages=2)
+        return replace(plan, chunks_per_group=equal_group(plan.num_chunks(hidden_size), MOST_CHUNKS))
+    return tile_projection_plan(rows, hidden_size, dtype, target)
+
+
+@cache
+def tile_projection_plan(rows: int, hidden_size: int, dtype: str, target: str) -> ProjectionPlan:
+    """The same for the kernels in which a block's threads share out tiles."""
     if target == "cpu":
         channels = min(256, -(-hidden_size // LANES) * LANES)
         return ProjectionPlan(rows, False, "float32", tokens=32, channels=channels, threads=1, stages=1)
@@ -215,6 +280,8 @@ def chunks_per_split(num_tokens: int, num_chunks: int, plan: ProjectionPlan, par
     wanted = max(1, parallel_blocks // token_blocks)
     num_groups = -(-num_chunks // plan.chunks_per_group)
     if wanted < 2 * num_groups:
+        if isinstance(plan, WarpProjectionPlan):  # whose slabs are small, and whose blocks begin quickly
+            return plan.chunks_per_group
 
         def ends(groups: int) -> tuple[float, int]:
             splits = -(-num_groups // groups)
@@ -228,7 +295,7 @@ def chunks_per_split(num_tokens: int, num_chunks: int, plan: ProjectionPlan, par
 
 def num_slabs(chunks_per_split: int, num_chunks: int, plan: ProjectionPlan) -> int:
     """Slabs of partial sums that the projection writes: one of totals, one per group of chunks, or one per chunk."""
-    if chunks_per_split >= num_chunks:
+    if chunks_per_split >= num_chunks and not isinstance(plan, WarpProjectionPlan):
         return 1
     return num_chunks if chunks_per_split % plan.chunks_per_group else -(-num_chunks // plan.chunks_per_group)
 

@@ -17,10 +17,25 @@ written; the rounded tile is what is projected and aggregated, in the chunks, gr
 with its macros. So a boundary that is fused differs in nothing from one that is not, and a split, a run-time value,
 moves no bit.
 
-**One chunk a pass.** A block has a tile of tokens and walks over chunks of channels. The n streams of a chunk are mixed
-a few tokens at a time, in registers; the results stay in shared memory as operands of the product, stream after
-stream. phi is split into its halves where it is loaded (`projection` has a launch for that), the next stream's while
-this one is multiplied. A CPU multiplies float32: there the rounded tile is widened once a stream, and squared with it.
+**One chunk a pass**, of other streams and on a CPU. A block has a tile of tokens and walks over chunks of channels. The
+n streams of a chunk are mixed a few tokens at a time, in registers; the results stay in shared memory as operands of
+the product, stream after stream. phi is split into its halves where it is loaded (`projection` has a launch for that),
+the next stream's while this one is multiplied. A CPU multiplies float32: there the rounded tile is widened once a
+stream, and squared with it.
+
+**By warps.** A bfloat16 stream of four (C a multiple of 8) has a kernel of its own on a GPU, `post_project_warps`: the
+same x_next, other tiles. A warp has 16 tokens; lane l mixes tokens l // 4 and l // 4 + 8, of each 8 channels in a row,
+and what it mixed is the operand that it multiplies:
+
+    channels of a span    0 … 7    8 … 15   16 … 23  24 … 31
+    token 0, and 8        lane 0   lane 1   lane 2   lane 3     16 bytes of each stream: words w0 w1 w2 w3
+    token 1, and 9        lane 4   lane 5   lane 6   lane 7
+    …
+    token 7, and 15       lane 28  lane 29  lane 30  lane 31
+
+    product of step 0     (w0, w1) is the lane's column of B     with phi's channels 8q + (0, 1) and 8q + (2, 3)
+    product of step 1     (w2, w3)                               with phi's channels 8q + (4, 5) and 8q + (6, 7)
+    squares               (w0, w1, w2, w3) is two rows of A      with (w0, w2), and with (w1, w3): the diagonals
 
 Backward: `boundary_backward`.
 """
@@ -28,7 +43,7 @@ Backward: `boundary_backward`.
 import tilelang.language as T
 
 from .boundary_plans import PostProjectPlan
-from .plans import LANES, ProjectionPlan
+from .plans import LANES, ProjectionPlan, WarpProjectionPlan
 from .projection import Sums, accumulate_dots, accumulate_squares, clear, close_chunk, high_half, store_slab
 
 
@@ -102,6 +117,10 @@ def post_project_kernel(
     `aggregated` adds h_pre [T, n] -> layer_input [T, C]; without it both are a tensor of one element that nobody
     touches. `chunks_per_split` chunks go to each block of a token tile.
     """
+    if isinstance(plan.projection, WarpProjectionPlan):
+        from .post_project_warps import post_project_by_warps_kernel
+
+        return post_project_by_warps_kernel(num_streams, hidden_size, layer_dtype, plan, aggregated)
     n, rows, projection = num_streams, plan.rows, plan.projection
     tokens, channels = projection.tokens, projection.channels
     num_chunks = projection.num_chunks(hidden_size)

@@ -68,9 +68,14 @@ def build(func: Any, arch: str, family: str, parameters: dict[str, Any]) -> tile
         return tilelang.compile(
             func,
             target=Target({"kind": "cuda", "arch": arch}),
-            pass_configs=PASS_CONFIGS,
+            pass_configs=configs_of(func),
             compile_flags=COMPILE_FLAGS,
         )
+
+
+def configs_of(func: Any) -> dict[Any, Any]:
+    """The passes of a function: PASS_CONFIGS, and those that are off for it alone (see `kernels.warps`)."""
+    return {**PASS_CONFIGS, **{str(name): True for name in (func.attrs or {}).get("mhc.pass_configs", ())}}
 
 
 def nvcc_command(arch: str, flags: tuple[str, ...] = tuple(COMPILE_FLAGS)) -> list[str]:

@@ -14,7 +14,7 @@ from tilelang.engine.lower import lower
 from tvm import transform
 from tvm.target import Target
 
-from .cuda import PASS_CONFIGS
+from .cuda import configs_of
 from .tracing import trace
 
 
@@ -52,10 +52,11 @@ def generate(family: str, parameters: dict[str, Any], arch: str) -> CudaSource:
     return generate_from(trace(family, parameters), arch)
 
 
-def generate_from(func: Any, arch: str, configs: Mapping[Any, Any] = PASS_CONFIGS) -> CudaSource:
-    """The same for any TIR function that launches one kernel, under these passes."""
+def generate_from(func: Any, arch: str, configs: Mapping[Any, Any] | None = None) -> CudaSource:
+    """The same for any TIR function that launches one kernel, under these passes, its own by default."""
     target = Target({"kind": "cuda", "arch": arch})
-    with target, transform.PassContext(opt_level=3, config={key.value: value for key, value in configs.items()}):
+    config = {getattr(key, "value", key): value for key, value in (configs or configs_of(func)).items()}
+    with target, transform.PassContext(opt_level=3, config=config):
         artifact = lower(func, target=target)
     (device,) = artifact.device_mod.functions.values()
     extents = device.attrs["thread_extent"]

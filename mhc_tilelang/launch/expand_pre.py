@@ -22,7 +22,7 @@ from .aggregate import aggregate, aggregate_backward
 from .coefficients import coefficients, coefficients_backward
 from .expand import expand, expand_backward
 from .operands import Gradient, aligned, stream_kernel
-from .projection import parallel_blocks, project_backward, projection_plan
+from .projection import parallel_blocks, project_backward
 
 
 class FirstBoundary(NamedTuple):
@@ -60,12 +60,12 @@ def expand_pre(
     `out` has the first five.
     """
     x, layer_input, h_post, h_res, h_pre = out or (None,) * 5
-    plan = projection_plan(h, phi.shape[0])
-    x, partial = expand_project(h, phi, out=x)
+    plan = expand_project_plan(h, phi.shape[0], phi.shape[1] // h.shape[1])
+    x, partial = expand_project(h, phi, plan, out=x)
     mappings = None
     if h_pre is not None and h_post is not None and h_res is not None:
         mappings = (h_pre, h_post, h_res)
-    h_pre, h_post, h_res, projected = coefficients(partial, alpha, bias, spec, plan, out=mappings)
+    h_pre, h_post, h_res, projected = coefficients(partial, alpha, bias, spec, plan.projection, out=mappings)
     layer_input = aggregate(h.unsqueeze(1), total_h_pre(h_pre), out=layer_input)
     return FirstBoundary(x, layer_input, h_post, h_res, h_pre, projected)
 
@@ -85,9 +85,7 @@ def expand_project(
     """
     (num_tokens, hidden_size), rows = h.shape, phi.shape[0]
     num_streams = phi.shape[1] // hidden_size
-    plan = plan or boundary_plans.expand_project_plan(
-        rows, num_streams, hidden_size, dtype_name(h.dtype), compiler.platform_of(h.device)
-    )
+    plan = plan or expand_project_plan(h, rows, num_streams)
     schedule = schedule or boundary_plans.boundary_schedule(num_tokens, hidden_size, plan, parallel_blocks(h.device))
     x = h.new_empty(num_tokens, num_streams, hidden_size) if out is None else out
     partial = h.new_empty((schedule.slabs, plan.projection.slab_rows, num_tokens), dtype=torch.float32)
@@ -95,6 +93,12 @@ def expand_project(
     operand = aligned(phi).view(rows, num_streams, hidden_size)
     kernel(h=aligned(h), phi=operand, x=x, partial=partial, chunks_per_split=schedule.chunks_per_split)
     return x, partial
+
+
+def expand_project_plan(h: torch.Tensor, rows: int, num_streams: int) -> boundary_plans.ExpandProjectPlan:
+    """The plan by which h is projected on a phi of `rows` rows for `num_streams` equal streams."""
+    platform = compiler.platform_of(h.device)
+    return boundary_plans.expand_project_plan(rows, num_streams, h.shape[-1], dtype_name(h.dtype), platform)
 
 
 def expand_pre_backward(

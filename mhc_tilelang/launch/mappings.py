@@ -1,7 +1,8 @@
 """From a projection to the layer's input, launched, and to the mappings that are needed only after the layer.
 
-    coefficients_and_aggregate   coefficients and the aggregation, with h_post and h_res made where the plan says
-    aggregate_mappings   the aggregation, and beside it h_post and h_res
+    coefficients_and_aggregate   both, with h_post and h_res made where the plan says
+    coefficients_aggregate       in one launch, where warps projected
+    aggregate_mappings           the aggregation, and beside it h_post and h_res
 
 Tensors come flat, [T, …], checked and contiguous. Results have the bits of `coefficients`, then `aggregate`, whichever
 of the two makes the mappings. docs/critical-path.md has the reasons.
@@ -17,6 +18,7 @@ from ..spec import MHCSpec
 from .aggregate import aggregate
 from .coefficients import coefficients
 from .operands import aligned, alignment, stream_kernel
+from .projection import parallel_blocks
 
 
 def coefficients_and_aggregate(
@@ -34,6 +36,8 @@ def coefficients_and_aggregate(
     `out` has layer_input [T, C], h_pre [T, n], h_post [T, n] and h_res [T, n, n].
     """
     layer_input, h_pre, h_post, h_res = out
+    if isinstance(plan, plans.WarpProjectionPlan) and alignment(x, layer_input) == plans.MAX_ACCESS_BYTES:
+        return coefficients_aggregate(x, partial, alpha, bias, spec, plan, out=out)
     deferred = boundary_plans.defers_mappings(compiler.platform_of(x.device))
     mappings = (h_pre, h_post, h_res)
     *_, projected = coefficients(partial, alpha, bias, spec, plan, deferred=deferred, out=mappings)
@@ -41,6 +45,42 @@ def coefficients_and_aggregate(
         aggregate_mappings(x, h_pre, projected, alpha, bias, spec, out=(layer_input, h_post, h_res))
     else:
         aggregate(x, h_pre, out=layer_input)
+    return projected
+
+
+def coefficients_aggregate(
+    x: torch.Tensor,
+    partial: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    spec: MHCSpec,
+    projection: plans.WarpProjectionPlan,
+    *,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """The same in one launch: x and layer_input start on 16 bytes."""
+    layer_input, h_pre, h_post, h_res = out
+    num_tokens, _, hidden_size = x.shape
+    projected = partial.new_empty(spec.num_coefficients + 1, num_tokens)
+    plan = boundary_plans.CoefficientsAggregatePlan(projection)
+    kernel = stream_kernel("coefficients_aggregate", x, plan=plan)
+    kernel(
+        x=x,
+        partial=partial,
+        alpha=aligned(alpha),
+        bias=aligned(bias),
+        layer_input=layer_input,
+        h_pre=h_pre,
+        h_post=h_post,
+        h_res=h_res,
+        projected=projected,
+        iters=spec.sinkhorn_iters,
+        sinkhorn_eps=spec.sinkhorn_eps,
+        pre_eps=spec.pre_eps,
+        rms_eps=spec.rms_eps,
+        post_scale=spec.post_scale,
+        parts=boundary_plans.aggregating_parts(num_tokens, hidden_size, plan, parallel_blocks(x.device) // 2),
+    )
     return projected
 
 

@@ -17,13 +17,13 @@ import torch
 
 from .. import compiler
 from ..compiler.kernel import dtype_name
-from ..kernels import boundary_plans
+from ..kernels import boundary_plans, plans
 from ..spec import MHCSpec
 from .aggregate import aggregate_norm
 from .coefficients import coefficients
 from .mappings import coefficients_and_aggregate
 from .operands import aligned, stream_kernel
-from .projection import parallel_blocks, projection_plan
+from .projection import parallel_blocks, projection_plan, split_phi
 
 
 class Boundary(NamedTuple):
@@ -115,6 +115,9 @@ def post_project(
     schedule = schedule or boundary_plans.boundary_schedule(num_tokens, hidden_size, plan, parallel_blocks(x.device))
     partial = x.new_empty((schedule.slabs, plan.projection.slab_rows, num_tokens), dtype=torch.float32)
     x_next, layer_input = out or (torch.empty_like(x), x.new_empty(num_tokens, hidden_size) if aggregated else None)
+    operand = aligned(phi).view(-1, num_streams, hidden_size)
+    if isinstance(plan.projection, plans.WarpProjectionPlan):
+        operand = split_phi(operand, plan.projection)
     kernel = stream_kernel(
         "post_project",
         x,
@@ -127,7 +130,7 @@ def post_project(
         layer_output=aligned(layer_output),
         h_post=aligned(h_post),
         h_res=aligned(h_res),
-        phi=aligned(phi).view(-1, num_streams, hidden_size),
+        phi=operand,
         h_pre=phi.new_empty(1) if h_pre is None else aligned(h_pre),
         x_next=x_next,
         partial=partial,

@@ -17,9 +17,12 @@ from .partial_sums import sum_partials
 
 
 def split_phi(phi: torch.Tensor, plan: plans.ProjectionPlan) -> torch.Tensor:
-    """phi [M, n, C] float32 -> its halves [columns, n, C] in the plan's operand dtype."""
+    """phi [M, n, C] float32 -> its halves [padded_rows, n, C] in the plan's operand dtype, or by warps [units, 8]."""
     _, num_streams, hidden_size = phi.shape
-    halves = phi.new_empty(plan.padded_rows, num_streams, hidden_size, dtype=getattr(torch, plan.operand_dtype))
+    shape: tuple[int, ...] = (plan.padded_rows, num_streams, hidden_size)
+    if isinstance(plan, plans.WarpProjectionPlan):
+        shape = (plan.num_chunks(hidden_size) * plan.units(num_streams), plans.MAX_ACCESS_BYTES // 2)
+    halves = phi.new_empty(shape, dtype=getattr(torch, plan.operand_dtype))
     target = compiler.target_of(phi.device)
     kernel = compiler.kernel("split_phi", target, num_streams=num_streams, hidden_size=hidden_size, plan=plan)
     kernel(phi=aligned(phi), phi_split=halves)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from ...kernels.plans import ProjectionPlan, num_slabs, projection_plan
+from ...kernels.plans import ProjectionPlan, num_slabs, tile_projection_plan
 from .run import BLUE, GREEN, GREY, INK, ORANGE, PALE_BLUE, PAPER, Card
 
 NUM_STREAMS, HIDDEN_SIZE = 4, 2560
@@ -15,7 +15,7 @@ GROUP_COLOURS = (BLUE, ORANGE, GREEN)
 def projection() -> Card:
     """x as a matrix of tokens by channels; below it, how chunks become slabs."""
     n, rows = NUM_STREAMS, NUM_STREAMS**2 + 2 * NUM_STREAMS
-    plan = projection_plan(rows, HIDDEN_SIZE, "bfloat16", "cuda")
+    plan = tile_projection_plan(rows, HIDDEN_SIZE, "bfloat16", "cuda")
     chunks, size = plan.num_chunks(HIDDEN_SIZE), plan.chunks_per_group
     card = Card(
         "The projection: tile, chunk, group, slab",

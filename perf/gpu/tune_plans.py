@@ -16,11 +16,13 @@ from ...kernels.boundary_plans import AggregateMappingsPlan, BoundaryBackwardPla
 from ...kernels.plans import (
     BYTES,
     MAX_ACCESS_BYTES,
+    WARP,
     ChannelTile,
     NormTile,
     ProjectionBackwardPlan,
     ProjectionPlan,
     ReductionTile,
+    WarpProjectionPlan,
 )
 
 Parameters = dict[str, Any]
@@ -72,6 +74,10 @@ def plans_like(plan: Any, parameters: Parameters, target: str) -> Iterator[Any]:
         for projection, blocks in product(projections(plan.projection, target), room(target)):
             yield replace(plan, projection=projection, blocks_per_sm=blocks)
     elif isinstance(plan, PostProjectPlan):
+        if isinstance(plan.projection, WarpProjectionPlan):
+            for projection in projections(plan.projection, target):
+                yield replace(plan, projection=projection)
+            return
         vectors = plan.projection.channels * BYTES[parameters["dtype"]] // MAX_ACCESS_BYTES
         for projection, blocks in product(projections(plan.projection, target), room(target)):
             most = plan.rows if target == "cpu" else max(1, min(projection.tokens, projection.threads // vectors))
@@ -88,6 +94,10 @@ def plans_like(plan: Any, parameters: Parameters, target: str) -> Iterator[Any]:
 
 def projections(plan: ProjectionPlan, target: str) -> Iterator[ProjectionPlan]:
     """Tiles of tokens, threads and stages. Chunks of channels fix the bits, so they stay."""
+    if isinstance(plan, WarpProjectionPlan):  # a warp has 16 tokens, and phi two stages
+        for tokens in (32, 64, 128):
+            yield replace(plan, tokens=tokens, threads=WARP * tokens // 16)
+        return
     sizes = ((16, 32, 64), (1,), (1,)) if target == "cpu" else ((32, 64, 128), (128, 256), (2, 3, 4))
     for tokens, threads, stages in product(*sizes):
         yield replace(plan, tokens=tokens, threads=threads, stages=stages)

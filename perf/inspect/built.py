@@ -61,11 +61,11 @@ def entry_name(func: Any, subject: Subject, arch: str) -> str:
     """What a kernel's row is kept under: a hash of what it is made from."""
     from ...compiler import cuda_source
     from ...compiler.cpu.build import digest
-    from ...compiler.cuda import PASS_CONFIGS
+    from ...compiler.cuda import configs_of
     from .compiler import COMPILE_FLAGS, versions
 
     makers = [Path(cuda_source.__file__), *(HERE / f"{name}.py" for name in MAKERS)]
-    made_from = [func.script(show_meta=True), str(subject.launch.streams), arch, str(versions()), str(PASS_CONFIGS)]
+    made_from = [func.script(show_meta=True), str(subject.launch.streams), arch, str(versions()), str(configs_of(func))]
     made_from += [*COMPILE_FLAGS, *(path.read_text(encoding="utf-8") for path in makers)]
     return digest(chr(0).join(made_from))
 

@@ -1,9 +1,10 @@
 """How wide each global buffer is accessed in the CUDA source that tilelang generates.
 
-Machine code does not tell which tensor an instruction reads; the source does, in three spellings:
+Machine code does not tell which tensor an instruction reads; the source does, in four spellings:
 
     *(uint4*)(x + …)                        as wide as the type that the pointer is cast to
     tl::cp_async_gs<16>(…, &(x[…]))         as wide as the number says
+    tl::load_global_128(&(x[…]))            as many bits, as store_global_128
     x[…]                                    one element
 
 What nvcc makes of them is another matter: it joins narrow accesses, and splits a wide one now and then. The machine
@@ -19,6 +20,7 @@ from ...errors import MHCError
 
 PARAMETER = re.compile(r"(\w+)\s*\*\s*__restrict__\s+(\w+)")
 CAST = re.compile(r"\(\s*(\w+)\s*\*\s*\)\s*\($")
+GLOBAL = re.compile(r"tl::(load|store)_global_(\d+)(?:_conditional)?\(")
 ASYNC = re.compile(r"cp_async_gs(?:_conditional)?<(\d+)>")
 ELEMENT_BYTES = {
     **dict.fromkeys(("char", "uchar", "signed", "unsigned", "int8_t", "uint8_t", "bool"), 1),
@@ -81,8 +83,11 @@ def use_of(body: str, place: re.Match[str], element_bytes: int, name: str) -> tu
     if after.startswith("["):
         if not before.endswith("&("):
             return element_bytes, is_assigned(after, depth=0)
-        if found := ASYNC.findall(before[before.rfind(";") + 1 :]):
+        statement = before[before.rfind(";") + 1 :]
+        if found := ASYNC.findall(statement):
             return int(found[-1]), False
+        if found := GLOBAL.findall(statement):
+            return int(found[-1][1]) // 8, found[-1][0] == "store"
     line = body.count("\n", 0, place.start()) + 1
     raise MHCError(f"source_accesses: {name}: expected a cast, an index or cp_async_gs, got line {line} of the kernel")
 

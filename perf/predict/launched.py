@@ -69,7 +69,7 @@ def build_function(func: Any, arch: str) -> Built:
     from ...compiler.cpu.build import digest
     from ...compiler.disk_cache import Made, kept
 
-    makers = Path(cuda_source.__file__).read_text(encoding="utf-8"), str(cuda_source.PASS_CONFIGS), str(versions())
+    makers = Path(cuda_source.__file__).read_text(encoding="utf-8"), str(cuda_source.configs_of(func)), str(versions())
     name = digest("\0".join((func.script(show_meta=True), arch, *COMPILE_FLAGS, *makers)))
 
     def make(_scratch: Path) -> Made:
@@ -137,7 +137,10 @@ def launched(launch: Recorded, arch: str) -> Launched:
 
 def walk_grid(built: Built, entry: Entry) -> Walked:
     """The blocks that stand for the grid, averaged."""
-    walked = [(walk_block(built.code, entry, block), share) for block, share in blocks_of(entry.grid)]
+    walked = [
+        (walk_block(built.code, entry, (x, y, z)), of_x * share)
+        for (x, of_x), ((_, y, z), share) in product(kinds_along_x(built, entry), blocks_of(entry.grid))
+    ]
     features = zip(*(each.block for each, _ in walked), strict=True)
     shares = [share for _, share in walked]
     block = Block(*(sum(value * share for value, share in zip(each, shares, strict=True)) for each in features))
@@ -153,6 +156,25 @@ def blocks_of(grid: tuple[int, int, int]) -> list[tuple[tuple[int, int, int], fl
     x, y, z = grid
     places = product(positions(y), positions(z))
     return [((x // 2, at_y, at_z), of_y * of_z / (y * z)) for (at_y, of_y), (at_z, of_z) in places]
+
+
+def kinds_along_x(built: Built, entry: Entry) -> list[tuple[int, float]]:
+    """Blocks along x, where the tokens are, that stand for all, and their shares: the middle one, and the first where
+    the first blocks do other work, such as mappings beside an aggregation. Where they end is found by bisection.
+    """
+    x, y, z = entry.grid
+
+    def moved(at: int) -> object:
+        return walk_block(built.code, entry, (at, y // 2, z // 2)).moved
+
+    same, other = 0, x // 2
+    first = moved(same)
+    if first == moved(other):
+        return [(other, 1.0)]
+    while other - same > 1:
+        between = (same + other) // 2
+        same, other = (between, other) if moved(between) == first else (same, between)
+    return [(0, other / x), (x // 2, 1 - other / x)]
 
 
 def positions(extent: int) -> list[tuple[int, int]]:
@@ -224,13 +246,16 @@ def multiply_adds(code: Sequence[Instruction], walked: Walked) -> float:
 
 
 def products_asked(func: Any, sizes: Mapping[str, float]) -> int:
-    """Multiply-adds of all T.gemm of a launch, as its TIR asks for them: loops and guards as they run."""
+    """Multiply-adds of all products of a launch, as its TIR asks for them: loops and guards as they run."""
     from ...compiler.cpu.emit import scalars_of, sizes_of
     from ...compiler.cpu.types import op_name
     from ..traffic.audit.accesses import Access, Walk
     from ..traffic.audit.counting import executions
+    from ..traffic.audit.threads import is_thread_level, run_threads
     from ..traffic.audit.values import Values
 
+    if is_thread_level(func):
+        return run_threads(func, tuple(sizes.items())).multiply_adds
     found: list[tuple[int, Access]] = []
 
     class Products(Walk):

@@ -22,7 +22,10 @@ from .walk import walk
 
 # A factor up and down: each covers at least nine of ten of the 140 points, every one predicted without its kernel.
 BANDS = {"memory": 1.08, "memory and SM": 1.3, "SM": 1.25, "launch and latency": 1.4}
-FUSED = ("post_project", "expand_project", "boundary_backward", "aggregate_mappings", "replay")
+FUSED = (
+    *("post_project", "expand_project", "boundary_backward", "replay"),
+    *("aggregate_mappings", "coefficients_aggregate"),
+)
 FUSED_BAND = 1.6  # nothing in the published set resembles them: until one is measured
 CANNOT_SAY = 1.22  # predicted ratio, below which the faster one of two was wrong too often
 REFUSED = "no answer"

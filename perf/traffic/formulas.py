@@ -41,7 +41,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...kernels import boundary_plans, plans
-from ...kernels.plans import BYTES, ProjectionPlan
+from ...kernels.plans import BYTES, ProjectionPlan, WarpProjectionPlan
 from ...spec import MHCSpec
 from ..calls.cases import POST_PRE, POST_PRE_BACKWARD, POST_PRE_DELAYED, REPLAYED, TOKEN_KERNELS, Case
 
@@ -112,9 +112,7 @@ def small_bytes(case: Case, plan: ProjectionPlan, num_slabs: int) -> int:
     rows = n * n + 2 * n
     partial = num_slabs * plan.slab_rows * tokens * FLOAT32
     if case.kernel == "project":
-        stream_size = n * case.shape.hidden_size
-        halves = plan.padded_rows * stream_size * BYTES[plan.operand_dtype] if plan.split else 0
-        return rows * stream_size * FLOAT32 + 2 * halves + partial  # the halves are written, then read
+        return rows * n * case.shape.hidden_size * FLOAT32 + split_phi_bytes(case, plan) + partial
     if case.kernel == "coefficients":
         return partial + (3 + rows + (2 * rows + 1) * tokens) * FLOAT32  # the mappings, and what a backward needs
     if case.kernel == "coefficients_backward":  # g_h_*, and what is projected in and out; alpha, bias in and out
@@ -122,7 +120,10 @@ def small_bytes(case: Case, plan: ProjectionPlan, num_slabs: int) -> int:
         return ((3 * rows + 2) * tokens + 2 * (3 + rows) + token_sums) * FLOAT32
     if case.kernel in (POST_PRE, POST_PRE_DELAYED):  # h_pre, h_post, h_res and phi, then what `coefficients` moves
         read = (2 * n + n * n) * tokens + rows * n * case.shape.hidden_size
-        if case.kernel == POST_PRE and plan.split:  # on a GPU two of the mappings are made by the aggregation's launch
+        if isinstance(plan, WarpProjectionPlan):  # a launch splits phi; another one has mappings and aggregation
+            partial += split_phi_bytes(case, plan)
+            read -= n * tokens if case.kernel == POST_PRE else 0
+        elif case.kernel == POST_PRE and plan.split:  # on a GPU two mappings are made by the aggregation's launch
             read += (n + n * n) * tokens
         return read * FLOAT32 + partial + small_bytes(Case("coefficients", case.shape), plan, num_slabs)
     if case.kernel == POST_PRE_BACKWARD:
@@ -139,6 +140,16 @@ def small_bytes(case: Case, plan: ProjectionPlan, num_slabs: int) -> int:
         "post_backward": 2 * (n + n * n),
     }.get(case.kernel, 0)
     return per_token * tokens * FLOAT32
+
+
+def split_phi_bytes(case: Case, plan: ProjectionPlan) -> int:
+    """Of phi's halves, written and then read; by warps in whole chunks of channels."""
+    if not plan.split:
+        return 0
+    hidden_size = case.shape.hidden_size
+    if isinstance(plan, WarpProjectionPlan):
+        hidden_size = plan.num_chunks(hidden_size) * plan.channels
+    return 2 * plan.padded_rows * case.shape.num_streams * hidden_size * BYTES[plan.operand_dtype]
 
 
 def boundary_backward_bytes(case: Case, plan: ProjectionPlan) -> int:

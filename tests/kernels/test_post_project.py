@@ -45,7 +45,7 @@ def fused(inputs, spec, **options):
 
 def gpu_plan(case, rows, aggregated=False):
     sizes = case.num_streams, case.hidden_size, dtype_name(case.dtype)
-    return boundary_plans.post_project_plan(rows, *sizes, "cuda", aggregated)
+    return boundary_plans.tile_post_project_plan(rows, *sizes, "cuda", aggregated)
 
 
 @pytest.mark.parametrize("case", CASES + TOKENS)
@@ -132,7 +132,7 @@ def test_no_schedule_moves_a_bit(target):
 
 
 def test_schedules_of_a_gpu():
-    """Few tokens: channels are shared out too, over most of the device. Many: every block takes a tile of tokens."""
+    """Few tokens: chunks are shared out over most of the device. Many: a block takes a group of chunks of a tile."""
     plan = boundary_plans.post_project_plan(24, 4, 2560, "bfloat16", "cuda")
     for num_tokens in (1, 16, 128):
         schedule = boundary_plans.boundary_schedule(num_tokens, 2560, plan, 264)
@@ -140,7 +140,7 @@ def test_schedules_of_a_gpu():
         assert schedule.token_blocks * schedule.splits >= 20
     schedule = boundary_plans.boundary_schedule(16384, 2560, plan, 264)
     assert str(schedule) == (
-        "regime tokens: 256 x 1 blocks (token tiles x splits), 20 chunks a split, 1 slabs of partial sums"
+        "regime channels: 256 x 8 blocks (token tiles x splits), 5 chunks a split, 8 slabs of partial sums"
     )
 
 

@@ -116,7 +116,7 @@ def differing(launches: list[Recorded], others: list[Recorded]) -> list[str]:
 
 
 def runs() -> list:
-    """QUICK at n = 2 with three groups of chunks, and every check at n = 4 at every width."""
+    """QUICK at n = 2 with four groups of chunks, and every check at n = 4 at every width."""
     quick = [(kernel, Case(2, 2560, torch.bfloat16, TOKENS), []) for kernel in QUICK]
     full = [(k, Case(4, width, torch.bfloat16, TOKENS), [pytest.mark.full]) for width in WIDTHS for k in CHECKS]
     return [
@@ -141,8 +141,11 @@ def check_shares(kernel: str, case: Case) -> None:
             launches = execute(kernel, case, inputs, parallel_blocks)
         slab_counts |= slab_counts_of(launches)
         assert differing(launches, first) == [], share
-    num_chunks = case.hidden_size // 128
-    assert slab_counts == {1, group_count(case.hidden_size), num_chunks}
+    [plan] = {plan for one in first if (plan := projection_of(one))}
+    num_chunks = plan.num_chunks(case.hidden_size)
+    groups = -(-num_chunks // plan.chunks_per_group)
+    one_slab = set() if isinstance(plan, plans.WarpProjectionPlan) else {1}  # of groups that a block has added up
+    assert slab_counts == {*one_slab, groups, num_chunks}
 
 
 @pytest.mark.parametrize(("kernel", "case"), runs())
@@ -168,7 +171,9 @@ def test_every_family_is_executed_at_every_width(width: int) -> None:
     assert seen == set(FAMILIES)
 
 
-GROUP = "(((int64_t)slab) >> (int64_t)3)"  # of a chunk that is called slab
+# Of a chunk that is called slab.
+GROUP = "((((int64_t)slab) / (int64_t)5) + ((((int64_t)slab) % (int64_t)5) >> (int64_t)63))"
+GROUP_32 = "((slab / 5) + ((slab % 5) >> 31))"
 
 
 def forget_clear(code: str) -> str:
@@ -178,10 +183,9 @@ def forget_clear(code: str) -> str:
 
 
 SLABS: dict[str, Mutation] = {
-    "in reverse order": lambda code: code.replace(GROUP, f"(2 - {GROUP})"),
+    "in reverse order": lambda code: code.replace(GROUP, f"(3 - {GROUP})"),
     "the second as the third": lambda code: code.replace(GROUP, f"({GROUP} + ({GROUP} == 1))"),
-    "without the second": lambda code: code.replace("((slab >> 3) < num_slabs)", "((slab >> 3) != 1)"),
-    "without the last, a part of one": lambda code: code.replace(" || (slab == 19)", ""),
+    "without the second": lambda code: code.replace(f"({GROUP_32} < num_slabs)", f"({GROUP_32} != 1)"),
     "of which the second holds the first": forget_clear,
     "without the last chunk": lambda code: code.replace(", 20); ++slab)", ", 19); ++slab)"),
 }
@@ -221,7 +225,7 @@ PLANTED: dict[tuple[str, str, str], Mutation] = {
 @pytest.mark.full
 @pytest.mark.parametrize(("family", "kernel", "fault"), PLANTED)
 def test_a_planted_fault_is_caught(family: str, kernel: str, fault: str, poisoned: None) -> None:
-    """The checks above must be able to fail: three groups of chunks, or two ranges of tokens, in a damaged source."""
+    """The checks above must be able to fail: four groups of chunks, or two ranges of tokens, in a damaged source."""
     mutate, mutated = PLANTED[family, kernel, fault], []
 
     def noting(code: str) -> str:

@@ -338,7 +338,7 @@ def test_a_call_names_its_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", "post_pre"]) == 1
     message = capsys.readouterr().err
     assert "post_pre is a call; expected a kernel, of those it launches: " in message
-    for kernel in ("post_project", "coefficients", "aggregate_mappings"):
+    for kernel in ("split_phi", "post_project", "coefficients_aggregate"):
         assert kernel in message
     assert "boundary_backward" not in message
 

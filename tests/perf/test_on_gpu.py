@@ -161,6 +161,7 @@ def test_every_call_is_launched_and_listed(tmp_path: Path) -> None:
     assert {one["family"] for one in listed} == {counters.PROBE, *FAMILIES} - {
         "split_phi",
         "aggregate_mappings",
+        "coefficients_aggregate",
     }  # a GPU's
     post = next(one for one in listed if one["family"] == "post")
     unit = 5 * 48 * 2

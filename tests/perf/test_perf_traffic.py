@@ -72,10 +72,10 @@ def test_bytes_are_those_of_the_tensors(kernel: str, dtype: str, n: int) -> None
 
 
 def test_split_phi_counts_its_halves() -> None:
-    """On a GPU phi is read once, and its two bfloat16 halves, padded to 48 rows, are written and read."""
+    """On a GPU phi is read once, and its two bfloat16 halves, 48 rows, are written and read."""
     shape = Shape(num_tokens=4096, num_streams=4, hidden_size=2560, dtype="bfloat16")
     plan = plans.projection_plan(24, 2560, "bfloat16", "cuda")
-    phi, halves, partial = 24 * 10240 * 4, 48 * 10240 * 2, (48 + 16) * 4096 * 4
+    phi, halves, partial = 24 * 10240 * 4, 48 * 10240 * 2, (24 + 1) * 4096 * 4
     assert small_bytes(Case("project", shape), plan, num_slabs=1) == phi + 2 * halves + partial
     assert traffic(Case("project", shape), plan, num_slabs=1).stream == 4096 * 10240 * 2
 

@@ -261,6 +261,17 @@ SIMT_INLINE void cp_async_wait() {
     simt_copy_wait(pending);
 }
 
+// ---- loads and stores that are one instruction -----------------------------------------------------------------------
+
+SIMT_INLINE uint4 load_global_128(const void* from) { return *static_cast<const uint4*>(from); }
+SIMT_INLINE uint4 load_global_128_conditional(const void* from, bool inside) {
+    return inside ? *static_cast<const uint4*>(from) : uint4{};
+}
+SIMT_INLINE void store_global_128(void* to, uint4 value) { *static_cast<uint4*>(to) = value; }
+SIMT_INLINE void store_global_128_conditional(void* to, uint4 value, bool inside) {
+    if (inside) *static_cast<uint4*>(to) = value;
+}
+
 // ---- tensor cores -----------------------------------------------------------------------------------------------
 
 SIMT_INLINE void load_matrices(const void* row, void* registers, int matrices, bool transposed) {

@@ -2,6 +2,7 @@
 
     accesses   the walk: each place that touches a global buffer, its indices, the loops and guards around it
     values     what an index or a guard is, over the loops that it depends on
+    threads    the same for thread-level kernels, whose threads are run
     counting   how often a place runs, and how many elements a set of places touches
 
 Three numbers a buffer and direction, in bytes, each at least as large as the next:
@@ -76,7 +77,10 @@ def audit_function(func: Any, sizes: Mapping[str, float]) -> dict[str, BufferTra
 def _audit(func: Any, sizes: Mapping[str, float]) -> dict[str, BufferTraffic]:
     from .accesses import accesses_of
     from .counting import distinct, executions
+    from .threads import is_thread_level
 
+    if is_thread_level(func):
+        return _run_threads(func, sizes)
     accesses, values = accesses_of(func, sizes)
 
     def movement(buffer: Any, is_write: bool) -> Movement:
@@ -86,6 +90,23 @@ def _audit(func: Any, sizes: Mapping[str, float]) -> dict[str, BufferTraffic]:
             distinct(places, values, values.grid),
             distinct(places, values, ()),
         )
+        return Movement(*(count * buffer.dtype.itemsize for count in counts))
+
+    return {
+        buffer.name: BufferTraffic(movement(buffer, False), movement(buffer, True))
+        for buffer in (func.buffer_map[param] for param in func.params if param in func.buffer_map)
+    }
+
+
+def _run_threads(func: Any, sizes: Mapping[str, float]) -> dict[str, BufferTraffic]:
+    """The same for a thread-level kernel."""
+    from .threads import run_threads
+
+    touched = run_threads(func, tuple(sizes.items())).touched
+
+    def movement(buffer: Any, is_write: bool) -> Movement:
+        found = touched.get((buffer.data, is_write))
+        counts = (found.accessed, found.per_block, int(found.ever.sum())) if found else (0, 0, 0)
         return Movement(*(count * buffer.dtype.itemsize for count in counts))
 
     return {

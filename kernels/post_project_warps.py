@@ -1,0 +1,221 @@
+"""`post_project` as thread-level code (see `warps`): for bfloat16 streams of four on a GPU.
+
+The formulas are those of `post_project`, mixing has the fma chain of `post`, sums are those of `projection_warps`:
+x_next and partial sums have the bits of `post`, then `project`, and layer_input those of the aggregation.
+
+A warp has 16 tokens, a lane two of them, g = lane // 4 and g + 8, and 8 consecutive channels of all streams at a time:
+
+    wait for the chunk's phi, barrier, start to copy the next chunk's
+    for each span of 32 channels
+        for each of the lane's two tokens
+            x, layer_output     in registers since the span before: 16 bytes a stream
+            x_next              five multiply-adds an element, rounded to words of two, 16 bytes a stream
+            load x, layer_output of the next span into the registers that are free now
+            store x_next
+        the words are operands of the products with phi, and with themselves for the squares
+
+So no element of the stream passes through shared memory, one barrier is met a chunk, and a load is under way while the
+span before is mixed and multiplied. Shared memory: two chunks of phi, 48 KB, and the tokens' coefficients, 5 KB.
+"""
+
+import tilelang.language as T
+
+from .boundary_plans import PostProjectPlan
+from .projection_warps import close_chunk, copy_phi, project_span
+from .warps import (
+    PASS_CONFIGS,
+    PASS_CONFIGS_ATTR,
+    VECTOR,
+    WARP,
+    WARP_CHANNELS,
+    WARP_TOKENS,
+    WORDS,
+    clear_sums,
+    copy_async,
+    fma,
+    high_half,
+    low_half,
+    pack,
+    store_vector,
+    vector_at,
+)
+
+
+@T.macro
+def load_span(words, layer_words, x, layer_output, token, half, channel, inside):
+    """A token's vectors of all streams, and of the layer's output: of float32 two."""
+    n = x.shape[1]
+    per_token = layer_words.shape[0] // 2
+    for i in T.unroll(n):
+        at = (half * n + i) * WORDS
+        words[at : at + WORDS] = vector_at(x[token, i, channel], inside)
+    for k in T.unroll(per_token // WORDS):
+        to = half * per_token + k * WORDS
+        offset = k * (VECTOR * WORDS // per_token)
+        layer_words[to : to + WORDS] = vector_at(layer_output[token, channel + offset], inside)
+
+
+@T.macro
+def copy_coefficients(coefficients, h_res, h_post, h_pre, first_token, lane, at):
+    """Start to copy the warp's coefficients: of a token its rows of h_res, a row of h_post, one of h_pre if given."""
+    num_tokens, n = h_post.shape
+    of_token = n + 1 if h_pre is None else n + 2
+    token, row = T.alloc_var(T.int32), T.alloc_var(T.int32)
+    for r in T.unroll(-(-WARP_TOKENS * of_token // WARP)):
+        row = r * WARP + lane
+        if row < WARP_TOKENS * of_token:
+            token = T.min(first_token + row // of_token, num_tokens - 1)
+            row = row % of_token
+            to = at + r * WARP + lane
+            if row < n:
+                copy_async(coefficients[to, 0], h_res[token, row, 0], n)
+            elif row == n:
+                copy_async(coefficients[to, 0], h_post[token, 0], n)
+            elif h_pre is not None:
+                copy_async(coefficients[to, 0], h_pre[token, 0], n)
+
+
+@T.macro
+def mix_vector(next_words, words, layer_words, h, half, n):
+    """next_words = a token's x_next, in `post`'s order; h has its h_res and h_post."""
+    x = T.alloc_local((2 * n,), T.float32)
+    f = T.alloc_local((2,), T.float32)
+    value = T.alloc_local((2,), T.float32)
+    per_token = layer_words.shape[0] // 2
+    for e in T.unroll(WORDS):
+        for i in T.unroll(n):
+            x[i * 2] = low_half(words[(half * n + i) * WORDS + e])
+            x[i * 2 + 1] = high_half(words[(half * n + i) * WORDS + e])
+        if per_token == WORDS:
+            f[0] = low_half(layer_words[half * per_token + e])
+            f[1] = high_half(layer_words[half * per_token + e])
+        else:
+            for k in T.unroll(2):
+                f[k] = T.reinterpret(layer_words[half * per_token + e * 2 + k], T.float32)
+        for j in T.unroll(n):
+            for k in T.unroll(2):
+                value[k] = h[n * n + j] * f[k]
+            for i in T.unroll(n):
+                for k in T.unroll(2):
+                    value[k] = fma(h[j * n + i], x[i * 2 + k], value[k])
+            pack(next_words, (half * n + j) * WORDS + e, value)
+
+
+@T.macro
+def aggregate_vector(input_words, next_words, h, half, n):
+    """input_words = a token's layer_input, from x_next as it was rounded; h has its h_pre."""
+    value = T.alloc_local((2,), T.float32)
+    for e in T.unroll(WORDS):
+        for k in T.unroll(2):
+            value[k] = 0.0
+        for j in T.unroll(n):
+            value[0] = fma(h[j], low_half(next_words[(half * n + j) * WORDS + e]), value[0])
+            value[1] = fma(h[j], high_half(next_words[(half * n + j) * WORDS + e]), value[1])
+        pack(input_words, e, value)
+
+
+def post_project_by_warps_kernel(
+    num_streams: int, hidden_size: int, layer_dtype: str, plan: PostProjectPlan, aggregated: bool
+):
+    """As `post_project_kernel`, but for phi [units, 8], as `split_phi_fragments_kernel` leaves it."""
+    n, projection = num_streams, plan.projection
+    channels, threads, tokens = projection.channels, projection.threads, projection.tokens
+    num_chunks, units, sums = projection.num_chunks(hidden_size), projection.units(n), projection.sum_tiles
+    spans = channels // WARP_CHANNELS
+    whole = hidden_size % channels == 0  # the last chunk is not a part of one
+    per_token = WORDS if layer_dtype == "bfloat16" else 2 * WORDS
+    of_token = n + 2 if aggregated else n + 1  # rows of four coefficients
+    num_tokens = T.dynamic("num_tokens")
+    num_slabs = T.dynamic("num_slabs")
+    unused = (1,)
+
+    @T.prim_func
+    def post_project(
+        x: T.Tensor[(num_tokens, n, hidden_size), T.bfloat16],
+        layer_output: T.Tensor[(num_tokens, hidden_size), layer_dtype],
+        h_post: T.Tensor[(num_tokens, n), T.float32],
+        h_res: T.Tensor[(num_tokens, n, n), T.float32],
+        phi: T.Tensor[(num_chunks * units, VECTOR), T.bfloat16],
+        h_pre: T.Tensor[(num_tokens, n) if aggregated else unused, T.float32],
+        x_next: T.Tensor[(num_tokens, n, hidden_size), T.bfloat16],
+        partial: T.Tensor[(num_slabs, projection.slab_rows, num_tokens), T.float32],
+        layer_input: T.Tensor[(num_tokens, hidden_size) if aggregated else unused, T.bfloat16],
+        chunks_per_split: T.int32,
+    ):
+        with T.Kernel(T.ceildiv(num_tokens, tokens), T.ceildiv(num_chunks, chunks_per_split), threads=threads) as (
+            tile,
+            split,
+        ):
+            phi_tile = T.alloc_shared((2 * units, VECTOR), T.bfloat16)
+            coefficients = T.alloc_shared((tokens * of_token, n), T.float32)
+            words = T.alloc_local((2 * n * WORDS,), T.uint32)
+            layer_words = T.alloc_local((2 * per_token,), T.uint32)
+            next_words = T.alloc_local((2 * n * WORDS,), T.uint32)
+            input_words = T.alloc_local((WORDS,), T.uint32)
+            h = T.alloc_local((n * n + n,), T.float32)
+            given = T.alloc_local((n,), T.float32)
+            dots = T.alloc_local((2 * sums * 4,), T.float32)
+            squares = T.alloc_local((16,), T.float32)
+            group_dots = T.alloc_local((2 * projection.group_sums,), T.float32)
+            group_squares = T.alloc_local((2,), T.float32)
+            token, channel, stage = T.alloc_var(T.int32), T.alloc_var(T.int32), T.alloc_var(T.int32)
+            at, following, row = T.alloc_var(T.int32), T.alloc_var(T.int32), T.alloc_var(T.int32)
+
+            T.annotate_min_blocks_per_sm(plan.blocks_per_sm)
+            thread = T.get_thread_binding()
+            lane, warp = thread % WARP, thread // WARP
+            first_chunk = split * chunks_per_split
+            last_chunk = T.min(first_chunk + chunks_per_split, num_chunks)
+            token = tile * tokens + warp * WARP_TOKENS + lane // 4
+            channel = first_chunk * channels + lane % 4 * VECTOR
+            row = (warp * WARP_TOKENS + lane // 4) * of_token
+            stage = 0
+            for half in T.unroll(2):
+                inside = token + half * 8 < num_tokens
+                if not whole:
+                    inside = T.And(inside, channel < hidden_size)
+                load_span(words, layer_words, x, layer_output, token + half * 8, half, channel, inside)
+            copy_phi(phi_tile, phi, first_chunk, 0, thread, projection)
+            copy_coefficients(
+                *(coefficients, h_res, h_post, h_pre if aggregated else None),
+                *(tile * tokens + warp * WARP_TOKENS, lane, warp * WARP_TOKENS * of_token),
+            )
+            T.ptx_commit_group()
+            clear_sums(group_dots, group_squares)
+            for chunk in T.serial(first_chunk, last_chunk):
+                T.ptx_wait_group(0)
+                T.sync_threads()
+                if chunk + 1 < last_chunk:
+                    copy_phi(phi_tile, phi, chunk + 1, units - stage, thread, projection)
+                T.ptx_commit_group()
+                clear_sums(dots, squares)
+                at = stage + lane
+                for span in T.unroll(spans, unroll_factor=1):
+                    goes_on = chunk * spans + span + 1 < last_chunk * spans
+                    following = channel + WARP_CHANNELS
+                    for half in T.unroll(2):
+                        for r in T.unroll(n + 1):
+                            for e in T.vectorized(n):
+                                h[r * n + e] = coefficients[row + half * 8 * of_token + r, e]
+                        mix_vector(next_words, words, layer_words, h, half, n)
+                        written = token + half * 8 < num_tokens
+                        inside = T.And(goes_on, written)
+                        if not whole:
+                            inside = T.And(inside, following < hidden_size)
+                            written = T.And(written, channel < hidden_size)
+                        load_span(words, layer_words, x, layer_output, token + half * 8, half, following, inside)
+                        for j in T.unroll(n):
+                            at_words = (half * n + j) * WORDS
+                            store_vector(x_next[token + half * 8, j, channel], next_words, at_words, written)
+                        if aggregated:
+                            for e in T.vectorized(n):
+                                given[e] = coefficients[row + half * 8 * of_token + n + 1, e]
+                            aggregate_vector(input_words, next_words, given, half, n)
+                            store_vector(layer_input[token + half * 8, channel], input_words, 0, written)
+                    project_span(dots, squares, next_words, phi_tile, at, n, projection)
+                    channel = channel + WARP_CHANNELS
+                    at = at + units // spans
+                close_chunk(partial, chunk, group_dots, group_squares, dots, squares, token, projection, hidden_size)
+                stage = units - stage
+
+    return post_project.with_attr(PASS_CONFIGS_ATTR, list(PASS_CONFIGS))

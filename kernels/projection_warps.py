@@ -1,0 +1,237 @@
+"""The projection as thread-level code (see `warps`): for bfloat16 streams of four on a GPU.
+
+The sums are those of `projection`. A warp has 16 tokens and walks over chunks of 64 channels, two spans of 32. It takes
+a span of a stream as the tensor core's m16n8k16 wants its second operand, 8 tokens a product:
+
+    lane l has the tokens l // 4 and l // 4 + 8, and of each the 8 channels from 8·q on, q = l % 4: 16 bytes, four words
+    words 0 and 1 are the operand of one product, words 2 and 3 that of the next
+
+So a vector that was loaded, or mixed in registers, is an operand as it is. Which channels a product's steps are follows
+from where phi has its columns, and that is settled once, by `split_phi_fragments`: a unit of 16 bytes is what a lane
+needs of 16 rows for one product, and a block copies a chunk of units without a thought.
+
+Rows of phi lie in tiles of 16: high halves, then the low ones of the same rows, whose products are added to the same
+sums; 8 rows that are left have their high halves in one tile with their low ones, added up when a slab is stored.
+
+**Squares** are the diagonal of products too: a vector's four words are two rows of a first operand, (0, 2) and (1, 3),
+and multiplied with themselves. Of 128 sums a lane uses at most two; this takes 2 instructions where 16 multiply-adds
+and 8 conversions would do the same.
+
+**Order.** A chunk's sums start from zero: spans in order, of each the streams, of each the steps of 16 channels, of
+each the high halves, then the low ones. Chunks are added up in groups, and groups by who reads the slabs, a slab a
+group or a slab a chunk: so the split moves no bit, nor does a token's place. A NaN of one token touches no other: its
+products are rows or columns of their own.
+"""
+
+import tilelang.language as T
+
+from .plans import WarpProjectionPlan
+from .warps import (
+    PASS_CONFIGS,
+    PASS_CONFIGS_ATTR,
+    VECTOR,
+    WARP,
+    WARP_CHANNELS,
+    WARP_TOKENS,
+    WORDS,
+    clear_sums,
+    copy_async,
+    mma,
+    vector_at,
+)
+
+STEPS = WARP_CHANNELS // 16  # products that a span of a stream takes
+
+
+def split_phi_fragments_kernel(num_streams: int, hidden_size: int, plan: WarpProjectionPlan):
+    """phi [M, n, C] float32 -> phi_split [units, 8]: chunk, span, stream, step, tile, lane; zeros beyond M and C.
+
+    Lane (g, q) of a step has the channels 8·q + 4·step + (0, 1) of rows g and g + 8 of the tile, then those + (2, 3).
+    """
+    n, rows, tiles = num_streams, plan.rows, plan.phi_tiles
+    units = plan.num_chunks(hidden_size) * plan.units(n)
+    spans = plan.num_chunks(hidden_size) * plan.channels // WARP_CHANNELS
+
+    @T.prim_func
+    def split_phi(
+        phi: T.Tensor[(rows, n, hidden_size), T.float32],
+        phi_split: T.Tensor[(units, VECTOR), T.bfloat16],
+    ):
+        with T.Kernel(spans, n, threads=tiles * STEPS * WARP) as (span, stream):
+            values = T.alloc_local((4,), T.float32)
+            halves = T.alloc_local((VECTOR,), T.bfloat16)
+            thread = T.get_thread_binding()
+            tile, step, lane = thread // (STEPS * WARP), thread // WARP % STEPS, thread % WARP
+            channel = span * WARP_CHANNELS + lane % 4 * VECTOR + step * 4
+            is_mixed = tile == plan.full_tiles
+            for lower in T.unroll(2):  # rows g, then g + 8
+                # high halves of 16 rows a tile, then their low halves; in the tile between 8 rows of both
+                first = T.if_then_else(is_mixed, plan.full_tiles * 16, tile % plan.sum_tiles * 16 + lower * 8)
+                is_low = T.if_then_else(is_mixed, lower == 1, tile > plan.full_tiles)
+                for e in T.unroll(4):
+                    values[e] = 0.0
+                if T.And(first + lane // 4 < rows, channel < hidden_size):
+                    for e in T.vectorized(4):
+                        values[e] = phi[first + lane // 4, stream, channel + e]
+                for e in T.unroll(4):
+                    high = T.cast(T.cast(values[e], T.bfloat16), T.float32)
+                    halves[e // 2 * 4 + lower * 2 + e % 2] = T.cast(
+                        T.if_then_else(is_low, values[e] - high, high), T.bfloat16
+                    )
+            unit = (((span * n + stream) * STEPS + step) * tiles + tile) * WARP + lane
+            for e in T.vectorized(VECTOR):
+                phi_split[unit, e] = halves[e]
+
+    return split_phi.with_attr(PASS_CONFIGS_ATTR, list(PASS_CONFIGS))
+
+
+@T.macro
+def copy_phi(phi_tile, phi, chunk, stage, thread, plan: WarpProjectionPlan):
+    """Start to copy a chunk of phi into a stage of its tile, all threads of the block together."""
+    units = phi_tile.shape[0] // 2
+    for r in T.unroll(units // plan.threads):
+        at = r * plan.threads + thread
+        copy_async(phi_tile[stage + at, 0], phi[chunk * units + at, 0])
+
+
+@T.macro
+def project_span(dots, squares, words, phi_tile, at, num_streams, plan: WarpProjectionPlan):
+    """dots and squares += those of a span: words[(half · n + stream) · 4 : …], and phi's units from `at` on."""
+    n, tiles, sums = num_streams, plan.phi_tiles, plan.sum_tiles
+    of_phi = T.alloc_local((tiles * VECTOR,), T.bfloat16)
+    exchanged = T.alloc_local((WORDS,), T.uint32)
+    for j in T.unroll(n):
+        for step in T.unroll(STEPS):
+            for m in T.unroll(tiles):
+                for e in T.vectorized(VECTOR):
+                    of_phi[m * VECTOR + e] = phi_tile[at + ((j * STEPS + step) * tiles + m) * WARP, e]
+            for m in T.unroll(tiles):
+                for half in T.unroll(2):
+                    of_x = (half * n + j) * WORDS + step * 2
+                    mma(of_phi, m * VECTOR, words, of_x, dots, (half * sums + m % sums) * 4)
+        for half in T.unroll(2):
+            for k in T.unroll(2):
+                exchanged[k * 2] = words[(half * n + j) * WORDS + k]
+                exchanged[k * 2 + 1] = words[(half * n + j) * WORDS + k + 2]
+                mma(words, (half * n + j) * WORDS, exchanged, k * 2, squares, (half * 2 + k) * 4)
+
+
+@T.macro
+def close_chunk(partial, chunk, group_dots, group_squares, dots, squares, token, plan: WarpProjectionPlan, hidden_size):
+    """A chunk is summed: add it to its group; store that if the group ends here, or if every chunk is a slab.
+
+    `token` is the lane's first one. Of the squares' products a lane has row g on the diagonal where q is g // 2.
+    """
+    num_slabs, _, num_tokens = partial.shape
+    num_chunks, sums, full, of_half = plan.num_chunks(hidden_size), plan.sum_tiles, plan.full_tiles, plan.group_sums
+    lane = T.get_thread_binding() % WARP
+    g, q = lane // 4, lane % 4
+    for half in T.unroll(2):
+        for e in T.unroll(full * 4):
+            group_dots[half * of_half + e] = group_dots[half * of_half + e] + dots[half * sums * 4 + e]
+        for e in T.unroll((sums - full) * 2):  # high halves, and their low ones 8 rows below
+            at = (half * sums + full) * 4 + e
+            group_dots[half * of_half + full * 4 + e] = group_dots[half * of_half + full * 4 + e] + (
+                dots[at] + dots[at + 2]
+            )
+        even = squares[half * 8] + squares[half * 8 + 6]
+        odd = squares[half * 8 + 1] + squares[half * 8 + 7]
+        group_squares[half] = group_squares[half] + T.if_then_else(g % 2 == 0, even, odd)
+    if T.Or(T.Or(num_slabs == num_chunks, (chunk + 1) % plan.chunks_per_group == 0), chunk + 1 == num_chunks):
+        slab = T.if_then_else(num_slabs == num_chunks, chunk, chunk // plan.chunks_per_group)
+        for half in T.unroll(2):
+            for e in T.unroll(2):
+                to = token - g + half * 8 + q * 2 + e
+                if to < num_tokens:
+                    for m in T.unroll(full):
+                        for below in T.unroll(2):
+                            row = m * 16 + below * 8 + g
+                            partial[slab, row, to] = group_dots[half * of_half + m * 4 + below * 2 + e]
+                    if sums > full and (plan.rows % 8 == 0 or full * 16 + g < plan.rows):
+                        partial[slab, full * 16 + g, to] = group_dots[half * of_half + full * 4 + e]
+            if T.And(q == g // 2, token + half * 8 < num_tokens):
+                partial[slab, plan.rows, token + half * 8] = group_squares[half]
+        clear_sums(group_dots, group_squares)
+
+
+@T.macro
+def load_streams(words, x, token, half, channel, inside):
+    """words[(half · n + i) · 4 : …] = the lane's vector of stream i."""
+    n = x.shape[1]
+    for i in T.unroll(n):
+        at = (half * n + i) * WORDS
+        words[at : at + WORDS] = vector_at(x[token, i, channel], inside)
+
+
+def project_by_warps_kernel(num_streams: int, hidden_size: int, plan: WarpProjectionPlan):
+    """x [T, n, C], phi [units, 8] as of `split_phi_fragments_kernel` -> partial [slabs, slab_rows, T].
+
+    `chunks_per_split` chunks go to each block of a token tile. A span is loaded while the one before is multiplied.
+    """
+    n = num_streams
+    num_chunks, units = plan.num_chunks(hidden_size), plan.units(num_streams)
+    spans = plan.channels // WARP_CHANNELS
+    whole = hidden_size % plan.channels == 0  # the last chunk is not a part of one
+    num_tokens = T.dynamic("num_tokens")
+    num_slabs = T.dynamic("num_slabs")
+
+    @T.prim_func
+    def project(
+        x: T.Tensor[(num_tokens, n, hidden_size), T.bfloat16],
+        phi: T.Tensor[(num_chunks * units, VECTOR), T.bfloat16],
+        partial: T.Tensor[(num_slabs, plan.slab_rows, num_tokens), T.float32],
+        chunks_per_split: T.int32,
+    ):
+        with T.Kernel(
+            T.ceildiv(num_tokens, plan.tokens), T.ceildiv(num_chunks, chunks_per_split), threads=plan.threads
+        ) as (tile, split):
+            phi_tile = T.alloc_shared((2 * units, VECTOR), T.bfloat16)
+            ahead = T.alloc_local((2 * n * WORDS,), T.uint32)
+            words = T.alloc_local((2 * n * WORDS,), T.uint32)
+            dots = T.alloc_local((2 * plan.sum_tiles * 4,), T.float32)
+            squares = T.alloc_local((16,), T.float32)
+            group_dots = T.alloc_local((2 * plan.group_sums,), T.float32)
+            group_squares = T.alloc_local((2,), T.float32)
+            token, channel, stage = T.alloc_var(T.int32), T.alloc_var(T.int32), T.alloc_var(T.int32)
+            at, following = T.alloc_var(T.int32), T.alloc_var(T.int32)
+
+            thread = T.get_thread_binding()
+            lane = thread % WARP
+            first_chunk = split * chunks_per_split
+            last_chunk = T.min(first_chunk + chunks_per_split, num_chunks)
+            token = tile * plan.tokens + thread // WARP * WARP_TOKENS + lane // 4
+            channel = first_chunk * plan.channels + lane % 4 * VECTOR
+            stage = 0
+            for half in T.unroll(2):
+                inside = token + half * 8 < num_tokens
+                if not whole:
+                    inside = T.And(inside, channel < hidden_size)
+                load_streams(ahead, x, token + half * 8, half, channel, inside)
+            copy_phi(phi_tile, phi, first_chunk, 0, thread, plan)
+            T.ptx_commit_group()
+            clear_sums(group_dots, group_squares)
+            for chunk in T.serial(first_chunk, last_chunk):
+                T.ptx_wait_group(0)
+                T.sync_threads()
+                if chunk + 1 < last_chunk:
+                    copy_phi(phi_tile, phi, chunk + 1, units - stage, thread, plan)
+                T.ptx_commit_group()
+                clear_sums(dots, squares)
+                at = stage + lane
+                for span in T.unroll(spans, unroll_factor=1):
+                    goes_on = chunk * spans + span + 1 < last_chunk * spans
+                    following = channel + WARP_CHANNELS
+                    for e in T.unroll(2 * n * WORDS):
+                        words[e] = ahead[e]
+                    for half in T.unroll(2):
+                        inside = T.And(goes_on, token + half * 8 < num_tokens)
+                        if not whole:
+                            inside = T.And(inside, following < hidden_size)
+                        load_streams(ahead, x, token + half * 8, half, following, inside)
+                    project_span(dots, squares, words, phi_tile, at, n, plan)
+                    channel = channel + WARP_CHANNELS
+                    at = at + units // spans
+                close_chunk(partial, chunk, group_dots, group_squares, dots, squares, token, plan, hidden_size)
+                stage = units - stage
+
+    return project.with_attr(PASS_CONFIGS_ATTR, list(PASS_CONFIGS))

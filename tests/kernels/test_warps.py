@@ -1,0 +1,193 @@
+"""Thread-level kernels of the projection and the boundary, executed as CUDA: bits, bounds, and faults planted in them.
+
+Would catch: a vector stored or multiplied as another channel's, a tail that is read or written, sums that depend on the
+split, the batch or a neighbour's NaN, a copy that is read before its wait, a stage overwritten while it is read.
+"""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import CPU, assert_same_bits, map_tokens
+from test_simt_mutations import damaged
+
+from mhc_tilelang import launch
+from mhc_tilelang.checking.inputs import Case, Inputs
+from mhc_tilelang.compiler.simt import SimtError, executing
+from mhc_tilelang.compiler.simt.target import generated
+from mhc_tilelang.kernels import boundary_plans, plans
+
+# Below a chunk, a chunk and a tail of one vector, a group and a part of one, several groups.
+WIDTHS = (40, 72, 200, 640)
+EACH_WIDTH = [pytest.param(Case(4, width, torch.bfloat16, 37), id=f"C={width}") for width in WIDTHS]
+MAIN = Case(4, 640, torch.bfloat16, 70)
+FEWEST, SOME, MOST = 1, 8, 1000  # blocks that the device runs at a time: a slab a group, then a slab a chunk
+
+
+def post_project(inputs, blocks=SOME, rows=24, **options):
+    with executing(parallel_blocks=blocks):
+        arguments = (inputs.x, inputs.layer_output, inputs.h_post, inputs.h_res)
+        return launch.post_project(*arguments, inputs.phi[:rows].contiguous(), **options)
+
+
+def separate(inputs, blocks=SOME, rows=24):
+    with executing(parallel_blocks=blocks):
+        x_next = launch.post(inputs.x, inputs.layer_output, inputs.h_post, inputs.h_res)
+        return x_next, launch.project(x_next, inputs.phi[:rows].contiguous())
+
+
+@pytest.mark.parametrize("blocks", [FEWEST, MOST])
+@pytest.mark.parametrize("case", EACH_WIDTH)
+def test_fused_equals_separate(case, blocks):
+    inputs = Inputs.of(case, CPU)
+    x_next, partial, layer_input = post_project(inputs, blocks)
+    assert layer_input is None
+    assert_same_bits([x_next, partial], separate(inputs, blocks))
+
+
+@pytest.mark.parametrize("layer_dtype", [torch.bfloat16, torch.float32])
+def test_delayed_form(layer_dtype):
+    """layer_input is the aggregation's, with a layer of either dtype; everything else is as without it."""
+    inputs = Inputs.of(MAIN, CPU)
+    inputs = replace(inputs, layer_output=inputs.layer_output.to(layer_dtype))
+    got = post_project(inputs, h_pre=inputs.h_pre)
+    with executing():
+        aggregated = launch.aggregate(got[0], inputs.h_pre)
+    assert_same_bits(got, [*separate(inputs), aggregated])
+
+
+def test_head():
+    """Four rows: a tile of which half is padding."""
+    inputs = Inputs.of(MAIN, CPU)
+    assert_same_bits(post_project(inputs, rows=4)[:2], separate(inputs, rows=4))
+
+
+@pytest.mark.parametrize("case", EACH_WIDTH)
+def test_sums_against_float64(case):
+    """x · (phi − halves) is up to 2^-17 of an element, of random sign; the sums of a chunk are float32.
+
+    √K of errors 2^-18 · |x·phi| each, six standard deviations, and 64 · n additions of a chunk rounded to 2^-24 of the
+    largest sum, which for squares is the sum.
+    """
+    inputs = Inputs.of(case, CPU)
+    with executing():
+        partial = launch.project(inputs.x, inputs.phi).double().sum(0)
+    x, phi = inputs.x.double().flatten(1), inputs.phi.double()
+    products = (x[:, None] * phi).square().sum(2).sqrt()
+    assert ((partial[:24].T - x @ phi.T).abs() <= 6 * 2**-18 * products + 64 * 4 * 2**-24 * products).all()
+    assert ((partial[24] / x.square().sum(1) - 1).abs() <= 64 * 4 * 2**-24).all()
+
+
+def test_no_split_moves_a_bit():
+    """A slab a chunk and a slab a group, any number of chunks a block. Catches a group that ends with its block."""
+    inputs = Inputs.of(MAIN, CPU)
+    plan = boundary_plans.post_project_plan(24, 4, 640, "bfloat16", "cuda")
+    assert plan.projection.num_chunks(640) == 2 * plan.projection.chunks_per_group
+
+    def results(per_split):
+        schedule = boundary_plans.boundary_schedule(70, 640, plan, 2, per_split)
+        x_next, partial, _ = post_project(inputs, plan=plan, schedule=schedule)
+        assert len(partial) == schedule.slabs
+        with executing():
+            return x_next, *launch.coefficients(partial, inputs.alpha, inputs.bias, MAIN.spec, plan.projection)
+
+    whole = results(10)
+    for per_split in (1, 2, 3, 5, 7, 11):
+        assert_same_bits(results(per_split), whole)
+
+
+def test_a_token_keeps_its_bits_in_any_batch():
+    """Alone, at each place of a warp's tokens, beyond a tile."""
+    inputs = Inputs.of(MAIN, CPU)
+    x_next, partial, _ = post_project(inputs)
+    for first, size in ((0, 1), (7, 1), (8, 2), (15, 17), (63, 7)):
+        batch = map_tokens(inputs, lambda t, first=first, size=size: t[first : first + size])
+        got = post_project(batch)
+        assert_same_bits([got[0]], [x_next[first : first + size]])
+        assert_same_bits([got[1]], [partial[:, :, first : first + size]])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_with_its_token(value):
+    inputs = Inputs.of(MAIN, CPU)
+    x_next, partial, _ = post_project(inputs)
+    inputs.x[21, 2, 300] = value
+    got_next, got_partial, _ = post_project(inputs)
+    others = [token for token in range(70) if token != 21]
+    assert_same_bits([got_next[others], got_partial[..., others]], [x_next[others], partial[..., others]])
+    assert not torch.isfinite(got_partial[..., 21]).all(0).all()
+
+
+def nothing_waited_for(code):
+    """The first wait for copies taken away."""
+    return re.sub(r"tl::cp_async_wait<0>\(\);", "", code, count=1)
+
+
+def no_barrier(code):
+    return code.replace("__syncthreads();", "", 1)
+
+
+def one_stage(code):
+    """The next chunk of phi copied over the one that is read."""
+    return code.replace("+ (int64_t)12288) - (((int64_t)stage)", ") + (((int64_t)stage)")
+
+
+@pytest.mark.parametrize("family", ["post_project", "project"])
+@pytest.mark.parametrize(
+    ("mutate", "kinds"),
+    [
+        (nothing_waited_for, {"missing cp.async wait"}),
+        (no_barrier, {"race", "missing cp.async wait"}),
+        (one_stage, {"race", "missing cp.async wait"}),
+    ],
+)
+def test_planted_faults_are_reported(family, mutate, kinds):
+    inputs = Inputs.of(MAIN, CPU)
+    run = post_project if family == "post_project" else separate
+    with damaged(family, mutate), pytest.raises(SimtError) as caught:
+        run(inputs, FEWEST)
+    assert caught.value.kinds & kinds
+
+
+def test_widths_that_warps_do_not_take():
+    """A lane's eight channels are one access: C is a multiple of 8; other streams have tiles."""
+    assert isinstance(plans.projection_plan(24, 648, "bfloat16", "cuda"), plans.WarpProjectionPlan)
+    for rows, width, dtype, platform in (
+        *((24, 644, "bfloat16", "cuda"), (24, 640, "float16", "cuda")),
+        *((8, 640, "bfloat16", "cuda"), (24, 640, "bfloat16", "cpu")),
+    ):
+        assert not isinstance(plans.projection_plan(rows, width, dtype, platform), plans.WarpProjectionPlan)
+
+
+@pytest.mark.parametrize("family", ["post_project", "project"])
+def test_streams_are_indexed_in_64_bits(family):
+    """A token times its stride. Catches an index that wraps where T · n · C is above 2^31."""
+    with executing() as launches:
+        inputs = Inputs.of(Case(4, 640, torch.bfloat16, 1), CPU)
+        run = post_project if family == "post_project" else separate
+        run(inputs)
+    parameters = next(launch.parameters for launch in launches if launch.family == family)
+    source = generated(family, parameters, "sm_80")[0].code
+    assert "(int64_t)2560)" in source
+    assert not re.findall(r"\* 2560\)", source)
+
+
+@pytest.mark.parametrize("sinkhorn_eps", [1e-6, 0.0])
+@pytest.mark.parametrize("blocks", [FEWEST, MOST])
+def test_one_launch_has_the_bits_of_two(blocks, sinkhorn_eps):
+    """The mappings and the aggregation from partial sums, against the tile kernels; a slab a group and a slab a chunk,
+    a warp a token and several. Catches sums added in another order in the two kinds of blocks.
+    """
+    inputs, spec = Inputs.of(MAIN, CPU), replace(MAIN.spec, sinkhorn_eps=sinkhorn_eps)
+    with executing(parallel_blocks=blocks) as launches:
+        plan = launch.projection_plan(inputs.x, 24)
+        partial = launch.project(inputs.x, inputs.phi, plan)
+        empty = [torch.full(shape, torch.nan) for shape in ((70, 4), (70, 4), (70, 4, 4))]
+        out = (torch.full((70, 640), torch.nan, dtype=torch.bfloat16), *empty)
+        projected = launch.coefficients_and_aggregate(inputs.x, partial, inputs.alpha, inputs.bias, spec, plan, out=out)
+        assert launches[-1].family == "coefficients_aggregate"
+        h_pre, _, _, kept = launch.coefficients(partial, inputs.alpha, inputs.bias, spec, plan, deferred=True)
+        parameters = (inputs.x, h_pre, kept, inputs.alpha, inputs.bias, spec)
+        layer_input, h_post, h_res = launch.aggregate_mappings(*parameters)
+    assert_same_bits([*out, projected], [layer_input, h_pre, h_post, h_res, kept])
