@@ -28,7 +28,7 @@ def page(kernel: str) -> str:
     """The page of a family, in Markdown."""
     module_name, factory = FAMILIES[kernel]
     module = import_module(f"mhc_tilelang.kernels.{module_name}")
-    subjects = matrix.subjects(STUDIED, [kernel])
+    subjects = matrix.subjects(matrix.studied(kernel), [kernel])
     matrix.refuse_unbuilt([kernel], subjects)
     sections = [
         f"# {kernel}\n\n{equation(module)}",
@@ -142,10 +142,10 @@ def grid_of(func: Any) -> list[Any]:
 def resources(kernel: str) -> str:
     """A table of what ptxas and the machine code say at the studied shape, an architecture a line."""
     versions, rows = stored.read(stored.KERNELS)
-    wanted = {subject.key(arch) for subject in matrix.subjects(STUDIED, [kernel]) for arch in matrix.ARCHITECTURES}
+    shape = matrix.studied(kernel)
+    wanted = {subject.key(arch) for subject in matrix.subjects(shape, [kernel]) for arch in matrix.ARCHITECTURES}
     chosen = [row for row in rows if row.key in wanted]
     tools = ", ".join(f"{name} {number}" for name, number in versions.items())
-    shape = STUDIED
     text = f"At n = {shape.num_streams}, C = {shape.hidden_size}, {shape.dtype}; {tools}."
     parts = [text, resource_table(chosen), stream_table(chosen), limits(chosen)]
     return "\n\n".join(part for part in parts if part)

@@ -154,6 +154,11 @@ def telling(subjects: Iterable[Subject]) -> list[Subject]:
     return [each for each in subjects if each.dtype in (None, "bfloat16") or each.kernel not in COEFFICIENTS]
 
 
+def studied(kernel: str) -> Shape:
+    """The shape that a kernel's page is about: of float16 where a bfloat16 stream of four has a kernel of its own."""
+    return STUDIED if subjects(STUDIED, [kernel]) else replace(STUDIED, dtype="float16")
+
+
 def representative(kernels: Sequence[str] = tuple(FAMILIES)) -> list[tuple[Subject, str]]:
     """What CI builds: all at n = 4 in bfloat16 everywhere; the rest, one of a kind, on the main architecture."""
     width = [STUDIED.hidden_size]

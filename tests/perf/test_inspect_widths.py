@@ -125,11 +125,11 @@ def test_rows_that_start_anywhere_have_no_width() -> None:
 
 
 def test_a_kernel_that_is_excused_says_why() -> None:
-    row = replace(ROW, kernel="post_project", machine_reads=READ, machine_writes={"x_next": {"128": 3, "32": 4}})
+    row = replace(ROW, kernel="expand_project", machine_reads=READ, machine_writes={"x_next": {"128": 3, "32": 4}})
     assert faults(row) == []
-    assert known_splits(row) == [f"{splits(row)[0]} ({SPLIT['post_project']})"]
-    assert f"Split by nvcc:\n\n- post_project on sm_90a: {known_splits(row)[0]}." in explain.stream_table([row])
-    assert "| post_project | sm_90a | `x_next` | – | 3×16 4×4 |" in explain.stream_table([row])
+    assert known_splits(row) == [f"{splits(row)[0]} ({SPLIT['expand_project']})"]
+    assert f"Split by nvcc:\n\n- expand_project on sm_90a: {known_splits(row)[0]}." in explain.stream_table([row])
+    assert "| expand_project | sm_90a | `x_next` | – | 3×16 4×4 |" in explain.stream_table([row])
 
 
 def test_builds_without_widths_by_tensor_are_named() -> None:
