@@ -19,7 +19,7 @@ from ..calls import cases
 from . import report as traffic_report
 from . import schedule as traffic_schedule
 
-KERNELS = (*cases.KERNELS, *cases.BACKWARD_KERNELS, cases.AGGREGATED, *cases.BOUNDARY, *cases.NORM)
+KERNELS = cases.CALLS
 DEFAULT_TOKENS = (4096,)
 PARALLEL_BLOCKS = 2 * 132  # of a projection, on the multiprocessors of an H100 or H200
 
