@@ -30,7 +30,9 @@ theirs within that tolerance, not to the bit.
 
 import tilelang.language as T
 
+from .boundary_backward_warps import boundary_backward_warps_kernel
 from .boundary_plans import BoundaryBackwardPlan
+from .plans import WarpsPlan
 from .post_project import fragment_each, mix
 from .projection import high_half
 
@@ -80,7 +82,7 @@ def boundary_backward_kernel(
     hidden_size: int,
     dtype: str,
     layer_dtype: str,
-    plan: BoundaryBackwardPlan,
+    plan: BoundaryBackwardPlan | WarpsPlan,
     outside: bool,
     aggregated: bool,
     delayed: bool,
@@ -93,6 +95,8 @@ def boundary_backward_kernel(
     `outside` says that g_x_next is given, `aggregated` that g_layer_input and h_pre are; what is not is a tensor of one
     element that nobody touches.
     """
+    if isinstance(plan, WarpsPlan):
+        return boundary_backward_warps_kernel(num_streams, hidden_size, dtype, plan, outside, aggregated, delayed)
     n, rows, tokens, channels = num_streams, plan.rows, plan.tokens, plan.channels
     num_tokens = T.dynamic("num_tokens")
     num_ranges = T.dynamic("num_ranges")

@@ -8,6 +8,7 @@ from functools import cache
 
 from .plans import (
     BYTES,
+    LARGE_SHARED_BYTES,
     MAX_ACCESS_BYTES,
     MAX_PARTIALS,
     MAX_THREADS,
@@ -15,11 +16,14 @@ from .plans import (
     ChannelTile,
     ProjectionPlan,
     WarpProjectionPlan,
+    WarpsPlan,
     channel_tile,
     chunks_per_split,
+    has_warps,
     num_slabs,
     projection_plan,
     tile_projection_plan,
+    tiles_in_waves,
     tokens_per_block,
 )
 
@@ -226,17 +230,27 @@ def backward_is_fused(num_streams: int, target: str) -> bool:
 
 @cache
 def boundary_backward_plan(
-    rows: int, num_streams: int, hidden_size: int, dtype: str, target: str
-) -> BoundaryBackwardPlan:
+    rows: int,
+    num_streams: int,
+    hidden_size: int,
+    dtype: str,
+    target: str,
+    layer_dtype: str = "",
+    shared_bytes: int = LARGE_SHARED_BYTES,
+) -> BoundaryBackwardPlan | WarpsPlan:
     """The plan for phi with `rows` rows. It must not depend on the token count: the channels of a block fix the bits.
 
-    128 channels a block keep the partial sums over channels at 0.6C of traffic (n = 4, bfloat16). On a GPU, n is 2 or 4
-    (see `backward_is_fused`).
+    On a GPU, n is 2 or 4 (see `backward_is_fused`). Thread-level code, with a stage less where `shared_bytes`, what a
+    block may use, are too few for two; the tile-level kernel for float32, for a layer of another dtype than the
+    stream's (where one is said), and where rows start on less than 16 bytes.
     """
     if target == "cpu":
         channels = min(128 if num_streams <= 4 else 32, -(-hidden_size // 16) * 16)
         tokens = 16 if dtype == "float32" else 24  # what a stack holds
         return BoundaryBackwardPlan(rows, False, "float32", tokens, channels, threads=1)
+    if num_streams <= 4 and has_warps(hidden_size, dtype, target) and layer_dtype in ("", dtype):
+        plan = WarpsPlan(rows, num_streams)
+        return plan if boundary_shared_bytes(plan) <= shared_bytes else replace(plan, stages=1)
     operand = "bfloat16" if dtype == "bfloat16" else "float32"
     if dtype == "float16":
         return BoundaryBackwardPlan(rows, True, operand, tokens=16, channels=64, threads=128)
@@ -246,6 +260,23 @@ def boundary_backward_plan(
     return BoundaryBackwardPlan(rows, True, operand, tokens, channels, threads=256)
 
 
-def tiles_per_range(num_tokens: int, plan: BoundaryBackwardPlan) -> int:
-    """Tiles of tokens that share one partial g_phi: 768 tokens or more, eight ranges at most."""
-    return -(-max(TOKENS_PER_RANGE, -(-num_tokens // MAX_PARTIALS)) // plan.tokens)
+def boundary_shared_bytes(plan: WarpsPlan) -> int:
+    """Shared memory of a block of `boundary_backward`, of all its forms the largest."""
+    n, tokens, blocks = plan.streams, plan.tokens, -(-plan.rows // 8)
+    streams, layers = (plan.stages + 1) * n, 2 * plan.stages  # g_x_next has one stage
+    wide = (streams + layers) * tokens * plan.channels * 2
+    phi = n * plan.channels * (blocks | 1) * 8 * 4
+    coefficients = plan.stages * tokens * (16 * (2 * blocks + 1) + 4 * (n * n + 2 * n + 1))
+    return wide + phi + coefficients + plan.channels // 32 * n * (n + 2) * tokens * 4
+
+
+def tiles_per_range(
+    num_tokens: int, plan: BoundaryBackwardPlan | WarpsPlan, hidden_size: int = 0, parallel_blocks: int = 1
+) -> int:
+    """Tiles of tokens that share one partial g_phi: of the tile-level kernel 768 tokens or more, eight ranges at most;
+    of thread-level code what fills a device that runs `parallel_blocks` at a time.
+    """
+    if isinstance(plan, BoundaryBackwardPlan):
+        return -(-max(TOKENS_PER_RANGE, -(-num_tokens // MAX_PARTIALS)) // plan.tokens)
+    blocks = -(-hidden_size // plan.channels)
+    return tiles_in_waves(-(-num_tokens // plan.tokens), blocks, parallel_blocks, partial_tiles=0.8)

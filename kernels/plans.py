@@ -102,6 +102,18 @@ def reduction_tile(hidden_size: int, itemsize: int, target: str) -> ReductionTil
     return ReductionTile(lanes=128, width=width)
 
 
+def post_backward_tile(hidden_size: int, itemsize: int, target: str) -> ReductionTile:
+    """The tile of `post_backward`: as of `reduction_tile`, on a GPU of 64 or 32 lanes where that leaves fewer idle.
+
+    At C = 2560 64 lanes take five whole steps, where 128 take two and a half: by `predict` 82 µs against 87 (H200).
+    """
+    tile = reduction_tile(hidden_size, itemsize, target)
+    if target == "cpu":
+        return tile
+    vectors = hidden_size // tile.width
+    return replace(tile, lanes=min((128, 64, 32), key=lambda lanes: -(-vectors // lanes) * lanes))
+
+
 KEPT_CHANNELS = 32  # of a thread: what a norm's backward keeps of them takes 80 registers, 96 of a float32 stream
 
 
@@ -300,6 +312,68 @@ def num_slabs(chunks_per_split: int, num_chunks: int, plan: ProjectionPlan) -> i
     return num_chunks if chunks_per_split % plan.chunks_per_group else -(-num_chunks // plan.chunks_per_group)
 
 
+LARGE_SHARED_BYTES = 227 * 1024  # that a block may use where nothing else is said: sm_90a and sm_100a
+
+
+@dataclass(frozen=True)
+class WarpsPlan:
+    """What is compiled into a kernel of thread-level code (see `warp_tiles`): a block's tile, and how many tiles are in
+    shared memory at a time: two where one is in flight while the other is worked on.
+
+    `streams` is how many a block has; `blocks_per_sm` how many blocks shall find room on a
+    multiprocessor, which holds the compiler to its share of the registers.
+    """
+
+    rows: int
+    streams: int
+    tokens: int = 32
+    channels: int = 64
+    stages: int = 2
+    blocks_per_sm: int = 2
+
+    @property
+    def split(self) -> bool:
+        """Operands are split into halves, of bfloat16 whatever the stream is."""
+        return True
+
+    @property
+    def operand_dtype(self) -> str:
+        """Of the halves."""
+        return "bfloat16"
+
+
+def tiles_in_waves(num_tiles: int, blocks: int, parallel_blocks: int, partial_tiles: float) -> int:
+    """Tiles of tokens that a block of thread-level code walks over: what ends soonest.
+
+    Each of the ranges that the tokens are cut in has `blocks` blocks, of which the device runs `parallel_blocks` at a
+    time: blocks in whole waves, since the last one costs as much as any; several rather than one, since
+    multiprocessors run dry one by one at the end; few, since each leaves a partial g_phi, which costs `partial_tiles`.
+    """
+
+    def cost(tiles: int) -> float:
+        """In times of a tile, as `mhc-tilelang predict` has them: what comes before a block's first one is one more."""
+        ranges = -(-num_tiles // tiles)
+        waves = -(-ranges * blocks // parallel_blocks)
+        return (waves + LAST_WAVE) * (tiles + 1) + ranges * blocks / parallel_blocks * partial_tiles
+
+    return min(range(1, max(2, num_tiles + 1)), key=lambda tiles: (cost(tiles), -tiles))
+
+
+LAST_WAVE = 0.27  # of a wave's time is lost at the end
+
+
+def has_warps(hidden_size: int, dtype: str, target: str) -> bool:
+    """Whether thread-level code does it: on a GPU, for 16-bit streams whose rows start on 16 bytes."""
+    return target != "cpu" and BYTES[dtype] == 2 and hidden_size % 8 == 0
+
+
+def projection_shared_bytes(plan: WarpsPlan) -> int:
+    """Shared memory of a block of `project_backward`, of all its forms the largest."""
+    n, tokens, blocks = plan.streams, plan.tokens, -(-plan.rows // 8)
+    a_stage = (n + 1) * tokens * plan.channels * 2 + tokens * (16 * (2 * blocks + 1) + 4 * (n + 1))
+    return plan.stages * a_stage + n * plan.channels * (blocks | 1) * 8 * 4
+
+
 @dataclass(frozen=True)
 class ProjectionBackwardPlan:
     """What is compiled into a projection's backward: as `ProjectionPlan`, for a block of channels of one stream."""
@@ -318,11 +392,18 @@ class ProjectionBackwardPlan:
 
 
 @cache
-def projection_backward_plan(rows: int, hidden_size: int, dtype: str, target: str) -> ProjectionBackwardPlan:
-    """The plan for phi with `rows` rows."""
+def projection_backward_plan(
+    rows: int, hidden_size: int, dtype: str, target: str, num_streams: int = 0, shared_bytes: int = LARGE_SHARED_BYTES
+) -> ProjectionBackwardPlan | WarpsPlan:
+    """The plan for phi with `rows` rows: thread-level code where it does it (see `has_warps`) and the number of streams
+    is given, with as many of them a block as leave room for another block; the tile-level kernel else.
+    """
     if target == "cpu":
         channels = min(512 if rows <= 32 else 256, -(-hidden_size // LANES) * LANES)
         return ProjectionBackwardPlan(rows, False, "float32", tokens=48, channels=channels, threads=1)
+    if num_streams and has_warps(hidden_size, dtype, target):
+        plan = WarpsPlan(rows, min(num_streams, 4 if rows <= 32 else 2))
+        return plan if projection_shared_bytes(plan) <= shared_bytes else replace(plan, stages=1)
     # 256 threads: with 128 the sums of a tile take 200 registers on sm_90a, and more than there are on sm_100a.
     if dtype == "bfloat16":
         channels = 128 if rows <= 32 else 64
@@ -336,8 +417,20 @@ TOKENS_PER_PARTIAL = (
 MAX_PARTIALS = 8
 
 
-def tokens_per_split(num_tokens: int, plan: ProjectionBackwardPlan) -> int:
-    """Tokens that share one partial g_phi: whole tiles, 512 or more, eight partials at most."""
+def tokens_per_split(
+    num_tokens: int,
+    plan: ProjectionBackwardPlan | WarpsPlan,
+    num_streams: int = 1,
+    hidden_size: int = 0,
+    parallel_blocks: int = 1,
+) -> int:
+    """Tokens that share one partial g_phi: whole tiles, of the tile-level kernel 512 or more, eight partials at most;
+    of thread-level code what fills a device that runs `parallel_blocks` at a time.
+    """
+    if isinstance(plan, WarpsPlan):
+        blocks = -(-hidden_size // plan.channels) * (num_streams // plan.streams)
+        num_tiles = -(-num_tokens // plan.tokens)
+        return plan.tokens * tiles_in_waves(num_tiles, blocks, parallel_blocks, partial_tiles=1.5)
     wanted = max(TOKENS_PER_PARTIAL, -(-num_tokens // MAX_PARTIALS))
     return -(-wanted // plan.tokens) * plan.tokens
 

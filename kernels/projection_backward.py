@@ -30,8 +30,9 @@ what lies in memory there could be NaN, and 0 · NaN is NaN.
 import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
-from .plans import ProjectionBackwardPlan
+from .plans import ProjectionBackwardPlan, WarpsPlan
 from .projection import high_half
+from .projection_backward_warps import project_backward_warps_kernel
 
 
 @T.macro
@@ -67,7 +68,7 @@ def project_backward_kernel(
     num_streams: int,
     hidden_size: int,
     dtype: str,
-    plan: ProjectionBackwardPlan,
+    plan: ProjectionBackwardPlan | WarpsPlan,
     stream: bool,
     weights: bool,
     aggregated: bool,
@@ -77,6 +78,8 @@ def project_backward_kernel(
     `stream` asks for g_x, `weights` for g_phi; `aggregated` adds h_pre [T, n] · g_layer_input [T, C] to g_x. What is
     not asked for or not given is a tensor of one element that nobody touches.
     """
+    if isinstance(plan, WarpsPlan):
+        return project_backward_warps_kernel(num_streams, hidden_size, dtype, plan, stream, weights, aggregated)
     n, rows, tokens, channels = num_streams, plan.rows, plan.tokens, plan.channels
     operand = plan.operand_dtype
     num_tokens = T.dynamic("num_tokens")

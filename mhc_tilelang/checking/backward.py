@@ -127,7 +127,8 @@ def compare_projection(case: Case, inputs: Inputs, aggregated: bool) -> list[Com
     expected = formula(*exact)
     magnitude, _ = formula(*map(np.abs, exact))
     scales = [np.sqrt(square) for square in formula(*map(np.square, exact))]
-    plan = plans.projection_backward_plan(phi.shape[0], case.hidden_size, dtype_name(case.dtype), platform_of(x.device))
+    sizes = (phi.shape[0], case.hidden_size, dtype_name(case.dtype), platform_of(x.device), x.shape[1])
+    plan = plans.projection_backward_plan(*sizes)
     split = tolerance.split_error(plan)
     bounds = [
         tolerance.combination(magnitude, phi.shape[0] + 3, dtype_name(case.dtype)) + split * scales[0],

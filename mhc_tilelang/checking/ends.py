@@ -97,7 +97,7 @@ def check_expand_pre_backward(case: Case, inputs: Inputs) -> list[Comparison]:
     g_dots, phi_sum = exact[1], exact[4].reshape(-1, n, case.hidden_size).sum(1)
     dots_scale = np.sqrt(np.square(g_dots).T @ np.square(phi_sum))
     plan = plans.projection_backward_plan(
-        spec.num_coefficients, case.hidden_size, dtype_name(case.dtype), platform_of(h.device)
+        spec.num_coefficients, case.hidden_size, dtype_name(case.dtype), platform_of(h.device), num_streams=1
     )
     split = tolerance.split_error(plan)
     # The sum over g_x and the rest are rounded, then added and rounded again.

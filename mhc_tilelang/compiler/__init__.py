@@ -26,6 +26,9 @@ from .kernel import Kernel
 if TYPE_CHECKING:
     import torch
 
+# Bytes of shared memory that one block may use, per architecture (CUDA programming guide, technical
+# specifications per compute capability).
+SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100a": 227 * 1024, "sm_120a": 99 * 1024}
 BUNDLE_VARIABLE = "MHC_TILELANG_BUNDLE"
 _kernels: dict[tuple, Kernel] = {}
 _lock = threading.Lock()
@@ -126,3 +129,11 @@ def target_of(device: torch.device) -> str:
     if major < 8:
         raise ValueError(f"device: expected compute capability 8.0 or newer, got {major}.{minor} ({device})")
     return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+
+
+def shared_bytes(device: torch.device) -> int:
+    """Bytes of shared memory that one block may use on a device; the most that any has where it is none."""
+    arch = target_of(device).removeprefix("simt-")
+    if arch in SHARED_BYTES or not arch.startswith("sm_"):
+        return SHARED_BYTES.get(arch, max(SHARED_BYTES.values()))
+    return min(SHARED_BYTES.values())  # sm_86, sm_89, sm_121: 99 KB

@@ -14,6 +14,7 @@ from tilelang import PassConfigKey
 from tvm.target import Target
 
 from ..errors import CompilerError
+from . import SHARED_BYTES as SHARED_BYTES
 from . import trust
 from .kernel import Kernel
 from .toolchain import Tool, find_nvcc
@@ -22,9 +23,6 @@ from .tracing import progress, signature_of, trace
 if TYPE_CHECKING:
     import torch
 
-# Bytes of shared memory that one block may use, per architecture (CUDA programming guide, technical
-# specifications per compute capability).
-SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100a": 227 * 1024, "sm_120a": 99 * 1024}
 
 # Warp specialisation and TMA miscompile a pipelined loop inside a chunk loop in tilelang 0.1.15, and wgmma
 # changes the order of sums with the tile. Off until a kernel has passed on a GPU with one of them on.

@@ -24,7 +24,7 @@ from .coefficients import coefficients_backward, mappings_backward
 from .operands import Gradient, aligned, placeholder_if_none, stream_kernel
 from .partial_sums import ELEMENTS
 from .post import post_backward
-from .projection import project_backward
+from .projection import parallel_blocks, project_backward
 
 
 class BoundaryGradients(NamedTuple):
@@ -163,7 +163,7 @@ def mixing_backward(
     phi: torch.Tensor,
     *,
     delayed: bool = False,
-    plan: boundary_plans.BoundaryBackwardPlan | None = None,
+    plan: boundary_plans.BoundaryBackwardPlan | plans.WarpsPlan | None = None,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The kernel `boundary_backward`: gradients of the stream and the layer's output, g_projected [M + 1, T] as of
@@ -172,9 +172,9 @@ def mixing_backward(
     of g_h_post[j], g_h_res[j] for each j; n² + 2n where `delayed`, with g_h_pre[j]. `out` has g_x and g_layer_output.
     """
     num_tokens, n, hidden_size = x.shape
-    rows, dtype = phi.shape[0], dtype_name(x.dtype)
-    plan = plan or boundary_plans.boundary_backward_plan(rows, n, hidden_size, dtype, compiler.platform_of(x.device))
-    tiles_per_range = boundary_plans.tiles_per_range(num_tokens, plan)
+    rows = phi.shape[0]
+    plan = plan or backward_plan(x, layer_output, rows)
+    tiles_per_range = boundary_plans.tiles_per_range(num_tokens, plan, hidden_size, parallel_blocks(x.device))
     ranges = max(1, -(-num_tokens // (tiles_per_range * plan.tokens)))
     partial_phi = phi.new_empty(ranges, rows, n, hidden_size)
     num_sums = n + n * n + (n if delayed else 0)
@@ -206,6 +206,17 @@ def mixing_backward(
         tiles_per_range=tiles_per_range,
     )
     return g_x, g_layer_output, partial_phi.view(ranges, -1), partial_mixing
+
+
+def backward_plan(
+    x: torch.Tensor, layer_output: torch.Tensor, rows: int
+) -> boundary_plans.BoundaryBackwardPlan | plans.WarpsPlan:
+    """The plan by which the backward of a boundary of these tensors is fused, for a phi of `rows` rows."""
+    _, n, hidden_size = x.shape
+    sizes = (rows, n, hidden_size, dtype_name(x.dtype), compiler.platform_of(x.device))
+    return boundary_plans.boundary_backward_plan(
+        *sizes, dtype_name(layer_output.dtype), compiler.shared_bytes(x.device)
+    )
 
 
 def boundary_sums(

@@ -94,8 +94,10 @@ def project_backward(
         return None, None
     num_tokens, num_streams, hidden_size = x.shape
     rows = phi.shape[0]
-    plan = plans.projection_backward_plan(rows, hidden_size, dtype_name(x.dtype), compiler.platform_of(x.device))
-    tokens_per_split = plans.tokens_per_split(num_tokens, plan)
+    sizes = (rows, hidden_size, dtype_name(x.dtype), compiler.platform_of(x.device), num_streams)
+    plan = plans.projection_backward_plan(*sizes, compiler.shared_bytes(x.device))
+    blocks = parallel_blocks(x.device)
+    tokens_per_split = plans.tokens_per_split(num_tokens, plan, num_streams, hidden_size, blocks)
     num_splits = -(-num_tokens // tokens_per_split)
     g_x, g_phi = out or (torch.empty_like(x) if needs_x else None, torch.empty_like(phi) if needs_phi else None)
     if num_tokens == 0:

@@ -35,7 +35,7 @@ def build(subject: Subject, arch: str, cached: bool = True) -> Row:
     """Build a subject, or find what was built. Raises CompilerError where a tool is missing or refuses."""
     from ...compiler.tracing import trace
 
-    func = trace(subject.kernel, subject.launch.parameters)
+    func = trace(subject.kernel, subject.parameters(arch))
     if not cached:
         return build_function(func, subject, arch)
 

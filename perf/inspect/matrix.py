@@ -39,11 +39,20 @@ VARIANTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
         "project_backward",
         "head",
         "bfloat16",
-        {"plan": plans.projection_backward_plan(4, 2560, "bfloat16", "cuda"), "aggregated": True},
+        {"plan": plans.projection_backward_plan(4, 2560, "bfloat16", "cuda", 4), "aggregated": True},
     ),
     ("project_backward", "g_x only", "bfloat16", {"weights": False}),
     ("project_backward", "g_phi only", "bfloat16", {"stream": False}),
-    ("project_backward", "one stream", "bfloat16", {"num_streams": 1, "aggregated": True}),
+    (
+        "project_backward",
+        "one stream",
+        "bfloat16",
+        {
+            "num_streams": 1,
+            "plan": plans.projection_backward_plan(24, 2560, "bfloat16", "cuda", 1),
+            "aggregated": True,
+        },
+    ),
     ("post_project", "head", "bfloat16", {"plan": boundary_plans.post_project_plan(4, 4, 2560, "bfloat16", "cuda")}),
     (
         "boundary_backward",
@@ -75,6 +84,16 @@ class Subject:
     def label(self) -> str:
         """The family, and the variant in brackets."""
         return f"{self.kernel} ({self.variant})" if self.variant else self.kernel
+
+    def parameters(self, arch: str) -> dict[str, Any]:
+        """What it is compiled with for an architecture: where shared memory is small, with fewer stages."""
+        parameters = self.launch.parameters
+        if self.kernel != "boundary_backward" or not isinstance(plan := parameters["plan"], plans.WarpsPlan):
+            return parameters
+        n, hidden_size, dtype = (parameters[name] for name in ("num_streams", "hidden_size", "dtype"))
+        room = ARCHITECTURES[arch].shared_bytes_per_block
+        fitting = boundary_plans.boundary_backward_plan(plan.rows, n, hidden_size, dtype, "cuda", dtype, room)
+        return {**parameters, "plan": fitting}
 
     def key(self, arch: str) -> tuple[str, str, str, int | None, int | None, str | None]:
         """What tells the rows of all builds apart."""

@@ -84,7 +84,7 @@ def launches_of(case: Case, device: Device, family: str) -> list[Any]:
     from ..calls.launches import launches
 
     blocks = 2 * int(device.table["sms"].value)  # of a projection, as the launch functions ask for on a GPU
-    return [launch for launch in launches(case, "cuda", blocks) if family in ("", launch.family)]
+    return [launch for launch in launches(case, device.arch, blocks) if family in ("", launch.family)]
 
 
 def predict(case: Case, device: Device, flushed: bool = False, family: str = "") -> Prediction:

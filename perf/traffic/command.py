@@ -18,10 +18,10 @@ from ..bench.command import DTYPES, positive
 from ..calls import cases
 from . import report as traffic_report
 from . import schedule as traffic_schedule
+from .formulas import PARALLEL_BLOCKS
 
 KERNELS = cases.CALLS
 DEFAULT_TOKENS = (4096,)
-PARALLEL_BLOCKS = 2 * 132  # of a projection, on the multiprocessors of an H100 or H200
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -45,6 +45,8 @@ from ...kernels.plans import BYTES, ProjectionPlan, WarpProjectionPlan
 from ...spec import MHCSpec
 from ..calls.cases import POST_PRE, POST_PRE_BACKWARD, POST_PRE_DELAYED, REPLAYED, TOKEN_KERNELS, Case
 
+PARALLEL_BLOCKS = 2 * 132  # on the multiprocessors of an H100 or H200: they set how tokens are cut in ranges
+
 FLOAT32 = 4
 
 
@@ -157,7 +159,8 @@ def boundary_backward_bytes(case: Case, plan: ProjectionPlan) -> int:
     shape, rows = case.shape, plan.rows
     n, tokens, mixing = shape.num_streams, shape.num_tokens, shape.num_streams * (shape.num_streams + 1)
     backward = boundary_plans.boundary_backward_plan(rows, n, shape.hidden_size, shape.dtype, target_of(plan))
-    num_ranges = -(-tokens // (boundary_plans.tiles_per_range(tokens, backward) * backward.tokens))
+    per_range = boundary_plans.tiles_per_range(tokens, backward, shape.hidden_size, PARALLEL_BLOCKS)
+    num_ranges = max(1, -(-tokens // (per_range * backward.tokens)))
     blocks = -(-shape.hidden_size // backward.channels)
     phi = rows * n * shape.hidden_size
     ranges = 2 * num_ranges * phi if num_ranges > 1 else 0  # partial sums in and out; a single range's is g_phi itself
@@ -186,8 +189,9 @@ def num_token_sums(case: Case, plan: ProjectionPlan) -> int:
 def g_phi_slab_bytes(case: Case, plan: ProjectionPlan) -> int:
     """Bytes of partial sums of g_phi that `project_backward` writes and reads again; none where one sum is all."""
     shape = case.shape
-    backward = plans.projection_backward_plan(plan.rows, shape.hidden_size, shape.dtype, target_of(plan))
-    num_splits = -(-shape.num_tokens // plans.tokens_per_split(shape.num_tokens, backward))
+    sizes = (plan.rows, shape.hidden_size, shape.dtype, target_of(plan), shape.num_streams)
+    backward, cut = plans.projection_backward_plan(*sizes), (shape.num_streams, shape.hidden_size, PARALLEL_BLOCKS)
+    num_splits = -(-shape.num_tokens // plans.tokens_per_split(shape.num_tokens, backward, *cut))
     phi = plan.rows * shape.num_streams * shape.hidden_size * FLOAT32
     return 2 * num_splits * phi if num_splits > 1 else 0
 

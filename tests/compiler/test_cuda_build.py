@@ -48,10 +48,8 @@ def takes_long(subject: Subject, arch: str) -> bool:
     """Builds that CI leaves to `make test-full`, at some seconds each.
 
     It takes those for the main architecture at n = 4 in bfloat16, as calls launch them, and for the others the kernels
-    that move most. boundary_backward takes a minute: an executor's test generates it.
+    that move most.
     """
-    if subject.kernel == "boundary_backward":
-        return True
     if (subject.num_streams or 4, subject.dtype or "bfloat16") != (4, "bfloat16"):
         return True
     if subject.variant in {variant for _, variant, *_ in matrix.VARIANTS}:
@@ -75,7 +73,7 @@ def test_builds(subject: Subject, arch: str) -> None:
     may_spill = arch not in SPILL_FREE or (subject.kernel, arch) in SPILLS
     assert [fault for fault in faults(row) if not (may_spill and "bytes of spills" in fault)] == []
 
-    if subject.kernel == "boundary_backward":
+    if subject.kernel == "boundary_backward" and subject.dtype == "float32":
         return  # what tilelang's prover finds varies: indices are written one way or another, the facts stay
     kept_versions, rows = stored.read(stored.KERNELS)
     kept = {row.key: row for row in rows}[row.key]

@@ -112,9 +112,9 @@ def test_matches_float64(case):
 
 @pytest.fixture
 def gpu_plan(monkeypatch):
-    """The GPU's plan; the kernels still run on the CPU."""
+    """The GPU's plan of the tile-level kernel, as for a layer of another dtype; it still runs on the CPU."""
     plan = boundary_plans.boundary_backward_plan
-    monkeypatch.setattr(boundary_plans, "boundary_backward_plan", lambda *sizes: plan(*sizes[:4], "cuda"))
+    monkeypatch.setattr(boundary_plans, "boundary_backward_plan", lambda *sizes: plan(*sizes[:4], "cuda", "another"))
 
 
 @pytest.mark.parametrize("case", GPU_CASES)

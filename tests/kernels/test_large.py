@@ -76,17 +76,17 @@ LONG = pytest.param("project_backward", marks=pytest.mark.full)  # to generate
 @pytest.mark.nvcc
 @pytest.mark.parametrize("family", ["aggregate_backward", "post_backward", "expand_backward", LONG])
 def test_cuda_indexes_streams_of_a_backward_in_64_bits(family: str) -> None:
-    """As below; `project_backward` counts tokens in ranges and tiles of 64."""
+    """As below; `project_backward` has the number of a token in a variable."""
     *_, subject = matrix.subjects(Shape(4096, 4, 1280, "bfloat16"), [family])
     source = generate(family, subject.launch.parameters, "sm_90a").code
-    token, tile = 4 * 1280, 64 * 4 * 1280
+    token = 4 * 1280
     if family == "project_backward":
-        assert f"((int64_t)tokens_per_split)) * (int64_t){token})" in source
-        assert f"((int64_t)tile) * (int64_t){tile})" in source
+        assert re.search(rf"\(x\[.*\(\(int64_t\)token\w*\) \* \(int64_t\){token}\)", source)
+        assert re.search(rf"\(g_x\[.*\(\(int64_t\)to\w*\) \* \(int64_t\){token}\)", source)
     else:
         assert f"((int64_t)((int)blockIdx.x)) * (int64_t){token})" in source
     streams = "".join(line for line in source.splitlines() if "(phi +" not in line)
-    assert not re.findall(rf"\* (?:{token}|{tile})\)", streams)
+    assert not re.findall(rf"\* {token}\)", streams)
 
 
 @pytest.mark.nvcc

@@ -63,7 +63,7 @@ def test_backward_matches_float64(case):
 def gpu_plan(monkeypatch):
     """The GPU's plan; the kernels still run on the CPU."""
     plan = boundary_plans.boundary_backward_plan
-    monkeypatch.setattr(boundary_plans, "boundary_backward_plan", lambda *sizes: plan(*sizes[:4], "cuda"))
+    monkeypatch.setattr(boundary_plans, "boundary_backward_plan", lambda *sizes: plan(*sizes[:4], "cuda", "another"))
 
 
 @pytest.mark.parametrize("case", GPU_CASES)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from test_simt_mutations import Mutation, damaged
+from damaged import Mutation, damaged
 
 from mhc_tilelang import compiler
 from mhc_tilelang.checking.inputs import Case, Inputs
@@ -55,8 +55,8 @@ def a_range_for_each_tile() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plans, "TOKENS_PER_PARTIAL", 1)
         patch.setattr(plans, "MAX_PARTIALS", TOKENS)
-        patch.setattr(boundary_plans, "TOKENS_PER_RANGE", 1)
-        patch.setattr(boundary_plans, "MAX_PARTIALS", TOKENS)
+        patch.setattr(plans, "tiles_in_waves", lambda *_, **__: 1)
+        patch.setattr(boundary_plans, "tiles_per_range", lambda *_: 1)
         yield
 
 
@@ -199,19 +199,19 @@ PLANTED: dict[tuple[str, str, str], Mutation] = {
         "((int64_t)first_slab)", "(int64_t)(num_slabs == 20 ? first_slab : rdiv - 1 - first_slab)"
     ),
     ("project_backward", "project_backward", "without the second range"): lambda code: code.replace(
-        "(((int)blockIdx.z) < num_splits)", "(((int)blockIdx.z) != 1)"
+        "partial[", "if (((int)blockIdx.z) != 1) partial["
     ),
     ("project_backward", "project_backward", "the second range as the first"): lambda code: re.sub(
-        r"(\(partial \+.*)\(\(int64_t\)\(\(int\)blockIdx\.z\)\)", r"\g<1>(int64_t)0", code
+        r"(partial\[.*?)\(\(int64_t\)\(\(int\)blockIdx\.z\)\)", r"\g<1>(int64_t)0", code
     ),
     ("project_backward", "project_backward", "the first range twice"): lambda code: code.replace(
-        "((int)blockIdx.z) * tokens_per_split", "0 * tokens_per_split"
+        "((int64_t)((int)blockIdx.z)) * ((int64_t)tokens_per_split)", "0"
     ),
     ("boundary_backward", "post_pre_backward", "without the second range"): lambda code: code.replace(
-        "(((int)blockIdx.y) < num_ranges)", "(((int)blockIdx.y) != 1)"
+        "partial_phi[", "if (((int)blockIdx.y) != 1) partial_phi["
     ),
     ("boundary_backward", "post_pre_backward", "the second range as the first"): lambda code: re.sub(
-        r"(\(partial_phi \+.*)\(\(int64_t\)\(\(int\)blockIdx\.y\)\)", r"\g<1>(int64_t)0", code
+        r"(partial_phi\[.*?)\(\(int64_t\)\(\(int\)blockIdx\.y\)\)", r"\g<1>(int64_t)0", code
     ),
     ("boundary_backward", "post_pre_backward", "without the last tile of tokens"): lambda code: code.replace(
         "((num_tokens + 31) >> 5)", "(num_tokens >> 5)"

@@ -59,16 +59,23 @@ SHAPES += [
 ]
 
 
+def stream_blocks(shape: Shape, target: str) -> int:
+    """Blocks of the projection's backward that share a token's streams."""
+    n = shape.num_streams
+    plan = plans.projection_backward_plan(n * n + 2 * n, shape.hidden_size, shape.dtype, target, n)
+    return n // plan.streams if isinstance(plan, plans.WarpsPlan) else n
+
+
 @pytest.mark.parametrize("kernel", CALLS)
 @pytest.mark.parametrize(("target", "shape"), SHAPES)
 def test_every_stream_tensor_moves_once(kernel: str, target: str, shape: Shape) -> None:
-    """As the formulas say: but for g_layer_input, which the projection's backward reads for each stream."""
+    """As the formulas say: but for g_layer_input, which the projection's backward reads for each block of streams."""
     mixes = kernel in BOUNDARY and kernel.startswith("post_") and kernel.endswith("_backward")
     if mixes and shape.num_streams == 8 and target == "cuda":
         pytest.skip("separate kernels, which have cases of their own")
     counted = audited(Case(kernel, shape), target, BLOCKS[target])
     unit = shape.num_tokens * shape.hidden_size * shape.itemsize
-    again = (shape.num_streams - 1) * unit if kernel == AGGREGATED else 0
+    again = (stream_blocks(shape, target) - 1) * unit if kernel == AGGREGATED else 0
     read, written = formula(kernel, shape.num_streams)
     assert counted.repeated == again
     assert (counted.stream_read, counted.stream_written) == (read * unit + again, written * unit)
@@ -135,8 +142,8 @@ def test_a_sublayer_is_no_worse_than_the_papers_kernels() -> None:
         ("post_pre", 3, 14, 0.51),
         ("post_pre_delayed", 3, 10, 0.52),
         ("post_head", 4, 14, 0.5),
-        ("post_pre_backward", 4, 21, 1.5),
-        ("post_head_backward", 4, 21, 1.5),
+        ("post_pre_backward", 4, 21, 2.7),
+        ("post_head_backward", 4, 21, 1.9),
         ("expand_pre", 4, 7, 0.5),
         ("expand_pre_backward", 9, 10, 1.5),
     ],
@@ -145,7 +152,8 @@ def test_a_boundary_stays_within_its_limits(
     call: str, most_launches: int, most_stream: float, most_small: float
 ) -> None:
     """At the paper's 27B width: launches, vectors of C a token (3n + 2, 2n + 2, 4n + 5, n + 3, n + 6), and everything
-    small. Of the forward's, one launch splits phi, whose halves are 0.1C, and 8 slabs of partial sums are 0.3C."""
+    small. Of the forward's, one launch splits phi, whose halves are 0.1C, and 8 slabs of partial sums are 0.3C; of the
+    backward's, sums over 64 channels are 1.25C, and the partial g_phi of 13 ranges, which fill the last wave, 1.2C."""
     shape = Shape(4096, 4, 2560, "bfloat16")
     unit = shape.num_tokens * shape.hidden_size * shape.itemsize
     counted = audited(Case(call, shape), "cuda", BLOCKS["cuda"])
@@ -212,7 +220,8 @@ def test_json(tmp_path: Path) -> None:
     for row in rows.values():
         assert list(row) == keys.split()
         assert (row["num_streams"], row["hidden_size"], row["dtype"]) == (4, 640, "bfloat16")
-        assert (row["reads_C"], row["writes_C"]) == stream_elements(row["kernel"], 4) or row["kernel"] == AGGREGATED
+        moved = (row["reads_C"], row["writes_C"])
+        assert row["kernel"] == AGGREGATED or moved == stream_elements(row["kernel"], 4)
     papers = {name: (row["paper_reads_C"], row["paper_writes_C"], row["floor_C"]) for name, row in rows.items()}
     assert papers["post"] == (5, 4, 9)
     assert papers["project"] == (4, 0, 4)
@@ -227,13 +236,13 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "cuda, n = 4, C = 640, bfloat16, 1100 tokens" in out
     assert line(out, "post ") == ["5", "4", f"{rows['post']['small_C']:.3f}"]
-    assert line(out, AGGREGATED)[:2] == ["8*", "4"]
+    assert line(out, AGGREGATED)[:2] == ["5", "4"]
     small = {way: sum(rows[kernel]["small_C"] for kernel in way) for way in (FORWARD, BACKWARD)}
     forward, backward = out.split("a sublayer, forward")[1].split("a sublayer, backward")
     apart, fused = "ours, kernel by kernel ", "ours, fused across the boundary, as ResidualStream runs it "
     assert line(forward, apart) == ["13", "5", "18"]
     assert forward.split(apart)[1].split()[3] == f"{small[FORWARD]:.3f}"
-    assert line(backward, apart) == ["22*", "9", "31*"]
+    assert line(backward, apart) == ["19", "9", "28"]
     assert backward.split(apart)[1].split()[3] == f"{small[BACKWARD]:.3f}"
     assert line(forward, fused) == ["9", "5", "14"]
     assert line(backward, fused) == ["15", "5", "20"]

@@ -81,10 +81,10 @@ def test_split_phi_counts_its_halves() -> None:
 
 
 def test_partials_of_g_phi_are_written_and_read() -> None:
-    """Eight ranges of tokens at 4096; one range of few tokens is the sum itself, and costs nothing."""
+    """Ranges of tokens that fill an H200; one range of few tokens is the sum itself, and costs nothing."""
     plan = plans.projection_plan(24, 2560, "bfloat16", "cuda")
     phi = 24 * 10240 * 4
-    for tokens, slabs in ((512, 0), (513, 2), (4096, 8), (16384, 8)):
+    for tokens, slabs in ((32, 0), (512, 6), (4096, 13), (16384, 26)):
         shape = Shape(num_tokens=tokens, num_streams=4, hidden_size=2560, dtype="bfloat16")
         small = small_bytes(Case("project_backward", shape), plan, num_slabs=1)
         assert small == 2 * phi + 25 * tokens * 4 + 2 * slabs * phi

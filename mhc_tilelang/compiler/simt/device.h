@@ -320,4 +320,9 @@ SIMT_UNWATCHED void simt_apply(void (*kernel)(Parameters...), void** arguments) 
     simt_apply(kernel, arguments, std::index_sequence_for<Parameters...>());
 }
 
+template <typename T>
+SIMT_INLINE T __shfl_xor_sync(unsigned mask, T value, int offset, int = 32) {
+    return tl::shfl_xor_sync(mask, value, offset);
+}
+
 #pragma GCC poison memcpy memmove memset  // which would move memory unwatched
