@@ -197,7 +197,7 @@ class Walker:
             address = self.registers.address(operand)
         except UnknownError:
             return {warp: Access(-1, lanes[warp], step.width, ()) for warp in warps}
-        places = np.broadcast_to(np.asarray(address, dtype=np.int64), active.size).reshape(-1, WARP)
+        places = np.broadcast_to(in_64_bits(address), active.size).reshape(-1, WARP)
         buffers = np.unique(places[active] >> BUFFER_SHIFT)
         buffer = int(buffers[0]) - 1 if len(buffers) == 1 else -1
         touched = (tuple(sorted(set((places[warp][active[warp]] // LINE).tolist()))) for warp in warps)
@@ -278,3 +278,11 @@ class Walker:
         staying = lanes & ~going
         ways = [(index + 1, staying)] if staying.any() else []
         return [*ways, (target, going)] if target is not None and going.any() else ways
+
+
+def in_64_bits(address: Value) -> np.ndarray:
+    """Addresses as signed words: one that no lane accesses may lie below zero, which is above 2^63."""
+    values = np.asarray(address)
+    if values.dtype == object:
+        values = (values + (1 << 63)) % (1 << 64) - (1 << 63)
+    return values.astype(np.int64)
