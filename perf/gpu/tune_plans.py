@@ -23,6 +23,7 @@ from ...kernels.plans import (
     ProjectionPlan,
     ReductionTile,
     WarpProjectionPlan,
+    WarpsPlan,
 )
 
 Parameters = dict[str, Any]
@@ -86,6 +87,9 @@ def plans_like(plan: Any, parameters: Parameters, target: str) -> Iterator[Any]:
     elif isinstance(plan, AggregateMappingsPlan):
         for tile, blocks in product(channel_tiles(plan.tile, parameters["hidden_size"], target), (1, 4, 8, 12)):
             yield replace(plan, tile=tile, tokens=tile.threads, blocks_per_sm=blocks)
+    elif isinstance(plan, WarpsPlan):
+        for stages, blocks in product((1, 2), room(target)):
+            yield replace(plan, stages=stages, blocks_per_sm=blocks)
     elif isinstance(plan, ProjectionBackwardPlan | BoundaryBackwardPlan):
         sizes = ((16, 24, 48), (128, 256), (1,)) if target == "cpu" else ((16, 32, 64), (64, 128, 256), (128, 256))
         for tokens, channels, threads in product(*sizes):
