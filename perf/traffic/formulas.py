@@ -43,7 +43,7 @@ from dataclasses import dataclass
 from ...kernels import boundary_plans, plans
 from ...kernels.plans import BYTES, ProjectionPlan, WarpProjectionPlan
 from ...spec import MHCSpec
-from ..calls.cases import POST_PRE, POST_PRE_BACKWARD, POST_PRE_DELAYED, REPLAYED, TOKEN_KERNELS, Case
+from ..calls.cases import AGGREGATED, POST_PRE, POST_PRE_BACKWARD, POST_PRE_DELAYED, REPLAYED, TOKEN_KERNELS, Case
 
 PARALLEL_BLOCKS = 2 * 132  # on the multiprocessors of an H100 or H200: they set how tokens are cut in ranges
 
@@ -87,6 +87,7 @@ def stream_elements(kernel: str, num_streams: int) -> tuple[int, int]:
         "post": (n + 1, n),
         "expand_backward": (n, 1),
         "project_backward": (n, n),
+        AGGREGATED: (n + 1, n),
         "aggregate_backward": (n + 1, 0),
         "aggregate_gradients": (n + 1, n),
         "aggregate_norm": (n, 1),

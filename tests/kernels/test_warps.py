@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from damaged import damaged
 from helpers import CPU, assert_same_bits, map_tokens
-from test_simt_mutations import damaged
 
 from mhc_tilelang import launch
 from mhc_tilelang.checking.inputs import Case, Inputs

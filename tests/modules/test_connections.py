@@ -8,6 +8,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from models import normal, randomize
 from torch.distributed.fsdp import fully_shard
 
 import mhc_tilelang as mhc
@@ -24,20 +25,6 @@ MODULES = {
 }
 every_module = pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
 HC_PARAMETERS = ("theta", "alpha", "bias")
-
-
-def randomize(module, seed=0):
-    """Logits of standard deviation 1 and a bias that is no multiple of the identity; the module."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            normal = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_({"alpha": 0.6 + 0.1 * normal, "bias": normal}.get(name, normal / normal.shape[-1] ** 0.5))
-    return module
-
-
-def normal(*shape, dtype=torch.float32, seed=1):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def parameters_of(module):

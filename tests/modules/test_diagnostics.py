@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_connections import normal, randomize
+from models import normal, randomize
 
 import mhc_tilelang as mhc
 from mhc_tilelang import diagnostics, reference

@@ -12,7 +12,8 @@ import warnings
 
 import pytest
 import torch
-from test_connections import normal, process_group, randomize  # noqa: F401  # a fixture
+from models import normal, randomize
+from test_connections import process_group  # noqa: F401  # a fixture
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 

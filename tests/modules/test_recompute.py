@@ -12,8 +12,8 @@ import weakref
 import pytest
 import torch
 from helpers import replace_launch
+from models import normal, randomize
 from recomputed import DEPTH, TOKENS, C, Model, assert_same, gradients, handles_of, saved
-from test_connections import normal, randomize
 
 import mhc_tilelang as mhc
 from mhc_tilelang import launch

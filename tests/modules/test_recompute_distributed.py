@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import normal
 from processes import run_ranks
 from recomputed import DEPTH, TOKENS, C, Model
-from test_connections import normal
 from torch.distributed.fsdp import fully_shard
 
 import mhc_tilelang as mhc

@@ -10,8 +10,8 @@ from inspect import signature
 
 import pytest
 import torch
+from models import normal, randomize
 from recomputed import DEPTH, TOKENS, C, Model, assert_same, handles_of, kept_by, saved
-from test_connections import normal, randomize
 from torch.utils.checkpoint import checkpoint
 
 import mhc_tilelang as mhc

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models import normal
 from recomputed import TOKENS, C, Layer, Model, assert_same, gradients
-from test_connections import normal
 from torch.utils.checkpoint import checkpoint
 
 import mhc_tilelang as mhc

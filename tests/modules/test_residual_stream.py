@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from test_connections import normal, randomize
+from models import assert_equal, gradients, normal, randomize
 
 import mhc_tilelang as mhc
 from mhc_tilelang import ops, reference
@@ -66,24 +66,6 @@ def by_hand(model, h):
     if model.kind == "residual":
         return x
     return ops.collapse(x) / (SPEC.num_streams if model.reduction == "mean" else 1)
-
-
-def gradients(model, run, h):
-    """The output, and the gradients of h and of every parameter, under a random upstream gradient."""
-    h = h.detach().requires_grad_()
-    out = run(h)
-    model.zero_grad()
-    out.backward(normal(*out.shape, dtype=out.dtype, seed=7))
-    return {"out": out.detach(), "h": h.grad} | {name: p.grad for name, p in model.named_parameters()}
-
-
-def assert_equal(got, expected):
-    assert got.keys() == expected.keys()
-    for name in expected:
-        if expected[name] is None:  # nothing was made of it
-            assert got[name] is None, name
-        else:
-            assert torch.equal(got[name], expected[name]), name
 
 
 # Values

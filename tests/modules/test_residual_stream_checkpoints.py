@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_connections import normal
-from test_residual_stream import DEPTH, TOKENS, C, Model, assert_equal, every_kind, gradients
+from models import assert_equal, gradients, normal
+from test_residual_stream import DEPTH, TOKENS, C, Model, every_kind
 from torch.utils.checkpoint import checkpoint
 
 import mhc_tilelang as mhc

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_connections import randomize
+from models import randomize
 
 from mhc_tilelang import ops
 from mhc_tilelang.checking import plain_torch

@@ -13,9 +13,8 @@ import pytest
 import torch
 from differentiable import DELAYED, requiring, upstream
 from helpers import assert_same_bits
+from models import assert_equal, gradients, normal, randomize
 from test_autograd import assert_near_float64
-from test_connections import normal, randomize
-from test_residual_stream import assert_equal, gradients
 from torch.utils.checkpoint import checkpoint
 
 import mhc_tilelang as mhc

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from test_connections import normal, randomize
+from models import normal, randomize
 
 import mhc_tilelang as mhc
 from mhc_tilelang.modules.blocks import Handle
