@@ -65,6 +65,8 @@ def layer_results(name: str = LAYER) -> OverheadResults:
 def timings(name: str, width: int | None = None, only: str = "", columns: str = "") -> str:
     """The table of a stored benchmark: rows of one C and of kernels that have none, or `only` some; some columns."""
     found, wanted = kernels(name), only.split()
+    if unknown := set(wanted) - {one.kernel for one in found.measurements}:
+        raise LookupError(f"{name}: expected kernels that are measured in it, got {', '.join(sorted(unknown))}")
     rows = [
         one
         for one in found.measurements

@@ -12,7 +12,13 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from ...kernels.boundary_plans import AggregateMappingsPlan, BoundaryBackwardPlan, ExpandProjectPlan, PostProjectPlan
+from ...kernels.boundary_plans import (
+    AggregateMappingsPlan,
+    BoundaryBackwardPlan,
+    CoefficientsAggregatePlan,
+    ExpandProjectPlan,
+    PostProjectPlan,
+)
 from ...kernels.plans import (
     BYTES,
     MAX_ACCESS_BYTES,
@@ -87,6 +93,8 @@ def plans_like(plan: Any, parameters: Parameters, target: str) -> Iterator[Any]:
     elif isinstance(plan, AggregateMappingsPlan):
         for tile, blocks in product(channel_tiles(plan.tile, parameters["hidden_size"], target), (1, 4, 8, 12)):
             yield replace(plan, tile=tile, tokens=tile.threads, blocks_per_sm=blocks)
+    elif isinstance(plan, CoefficientsAggregatePlan):
+        yield from (replace(plan, blocks_per_sm=blocks) for blocks in (2, 3, 4, 6))
     elif isinstance(plan, WarpsPlan):
         for stages, blocks in product((1, 2), room(target)):
             yield replace(plan, stages=stages, blocks_per_sm=blocks)
