@@ -118,6 +118,7 @@ def functions(spec: MHCSpec, inputs: Inputs) -> Iterator[list[torch.Tensor]]:
     yield [*ops.coefficients(leaves["x"], *parameters)]
     yield [*ops.pre(leaves["x"], *parameters)]
     yield [*ops.pre(leaves["x"], *parameters, h_pre=leaves["h_pre"])]
+    yield [ops.aggregate(leaves["x"], leaves["h_pre"])]
     yield [ops.post(*mixed)]
     yield [*ops.post_pre(*mixed, *parameters)]
     yield [*ops.post_pre(*mixed, *parameters, h_pre=leaves["h_pre"])]

@@ -57,12 +57,19 @@ def aggregate_backward(
 
 
 def aggregate_gradients(
-    g_layer_input: torch.Tensor, x: torch.Tensor, h_pre: torch.Tensor, *, needs_x: bool = True, needs_h_pre: bool = True
+    g_layer_input: torch.Tensor,
+    x: torch.Tensor,
+    h_pre: torch.Tensor,
+    *,
+    needs_x: bool = True,
+    needs_h_pre: bool = True,
+    out: tuple[Gradient, Gradient] | None = None,
 ) -> tuple[Gradient, Gradient]:
     """g_layer_input [T, C], x [T, n, C], h_pre [T, n] -> g_x [T, n, C] and g_h_pre [T, n], None unless needed."""
-    if not needs_x:
-        return None, aggregate_backward(g_layer_input, x) if needs_h_pre else None
-    g_x, g_h_pre = torch.empty_like(x), torch.empty_like(h_pre) if needs_h_pre else None
+    wanted = zip((x, h_pre), (needs_x, needs_h_pre), strict=True)
+    g_x, g_h_pre = out or (torch.empty_like(tensor) if needs else None for tensor, needs in wanted)
+    if g_x is None:
+        return None, None if g_h_pre is None else aggregate_backward(g_layer_input, x, out=g_h_pre)
     tile = plans.reduction_tile(x.shape[2], x.element_size(), compiler.platform_of(x.device))
     kernel = stream_kernel("aggregate_gradients", x, tile=tile, needs_h_pre=needs_h_pre)
     kernel(

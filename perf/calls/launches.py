@@ -31,8 +31,11 @@ def launches(case: Case, target: str, parallel_blocks: int) -> tuple[Recorded, .
     tokens, width = (size if size > TELLING else size + TELLING for size in (shape.num_tokens, shape.hidden_size))
     telling = replace(shape, num_tokens=tokens, hidden_size=width)
     found, told_apart = (recorded(one, target, parallel_blocks)[case.kernel] for one in (shape, telling))
-    wide = (one.wide(tokens, width) for one in told_apart)
-    return tuple(replace(one, streams=names) for one, names in zip(found, wide, strict=True))
+    # More tokens may be a launch more, of sums over ranges of them: kernels are paired by family, in their order.
+    wide: dict[str, list[tuple[str, ...]]] = {}
+    for one in reversed(told_apart):
+        wide.setdefault(one.family, []).append(one.wide(tokens, width))
+    return tuple(replace(one, streams=wide[one.family].pop()) for one in found)
 
 
 @cache

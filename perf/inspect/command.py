@@ -107,7 +107,8 @@ def show_stored() -> int:
     from . import matrix, stored, table
 
     versions, rows = stored.read(stored.KERNELS)
-    keys = {subject.key(arch) for arch in ARCHITECTURES for subject in matrix.subjects(matrix.STUDIED)}
+    subjects = [one for kernel in FAMILIES for one in matrix.subjects(matrix.studied(kernel), [kernel])]
+    keys = {subject.key(arch) for arch in ARCHITECTURES for subject in subjects}
     shown = [row for row in rows if row.key in keys]
     print(table.report(shown))
     tools = ", ".join(f"{name} {number}" for name, number in versions.items())

@@ -106,7 +106,7 @@ def test_one_compilation_for_all_token_counts(cold, monkeypatch):
         ops.post(i.x, i.layer_output, i.h_post, i.h_res)
         ops.sinkhorn(i.logits)
         ops.head(i.x, i.phi[:2], i.alpha[:1], i.bias[:2], case.spec)
-    expected = ["coefficients", "expand", "head_coefficients", "post", "aggregate", "project", "project", "sinkhorn"]
+    expected = ["aggregate", "coefficients", "expand", "head_coefficients", "post", "project", "project", "sinkhorn"]
     assert sorted(built) == expected  # project once per row count: coefficients' and head's
 
 

@@ -16,8 +16,8 @@ from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
 from mhc_tilelang.checking.kernels import compare
 from mhc_tilelang.checking.norm import rms_norm_weight
 from mhc_tilelang.checking.run import CHECKS
+from mhc_tilelang.compiler import simt
 from mhc_tilelang.kernels import plans
-from mhc_tilelang.perf import simt
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DISTINCT = {"sinkhorn_iters": 3, "sinkhorn_eps": 0.01, "pre_eps": 0.25, "rms_eps": 0.5, "post_scale": 3.0}

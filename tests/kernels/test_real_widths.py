@@ -141,7 +141,8 @@ def check_shares(kernel: str, case: Case) -> None:
             launches = execute(kernel, case, inputs, parallel_blocks)
         slab_counts |= slab_counts_of(launches)
         assert differing(launches, first) == [], share
-    [plan] = {plan for one in first if (plan := projection_of(one))}
+    plan, *others = (plan for one in first if (plan := projection_of(one)))
+    assert all((one.channels, one.chunks_per_group) == (plan.channels, plan.chunks_per_group) for one in others)
     num_chunks = plan.num_chunks(case.hidden_size)
     groups = -(-num_chunks // plan.chunks_per_group)
     one_slab = set() if isinstance(plan, plans.WarpProjectionPlan) else {1}  # of groups that a block has added up

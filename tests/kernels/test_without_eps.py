@@ -15,7 +15,7 @@ from mhc_tilelang import launch, ops, reference
 from mhc_tilelang.checking import plain_torch, tolerance
 from mhc_tilelang.checking.inputs import Case, Gradients
 from mhc_tilelang.checking.kernels import Comparison, compare, numpy64
-from mhc_tilelang.perf import simt
+from mhc_tilelang.compiler import simt
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 # What lucidrains' static logits are divided by; their own are 0 and -8, and training moves them.

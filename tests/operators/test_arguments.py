@@ -44,6 +44,7 @@ FUNCTIONS += ("expand_pre", "post_head")
 PROJECTING = ("coefficients", "pre", "post_pre", "head", "expand_pre", "post_head")
 TENSORS = [(f, name) for f in FUNCTIONS for name, v in arguments_of(f).items() if isinstance(v, torch.Tensor)]
 TOKEN_TENSORS = [(f, name) for f in ("post", "post_pre", "post_head") for name in ("layer_output", "h_post", "h_res")]
+TOKEN_TENSORS.append(("aggregate", "h_pre"))
 every_tensor = pytest.mark.parametrize(("function", "argument"), TENSORS)
 
 
@@ -149,7 +150,7 @@ def test_wrong_shape(function, argument):
         short = tensor.narrow(axis, 0, tensor.shape[axis] - 1).contiguous()
         if (argument == "h" and (function == "expand" or axis == 0)) or (argument in ("x", "logits") and axis == 0):
             continue  # any C will do for h, and the first tensor says how many tokens there are
-        if function == "collapse":
+        if function == "collapse" or (function, argument) == ("aggregate", "x"):
             if axis == 1:  # any C will do here too
                 assert_refused(ValueError, function, "x", ["expected", "got 3"], x=short)
             continue
@@ -200,7 +201,7 @@ def test_two_devices(function, argument):
     if argument in ("h", "logits") or function == "collapse":
         return  # a single tensor: see test_device_without_kernels
     if argument == "x":  # the first one: it may be blamed for what it is, or the second for being elsewhere
-        second = {"post": "layer_output"}.get(function, "phi")
+        second = {"post": "layer_output", "aggregate": "h_pre"}.get(function, "phi")
         with pytest.raises(ValueError, match=rf"^{function}: {second}: expected device meta, got cpu$"):
             call(function, x=tensor)
     else:

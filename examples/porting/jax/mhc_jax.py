@@ -108,7 +108,7 @@ class Sublayer:
         h_pre, h_post, h_res, projected = self._call(
             f"coefficients_rows{self.rows}", sizes, partial=partial, alpha=alpha, bias=bias
         )
-        (layer_input,) = self._call("pre", sizes, x=x, h_pre=h_pre)
+        (layer_input,) = self._call("aggregate", sizes, x=x, h_pre=h_pre)
         return (layer_input, h_post, h_res), (x, phi, alpha, bias, h_pre, projected)
 
     def _pre_backward(self, saved: Arrays, gradients: Arrays) -> Arrays:
