@@ -23,8 +23,8 @@ from ..modules.residual_stream import ResidualStream
 from ..spec import MHCSpec
 
 # Token counts between which what is compiled may differ: gradients of parameters are one partial sum or several, and
-# added in 1 or 16 lanes, each from some number between 512 and 1024 tokens on.
-TOKEN_COUNTS = (1, 520, 640, 800, 2048)
+# added in 1 or 16 lanes: by warps from some dozens of tokens on, by tiles from between 512 and 1024.
+TOKEN_COUNTS = (1, 63, 128, 520, 640, 800, 2048)
 GPU_BLOCKS = 2 * 132  # of a projection on an H100 or H200; shares out work, and changes no kernel
 GOLDEN_TOKENS = 3
 Key = tuple[str, tuple[tuple[str, Any], ...]]
