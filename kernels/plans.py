@@ -6,7 +6,7 @@ and "cuda" here: no plan depends on the architecture yet.
 """
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 WARP = 32
 MAX_THREADS = 256
@@ -342,6 +342,7 @@ class WarpsPlan:
         return "bfloat16"
 
 
+@lru_cache(maxsize=4096)  # a backward asks at every call, and for thousands of tokens it takes a while
 def tiles_in_waves(num_tiles: int, blocks: int, parallel_blocks: int, partial_tiles: float) -> int:
     """Tiles of tokens that a block of thread-level code walks over: what ends soonest.
 

@@ -44,6 +44,7 @@ import tilelang.language as T
 
 from .boundary_plans import PostProjectPlan
 from .plans import LANES, ProjectionPlan, WarpProjectionPlan
+from .post_project_warps import post_project_by_warps_kernel
 from .projection import Sums, accumulate_dots, accumulate_squares, clear, close_chunk, high_half, store_slab
 
 
@@ -118,8 +119,6 @@ def post_project_kernel(
     touches. `chunks_per_split` chunks go to each block of a token tile.
     """
     if isinstance(plan.projection, WarpProjectionPlan):
-        from .post_project_warps import post_project_by_warps_kernel
-
         return post_project_by_warps_kernel(num_streams, hidden_size, layer_dtype, plan, aggregated)
     n, rows, projection = num_streams, plan.rows, plan.projection
     tokens, channels = projection.tokens, projection.channels

@@ -30,6 +30,7 @@ import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
 from .plans import LANES, ProjectionPlan, WarpProjectionPlan
+from .projection_warps import project_by_warps_kernel, split_phi_fragments_kernel
 
 SPLIT_BLOCK = 1024
 
@@ -44,8 +45,6 @@ def high_half(value, operand_dtype: str):
 def split_phi_kernel(num_streams: int, hidden_size: int, plan: ProjectionPlan):
     """phi [M, n, C] float32 -> phi_split [columns, n, C]: rows of high halves, of low halves, of zeros."""
     if isinstance(plan, WarpProjectionPlan):
-        from .projection_warps import split_phi_fragments_kernel
-
         return split_phi_fragments_kernel(num_streams, hidden_size, plan)
     n, rows, columns = num_streams, plan.rows, plan.padded_rows
     threads = 128
@@ -159,8 +158,6 @@ def project_kernel(num_streams: int, hidden_size: int, dtype: str, plan: Project
     `chunks_per_split` chunks go to each block of a token tile; `partial` has the slabs of `plans.num_slabs`.
     """
     if isinstance(plan, WarpProjectionPlan):
-        from .projection_warps import project_by_warps_kernel
-
         return project_by_warps_kernel(num_streams, hidden_size, plan)
     n, tokens, channels = num_streams, plan.tokens, plan.channels
     num_chunks = plan.num_chunks(hidden_size)

@@ -6,7 +6,7 @@
                          at n = 8 on a GPU the separate kernels
 
 Tensors come flat, [T, …], checked and contiguous; `operators` sees to that. Results have the bits of `post`, then the
-head's kernels. Sums over tokens and channels are taken in an order that the sizes fix.
+head's kernels. Sums over tokens and channels are taken in the order of `post_pre_backward`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
                         normalised
 
 Tensors come flat and contiguous, [T, …]. A gradient that is not given is None and counts as zero; nothing of it is
-read. Sums over tokens and channels are taken in an order that the sizes fix.
+read. Sums over tokens and channels are taken in an order that the sizes fix, those of g_phi as in `project_backward`.
 """
 
 from __future__ import annotations
