@@ -30,8 +30,8 @@ from .projection import parallel_blocks, project_backward
 class BoundaryGradients(NamedTuple):
     """Of what the boundary takes: the sublayer that ends, then the parameters of the one that begins.
 
-    g_h_pre is the gradient of a given h_pre, None but in the delayed form; g_rms_norm that of a norm's weight, None
-    unless needed.
+    g_h_pre is the gradient of a given h_pre, g_rms_norm that of a norm's weight; None where there is none, or it is
+    zero.
     """
 
     g_x: torch.Tensor
@@ -62,7 +62,7 @@ def post_pre_backward(
     projected: torch.Tensor,
     spec: MHCSpec,
     *,
-    given_pre: torch.Tensor | None = None,
+    is_delayed: bool = False,
     g_h_pre_next: Gradient = None,
     rms_norm_weight: torch.Tensor | None = None,
     rms_norm_eps: float = 1e-6,
@@ -70,56 +70,50 @@ def post_pre_backward(
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> BoundaryGradients:
     """Gradients of x_next [T, n, C], layer_input [T, C], h_post [T, n], h_res [T, n, n] that `post_pre`
-    returned, its arguments, and x_next, h_pre and projected as it returned them -> gradients of its arguments.
+    returned, its arguments, x_next and projected as it returned them, and the h_pre of the aggregation
+    -> gradients of its arguments.
 
-    In the delayed form `given_pre` is the h_pre that it was given, and g_h_pre_next the gradient of the one that it
-    returned. `needs_weight` asks for the gradient of the norm's weight. `out` has g_x and g_layer_output.
+    Where it `is_delayed`, h_pre was given, and g_h_pre_next is the gradient of the one that was returned.
+    `needs_weight` asks for the gradient of the norm's weight. `out` has g_x and g_layer_output.
     """
     num_tokens, num_streams, _ = x.shape
-    weights, g_weights, g_norm = h_pre if given_pre is None else given_pre, None, None
+    g_h_pre, g_norm = None, None
     if g_layer_input is not None and rms_norm_weight is not None:
-        g_layer_input, g_weights, g_norm = aggregate_norm_backward(
-            g_layer_input, x_next, weights, rms_norm_weight, rms_norm_eps, needs_weight=needs_weight
+        g_layer_input, g_h_pre, g_norm = aggregate_norm_backward(
+            g_layer_input, x_next, h_pre, rms_norm_weight, rms_norm_eps, needs_weight=needs_weight
         )
-    elif g_layer_input is not None and given_pre is None:
-        g_weights = aggregate_backward(g_layer_input, x_next)
-    elif needs_weight and rms_norm_weight is not None:
-        g_norm = torch.zeros_like(rms_norm_weight)
-    if given_pre is None:
-        g_h_pre_next = g_weights
-    delayed = given_pre is not None and g_layer_input is not None and g_weights is None
+    elif g_layer_input is not None and not is_delayed:
+        g_h_pre = aggregate_backward(g_layer_input, x_next)
+    if not is_delayed:
+        g_h_pre_next = g_h_pre
+    needs_g_h_pre = is_delayed and g_layer_input is not None and g_h_pre is None
     if not boundary_plans.backward_is_fused(num_streams, compiler.platform_of(x.device)):
         g_projected, g_alpha, g_bias = coefficients_backward(
             g_h_pre_next, g_h_post_next, g_h_res_next, projected, alpha, bias, spec
         )
         g_mixed, g_phi = separate_backward(
-            g_x_next, g_layer_input, g_projected, x, layer_output, weights, h_post, h_res, phi, x_next, out=out
+            g_x_next, g_layer_input, g_projected, x, layer_output, h_pre, h_post, h_res, phi, x_next, out=out
         )
-        if delayed and g_layer_input is not None:
-            g_weights = aggregate_backward(g_layer_input, x_next)
-        return BoundaryGradients(*g_mixed, g_phi, g_alpha, g_bias, _given(given_pre, g_weights), g_norm)
+        if needs_g_h_pre and g_layer_input is not None:
+            g_h_pre = aggregate_backward(g_layer_input, x_next)
+        return BoundaryGradients(*g_mixed, g_phi, g_alpha, g_bias, g_h_pre if is_delayed else None, g_norm)
     g_projected = torch.empty_like(projected)
     partial_parameters = mappings_backward(
         g_h_pre_next, g_h_post_next, g_h_res_next, projected, alpha, bias, spec, out=g_projected
     )
     g_x, g_layer_output, partial_phi, partial_mixing = mixing_backward(
-        g_x_next, g_layer_input, g_projected, x, layer_output, weights, h_post, h_res, phi, delayed=delayed, out=out
+        *(g_x_next, g_layer_input, g_projected, x, layer_output, h_pre, h_post, h_res, phi),
+        needs_g_h_pre=needs_g_h_pre,
+        out=out,
     )
-    g_phi, g_post, g_res, g_pre, g_parameters = boundary_sums(
-        partial_phi, partial_mixing, partial_parameters, num_streams, delayed
+    g_phi, g_post, g_res, g_summed, g_parameters = boundary_sums(
+        partial_phi, partial_mixing, partial_parameters, num_streams, needs_g_h_pre
     )
     if num_tokens == 0:
         g_phi, g_parameters = torch.zeros_like(phi), torch.zeros_like(g_parameters)
-    g_pre = _given(given_pre, g_pre if delayed else g_weights)
+    g_pre = (g_summed if needs_g_h_pre else g_h_pre) if is_delayed else None
     g_alpha, g_bias = (part.clone() for part in g_parameters.split([alpha.numel(), bias.numel()]))
     return BoundaryGradients(g_x, g_layer_output, g_post, g_res, g_phi.view(phi.shape), g_alpha, g_bias, g_pre, g_norm)
-
-
-def _given(given_pre: torch.Tensor | None, g_weights: Gradient) -> Gradient:
-    """The gradient of a given h_pre: zeros where layer_input has none, None in the ordinary form."""
-    if given_pre is None:
-        return None
-    return torch.zeros_like(given_pre) if g_weights is None else g_weights
 
 
 def separate_backward(
@@ -162,14 +156,15 @@ def mixing_backward(
     h_res: torch.Tensor,
     phi: torch.Tensor,
     *,
-    delayed: bool = False,
+    needs_g_h_pre: bool = False,
     plan: boundary_plans.BoundaryBackwardPlan | plans.WarpsPlan | None = None,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The kernel `boundary_backward`: gradients of the stream and the layer's output, g_projected [M + 1, T] as of
     `coefficients_backward`, what was mixed, the h_pre of the aggregation, phi [M, K]
     -> g_x [T, n, C], g_layer_output [T, C], and partial sums: of g_phi [ranges, M·K], and [channel blocks, n² + n, T]
-    of g_h_post[j], g_h_res[j] for each j; n² + 2n where `delayed`, with g_h_pre[j]. `out` has g_x and g_layer_output.
+    of g_h_post[j], g_h_res[j] for each j; n² + 2n where it `needs_g_h_pre`, with g_h_pre[j]. `out` has g_x and
+    g_layer_output.
     """
     num_tokens, n, hidden_size = x.shape
     rows = phi.shape[0]
@@ -177,7 +172,7 @@ def mixing_backward(
     tiles_per_range = boundary_plans.tiles_per_range(num_tokens, plan, hidden_size, parallel_blocks(x.device))
     ranges = max(1, -(-num_tokens // (tiles_per_range * plan.tokens)))
     partial_phi = phi.new_empty(ranges, rows, n, hidden_size)
-    num_sums = n + n * n + (n if delayed else 0)
+    num_sums = n + n * n + (n if needs_g_h_pre else 0)
     partial_mixing = phi.new_empty(-(-hidden_size // plan.channels), num_sums, num_tokens)
     g_x, g_layer_output = out or (torch.empty_like(x), torch.empty_like(layer_output))
     kernel = stream_kernel(
@@ -187,7 +182,7 @@ def mixing_backward(
         plan=plan,
         outside=g_x_next is not None,
         aggregated=g_layer_input is not None,
-        delayed=delayed,
+        delayed=needs_g_h_pre,
     )
     kernel(
         g_x_next=placeholder_if_none(g_x_next, x),
@@ -224,7 +219,7 @@ def boundary_sums(
     partial_mixing: torch.Tensor,
     partial_parameters: torch.Tensor,
     num_streams: int,
-    delayed: bool = False,
+    needs_g_h_pre: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Gradient, torch.Tensor]:
     """The partial sums of `mixing_backward` and `coefficients_backward` added up
     -> g_phi [M·K], g_h_post [T, n], g_h_res [T, n, n], g_h_pre [T, n] or None, and of alpha and bias [3 + M].
@@ -235,12 +230,12 @@ def boundary_sums(
     g_h_post, g_h_res, g_parameters = (
         partial_phi.new_empty(shape) for shape in ((num_tokens, n), (num_tokens, n * n), (partial_parameters.shape[1],))
     )
-    g_h_pre = partial_phi.new_empty(num_tokens, n) if delayed else None
+    g_h_pre = partial_phi.new_empty(num_tokens, n) if needs_g_h_pre else None
     kernel = compiler.kernel(
         "boundary_sums",
         compiler.target_of(partial_phi.device),
         num_streams=n,
-        delayed=delayed,
+        delayed=needs_g_h_pre,
         ranges=ranges,
         lanes=plans.partial_lanes(partial_parameters.shape[0]),
         block=ELEMENTS,

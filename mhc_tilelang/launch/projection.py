@@ -1,8 +1,9 @@
 """The projection x·phi with Σx², split-K over chunks of channels, and its backward.
 
 Tensors come flat and contiguous, [T, …]; `operators` sees to that. Plans are functions of sizes and target; split-K
-never changes results. In the backward, sums over tokens are taken in an order that the sizes fix, and for 16-bit streams
-on a GPU how many blocks it runs at a time: g_phi repeats to the bit on one kind of GPU, not from one to another.
+never changes results. In the backward, sums over tokens are taken in an order that the sizes fix, and for 16-bit
+streams on a GPU how many blocks it runs at a time: g_phi repeats to the bit on one kind of GPU, not from one to
+another.
 """
 
 from __future__ import annotations

@@ -37,10 +37,12 @@ def _backward(g: Any, inputs: Any, saved: Any, constants: tuple, needs: Any) -> 
     *mixed_and_parameters, h_pre, rms_norm_weight = inputs
     *of_spec, eps = constants
     *g_results, g_h_pre_next = g
-    arguments: Any = (*g_results, *mixed_and_parameters, *saved, spec_of(inputs.x, *of_spec))
+    aggregated_with = saved.h_pre_next if h_pre is None else h_pre
+    kept = (saved.x_next, aggregated_with, saved.projected)
+    arguments: Any = (*g_results, *mixed_and_parameters, *kept, spec_of(inputs.x, *of_spec))
     return launch.post_pre_backward(
         *arguments,
-        given_pre=h_pre,
+        is_delayed=h_pre is not None,
         g_h_pre_next=g_h_pre_next,
         rms_norm_weight=rms_norm_weight,
         rms_norm_eps=eps,

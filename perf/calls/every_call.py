@@ -45,16 +45,15 @@ def every_call(shape: Shape, device: torch.device) -> dict[str, Run]:
     last = launch.post_head(*mixed, *head, spec)
     first = launch.expand_pre(inputs.h, *parameters, spec)
 
-    def post_pre_backward(forward: launch.Boundary, **given: Any) -> object:
-        saved = (forward.x_next, forward.h_pre, forward.projected)
-        return launch.post_pre_backward(*upstream, *mixed, *parameters, *saved, spec, **given)
+    def post_pre_backward(forward: launch.Boundary, h_pre: torch.Tensor, **delayed: Any) -> object:
+        saved = (forward.x_next, h_pre, forward.projected)
+        return launch.post_pre_backward(*upstream, *mixed, *parameters, *saved, spec, **delayed)
 
     def post_head_backward() -> object:
         saved = (last.x_next, last.h_pre, last.projected)
         return launch.post_head_backward(gradients.g_x, gradients.g_h, *mixed, *head, *saved, spec)
 
     aggregated: dict[str, Any] = {"h_pre": inputs.h_pre, "g_layer_input": gradients.g_h}
-    given_pre = {"given_pre": inputs.h_pre, "g_h_pre_next": gradients.g_h_pre}
     return {
         "expand": lambda: launch.expand(inputs.h, n),
         "project": lambda: launch.project(x, phi, plan),
@@ -80,8 +79,10 @@ def every_call(shape: Shape, device: torch.device) -> dict[str, Run]:
         "post_pre": lambda: launch.post_pre(*mixed, *parameters, spec),
         "post_pre_delayed": lambda: launch.post_pre(*mixed, *parameters, spec, h_pre=inputs.h_pre),
         "post_head": lambda: launch.post_head(*mixed, *head, spec),
-        "post_pre_backward": lambda: post_pre_backward(after),
-        "post_pre_delayed_backward": lambda: post_pre_backward(delayed, **given_pre),
+        "post_pre_backward": lambda: post_pre_backward(after, after.h_pre),
+        "post_pre_delayed_backward": lambda: post_pre_backward(
+            delayed, inputs.h_pre, is_delayed=True, g_h_pre_next=gradients.g_h_pre
+        ),
         "post_head_backward": post_head_backward,
         "expand_pre": lambda: launch.expand_pre(inputs.h, *parameters, spec),
         "expand_pre_backward": lambda: launch.expand_pre_backward(

@@ -210,10 +210,10 @@ def test_delayed_form():
         *mixed(i),
         *parameters(i),
         f.x_next,
-        f.h_pre,
+        i.h_pre,
         f.projected,
         drawn.spec,
-        given_pre=i.h_pre,
+        is_delayed=True,
         g_h_pre_next=drawn.g_h_pre,
     )
     x_next, *exact = [numpy64(t) for t in (f.x_next, *parameters(i))]
@@ -251,10 +251,10 @@ def test_separate_kernels_at_8_streams(delayed, dtype, monkeypatch):
     """What a GPU runs at n = 8: the same gradients, of which the stream's g is rounded twice before it is mixed."""
     drawn = Drawn(Case(8, 72, dtype, 67))
     i, f = drawn.inputs, drawn.forward
-    forms = {"given_pre": i.h_pre, "g_h_pre_next": drawn.g_h_pre} if delayed else {}
+    forms = {"is_delayed": True, "g_h_pre_next": drawn.g_h_pre} if delayed else {}
 
     def backward():
-        upstream, left = drawn.upstream.values(), (f.x_next, f.h_pre, f.projected)
+        upstream, left = drawn.upstream.values(), (f.x_next, i.h_pre if delayed else f.h_pre, f.projected)
         return launch.post_pre_backward(*upstream, *mixed(i), *parameters(i), *left, drawn.spec, **forms)
 
     fused = backward()

@@ -54,7 +54,7 @@ class Drawn:
         arguments = (self.g_x_next, self.g_layer_input, self.g_projected, self.x, self.layer_output)
         with executing(arch, parallel_blocks=parallel_blocks) as launches:
             g_x, g_layer_output, phi, mixing = mixing_backward(
-                *arguments, self.h_pre, self.h_post, self.h_res, self.phi, delayed=self.delayed
+                *arguments, self.h_pre, self.h_post, self.h_res, self.phi, needs_g_h_pre=self.delayed
             )
         (self.launched,) = launches
         assert isinstance(self.launched.parameters["plan"], plans.WarpsPlan)
