@@ -52,6 +52,12 @@ class Numbers(NamedTuple):
     inverse_size: float
 
 
+def group_size(partial, projection: WarpProjectionPlan, hidden_size: int):
+    """How many slabs are added up from zero at a time."""
+    found = slabs_per_group(partial, projection, hidden_size)
+    return 1 if found is None else found
+
+
 @T.macro
 def sum_token_slabs(total, partial, token, group_slabs, rows):
     """total = the token's sums of some rows: slabs ascending, in groups, each from zero, as `coefficients` does."""
@@ -88,6 +94,16 @@ def make_mappings(h_pre, h_post, h_res, projected, z, alpha, bias, token, number
     for j in T.unroll(n):
         for i in T.vectorized(n):
             h_res[token, j, i] = P[j * n + i]
+
+
+@T.macro
+def map_token(h_pre, h_post, h_res, projected, partial, alpha, bias, token, group_slabs, numbers: Numbers, n):
+    """The token's mappings from its partial sums: one thread's work, none beyond the last token."""
+    rows = n * n + 2 * n + 1
+    z = T.alloc_local((rows,), T.float32)
+    if token < partial.shape[2]:
+        sum_token_slabs(z, partial, token, group_slabs, tuple(range(rows)))
+        make_mappings(h_pre, h_post, h_res, projected, z, alpha, bias, token, numbers, n)
 
 
 @T.macro
@@ -132,7 +148,6 @@ def coefficients_aggregate_kernel(num_streams: int, hidden_size: int, dtype: str
         parts: T.int32,
     ):
         with T.Kernel(T.ceildiv(num_tokens, threads) + T.ceildiv(num_tokens * parts, warps), threads=threads) as index:
-            z = T.alloc_local((num_rows + 1,), T.float32)
             words = T.alloc_local((VECTORS_AT_ONCE * n * WORDS,), T.uint32)
             result = T.alloc_local((WORDS,), T.uint32)
             total = T.alloc_local((n + 1,), T.float32)
@@ -141,16 +156,12 @@ def coefficients_aggregate_kernel(num_streams: int, hidden_size: int, dtype: str
             at, last = T.alloc_var(T.int32), T.alloc_var(T.int32)
             T.annotate_min_blocks_per_sm(plan.blocks_per_sm)
             mapping_blocks = T.ceildiv(num_tokens, threads)
-            per_group = slabs_per_group(partial, projection, hidden_size)
-            if per_group is None:
-                per_group = 1
+            per_group = group_size(partial, projection, hidden_size)
             thread = T.get_thread_binding()
             if index < mapping_blocks:
                 token = index * threads + thread
-                if token < num_tokens:
-                    sum_token_slabs(z, partial, token, per_group, tuple(range(num_rows + 1)))
-                    numbers = Numbers(iters, sinkhorn_eps, pre_eps, rms_eps, post_scale, 1.0 / num_elements)
-                    make_mappings(h_pre, h_post, h_res, projected, z, alpha, bias, token, numbers, n)
+                numbers = Numbers(iters, sinkhorn_eps, pre_eps, rms_eps, post_scale, 1.0 / num_elements)
+                map_token(h_pre, h_post, h_res, projected, partial, alpha, bias, token, per_group, numbers, n)
             else:
                 token = (index - mapping_blocks) * warps + thread // WARP
                 part = token % parts
@@ -197,15 +208,10 @@ def coefficients_by_threads_kernel(num_streams: int, hidden_size: int, projectio
         post_scale: T.float32,
     ):
         with T.Kernel(T.ceildiv(num_tokens, block), threads=block) as tile:
-            z = T.alloc_local((num_rows + 1,), T.float32)
             token = T.alloc_var(T.int32)
-            per_group = slabs_per_group(partial, projection, hidden_size)
-            if per_group is None:
-                per_group = 1
+            per_group = group_size(partial, projection, hidden_size)
             token = tile * block + T.get_thread_binding()
-            if token < num_tokens:
-                sum_token_slabs(z, partial, token, per_group, tuple(range(num_rows + 1)))
-                numbers = Numbers(iters, sinkhorn_eps, pre_eps, rms_eps, post_scale, 1.0 / num_elements)
-                make_mappings(h_pre, h_post, h_res, projected, z, alpha, bias, token, numbers, n)
+            numbers = Numbers(iters, sinkhorn_eps, pre_eps, rms_eps, post_scale, 1.0 / num_elements)
+            map_token(h_pre, h_post, h_res, projected, partial, alpha, bias, token, per_group, numbers, n)
 
     return coefficients.with_attr(PASS_CONFIGS_ATTR, list(PASS_CONFIGS))
