@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.mhc-ready
 
 .DELETE_ON_ERROR:
-.PHONY: help bench check doctor inspect-full docs docs-guide docs-predict test test-full lint format clean
+.PHONY: help bench check doctor inspect-full inspect-kernels docs docs-guide docs-predict test test-full lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' Makefile
@@ -37,6 +37,9 @@ doctor: $(READY) ## report what this machine has and what is missing
 
 inspect-full: $(READY) ## build every kernel at every size for every CUDA architecture, and keep what came out
 	$(BIN)/mhc-tilelang inspect --full --json perf/results/inspect/kernels.json $(ARGS)
+
+inspect-kernels: $(READY) ## build what CI builds of KERNELS="post ..." (all without) anew, and keep what came out
+	$(BIN)/python -m mhc_tilelang.perf.inspect.stored $(KERNELS)
 
 docs: $(READY) ## build the documentation as a site in build/site; a link that leads nowhere is an error
 	$(BIN)/python -m mhc_tilelang.perf.inspect.pages docs/kernels

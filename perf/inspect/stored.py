@@ -1,12 +1,14 @@
 """Rows on disk: what `--json` writes, and the rows that the pages in docs/kernels are made from.
 
-A line a row, so that a difference between two builds reads as one.
+A line a row, so that a difference between two builds reads as one. `python -m mhc_tilelang.perf.inspect.stored KERNEL…`
+(`make inspect-kernels`) builds what CI builds of some kernels, and puts the rows in the place of theirs.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,3 +42,21 @@ def read(path: Path) -> tuple[dict[str, str], list[Row]]:
         return facts["versions"], [Row(**row) for row in facts["rows"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MHCError(f"expected stored rows in {path}, got {type(error).__name__}: {error}") from error
+
+
+def renew(kernels: Sequence[str], path: Path = KERNELS) -> None:
+    """Build the representative rows of some kernels, and write them where theirs stand, new ones last."""
+    from . import matrix
+    from .built import build_all
+
+    _, rows = read(path)
+    found = {row.key: row for row in rows}
+    for row in build_all(matrix.representative(matrix.chosen_kernels(kernels))):
+        if found.get(row.key) != row:
+            print(f"{row.label} {row.arch} n = {row.num_streams}, C = {row.hidden_size}, {row.dtype}: new")
+        found[row.key] = row
+    write(path, found.values())
+
+
+if __name__ == "__main__":
+    renew(sys.argv[1:])

@@ -80,7 +80,7 @@ def test_builds(subject: Subject, arch: str) -> None:
     if kept.machine_reads is None:  # stored before they were counted
         row = replace(row, machine_reads=None, machine_writes=None)
     if all(versions()[tool] == kept_versions[tool] for tool in ("nvcc", "tilelang")):
-        assert row == kept, "stored rows are stale: make inspect-full"
+        assert row == kept, "stored rows are stale: make inspect-kernels KERNELS=…"
 
 
 def test_every_family_is_built_for_every_architecture() -> None:
