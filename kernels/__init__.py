@@ -23,6 +23,7 @@ are run-time values, so one compilation serves every batch.
     projection_warps, post_project_warps, sinkhorn_thread   the same as thread-level code, of `warps`
     partial_sums              sums over blocks of tokens, added up: the gradients of parameters
     plans                     tiles, threads, stages: what is compiled in, chosen from sizes and target
+    projection_plans          the same for what has a product
     boundary_plans            the same for what is fused across a boundary
 
 Imports tilelang and nothing of the package above it. `FAMILIES` names every kernel without importing it.

@@ -32,9 +32,9 @@ import tilelang.language as T
 
 from .boundary_backward_warps import boundary_backward_warps_kernel
 from .boundary_plans import BoundaryBackwardPlan
-from .plans import WarpsPlan
 from .post_project import fragment_each, mix
 from .projection import high_half
+from .projection_plans import WarpsPlan
 
 
 @T.macro

@@ -6,25 +6,19 @@ Imports nothing but `plans`, so that a kernel found on disk is launched without 
 from dataclasses import dataclass, replace
 from functools import cache
 
-from .plans import (
-    BYTES,
+from .plans import BYTES, MAX_ACCESS_BYTES, MAX_THREADS, WARP, ChannelTile, channel_tile, tokens_per_block
+from .projection_plans import (
     LARGE_SHARED_BYTES,
-    MAX_ACCESS_BYTES,
     MAX_PARTIALS,
-    MAX_THREADS,
-    WARP,
-    ChannelTile,
     ProjectionPlan,
     WarpProjectionPlan,
     WarpsPlan,
-    channel_tile,
     chunks_per_split,
     has_warps,
     num_slabs,
     projection_plan,
     tile_projection_plan,
     tiles_in_waves,
-    tokens_per_block,
 )
 
 # A partial g_phi costs 4·M·K bytes to write and to read: 0.6C a token at 4096 tokens (n = 4, bfloat16), in six ranges,

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import tilelang.language as T
 
-from .plans import ProjectionPlan, WarpProjectionPlan
+from .projection_plans import ProjectionPlan, WarpProjectionPlan
 from .sinkhorn import sinkhorn_inplace
 
 

@@ -23,8 +23,8 @@ import tilelang.language as T
 
 from .boundary_plans import CoefficientsAggregatePlan
 from .coefficients import row_groups, sigmoid, slabs_per_group
-from .plans import WarpProjectionPlan
 from .post_project_warps import aggregate_vector
+from .projection_plans import WarpProjectionPlan
 from .sinkhorn_thread import sinkhorn_token
 from .warps import (
     PASS_CONFIGS,

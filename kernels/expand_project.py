@@ -33,9 +33,9 @@ import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
 from .boundary_plans import ExpandProjectPlan
-from .plans import LANES, ProjectionPlan
 from .post_project import store_halves
 from .projection import Sums, accumulate_dots, accumulate_squares, clear, close_chunk, store_slab
+from .projection_plans import LANES, ProjectionPlan
 
 
 @T.macro

@@ -8,7 +8,7 @@ phi has n rows only. The aggregation itself is the `aggregate` kernel.
 import tilelang.language as T
 
 from .coefficients import RowGroup, inverse_rms, logits, sigmoid, slabs_per_group
-from .plans import ProjectionPlan
+from .projection_plans import ProjectionPlan
 
 
 def head_coefficients_kernel(num_streams: int, hidden_size: int, plan: ProjectionPlan, block: int):

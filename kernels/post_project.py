@@ -43,9 +43,9 @@ Backward: `boundary_backward`.
 import tilelang.language as T
 
 from .boundary_plans import PostProjectPlan
-from .plans import LANES, ProjectionPlan, WarpProjectionPlan
 from .post_project_warps import post_project_by_warps_kernel
 from .projection import Sums, accumulate_dots, accumulate_squares, clear, close_chunk, high_half, store_slab
+from .projection_plans import LANES, ProjectionPlan, WarpProjectionPlan
 
 
 @T.macro

@@ -29,7 +29,7 @@ from typing import Any
 import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
-from .plans import LANES, ProjectionPlan, WarpProjectionPlan
+from .projection_plans import LANES, ProjectionPlan, WarpProjectionPlan
 from .projection_warps import project_by_warps_kernel, split_phi_fragments_kernel
 
 SPLIT_BLOCK = 1024
@@ -155,7 +155,7 @@ def close_chunk(partial, chunk, first_token, sums: Sums, group: Sums, total: Sum
 def project_kernel(num_streams: int, hidden_size: int, dtype: str, plan: ProjectionPlan):
     """x [T, n, C], phi [columns, n, C] -> partial [slabs, slab_rows, T].
 
-    `chunks_per_split` chunks go to each block of a token tile; `partial` has the slabs of `plans.num_slabs`.
+    `chunks_per_split` chunks go to each block of a token tile; `partial` has the slabs of `projection_plans.num_slabs`.
     """
     if isinstance(plan, WarpProjectionPlan):
         return project_by_warps_kernel(num_streams, hidden_size, plan)

@@ -30,9 +30,9 @@ what lies in memory there could be NaN, and 0 · NaN is NaN.
 import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
-from .plans import ProjectionBackwardPlan, WarpsPlan
 from .projection import high_half
 from .projection_backward_warps import project_backward_warps_kernel
+from .projection_plans import ProjectionBackwardPlan, WarpsPlan
 
 
 @T.macro

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import tilelang.language as T
 
-from .plans import WarpsPlan
+from .projection_plans import WarpsPlan
 from .warp_tiles import (
     WarpTile,
     accumulator,

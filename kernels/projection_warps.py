@@ -25,7 +25,7 @@ products are rows or columns of their own.
 
 import tilelang.language as T
 
-from .plans import WarpProjectionPlan
+from .projection_plans import WarpProjectionPlan
 from .warps import (
     PASS_CONFIGS,
     PASS_CONFIGS_ATTR,

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
 
 from ..compiler.kernel import Signature
-from ..kernels import plans
+from ..kernels import projection_plans
 
 INPUT, OUTPUT, UNUSED = "in", "out", "unused"
 ABBREVIATED = {"num_streams": "n", "hidden_size": "c", "dtype": ""}
@@ -81,7 +81,7 @@ def name_of(family: str, parameters: dict[str, Any], common: dict[str, Any]) -> 
         if name == "plan":
             projection = getattr(value, "projection", value)
             parts += [f"rows{projection.rows}"] if hasattr(projection, "rows") else []
-            parts += ["warps"] if isinstance(projection, plans.WarpProjectionPlan) else []
+            parts += ["warps"] if isinstance(projection, projection_plans.WarpProjectionPlan) else []
         elif name == "lanes":
             parts.append(f"lanes{value}")
         elif name == "layer_dtype" and value != parameters["dtype"]:

@@ -15,7 +15,7 @@ import torch
 from .. import launch, reference
 from ..compiler import platform_of
 from ..compiler.kernel import dtype_name
-from ..kernels import plans
+from ..kernels import projection_plans
 from . import plain_torch, tolerance
 from .coefficients_backward import check_coefficients_backward, check_head_coefficients_backward
 from .inputs import Case, Gradients, Inputs
@@ -128,7 +128,7 @@ def compare_projection(case: Case, inputs: Inputs, aggregated: bool) -> list[Com
     magnitude, _ = formula(*map(np.abs, exact))
     scales = [np.sqrt(square) for square in formula(*map(np.square, exact))]
     sizes = (phi.shape[0], case.hidden_size, dtype_name(case.dtype), platform_of(x.device), x.shape[1])
-    plan = plans.projection_backward_plan(*sizes)
+    plan = projection_plans.projection_backward_plan(*sizes)
     split = tolerance.split_error(plan)
     bounds = [
         tolerance.combination(magnitude, phi.shape[0] + 3, dtype_name(case.dtype)) + split * scales[0],

@@ -14,7 +14,7 @@ import torch
 from .. import launch, reference
 from ..compiler import platform_of
 from ..compiler.kernel import dtype_name
-from ..kernels import plans
+from ..kernels import projection_plans
 from . import plain_torch, tolerance
 from .boundary import compare_mixing, mixed
 from .coefficients_backward import Logits, comparisons, sublayer_mappings
@@ -96,7 +96,7 @@ def check_expand_pre_backward(case: Case, inputs: Inputs) -> list[Comparison]:
     expected, magnitude = gradient_of_h(*exact), gradient_of_h(*map(np.abs, exact))
     g_dots, phi_sum = exact[1], exact[4].reshape(-1, n, case.hidden_size).sum(1)
     dots_scale = np.sqrt(np.square(g_dots).T @ np.square(phi_sum))
-    plan = plans.projection_backward_plan(
+    plan = projection_plans.projection_backward_plan(
         spec.num_coefficients, case.hidden_size, dtype_name(case.dtype), platform_of(h.device), num_streams=1
     )
     split = tolerance.split_error(plan)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.boundary_plans import BoundaryBackwardPlan
-from ..kernels.plans import ProjectionBackwardPlan, ProjectionPlan, WarpsPlan
+from ..kernels.projection_plans import ProjectionBackwardPlan, ProjectionPlan, WarpsPlan
 
 Array = NDArray[np.float64]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from .. import compiler
-from ..kernels import boundary_plans, plans
+from ..kernels import boundary_plans, plans, projection_plans
 from ..spec import MHCSpec
 from .operands import Gradient, aligned, placeholder_if_none
 from .partial_sums import sum_partials
@@ -21,7 +21,7 @@ def coefficients(
     alpha: torch.Tensor,
     bias: torch.Tensor,
     spec: MHCSpec,
-    plan: plans.ProjectionPlan,
+    plan: projection_plans.ProjectionPlan,
     *,
     deferred: bool = False,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
@@ -67,7 +67,7 @@ def head_coefficients(
     alpha: torch.Tensor,
     bias: torch.Tensor,
     spec: MHCSpec,
-    plan: plans.ProjectionPlan,
+    plan: projection_plans.ProjectionPlan,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Partial sums, alpha [1], bias [n] -> h_pre [T, n], projected [n + 1, T]."""
     n, num_tokens = spec.num_streams, partial.shape[-1]

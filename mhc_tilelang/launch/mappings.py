@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from .. import compiler
-from ..kernels import boundary_plans, plans
+from ..kernels import boundary_plans, plans, projection_plans
 from ..spec import MHCSpec
 from .aggregate import aggregate
 from .coefficients import coefficients
@@ -27,7 +27,7 @@ def coefficients_and_aggregate(
     alpha: torch.Tensor,
     bias: torch.Tensor,
     spec: MHCSpec,
-    plan: plans.ProjectionPlan,
+    plan: projection_plans.ProjectionPlan,
     *,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
@@ -36,7 +36,7 @@ def coefficients_and_aggregate(
     `out` has layer_input [T, C], h_pre [T, n], h_post [T, n] and h_res [T, n, n].
     """
     layer_input, h_pre, h_post, h_res = out
-    if isinstance(plan, plans.WarpProjectionPlan) and alignment(x, layer_input) == plans.MAX_ACCESS_BYTES:
+    if isinstance(plan, projection_plans.WarpProjectionPlan) and alignment(x, layer_input) == plans.MAX_ACCESS_BYTES:
         return coefficients_aggregate(x, partial, alpha, bias, spec, plan, out=out)
     deferred = boundary_plans.defers_mappings(compiler.platform_of(x.device))
     mappings = (h_pre, h_post, h_res)
@@ -54,7 +54,7 @@ def coefficients_aggregate(
     alpha: torch.Tensor,
     bias: torch.Tensor,
     spec: MHCSpec,
-    projection: plans.WarpProjectionPlan,
+    projection: projection_plans.WarpProjectionPlan,
     *,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 
 from .. import compiler
 from ..compiler.kernel import dtype_name
-from ..kernels import boundary_plans, plans
+from ..kernels import boundary_plans, projection_plans
 from ..spec import MHCSpec
 from .aggregate import aggregate_norm
 from .coefficients import coefficients
@@ -116,7 +116,7 @@ def post_project(
     partial = x.new_empty((schedule.slabs, plan.projection.slab_rows, num_tokens), dtype=torch.float32)
     x_next, layer_input = out or (torch.empty_like(x), x.new_empty(num_tokens, hidden_size) if aggregated else None)
     operand = aligned(phi).view(-1, num_streams, hidden_size)
-    if isinstance(plan.projection, plans.WarpProjectionPlan):
+    if isinstance(plan.projection, projection_plans.WarpProjectionPlan):
         operand = split_phi(operand, plan.projection)
     kernel = stream_kernel(
         "post_project",

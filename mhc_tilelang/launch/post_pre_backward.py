@@ -17,7 +17,7 @@ import torch
 
 from .. import compiler
 from ..compiler.kernel import dtype_name
-from ..kernels import boundary_plans, plans
+from ..kernels import boundary_plans, plans, projection_plans
 from ..spec import MHCSpec
 from .aggregate import aggregate_backward, aggregate_norm_backward
 from .coefficients import coefficients_backward, mappings_backward
@@ -157,7 +157,7 @@ def mixing_backward(
     phi: torch.Tensor,
     *,
     needs_g_h_pre: bool = False,
-    plan: boundary_plans.BoundaryBackwardPlan | plans.WarpsPlan | None = None,
+    plan: boundary_plans.BoundaryBackwardPlan | projection_plans.WarpsPlan | None = None,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The kernel `boundary_backward`: gradients of the stream and the layer's output, g_projected [M + 1, T] as of
@@ -205,7 +205,7 @@ def mixing_backward(
 
 def backward_plan(
     x: torch.Tensor, layer_output: torch.Tensor, rows: int
-) -> boundary_plans.BoundaryBackwardPlan | plans.WarpsPlan:
+) -> boundary_plans.BoundaryBackwardPlan | projection_plans.WarpsPlan:
     """The plan by which the backward of a boundary of these tensors is fused, for a phi of `rows` rows."""
     _, n, hidden_size = x.shape
     sizes = (rows, n, hidden_size, dtype_name(x.dtype), compiler.platform_of(x.device))

@@ -12,16 +12,16 @@ import torch
 
 from .. import compiler
 from ..compiler.kernel import dtype_name
-from ..kernels import plans
+from ..kernels import plans, projection_plans
 from .operands import Gradient, aligned, placeholder_if_none, stream_kernel
 from .partial_sums import sum_partials
 
 
-def split_phi(phi: torch.Tensor, plan: plans.ProjectionPlan) -> torch.Tensor:
+def split_phi(phi: torch.Tensor, plan: projection_plans.ProjectionPlan) -> torch.Tensor:
     """phi [M, n, C] float32 -> its halves [padded_rows, n, C] in the plan's operand dtype, or by warps [units, 8]."""
     _, num_streams, hidden_size = phi.shape
     shape: tuple[int, ...] = (plan.padded_rows, num_streams, hidden_size)
-    if isinstance(plan, plans.WarpProjectionPlan):
+    if isinstance(plan, projection_plans.WarpProjectionPlan):
         shape = (plan.num_chunks(hidden_size) * plan.units(num_streams), plans.MAX_ACCESS_BYTES // 2)
     halves = phi.new_empty(shape, dtype=getattr(torch, plan.operand_dtype))
     target = compiler.target_of(phi.device)
@@ -33,7 +33,7 @@ def split_phi(phi: torch.Tensor, plan: plans.ProjectionPlan) -> torch.Tensor:
 def project(
     x: torch.Tensor,
     phi: torch.Tensor,
-    plan: plans.ProjectionPlan | None = None,
+    plan: projection_plans.ProjectionPlan | None = None,
     chunks_per_split: int | None = None,
     *,
     out: torch.Tensor | None = None,
@@ -50,10 +50,10 @@ def project(
         operand = split_phi(operand, plan)
     num_chunks = plan.num_chunks(hidden_size)
     if chunks_per_split is None:
-        chunks_per_split = plans.chunks_per_split(num_tokens, num_chunks, plan, parallel_blocks(x.device))
+        chunks_per_split = projection_plans.chunks_per_split(num_tokens, num_chunks, plan, parallel_blocks(x.device))
     if chunks_per_split < 1:
         raise ValueError(f"project: chunks_per_split: expected at least 1, got {chunks_per_split}")
-    shape = (plans.num_slabs(chunks_per_split, num_chunks, plan), plan.slab_rows, num_tokens)
+    shape = (projection_plans.num_slabs(chunks_per_split, num_chunks, plan), plan.slab_rows, num_tokens)
     partial = x.new_empty(shape, dtype=torch.float32) if out is None else out
     if partial.shape != shape:  # the kernel takes the slab count from the tensor and writes what the split says
         raise ValueError(f"project: out: expected shape {list(shape)}, got {list(partial.shape)}")
@@ -62,9 +62,9 @@ def project(
     return partial
 
 
-def projection_plan(x: torch.Tensor, rows: int) -> plans.ProjectionPlan:
+def projection_plan(x: torch.Tensor, rows: int) -> projection_plans.ProjectionPlan:
     """The plan by which a stream on this device is projected on a phi of `rows` rows."""
-    return plans.projection_plan(rows, x.shape[-1], dtype_name(x.dtype), compiler.platform_of(x.device))
+    return projection_plans.projection_plan(rows, x.shape[-1], dtype_name(x.dtype), compiler.platform_of(x.device))
 
 
 def parallel_blocks(device: torch.device) -> int:
@@ -96,9 +96,9 @@ def project_backward(
     num_tokens, num_streams, hidden_size = x.shape
     rows = phi.shape[0]
     sizes = (rows, hidden_size, dtype_name(x.dtype), compiler.platform_of(x.device), num_streams)
-    plan = plans.projection_backward_plan(*sizes, compiler.shared_bytes(x.device))
+    plan = projection_plans.projection_backward_plan(*sizes, compiler.shared_bytes(x.device))
     blocks = parallel_blocks(x.device)
-    tokens_per_split = plans.tokens_per_split(num_tokens, plan, num_streams, hidden_size, blocks)
+    tokens_per_split = projection_plans.tokens_per_split(num_tokens, plan, num_streams, hidden_size, blocks)
     num_splits = -(-num_tokens // tokens_per_split)
     g_x, g_phi = out or (torch.empty_like(x) if needs_x else None, torch.empty_like(phi) if needs_phi else None)
     if num_tokens == 0:

@@ -17,7 +17,7 @@ import torch
 from ... import launch
 from ...checking import inputs as checking
 from ...checking.inputs import Inputs
-from ...kernels.plans import ProjectionPlan
+from ...kernels.projection_plans import ProjectionPlan
 from ...spec import MHCSpec
 from ..traffic.formulas import Traffic, traffic
 from .cases import BOUNDARY_KERNELS, BOUNDARY_STEP, SUBLAYER_INPUT, Case, Shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from ...kernels.plans import ProjectionPlan, num_slabs, tile_projection_plan
+from ...kernels.projection_plans import ProjectionPlan, num_slabs, tile_projection_plan
 from .run import BLUE, GREEN, GREY, INK, ORANGE, PALE_BLUE, PAPER, Card
 
 NUM_STREAMS, HIDDEN_SIZE = 4, 2560

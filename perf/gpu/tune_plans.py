@@ -19,18 +19,8 @@ from ...kernels.boundary_plans import (
     ExpandProjectPlan,
     PostProjectPlan,
 )
-from ...kernels.plans import (
-    BYTES,
-    MAX_ACCESS_BYTES,
-    WARP,
-    ChannelTile,
-    NormTile,
-    ProjectionBackwardPlan,
-    ProjectionPlan,
-    ReductionTile,
-    WarpProjectionPlan,
-    WarpsPlan,
-)
+from ...kernels.plans import BYTES, MAX_ACCESS_BYTES, WARP, ChannelTile, NormTile, ReductionTile
+from ...kernels.projection_plans import ProjectionBackwardPlan, ProjectionPlan, WarpProjectionPlan, WarpsPlan
 
 Parameters = dict[str, Any]
 CUDA_THREADS = (32, 64, 96, 128, 160, 192, 256, 320, 512)

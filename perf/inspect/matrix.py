@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ...errors import MHCError
-from ...kernels import FAMILIES, boundary_plans, plans
+from ...kernels import FAMILIES, boundary_plans, projection_plans
 from ..calls.cases import CALLS, Case, Shape
 from ..calls.launches import launches
 from ..options import DTYPES
@@ -33,13 +33,13 @@ HEAVY = ("project", "project_backward", "post_backward")
 COEFFICIENTS = ("coefficients", "head_coefficients")
 # What else `launch` may ask for: family, variant, the dtype of the stream, what is changed.
 VARIANTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
-    ("split_phi", "head", "bfloat16", {"plan": plans.projection_plan(4, 2560, "bfloat16", "cuda")}),
-    ("project", "head", "bfloat16", {"plan": plans.projection_plan(4, 2560, "bfloat16", "cuda")}),
+    ("split_phi", "head", "bfloat16", {"plan": projection_plans.projection_plan(4, 2560, "bfloat16", "cuda")}),
+    ("project", "head", "bfloat16", {"plan": projection_plans.projection_plan(4, 2560, "bfloat16", "cuda")}),
     (
         "project_backward",
         "head",
         "bfloat16",
-        {"plan": plans.projection_backward_plan(4, 2560, "bfloat16", "cuda", 4), "aggregated": True},
+        {"plan": projection_plans.projection_backward_plan(4, 2560, "bfloat16", "cuda", 4), "aggregated": True},
     ),
     ("project_backward", "g_x only", "bfloat16", {"weights": False}),
     ("project_backward", "g_phi only", "bfloat16", {"stream": False}),
@@ -49,7 +49,7 @@ VARIANTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
         "bfloat16",
         {
             "num_streams": 1,
-            "plan": plans.projection_backward_plan(24, 2560, "bfloat16", "cuda", 1),
+            "plan": projection_plans.projection_backward_plan(24, 2560, "bfloat16", "cuda", 1),
             "aggregated": True,
         },
     ),
@@ -88,7 +88,7 @@ class Subject:
     def parameters(self, arch: str) -> dict[str, Any]:
         """What it is compiled with for an architecture: where shared memory is small, with fewer stages."""
         parameters = self.launch.parameters
-        if self.kernel != "boundary_backward" or not isinstance(plan := parameters["plan"], plans.WarpsPlan):
+        if self.kernel != "boundary_backward" or not isinstance(plan := parameters["plan"], projection_plans.WarpsPlan):
             return parameters
         n, hidden_size, dtype = (parameters[name] for name in ("num_streams", "hidden_size", "dtype"))
         room = ARCHITECTURES[arch].shared_bytes_per_block

@@ -40,8 +40,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...kernels import boundary_plans, plans
-from ...kernels.plans import BYTES, ProjectionPlan, WarpProjectionPlan
+from ...kernels import boundary_plans, plans, projection_plans
+from ...kernels.plans import BYTES
+from ...kernels.projection_plans import ProjectionPlan, WarpProjectionPlan
 from ...spec import MHCSpec
 from ..calls.cases import AGGREGATED, POST_PRE, POST_PRE_BACKWARD, POST_PRE_DELAYED, REPLAYED, TOKEN_KERNELS, Case
 
@@ -191,8 +192,11 @@ def g_phi_slab_bytes(case: Case, plan: ProjectionPlan) -> int:
     """Bytes of partial sums of g_phi that `project_backward` writes and reads again; none where one sum is all."""
     shape = case.shape
     sizes = (plan.rows, shape.hidden_size, shape.dtype, target_of(plan), shape.num_streams)
-    backward, cut = plans.projection_backward_plan(*sizes), (shape.num_streams, shape.hidden_size, PARALLEL_BLOCKS)
-    num_splits = -(-shape.num_tokens // plans.tokens_per_split(shape.num_tokens, backward, *cut))
+    backward, cut = (
+        projection_plans.projection_backward_plan(*sizes),
+        (shape.num_streams, shape.hidden_size, PARALLEL_BLOCKS),
+    )
+    num_splits = -(-shape.num_tokens // projection_plans.tokens_per_split(shape.num_tokens, backward, *cut))
     phi = plan.rows * shape.num_streams * shape.hidden_size * FLOAT32
     return 2 * num_splits * phi if num_splits > 1 else 0
 

@@ -19,7 +19,7 @@ from mhc_tilelang.compiler.cpu import build, outline
 from mhc_tilelang.compiler.cpu import emit as emitting
 from mhc_tilelang.compiler.cpu.types import Array
 from mhc_tilelang.kernels import boundary_plans
-from mhc_tilelang.kernels.plans import projection_plan
+from mhc_tilelang.kernels.projection_plans import projection_plan
 from mhc_tilelang.spec import MHCSpec
 
 N, TOKENS, C = 2, 37, 80

@@ -16,7 +16,7 @@ from mhc_tilelang.compiler.cuda_source import generate
 from mhc_tilelang.compiler.simt import Launched, executing
 from mhc_tilelang.compiler.simt.target import generated
 from mhc_tilelang.kernels import FAMILIES
-from mhc_tilelang.kernels.plans import WarpsPlan
+from mhc_tilelang.kernels.projection_plans import WarpsPlan
 from mhc_tilelang.perf.calls.cases import CALLS, Shape
 from mhc_tilelang.perf.calls.cases import Case as Call
 from mhc_tilelang.perf.calls.launches import launches as launches_of

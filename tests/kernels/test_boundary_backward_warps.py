@@ -18,7 +18,7 @@ from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.compiler import cuda
 from mhc_tilelang.compiler.simt import SimtError, executing
 from mhc_tilelang.compiler.tracing import trace
-from mhc_tilelang.kernels import boundary_plans, plans
+from mhc_tilelang.kernels import boundary_plans, projection_plans
 from mhc_tilelang.launch.post_pre_backward import mixing_backward
 
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -57,7 +57,7 @@ class Drawn:
                 *arguments, self.h_pre, self.h_post, self.h_res, self.phi, needs_g_h_pre=self.delayed
             )
         (self.launched,) = launches
-        assert isinstance(self.launched.parameters["plan"], plans.WarpsPlan)
+        assert isinstance(self.launched.parameters["plan"], projection_plans.WarpsPlan)
         sums = mixing.double().sum(0).view(self.n, -1, self.x.shape[0]).permute(2, 0, 1)
         found = {"g_x": g_x, "g_layer_output": g_layer_output, "g_phi": phi.double().sum(0).view(self.phi.shape)}
         found |= {"g_h_post": sums[..., 0], "g_h_res": sums[..., 1 : self.n + 1]}
@@ -216,7 +216,7 @@ def test_which_form_is_for_what():
         )
     both = 2 * (boundary_plans.boundary_shared_bytes(form(4, 2560, "bfloat16")) + 1024)
     assert both <= 228 * 1024  # two blocks share a multiprocessor
-    assert isinstance(form(2, 8, "float16", "float16"), plans.WarpsPlan)
+    assert isinstance(form(2, 8, "float16", "float16"), projection_plans.WarpsPlan)
     for tile_level in ((4, 333, "bfloat16"), (4, 2560, "float32"), (4, 64, "bfloat16", "float32")):
         assert isinstance(form(*tile_level), boundary_plans.BoundaryBackwardPlan)
     assert isinstance(form(4, 2560, "bfloat16", target="cpu"), boundary_plans.BoundaryBackwardPlan)

@@ -15,7 +15,7 @@ from mhc_tilelang import launch
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
 from mhc_tilelang.compiler.kernel import dtype_name
 from mhc_tilelang.kernels import boundary_plans
-from mhc_tilelang.kernels.plans import LANES
+from mhc_tilelang.kernels.projection_plans import LANES
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 # A GPU's chunks have 128 channels for bfloat16, 64 and 32 for float16 and float32 at n = 4; its tiles 64 tokens.

@@ -12,7 +12,7 @@ import mhc_tilelang as mhc
 from mhc_tilelang import launch
 from mhc_tilelang.compiler import tracing
 from mhc_tilelang.compiler.cuda_source import generate
-from mhc_tilelang.kernels import plans
+from mhc_tilelang.kernels import plans, projection_plans
 from mhc_tilelang.perf.calls.cases import Shape
 from mhc_tilelang.perf.inspect import matrix
 
@@ -96,7 +96,7 @@ def test_cuda_indexes_streams_in_64_bits(family: str) -> None:
     from mhc_tilelang.compiler import cuda
 
     sizes = {"num_streams": 4, "hidden_size": 1280, "dtype": "bfloat16"}
-    plan = plans.tile_projection_plan(24, 1280, "bfloat16", "cuda")
+    plan = projection_plans.tile_projection_plan(24, 1280, "bfloat16", "cuda")
     tile = plans.channel_tile(1280, 2, "cuda")
     layer = {"layer_dtype": "bfloat16"} if family == "post" else {}
     parameters = {**sizes, **layer, **({"plan": plan} if family == "project" else {"tile": tile})}

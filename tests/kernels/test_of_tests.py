@@ -16,7 +16,7 @@ from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.checking.kernels import compare, numpy64
 from mhc_tilelang.checking.run import CHECKS
 from mhc_tilelang.compiler.kernel import dtype_name
-from mhc_tilelang.kernels import plans
+from mhc_tilelang.kernels import projection_plans
 
 OUTPUTS = {
     "expand": ("x",),
@@ -256,7 +256,9 @@ def test_last_chunk_left_out_is_rejected(size):
 def test_narrow_operands_are_rejected(size, operand, target, monkeypatch):
     """TF32 (cut to 10 mantissa bits) and bfloat16 operands, at float32 streams, under either plan's bound."""
     case = Case(4, size, torch.float32, 63)
-    replace_launch(monkeypatch, "projection_plan", lambda _, rows: plans.projection_plan(rows, size, "float32", target))
+    replace_launch(
+        monkeypatch, "projection_plan", lambda _, rows: projection_plans.projection_plan(rows, size, "float32", target)
+    )
     inputs = Inputs.of(case, CPU)
     comparison = comparison_of("project", "dots", case)
     exact = getattr(inputs, operand)

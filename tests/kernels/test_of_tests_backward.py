@@ -16,7 +16,7 @@ from test_of_tests import OUTPUTS, comparison_of, every_case, rejected, transpos
 from mhc_tilelang import reference
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
 from mhc_tilelang.checking.kernels import numpy64
-from mhc_tilelang.kernels import plans
+from mhc_tilelang.kernels import projection_plans
 
 LOGIT_CASES = [Case(n, 192, torch.float32, 63, logit_std=std) for n in STREAMS for std in (2.0, 6.0)]
 every_logit_case = pytest.mark.parametrize("case", LOGIT_CASES, ids=lambda c: f"n{c.num_streams}-std{c.logit_std}")
@@ -129,8 +129,8 @@ def test_bfloat16_gradients_of_coefficients_are_rejected(kernel, case):
 )
 def test_narrow_operands_are_rejected(operand, outputs, size, target, monkeypatch):
     """TF32 and bfloat16 operands, at float32 streams, under either plan's bound."""
-    plan = plans.projection_backward_plan
-    monkeypatch.setattr(plans, "projection_backward_plan", lambda *sizes: plan(*sizes[:3], target))
+    plan = projection_plans.projection_backward_plan
+    monkeypatch.setattr(projection_plans, "projection_backward_plan", lambda *sizes: plan(*sizes[:3], target))
     case = Case(4, size, torch.float32, 63)
     arguments = BACKWARD["project_backward_aggregated"].arguments(case)
     for narrow in (tf32, bfloat16):

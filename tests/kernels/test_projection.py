@@ -15,7 +15,7 @@ from mhc_tilelang import launch
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.compiler.kernel import dtype_name
-from mhc_tilelang.kernels import plans
+from mhc_tilelang.kernels import plans, projection_plans
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 TARGETS = ("cpu", "cuda")
@@ -27,7 +27,7 @@ READERS = [Case(4, 333, dtype, 65) for dtype in DTYPES] + [Case(n, 192, torch.bf
 
 def plan_of(case, target, rows=None):
     rows = rows or case.spec.num_coefficients
-    return plans.tile_projection_plan(rows, case.hidden_size, dtype_name(case.dtype), target)
+    return projection_plans.tile_projection_plan(rows, case.hidden_size, dtype_name(case.dtype), target)
 
 
 def label(case):
@@ -39,7 +39,7 @@ def gpu_plan(monkeypatch):
     """Everything that projects takes the GPU's plan; the kernels still run on the CPU."""
 
     def plan(x, rows):
-        return plans.tile_projection_plan(rows, x.shape[-1], dtype_name(x.dtype), "cuda")
+        return projection_plans.tile_projection_plan(rows, x.shape[-1], dtype_name(x.dtype), "cuda")
 
     replace_launch(monkeypatch, "projection_plan", plan)
 
@@ -144,11 +144,11 @@ def test_slabs_that_a_gpu_writes(dtype, parallel_blocks):
     """One where the tokens fill the device, a slab a group where they come near it, chunks below that; no block ends
     later than with any other number of groups a block.
     """
-    plan = plans.tile_projection_plan(24, 2560, dtype, "cuda")
+    plan = projection_plans.tile_projection_plan(24, 2560, dtype, "cuda")
     num_chunks = plan.num_chunks(2560)
     for num_tokens in (1, 63, 512, 1024, 2048, 4096, 16384, 65536):
-        per_split = plans.chunks_per_split(num_tokens, num_chunks, plan, parallel_blocks)
-        slabs = plans.num_slabs(per_split, num_chunks, plan)
+        per_split = projection_plans.chunks_per_split(num_tokens, num_chunks, plan, parallel_blocks)
+        slabs = projection_plans.num_slabs(per_split, num_chunks, plan)
         blocks = -(-num_tokens // plan.tokens)
         splits = -(-num_chunks // per_split)
         groups = num_chunks // plan.chunks_per_group
@@ -163,8 +163,8 @@ def test_slabs_that_a_gpu_writes(dtype, parallel_blocks):
 @pytest.mark.parametrize("hidden_size", [1280, 2048, 2560, 4096, 5120, 7168, 8192])
 def test_groups_are_equal(hidden_size):
     """Of a width that ships, and an even number of them. Catches a last group that is a part of one: 8, 8, 4 chunks."""
-    found = [plans.tile_projection_plan(24, hidden_size, dtype, "cuda") for dtype in plans.BYTES]
-    for plan in (plans.projection_plan(24, hidden_size, "bfloat16", "cuda"), *found):
+    found = [projection_plans.tile_projection_plan(24, hidden_size, dtype, "cuda") for dtype in plans.BYTES]
+    for plan in (projection_plans.projection_plan(24, hidden_size, "bfloat16", "cuda"), *found):
         num_chunks = plan.num_chunks(hidden_size)
         assert num_chunks % plan.chunks_per_group == 0
         assert num_chunks // plan.chunks_per_group % 2 == 0
@@ -184,5 +184,9 @@ def test_each_channel_counts_once(field, target):
     dots = total[: plan.halves * plan.rows].view(plan.halves, plan.rows, -1).sum(0).T
     squares = total[plan.halves * plan.rows :]
     np.testing.assert_array_equal(numpy64(dots), numpy64(x.flatten(1)) @ numpy64(phi).T)
-    lanes = torch.nn.functional.pad(x, (0, -333 % plans.LANES)).unflatten(-1, (-1, plans.LANES)).float()
+    lanes = (
+        torch.nn.functional.pad(x, (0, -333 % projection_plans.LANES))
+        .unflatten(-1, (-1, projection_plans.LANES))
+        .float()
+    )
     np.testing.assert_array_equal(numpy64(squares.T), numpy64(lanes.sum((1, 2))))

@@ -28,7 +28,7 @@ from mhc_tilelang import launch
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
 from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.compiler.kernel import dtype_name
-from mhc_tilelang.kernels import plans
+from mhc_tilelang.kernels import projection_plans
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 CASE = Case(4, 333, torch.bfloat16, 63)
@@ -42,14 +42,14 @@ GPU_CASES += [Case(4, size, dtype, 65) for size in (1, 333) for dtype in DTYPES]
 
 def plan_of(case, target):
     rows = case.spec.num_coefficients
-    return plans.projection_backward_plan(rows, case.hidden_size, dtype_name(case.dtype), target)
+    return projection_plans.projection_backward_plan(rows, case.hidden_size, dtype_name(case.dtype), target)
 
 
 @pytest.fixture
 def gpu_plan(monkeypatch):
     """The GPU's plan; the kernels still run on the CPU."""
-    plan = plans.projection_backward_plan
-    monkeypatch.setattr(plans, "projection_backward_plan", lambda *sizes: plan(*sizes[:3], "cuda"))
+    plan = projection_plans.projection_backward_plan
+    monkeypatch.setattr(projection_plans, "projection_backward_plan", lambda *sizes: plan(*sizes[:3], "cuda"))
 
 
 @pytest.mark.parametrize("case", crosses())
@@ -96,12 +96,12 @@ def test_gpu_plan_with_small_operands(dtype):
 )
 def test_ranges_of_tokens(num_tokens, rows, dtype, target):
     """Whole tiles, 512 tokens or more, eight ranges at most, none of them empty."""
-    plan = plans.projection_backward_plan(rows, 1280, dtype, target)
-    tokens = plans.tokens_per_split(num_tokens, plan)
+    plan = projection_plans.projection_backward_plan(rows, 1280, dtype, target)
+    tokens = projection_plans.tokens_per_split(num_tokens, plan)
     splits = -(-num_tokens // tokens)
     assert tokens % plan.tokens == 0
-    assert tokens >= plans.TOKENS_PER_PARTIAL
-    assert 1 <= splits <= plans.MAX_PARTIALS
+    assert tokens >= projection_plans.TOKENS_PER_PARTIAL
+    assert 1 <= splits <= projection_plans.MAX_PARTIALS
     assert (splits - 1) * tokens < num_tokens <= splits * tokens
 
 
@@ -109,7 +109,7 @@ def test_the_ranges_are_as_the_cases_above_say():
     """One range up to 528 tokens, three at 1100, eight at 4300."""
     plan = plan_of(SMALL, "cpu")
     assert plan.tokens == 48
-    splits = {t: -(-t // plans.tokens_per_split(t, plan)) for t in TOKENS}
+    splits = {t: -(-t // projection_plans.tokens_per_split(t, plan)) for t in TOKENS}
     assert [splits[t] for t in (47, 528, 529, 1056, 1057, 1100, 4300)] == [1, 1, 2, 2, 3, 3, 8]
 
 

@@ -11,7 +11,7 @@ import torch
 
 from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.compiler.simt import executing
-from mhc_tilelang.kernels import plans
+from mhc_tilelang.kernels import projection_plans
 from mhc_tilelang.launch.projection import project_backward
 
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -50,7 +50,7 @@ def test_matches_float64(form, parallel_blocks):
     with executing(arch, parallel_blocks=parallel_blocks) as launches:
         g_x, g_phi = project_backward(g_projected, x, phi, **given, **needs)
     first = launches[0]
-    assert isinstance(first.parameters["plan"], plans.WarpsPlan)
+    assert isinstance(first.parameters["plan"], projection_plans.WarpsPlan)
 
     g_dots, rho = g_projected.double().split([rows, 1])
     wide = x.double()

@@ -23,7 +23,7 @@ from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.checking.run import CHECKS, check_case
 from mhc_tilelang.compiler.recording import Recorded, launched
 from mhc_tilelang.compiler.simt import SimtError, executing
-from mhc_tilelang.kernels import FAMILIES, boundary_plans, plans
+from mhc_tilelang.kernels import FAMILIES, boundary_plans, projection_plans
 
 CPU = torch.device("cpu")
 TOKENS = 67  # of one tile and a tail: two tiles of tokens in every kernel that has tiles
@@ -34,7 +34,7 @@ QUICK = ("project", "post_head", "project_backward")
 
 def group_count(hidden_size: int) -> int:
     """Groups of chunks, of a bfloat16 stream."""
-    plan = plans.projection_plan(24, hidden_size, "bfloat16", "cuda")
+    plan = projection_plans.projection_plan(24, hidden_size, "bfloat16", "cuda")
     return -(-plan.num_chunks(hidden_size) // plan.chunks_per_group)
 
 
@@ -53,9 +53,9 @@ def shares(hidden_size: int) -> dict[str, int]:
 def a_range_for_each_tile() -> Iterator[None]:
     """As many ranges of tokens, whose sums are partial, as there are tiles: otherwise hundreds of tokens share one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plans, "TOKENS_PER_PARTIAL", 1)
-        patch.setattr(plans, "MAX_PARTIALS", TOKENS)
-        patch.setattr(plans, "tiles_in_waves", lambda *_, **__: 1)
+        patch.setattr(projection_plans, "TOKENS_PER_PARTIAL", 1)
+        patch.setattr(projection_plans, "MAX_PARTIALS", TOKENS)
+        patch.setattr(projection_plans, "tiles_in_waves", lambda *_, **__: 1)
         patch.setattr(boundary_plans, "tiles_per_range", lambda *_: 1)
         yield
 
@@ -69,11 +69,11 @@ def execute(kernel: str, case: Case, inputs: Inputs, parallel_blocks: int) -> li
     return launches
 
 
-def projection_of(one: Recorded) -> plans.ProjectionPlan | None:
+def projection_of(one: Recorded) -> projection_plans.ProjectionPlan | None:
     """The plan of the slabs that a launch writes or reads as `partial`; None if it has none."""
     plan = one.parameters.get("plan")
     plan = getattr(plan, "projection", plan)
-    return plan if isinstance(plan, plans.ProjectionPlan) and "partial" in one.arguments else None
+    return plan if isinstance(plan, projection_plans.ProjectionPlan) and "partial" in one.arguments else None
 
 
 def slab_counts_of(launches: list[Recorded]) -> set[int]:
@@ -89,7 +89,7 @@ def added_up(slabs: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def total_of(slabs: torch.Tensor, plan: plans.ProjectionPlan, hidden_size: int) -> torch.Tensor:
+def total_of(slabs: torch.Tensor, plan: projection_plans.ProjectionPlan, hidden_size: int) -> torch.Tensor:
     """Slabs as one: chunks into their groups, groups into the total."""
     if len(slabs) == plan.num_chunks(hidden_size):
         slabs = torch.stack([added_up(group) for group in slabs.split(plan.chunks_per_group)])
@@ -145,7 +145,8 @@ def check_shares(kernel: str, case: Case) -> None:
     assert all((one.channels, one.chunks_per_group) == (plan.channels, plan.chunks_per_group) for one in others)
     num_chunks = plan.num_chunks(case.hidden_size)
     groups = -(-num_chunks // plan.chunks_per_group)
-    one_slab = set() if isinstance(plan, plans.WarpProjectionPlan) else {1}  # of groups that a block has added up
+    by_warps = isinstance(plan, projection_plans.WarpProjectionPlan)
+    one_slab = set() if by_warps else {1}  # of groups that a block has added up
     assert slab_counts == {*one_slab, groups, num_chunks}
 
 

@@ -16,7 +16,7 @@ from mhc_tilelang import launch
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.compiler.simt import SimtError, executing
 from mhc_tilelang.compiler.simt.target import generated
-from mhc_tilelang.kernels import boundary_plans, plans
+from mhc_tilelang.kernels import boundary_plans, projection_plans
 
 # Below a chunk, a chunk and a tail of one vector, a group and a part of one, several groups.
 WIDTHS = (40, 72, 200, 640)
@@ -152,12 +152,16 @@ def test_planted_faults_are_reported(family, mutate, kinds):
 
 def test_widths_that_warps_do_not_take():
     """A lane's eight channels are one access: C is a multiple of 8; other streams have tiles."""
-    assert isinstance(plans.projection_plan(24, 648, "bfloat16", "cuda"), plans.WarpProjectionPlan)
+    assert isinstance(
+        projection_plans.projection_plan(24, 648, "bfloat16", "cuda"), projection_plans.WarpProjectionPlan
+    )
     for rows, width, dtype, platform in (
         *((24, 644, "bfloat16", "cuda"), (24, 640, "float16", "cuda")),
         *((8, 640, "bfloat16", "cuda"), (24, 640, "bfloat16", "cpu")),
     ):
-        assert not isinstance(plans.projection_plan(rows, width, dtype, platform), plans.WarpProjectionPlan)
+        assert not isinstance(
+            projection_plans.projection_plan(rows, width, dtype, platform), projection_plans.WarpProjectionPlan
+        )
 
 
 @pytest.mark.parametrize("family", ["post_project", "project"])

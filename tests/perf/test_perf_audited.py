@@ -18,7 +18,7 @@ import torch
 
 from mhc_tilelang import cli, compiler
 from mhc_tilelang.compiler.recording import launched
-from mhc_tilelang.kernels import FAMILIES, plans
+from mhc_tilelang.kernels import FAMILIES, projection_plans
 from mhc_tilelang.perf.calls.cases import (
     AGGREGATED,
     BACKWARD_KERNELS,
@@ -62,8 +62,8 @@ SHAPES += [
 def stream_blocks(shape: Shape, target: str) -> int:
     """Blocks of the projection's backward that share a token's streams."""
     n = shape.num_streams
-    plan = plans.projection_backward_plan(n * n + 2 * n, shape.hidden_size, shape.dtype, target, n)
-    return n // plan.streams if isinstance(plan, plans.WarpsPlan) else n
+    plan = projection_plans.projection_backward_plan(n * n + 2 * n, shape.hidden_size, shape.dtype, target, n)
+    return n // plan.streams if isinstance(plan, projection_plans.WarpsPlan) else n
 
 
 @pytest.mark.parametrize("kernel", CALLS)
@@ -87,7 +87,7 @@ def test_every_stream_tensor_moves_once(kernel: str, target: str, shape: Shape) 
 def test_formulas_are_what_the_code_does(kernel: str, target: str, shape: Shape) -> None:
     """The benchmark's bytes, small tensors included."""
     case, n = Case(kernel, shape), shape.num_streams
-    plan = plans.projection_plan(n * n + 2 * n, shape.hidden_size, shape.dtype, target)
+    plan = projection_plans.projection_plan(n * n + 2 * n, shape.hidden_size, shape.dtype, target)
     slabs = num_slabs(kernel if kernel in (POST_PRE, POST_PRE_DELAYED) else "project", shape, target)
     stated, counted = traffic(case, plan, slabs), audited(case, target, BLOCKS[target])
     again = counted.repeated  # of separate kernels, where the backward of a boundary is not fused
