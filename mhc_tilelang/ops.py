@@ -59,21 +59,23 @@ def expand(h: torch.Tensor, num_streams: int, *, out: torch.Tensor | None = None
     return call(arguments, operators.expand, (h,), (num_streams,), (num_streams, hidden_size), out)
 
 
-def collapse(x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+def collapse(x: torch.Tensor, *, mean: bool = False, out: torch.Tensor | None = None) -> torch.Tensor:
     """Add the streams up: the plainest way from the stream back to one hidden state, and the adjoint of `expand`.
 
     Args:
         x: [..., n, C], stream dtype.
+        mean: the streams' mean instead, GLM-5.3's head.
         out: the result's buffer.
 
     Returns:
-        [..., C] in x's dtype: Σ_i x[i], added in float32 and rounded once.
+        [..., C] in x's dtype: Σ_i x[i], or Σ_i x[i]/n, added in float32 and rounded once.
     """
     num_streams, hidden_size = sizes_of("collapse", "x", x, ("n", "C"))
     check_streams("collapse", "x", num_streams)
     arguments = Arguments("collapse")
     arguments.tensor("x", x, (num_streams, hidden_size), batched=True)
-    return call(arguments, operators.collapse, (x,), (), (num_streams, hidden_size), out)
+    operator = operators.collapse_mean if mean else operators.collapse
+    return call(arguments, operator, (x,), (), (num_streams, hidden_size), out)
 
 
 def aggregate(x: torch.Tensor, h_pre: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -70,6 +70,11 @@ class MHCSpec:
         return cls(hidden_size, **{"rms_eps": 1e-20, "delayed_pre": True, **changes})  # type: ignore[arg-type]
 
     @classmethod
+    def glm5_3(cls, hidden_size: int, **changes: float) -> MHCSpec:
+        """GLM-5.3's: DeepSeek-V4's constants but for 1e-5 as rms_eps (C is 4096 there); its head is a mean."""
+        return cls(hidden_size, **{"rms_eps": 1e-5, **changes})  # type: ignore[arg-type]
+
+    @classmethod
     def paper(cls, hidden_size: int, **changes: float) -> MHCSpec:
         """The constants of the paper's equations: no eps but the RMS norm's 1e-20."""
         return cls(hidden_size, **{"sinkhorn_eps": 0.0, "pre_eps": 0.0, "rms_eps": 1e-20, **changes})  # type: ignore[arg-type]

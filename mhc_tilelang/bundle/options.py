@@ -10,7 +10,12 @@ from ..spec import HIDDEN_SIZES, STREAM_COUNTS, MHCSpec
 
 CUSTOM = "custom"
 DTYPES = ("bfloat16", "float16", "float32")
-CONSTANTS = {"deepseek-v4": MHCSpec.deepseek_v4, "deepseek-v4.1": MHCSpec.deepseek_v4_1, "paper": MHCSpec.paper}
+CONSTANTS = {
+    "deepseek-v4": MHCSpec.deepseek_v4,
+    "deepseek-v4.1": MHCSpec.deepseek_v4_1,
+    "glm-5.3": MHCSpec.glm5_3,
+    "paper": MHCSpec.paper,
+}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:

@@ -206,8 +206,8 @@ class ResidualStream:
         """The streams as one, [..., C] in the stream's dtype; merges a waiting write first.
 
         Args:
-            reduction: "sum"; "mean", which is the sum divided by n; or a `HyperHead`. The sum and the mean of a
-                plain residual are x itself.
+            reduction: "sum"; "mean", GLM-5.3's head; or a `HyperHead`. Each is computed in float32 and rounded once.
+                The sum and the mean of a plain residual are x itself.
 
         The stream stays as it is: it can be read on, for outputs between layers.
         """
@@ -230,8 +230,7 @@ class ResidualStream:
         x = self.x
         if self._kind == "residual":
             return x
-        total = ops.collapse(x)
-        return total if reduction == "sum" else total / self._num_streams
+        return ops.collapse(x) if reduction == "sum" else ops.collapse(x, mean=True)
 
     @property
     def x(self) -> torch.Tensor:

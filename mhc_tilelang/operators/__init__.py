@@ -17,7 +17,7 @@ Importing this package registers all of them.
 
 from .aggregate import aggregate
 from .coefficients import coefficients
-from .expand import collapse, expand
+from .expand import collapse, collapse_mean, expand
 from .expand_pre import expand_pre
 from .head import head
 from .post import post
@@ -30,6 +30,7 @@ __all__ = [
     "aggregate",
     "coefficients",
     "collapse",
+    "collapse_mean",
     "expand",
     "expand_pre",
     "head",

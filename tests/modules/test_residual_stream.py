@@ -65,7 +65,7 @@ def by_hand(model, h):
         x = ops.post(x, *waiting)
     if model.kind == "residual":
         return x
-    return ops.collapse(x) / (SPEC.num_streams if model.reduction == "mean" else 1)
+    return ops.collapse(x, mean=model.reduction == "mean")
 
 
 # Values

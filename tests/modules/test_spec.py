@@ -45,6 +45,7 @@ def test_presets():
     assert MHCSpec.paper(64, num_streams=8, rms_eps=1e-12) == MHCSpec(64, 8, 20, 0.0, 0.0, 1e-12, 2.0)
     assert MHCSpec.deepseek_v4_1(5120) == replace(MHCSpec(5120), rms_eps=1e-20, delayed_pre=True)
     assert MHCSpec.deepseek_v4_1(64, delayed_pre=False, num_streams=2) == MHCSpec(64, 2, rms_eps=1e-20)
+    assert MHCSpec.glm5_3(4096) == replace(v4, hidden_size=4096, rms_eps=1e-5)
     assert hash(MHCSpec(64, delayed_pre=True)) != hash(MHCSpec(64))
     assert (v4.num_coefficients, v4.stream_size) == (24, 10_240)
     with pytest.raises(FrozenInstanceError):

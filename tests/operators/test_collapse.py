@@ -1,0 +1,47 @@
+"""The streams' mean: `collapse(x, mean=True)` and `ResidualStream.reduce("mean")`.
+
+Would catch: a sum that overflows or is rounded before it is divided, a mean over tokens, a gradient of the sum, an
+operator without a fake or that aliases its input.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import numpy64
+
+import mhc_tilelang as mhc
+from mhc_tilelang import reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def rounded(values, dtype):
+    return torch.from_numpy(values).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mean_is_rounded_once(dtype):
+    """n = 4: products by 1/4 are exact, so a 16-bit result is float64's, rounded; the sum leaves float16's range."""
+    x = (3e4 + 1e4 * torch.randn(2, 3, 4, 40, generator=torch.Generator().manual_seed(0))).to(dtype)
+    x.requires_grad_()
+    assert dtype != torch.float16 or mhc.collapse(x).isinf().any()
+    stream = mhc.ResidualStream.from_streams(x)
+    g = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = rounded(reference.collapse(numpy64(x.detach())) / 4, dtype)
+    g_expected = rounded(reference.collapse_backward(numpy64(g) / 4, numpy64(x.detach())), dtype)
+    for got in (mhc.collapse(x, mean=True), stream.reduce("mean")):
+        (g_x,) = torch.autograd.grad(got, x, g)
+        # Three float32 sums; before a 16-bit rounding they matter where a value lies next to a tie.
+        torch.testing.assert_close(got, expected, rtol=2**-22 if dtype == torch.float32 else 2**-24, atol=0)
+        assert torch.equal(g_x, g_expected)
+    out = torch.full_like(expected, float("nan"))
+    assert mhc.collapse(x.detach(), mean=True, out=out) is out
+    assert torch.equal(out, got)
+
+
+def test_operator_keeps_pytorchs_rules():
+    """Schema, fake, autograd registration; under torch.compile and for meta tensors."""
+    x = torch.randn(6, 4, 64, requires_grad=True)
+    torch.library.opcheck(torch.ops.mhc_tilelang.collapse_mean.default, (x,))
+    assert mhc.collapse(x.detach().to("meta"), mean=True).shape == (6, 64)
