@@ -58,10 +58,12 @@ def aggregate_backward_kernel(num_streams: int, hidden_size: int, dtype: str, ti
     return aggregate_backward
 
 
-def aggregate_gradients_kernel(num_streams: int, hidden_size: int, dtype: str, tile: ReductionTile, needs_h_pre: bool):
+def aggregate_gradients_kernel(
+    num_streams: int, hidden_size: int, dtype: str, tile: ReductionTile, needs_g_h_pre: bool
+):
     """g_layer_input [T, C / width, width], x [T, n, C / width, width], h_pre [T, n] -> g_x as x, g_h_pre [T, n].
 
-    Unless it `needs_h_pre`, x and g_h_pre are one-element placeholders, never accessed.
+    Unless it `needs_g_h_pre`, x and g_h_pre are one-element placeholders, never accessed.
     """
     n, lanes, width = num_streams, tile.lanes, tile.width
     row = (hidden_size // width, width)
@@ -71,10 +73,10 @@ def aggregate_gradients_kernel(num_streams: int, hidden_size: int, dtype: str, t
     @T.prim_func
     def aggregate_gradients(
         g_layer_input: T.Tensor[(num_tokens, *row), dtype],
-        x: T.Tensor[(num_tokens, n, *row) if needs_h_pre else placeholder, dtype],
+        x: T.Tensor[(num_tokens, n, *row) if needs_g_h_pre else placeholder, dtype],
         h_pre: T.Tensor[(num_tokens, n), T.float32],
         g_x: T.Tensor[(num_tokens, n, *row), dtype],
-        g_h_pre: T.Tensor[(num_tokens, n) if needs_h_pre else placeholder, T.float32],
+        g_h_pre: T.Tensor[(num_tokens, n) if needs_g_h_pre else placeholder, T.float32],
     ):
         with T.Kernel(num_tokens, threads=lanes) as token:
             g_frag = T.alloc_fragment((lanes, width), dtype)
@@ -82,11 +84,11 @@ def aggregate_gradients_kernel(num_streams: int, hidden_size: int, dtype: str, t
             products = T.alloc_fragment((n, lanes, width), T.float32)
             lane_sums = T.alloc_fragment((n, lanes), T.float32)
             sums = T.alloc_fragment((n,), T.float32)
-            if needs_h_pre:
+            if needs_g_h_pre:
                 T.clear(lane_sums)
             for step in T.serial(T.ceildiv(row[0], lanes)):
                 T.copy(g_layer_input[token, step * lanes, 0], g_frag)
-                if needs_h_pre:
+                if needs_g_h_pre:
                     T.copy(x[token, 0, step * lanes, 0], x_frag)
                     add_products(lane_sums, g_frag, x_frag)
                 for lane in T.Parallel(lanes):
@@ -94,7 +96,7 @@ def aggregate_gradients_kernel(num_streams: int, hidden_size: int, dtype: str, t
                         for i in T.unroll(n):
                             products[i, lane, c] = h_pre[token, i] * T.cast(g_frag[lane, c], T.float32)
                 T.copy(products, g_x[token, 0, step * lanes, 0])
-            if needs_h_pre:
+            if needs_g_h_pre:
                 T.reduce_sum(lane_sums, sums, dim=1, batch=n)
                 T.copy(sums, g_h_pre[token, 0])
 

@@ -125,12 +125,12 @@ def store_partial(partial, g_weight, group, step, slot, tile: NormTile):
 
 
 def aggregate_norm_backward_kernel(
-    num_streams: int, hidden_size: int, dtype: str, weight_dtype: str, tile: NormTile, weights: bool
+    num_streams: int, hidden_size: int, dtype: str, weight_dtype: str, tile: NormTile, needs_g_weight: bool
 ):
     """g_layer_input [T, C], x [T, n, C], h_pre [T, n], weight [C]
     -> g_u [T, C], g_h_pre [T, n], partial [blocks, C] of g_w.
 
-    C is written as [C / width, width]. Without `weights`, partial is a one-element placeholder, never accessed.
+    C is written as [C / width, width]. Without `needs_g_weight`, partial is a one-element placeholder, never accessed.
     """
     n, lanes, width = num_streams, tile.lanes, tile.width
     row = (hidden_size // width, width)
@@ -146,7 +146,7 @@ def aggregate_norm_backward_kernel(
         weight: T.Tensor[row, weight_dtype],
         g_u: T.Tensor[(num_tokens, *row), dtype],
         g_h_pre: T.Tensor[(num_tokens, n), T.float32],
-        partial: T.Tensor[(num_partials, *row) if weights else (1,), T.float32],
+        partial: T.Tensor[(num_partials, *row) if needs_g_weight else (1,), T.float32],
         tokens_per_block: T.int32,
         eps: T.float32,
     ):
@@ -164,7 +164,7 @@ def aggregate_norm_backward_kernel(
             dot_sums = T.alloc_fragment((2 * n,), T.float32)
             scale = T.alloc_fragment((1,), T.float32)
             pull = T.alloc_fragment((1,), T.float32)
-            if weights:
+            if needs_g_weight:
                 T.clear(g_weight)
             first = group * tokens_per_block
             for t in T.serial(T.min(tokens_per_block, num_tokens - first)):
@@ -187,13 +187,13 @@ def aggregate_norm_backward_kernel(
                         aggregate_step(u, x_frag, x, h_pre, first + t, step, slot, tile)
                         load_gradient(g, g_frag, g_layer_input, first + t, step, slot, tile)
                     write_gradient(g_u, result, u, g, weight_frag, weight, scale, pull, first + t, step, slot, tile)
-                    if weights:
+                    if needs_g_weight:
                         if not tile.kept:
                             load_partial(g_weight, partial, group, t, step, tile)
                         add_weight_gradient(g_weight, u, g, scale, slot, tile)
                         if not tile.kept:
                             store_partial(partial, g_weight, group, step, slot, tile)
-            if weights and tile.kept:
+            if needs_g_weight and tile.kept:
                 for step in T.unroll(steps, unroll_factor=slots):
                     store_partial(partial, g_weight, group, step, step, tile)
 

@@ -83,20 +83,21 @@ def boundary_backward_kernel(
     dtype: str,
     layer_dtype: str,
     plan: BoundaryBackwardPlan | WarpsPlan,
-    outside: bool,
-    aggregated: bool,
-    delayed: bool,
+    has_g_x_next: bool,
+    has_g_layer_input: bool,
+    needs_g_h_pre: bool,
 ):
     """g_x_next [T, n, C], g_layer_input [T, C], g_projected [M + 1, T], x [T, n, C], layer_output [T, C], h_pre, h_post
     [T, n], h_res [T, n, n], phi [M, n, C] -> g_x [T, n, C], g_layer_output [T, C], partial_phi [ranges, M, n, C],
-    partial_mixing [channel blocks, sums, T], the sums being, for each j, g_h_post[j], g_h_res[j] and, `delayed`,
-    g_h_pre[j].
+    partial_mixing [channel blocks, sums, T], the sums being, for each j, g_h_post[j], g_h_res[j] and, with
+    `needs_g_h_pre`, g_h_pre[j].
 
-    `outside` says that g_x_next is given, `aggregated` that g_layer_input and h_pre are; what is not is a tensor of one
-    element that nobody touches.
+    `has_g_layer_input` stands for h_pre, too. What is absent is a one-element placeholder, never accessed.
     """
     if isinstance(plan, WarpsPlan):
-        return boundary_backward_warps_kernel(num_streams, hidden_size, dtype, plan, outside, aggregated, delayed)
+        return boundary_backward_warps_kernel(
+            num_streams, hidden_size, dtype, plan, has_g_x_next, has_g_layer_input, needs_g_h_pre
+        )
     n, rows, tokens, channels = num_streams, plan.rows, plan.tokens, plan.channels
     num_tokens = T.dynamic("num_tokens")
     num_ranges = T.dynamic("num_ranges")
@@ -105,18 +106,18 @@ def boundary_backward_kernel(
     together = tuple((j,) for j in streams) if plan.split else (streams,)
     operand = plan.operand_dtype
     next_is_split = plan.split and dtype == "float32"
-    sums_per_stream = n + 1 + delayed
+    sums_per_stream = n + 1 + needs_g_h_pre
     num_blocks = -(-hidden_size // channels)
     tile_shape = (tokens, channels)
 
     @T.prim_func
     def boundary_backward(
-        g_x_next: T.Tensor[(num_tokens, n, hidden_size) if outside else unused, dtype],
-        g_layer_input: T.Tensor[(num_tokens, hidden_size) if aggregated else unused, dtype],
+        g_x_next: T.Tensor[(num_tokens, n, hidden_size) if has_g_x_next else unused, dtype],
+        g_layer_input: T.Tensor[(num_tokens, hidden_size) if has_g_layer_input else unused, dtype],
         g_projected: T.Tensor[(rows + 1, num_tokens), T.float32],
         x: T.Tensor[(num_tokens, n, hidden_size), dtype],
         layer_output: T.Tensor[(num_tokens, hidden_size), layer_dtype],
-        h_pre: T.Tensor[(num_tokens, n) if aggregated else unused, T.float32],
+        h_pre: T.Tensor[(num_tokens, n) if has_g_layer_input else unused, T.float32],
         h_post: T.Tensor[(num_tokens, n), T.float32],
         h_res: T.Tensor[(num_tokens, n, n), T.float32],
         phi: T.Tensor[(rows, n, hidden_size), T.float32],
@@ -162,7 +163,7 @@ def boundary_backward_kernel(
                 for j in streams:
                     T.copy(x[row : row + tokens, j, first : first + channels], x_rows[j])
                 T.copy(layer_output[row : row + tokens, first : first + channels], layer_rows)
-                if aggregated:
+                if has_g_layer_input:
                     T.copy(g_layer_input[row : row + tokens, first : first + channels], g_input_rows)
                 load_g_dots(g_high, g_low, g_projected, row, plan)
                 for group in together:
@@ -176,7 +177,7 @@ def boundary_backward_kernel(
                             T.copy(rounded[j % len(rounded)], next_tiles[j])
                         multiply(g_phi[j], g_high, g_low, next_tiles[j], next_low, plan, True, next_is_split)
                 for j in streams:
-                    if outside:  # in flight during the product; all streams at once would spill
+                    if has_g_x_next:  # in flight during the product; all streams at once would spill
                         T.copy(g_x_next[row : row + tokens, j, first : first + channels], g_next_rows)
                     if plan.split:
                         T.clear(product_acc)
@@ -192,14 +193,14 @@ def boundary_backward_kernel(
                         token = T.min(row + t, num_tokens - 1)
                         x_next = T.cast(rounded[j % len(rounded)][t, c], T.float32)
                         g_rows[j][t, c] = T.ieee_fmaf(g_projected[rows, token], x_next, g_rows[j][t, c])
-                        if aggregated:
+                        if has_g_layer_input:
                             g_rows[j][t, c] = T.ieee_fmaf(
                                 h_pre[token, j], T.cast(g_input_rows[t, c], T.float32), g_rows[j][t, c]
                             )
-                        if outside:
+                        if has_g_x_next:
                             g_rows[j][t, c] += T.cast(g_next_rows[t, c], T.float32)
                     factors = [(g_rows[j], layer_rows), *((g_rows[j], x_rows[i]) for i in streams)]
-                    factors += [(rounded[j % len(rounded)], g_input_rows)] if delayed else []
+                    factors += [(rounded[j % len(rounded)], g_input_rows)] if needs_g_h_pre else []
                     for place, (values, others) in enumerate(factors):
                         for t, c in T.Parallel(tokens, channels):
                             products[t, c] = T.cast(values[t, c], T.float32) * T.cast(others[t, c], T.float32)

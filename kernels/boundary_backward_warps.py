@@ -153,10 +153,22 @@ def start_sums(g, tiles: Tiles, given: Given, place: Place, vector, words, tile:
 
 @T.macro
 def mix_token(
-    g, g_x, g_layer_output, tiles: Tiles, given: Given, place: Place, row, half, stage, vector, words, delayed, tile
+    g,
+    g_x,
+    g_layer_output,
+    tiles: Tiles,
+    given: Given,
+    place: Place,
+    row,
+    half,
+    stage,
+    vector,
+    words,
+    needs_g_h_pre,
+    tile,
 ):
     """Everything of one of a lane's two tokens: x_next, its gradient g, and what follows from g."""
-    n, vectors, sums = tile.num_streams, tile.vectors, tile.num_streams + 1 + delayed
+    n, vectors, sums = tile.num_streams, tile.vectors, tile.num_streams + 1 + needs_g_h_pre
     x = T.alloc_local((n * VECTOR,), T.float32)
     layer = T.alloc_local((VECTOR,), T.float32)
     g_input = T.alloc_local((VECTOR,), T.float32)
@@ -214,7 +226,7 @@ def mix_token(
             for i in T.unroll(n):
                 own[1 + i] = fma(g[place_of_g], x[i * VECTOR + e], own[1 + i])
                 g_x_acc[i * VECTOR + e] = fma(h[i], g[place_of_g], g_x_acc[i * VECTOR + e])
-            if delayed:
+            if needs_g_h_pre:
                 own[n + 1] = fma(g_input[e], x_next[e], own[n + 1])
         for k in T.unroll(sums):
             total[k] = T.if_then_else(s == 0, own[k], total[k] + T.shfl_xor(own[k], s))

@@ -39,33 +39,33 @@ class PostProjectPlan:
 
 @cache
 def post_project_plan(
-    rows: int, num_streams: int, hidden_size: int, dtype: str, target: str, aggregated: bool = False
+    rows: int, num_streams: int, hidden_size: int, dtype: str, platform: str, has_h_pre: bool = False
 ) -> PostProjectPlan:
     """The plan for phi with `rows` rows. Chunks are those of the projection alone, since they fix the bits.
 
     A GPU's thread mixes one 16-byte vector of each stream at a time; a CPU what stays in its first-level cache. Two
     blocks share a multiprocessor where that spills nothing: 128 registers are just enough for bfloat16.
     """
-    projection = projection_plan(rows, hidden_size, dtype, target)
+    projection = projection_plan(rows, hidden_size, dtype, platform)
     if isinstance(projection, WarpProjectionPlan):
         return PostProjectPlan(projection, rows=WARP // 2, blocks_per_sm=2)
-    return tile_post_project_plan(rows, num_streams, hidden_size, dtype, target, aggregated)
+    return tile_post_project_plan(rows, num_streams, hidden_size, dtype, platform, has_h_pre)
 
 
 @cache
 def tile_post_project_plan(
-    rows: int, num_streams: int, hidden_size: int, dtype: str, target: str, aggregated: bool = False
+    rows: int, num_streams: int, hidden_size: int, dtype: str, platform: str, has_h_pre: bool = False
 ) -> PostProjectPlan:
     """The same for the kernels in which a block's threads share out tiles."""
-    projection = tile_projection_plan(rows, hidden_size, dtype, target)
-    if target == "cpu":
+    projection = tile_projection_plan(rows, hidden_size, dtype, platform)
+    if platform == "cpu":
         return PostProjectPlan(projection, rows=32 // num_streams)
     tokens = 64 if num_streams <= 4 else 32
     most_warps = (tokens // 16) * (projection.padded_rows // 8)  # that share out the tensor core's tiles of 16 x 8
     projection = replace(projection, threads=min(MAX_THREADS, WARP * most_warps), tokens=tokens)
     vectors = projection.channels * BYTES[dtype] // MAX_ACCESS_BYTES
     rows_at_once = min(projection.tokens, projection.threads // vectors)
-    fits_twice = dtype == "bfloat16" and num_streams <= 4 and not aggregated
+    fits_twice = dtype == "bfloat16" and num_streams <= 4 and not has_h_pre
     return PostProjectPlan(projection, rows_at_once, blocks_per_sm=2 if fits_twice else 1)
 
 
@@ -80,12 +80,12 @@ class ExpandProjectPlan:
 
 
 @cache
-def expand_project_plan(rows: int, num_streams: int, hidden_size: int, dtype: str, target: str) -> ExpandProjectPlan:
+def expand_project_plan(rows: int, num_streams: int, hidden_size: int, dtype: str, platform: str) -> ExpandProjectPlan:
     """The plan for phi with `rows` rows: tiles and threads of `post_project`, whose chunks are the projection's.
 
     256 threads instead of 128 halve the registers of a thread, and so hold twice the warps.
     """
-    plan = tile_post_project_plan(rows, num_streams, hidden_size, dtype, target)
+    plan = tile_post_project_plan(rows, num_streams, hidden_size, dtype, platform)
     return ExpandProjectPlan(plan.projection, plan.blocks_per_sm)
 
 
@@ -107,15 +107,15 @@ MAPPING_REGISTERS = {2: 48, 4: 48, 8: 96}
 
 @cache
 def aggregate_mappings_plan(
-    num_streams: int, hidden_size: int, itemsize: int, target: str, alignment: int = MAX_ACCESS_BYTES
+    num_streams: int, hidden_size: int, itemsize: int, platform: str, alignment: int = MAX_ACCESS_BYTES
 ) -> AggregateMappingsPlan:
     """The plan for streams whose data starts on `alignment` bytes.
 
     The aggregation wants warps that wait for memory, so the compiler is held to fewer registers than it would take.
     """
-    tile = channel_tile(hidden_size, itemsize, target, alignment)
-    if target == "cpu":
-        return AggregateMappingsPlan(tile, tokens_per_block(target))
+    tile = channel_tile(hidden_size, itemsize, platform, alignment)
+    if platform == "cpu":
+        return AggregateMappingsPlan(tile, tokens_per_block(platform))
     warps = 4 * (16 * 1024 // (MAPPING_REGISTERS[num_streams] * WARP))  # in a multiprocessor's four parts
     return AggregateMappingsPlan(tile, tile.threads, min(16, warps * WARP // tile.threads))
 
@@ -145,12 +145,12 @@ def aggregating_parts(num_tokens: int, hidden_size: int, plan: CoefficientsAggre
 PDL: frozenset[str] = frozenset()
 
 
-def defers_mappings(target: str) -> bool:
+def defers_mappings(platform: str) -> bool:
     """Whether h_post and h_res are made beside the aggregation: on a GPU, where other blocks stream meanwhile.
 
     A CPU's threads all work anyway.
     """
-    return target != "cpu"
+    return platform != "cpu"
 
 
 @dataclass(frozen=True)
@@ -214,12 +214,12 @@ class BoundaryBackwardPlan:
         return -(-self.rows // 16) * 16 if self.split else self.rows
 
 
-def backward_is_fused(num_streams: int, target: str) -> bool:
+def backward_is_fused(num_streams: int, platform: str) -> bool:
     """Whether a boundary's backward is: on a GPU not at n = 8, where tilelang's layouts take minutes and 6 GB to find.
 
     There the separate kernels run, which round the gradient of x_next to the stream's dtype.
     """
-    return target == "cpu" or num_streams <= 4
+    return platform == "cpu" or num_streams <= 4
 
 
 @cache
@@ -228,7 +228,7 @@ def boundary_backward_plan(
     num_streams: int,
     hidden_size: int,
     dtype: str,
-    target: str,
+    platform: str,
     layer_dtype: str = "",
     shared_bytes: int = LARGE_SHARED_BYTES,
 ) -> BoundaryBackwardPlan | WarpsPlan:
@@ -238,11 +238,11 @@ def boundary_backward_plan(
     block may use, are too few for two; the tile-level kernel for float32, for a layer of another dtype than the
     stream's (where one is said), and where rows start on less than 16 bytes.
     """
-    if target == "cpu":
+    if platform == "cpu":
         channels = min(128 if num_streams <= 4 else 32, -(-hidden_size // 16) * 16)
         tokens = 16 if dtype == "float32" else 24  # what a stack holds
         return BoundaryBackwardPlan(rows, False, "float32", tokens, channels, threads=1)
-    if num_streams <= 4 and has_warps(hidden_size, dtype, target) and layer_dtype in ("", dtype):
+    if num_streams <= 4 and has_warps(hidden_size, dtype, platform) and layer_dtype in ("", dtype):
         plan = WarpsPlan(rows, num_streams)
         return plan if boundary_shared_bytes(plan) <= shared_bytes else replace(plan, stages=1)
     operand = "bfloat16" if dtype == "bfloat16" else "float32"

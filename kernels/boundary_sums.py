@@ -45,12 +45,12 @@ def add_mixing(total, partial, place, index, first_token, block: int):
             total[first_token + t, index] = sums[t]
 
 
-def boundary_sums_kernel(num_streams: int, delayed: bool, ranges: bool, lanes: int, block: int):
+def boundary_sums_kernel(num_streams: int, needs_g_h_pre: bool, has_ranges: bool, lanes: int, block: int):
     """partial_phi [ranges, M·K], partial_mixing [channel blocks, sums, T], partial_parameters [blocks, 3 + M]
     -> g_phi [M·K], g_h_post [T, n], g_h_res [T, n·n], g_h_pre [T, n], g_parameters [3 + M].
 
-    Without `ranges`, g_phi is complete already; it and its partial sum are tensors of one element that nobody touches,
-    as is g_h_pre unless `delayed`.
+    Without `has_ranges`, g_phi is complete: it and its partial sum are one-element placeholders, never accessed,
+    as is g_h_pre unless `needs_g_h_pre`.
     """
     n = num_streams
     num_tokens = T.dynamic("num_tokens")
@@ -59,7 +59,7 @@ def boundary_sums_kernel(num_streams: int, delayed: bool, ranges: bool, lanes: i
     num_channel_blocks = T.dynamic("num_channel_blocks")
     num_blocks = T.dynamic("num_blocks")
     num_parameters = T.dynamic("num_parameters")
-    sums_per_stream = n + 1 + delayed
+    sums_per_stream = n + 1 + needs_g_h_pre
     num_sums = n * sums_per_stream
 
     @T.prim_func
@@ -70,19 +70,19 @@ def boundary_sums_kernel(num_streams: int, delayed: bool, ranges: bool, lanes: i
         g_phi: T.Tensor[(num_weights,), T.float32],
         g_h_post: T.Tensor[(num_tokens, n), T.float32],
         g_h_res: T.Tensor[(num_tokens, n * n), T.float32],
-        g_h_pre: T.Tensor[(num_tokens, n) if delayed else (1,), T.float32],
+        g_h_pre: T.Tensor[(num_tokens, n) if needs_g_h_pre else (1,), T.float32],
         g_parameters: T.Tensor[(num_parameters,), T.float32],
     ):
         with T.Kernel(
-            (T.ceildiv(num_weights, block) if ranges else 0)
+            (T.ceildiv(num_weights, block) if has_ranges else 0)
             + num_sums * T.ceildiv(num_tokens, block)
             + T.ceildiv(num_parameters, block),
             threads=block,
         ) as tile:
-            weight_blocks = T.ceildiv(num_weights, block) if ranges else 0
+            weight_blocks = T.ceildiv(num_weights, block) if has_ranges else 0
             token_blocks = T.ceildiv(num_tokens, block)
             if tile < weight_blocks:
-                if ranges:
+                if has_ranges:
                     add_rows(g_phi, partial_phi, tile * block, 1, block)
             elif tile < weight_blocks + num_sums * token_blocks:
                 j = (tile - weight_blocks) // token_blocks // sums_per_stream
@@ -94,7 +94,7 @@ def boundary_sums_kernel(num_streams: int, delayed: bool, ranges: bool, lanes: i
                 elif k <= n:
                     add_mixing(g_h_res, partial_mixing, place, j * n + k - 1, first, block)
                 else:
-                    if delayed:
+                    if needs_g_h_pre:
                         add_mixing(g_h_pre, partial_mixing, place, j, first, block)
             else:
                 add_rows(

@@ -13,7 +13,7 @@ everything is float32. Only the partial sums are read, and 2·(n² + 2n) + 1 val
 as `projected` what a backward cannot get from them, the rows s·(x·phi) and, last, s.
 
 h_post and h_res are needed after the layer, h_pre before it. So where `aggregate_mappings` follows, which makes the two
-of them from `projected` beside the aggregation, they are `deferred` here, and Sinkhorn's iterations keep nothing
+of them from `projected` beside the aggregation, they are `is_deferred` here, and Sinkhorn's iterations keep nothing
 waiting.
 """
 
@@ -153,17 +153,17 @@ def coefficients_kernel(
     hidden_size: int,
     plan: ProjectionPlan,
     block: int,
-    deferred: bool,
+    is_deferred: bool,
     pdl: bool,
 ):
     """partial [slabs, slab_rows, T], alpha [3], bias [M]
     -> h_pre [T, n], h_post [T, n], h_res [T, n, n], projected [M + 1, T].
 
-    Where they are `deferred`, h_post and h_res are one-element placeholders, never accessed, and what they are made
+    Where they are `is_deferred`, h_post and h_res are one-element placeholders, never accessed, and what they are made
     with (iters, sinkhorn_eps, post_scale) is not read. Where it is `pdl`,
     the launch waits on the device for the one before it, and the next may begin once all blocks have.
     """
-    if isinstance(plan, WarpProjectionPlan) and not deferred:
+    if isinstance(plan, WarpProjectionPlan) and not is_deferred:
         from .coefficients_aggregate import coefficients_by_threads_kernel
 
         return coefficients_by_threads_kernel(num_streams, hidden_size, plan, block)
@@ -180,8 +180,8 @@ def coefficients_kernel(
         alpha: T.Tensor[(3,), T.float32],
         bias: T.Tensor[(num_rows,), T.float32],
         h_pre: T.Tensor[(num_tokens, n), T.float32],
-        h_post: T.Tensor[unused if deferred else (num_tokens, n), T.float32],
-        h_res: T.Tensor[unused if deferred else (num_tokens, n, n), T.float32],
+        h_post: T.Tensor[unused if is_deferred else (num_tokens, n), T.float32],
+        h_res: T.Tensor[unused if is_deferred else (num_tokens, n, n), T.float32],
         projected: T.Tensor[(num_rows + 1, num_tokens), T.float32],
         iters: T.int32,
         sinkhorn_eps: T.float32,
@@ -204,7 +204,7 @@ def coefficients_kernel(
             for k, j, t in T.Parallel(1, n, block):
                 if first + t < num_tokens:
                     h_pre[first + t, j] = sigmoid(z_pre[k, j, t]) + pre_eps
-            if deferred:
+            if is_deferred:
                 scaled_dots(z_post, projected, partial, scale, post, first, group_slabs, plan, block)
                 scaled_dots(P, projected, partial, scale, res, first, group_slabs, plan, block)
             else:

@@ -93,14 +93,14 @@ def coefficients_backward_kernel(
     hidden_size: int,
     capacity: int,
     block: int,
-    pre_given: bool,
-    post_given: bool,
-    res_given: bool,
+    has_g_h_pre: bool,
+    has_g_h_post: bool,
+    has_g_h_res: bool,
 ):
     """g_h_pre, g_h_post [T, n], g_h_res [T, n, n], projected [M + 1, T], alpha [3], bias [M]
     -> g_projected [M + 1, T], partial [blocks, 3 + M] of g_alpha and g_bias.
 
-    What is not given, as `…_given` say, is a one-element placeholder, never accessed, and counts as zero. iters may
+    What is not given, as `has_…` say, is a one-element placeholder, never accessed, and counts as zero. iters may
     be 1 to `capacity`.
     """
     n = num_streams
@@ -112,9 +112,9 @@ def coefficients_backward_kernel(
 
     @T.prim_func
     def coefficients_backward(
-        g_h_pre: T.Tensor[(num_tokens, n) if pre_given else absent, T.float32],
-        g_h_post: T.Tensor[(num_tokens, n) if post_given else absent, T.float32],
-        g_h_res: T.Tensor[(num_tokens, n, n) if res_given else absent, T.float32],
+        g_h_pre: T.Tensor[(num_tokens, n) if has_g_h_pre else absent, T.float32],
+        g_h_post: T.Tensor[(num_tokens, n) if has_g_h_post else absent, T.float32],
+        g_h_res: T.Tensor[(num_tokens, n, n) if has_g_h_res else absent, T.float32],
         projected: T.Tensor[(num_rows + 1, num_tokens), T.float32],
         alpha: T.Tensor[(3,), T.float32],
         bias: T.Tensor[(num_rows,), T.float32],
@@ -138,14 +138,14 @@ def coefficients_backward_kernel(
             load_scale(scale, rho, projected, num_rows, first, num_tokens, block)
 
             load_scaled(scaled_pre, projected, pre, first, num_tokens, block)
-            if pre_given:
+            if has_g_h_pre:
                 gate_backward(g_z_pre, g_h_pre, scaled_pre, alpha, bias, 1.0, pre, first, num_tokens, block)
             else:
                 T.clear(g_z_pre)
             group_backward(rho, partial, g_projected, g_z_pre, scaled_pre, scale, alpha, pre, tile, num_tokens, block)
 
             load_scaled(scaled_post, projected, post, first, num_tokens, block)
-            if post_given:
+            if has_g_h_post:
                 gate_backward(g_z_post, g_h_post, scaled_post, alpha, bias, post_scale, post, first, num_tokens, block)
             else:
                 T.clear(g_z_post)
@@ -154,7 +154,7 @@ def coefficients_backward_kernel(
             )
 
             load_scaled(scaled_res, projected, res, first, num_tokens, block)
-            if res_given:
+            if has_g_h_res:
                 for j, i, t in T.Parallel(n, n, block):
                     z_res[j, i, t] = alpha[2] * scaled_res[j, i, t] + bias[2 * n + j * n + i]
                 for j, i, t in T.Parallel(n, n, block):

@@ -25,14 +25,14 @@ class ChannelTile:
 
 @cache
 def channel_tile(
-    hidden_size: int, itemsize: int, target: str, alignment: int = MAX_ACCESS_BYTES, copies: bool = False
+    hidden_size: int, itemsize: int, platform: str, alignment: int = MAX_ACCESS_BYTES, copies: bool = False
 ) -> ChannelTile:
-    """The tile for `target` ("cuda" or "cpu"); `alignment` is that of the stream's data pointers, in bytes.
+    """The tile for `platform` ("cuda" or "cpu"); `alignment` is that of the stream's data pointers, in bytes.
 
     A kernel that only `copies` keeps nothing on the CPU's stack and takes whole rows there: in cut ones, `expand`
     was 15 to 25 % slower at C = 1280 to 7168.
     """
-    if target == "cpu":
+    if platform == "cpu":
         return ChannelTile(hidden_size if copies else cpu_channels(hidden_size), threads=1)
     return cuda_tile(hidden_size, vector_width(hidden_size, itemsize, alignment))
 
@@ -80,7 +80,7 @@ class ReductionTile:
     width: int
 
 
-def reduction_tile(hidden_size: int, itemsize: int, target: str) -> ReductionTile:
+def reduction_tile(hidden_size: int, itemsize: int, platform: str) -> ReductionTile:
     """The tile of the kernels that sum over a token's channels; C is a multiple of its width.
 
     It fixes the order of the sums, so it must not depend on the data's alignment. On a GPU a lane is a thread, which
@@ -88,7 +88,7 @@ def reduction_tile(hidden_size: int, itemsize: int, target: str) -> ReductionTil
     registers: one store of a row of 16-bit results takes 32 channels, and 2048 tokens of n = 4, C = 1024 took 1.4 ms
     with 32 where 64 took 2.9; float32 took 2.4 with 16 where 32 took 3.3.
     """
-    if target == "cpu":
+    if platform == "cpu":
         return ReductionTile(64 // itemsize, width=1)
     width = MAX_ACCESS_BYTES // itemsize
     while hidden_size % width:
@@ -96,13 +96,13 @@ def reduction_tile(hidden_size: int, itemsize: int, target: str) -> ReductionTil
     return ReductionTile(lanes=128, width=width)
 
 
-def post_backward_tile(hidden_size: int, itemsize: int, target: str) -> ReductionTile:
+def post_backward_tile(hidden_size: int, itemsize: int, platform: str) -> ReductionTile:
     """The tile of `post_backward`: as of `reduction_tile`, on a GPU of 64 or 32 lanes where that leaves fewer idle.
 
     At C = 2560 64 lanes take five whole steps, where 128 take two and a half: by `predict` 82 µs against 87 (H200).
     """
-    tile = reduction_tile(hidden_size, itemsize, target)
-    if target == "cpu":
+    tile = reduction_tile(hidden_size, itemsize, platform)
+    if platform == "cpu":
         return tile
     vectors = hidden_size // tile.width
     return replace(tile, lanes=min((128, 64, 32), key=lambda lanes: -(-vectors // lanes) * lanes))
@@ -127,11 +127,11 @@ class NormTile(ReductionTile):
 
 
 @cache
-def norm_tile(hidden_size: int, itemsize: int, target: str) -> NormTile:
+def norm_tile(hidden_size: int, itemsize: int, platform: str) -> NormTile:
     """The tile of the kernels that normalise a row. 256 threads where 128 would have more channels than they keep."""
-    tile = reduction_tile(hidden_size, itemsize, target)
+    tile = reduction_tile(hidden_size, itemsize, platform)
     lanes = tile.lanes
-    if target != "cpu" and hidden_size > lanes * KEPT_CHANNELS:
+    if platform != "cpu" and hidden_size > lanes * KEPT_CHANNELS:
         lanes = MAX_THREADS
     return NormTile(lanes, tile.width, kept=hidden_size <= MAX_THREADS * KEPT_CHANNELS)
 
@@ -143,12 +143,12 @@ def norm_tokens(num_tokens: int) -> int:
     return max(16, -(-num_tokens // 512))
 
 
-def tokens_per_block(target: str) -> int:
+def tokens_per_block(platform: str) -> int:
     """Tokens of a block of the one-thread-a-token kernels, `sinkhorn` and the coefficients.
 
     One warp on a GPU, since 4096 tokens are only 128 of them; four registers of 16 lanes on a CPU.
     """
-    return 64 if target == "cpu" else 32
+    return 64 if platform == "cpu" else 32
 
 
 DENOMINATOR_BYTES = {"cuda": 80 * 1024, "cpu": 256 * 1024}  # beside the other tiles: of sm_120's 99 KB, of a stack
@@ -156,7 +156,7 @@ FEWEST_ITERATIONS = 20  # that Sinkhorn's backward has room for on a GPU
 
 
 @cache
-def sinkhorn_backward_blocks(num_streams: int, target: str) -> dict[int, int]:
+def sinkhorn_backward_blocks(num_streams: int, platform: str) -> dict[int, int]:
     """Iterations whose 2·iters − 2 denominators a block of Sinkhorn's backward has room for -> tokens of the block.
 
     A kernel is compiled for each. On a GPU a block is a warp, and its shared memory decides how many run at a time: 20,
@@ -165,17 +165,17 @@ def sinkhorn_backward_blocks(num_streams: int, target: str) -> dict[int, int]:
     """
 
     def most(block: int) -> int:
-        return DENOMINATOR_BYTES[target] // (2 * num_streams * 4 * block)
+        return DENOMINATOR_BYTES[platform] // (2 * num_streams * 4 * block)
 
-    if target == "cpu":
+    if platform == "cpu":
         return {most(block): block for block in (64, 32, 16)}
     doubled = (FEWEST_ITERATIONS << k for k in range(most(WARP).bit_length()))
     return dict.fromkeys((*(fewer for fewer in doubled if fewer < most(WARP)), most(WARP)), WARP)
 
 
-def sinkhorn_backward_sizes(num_streams: int, iters: int, target: str) -> tuple[int, int]:
+def sinkhorn_backward_sizes(num_streams: int, iters: int, platform: str) -> tuple[int, int]:
     """The fewest iterations that a kernel has room for and that are enough, and its block; zeros where none is."""
-    blocks = sinkhorn_backward_blocks(num_streams, target)
+    blocks = sinkhorn_backward_blocks(num_streams, platform)
     return next(((capacity, block) for capacity, block in blocks.items() if iters <= capacity), (0, 0))
 
 

@@ -11,8 +11,8 @@ The first two are sums over streams, done in one thread's registers like the for
 channels: a block has a whole token and walks over its channels, every lane adds up its own, and the lanes' sums are
 added at the end, once and together, so that their barriers are shared. So the order follows from C and the tile alone.
 
-Traffic per token: (2n + 1)·C read, (n + 1)·C written. Gradients that are not needed are skipped: without `mixing`
-neither x nor layer_output is read.
+Traffic per token: (2n + 1)·C read, (n + 1)·C written. Gradients that are not needed are skipped: without
+`needs_g_mappings` neither x nor layer_output is read.
 """
 
 import tilelang.language as T
@@ -26,14 +26,14 @@ def post_backward_kernel(
     dtype: str,
     layer_dtype: str,
     tile: ReductionTile,
-    stream: bool,
-    layer: bool,
-    mixing: bool,
+    needs_g_x: bool,
+    needs_g_layer_output: bool,
+    needs_g_mappings: bool,
 ):
     """g_x_next, x [T, n, C], layer_output [T, C], h_post [T, n], h_res [T, n, n] -> the four gradients, same shapes.
 
-    C is written as [C / width, width]. `stream` asks for g_x, `layer` for g_layer_output, `mixing` for g_h_post and
-    g_h_res; what is not needed is a one-element placeholder, never accessed.
+    C is written as [C / width, width]. `needs_g_mappings` stands for g_h_post and g_h_res. What is not needed is a
+    one-element placeholder, never accessed.
     """
     n, lanes, width = num_streams, tile.lanes, tile.width
     row = (hidden_size // width, width)
@@ -47,10 +47,10 @@ def post_backward_kernel(
         layer_output: T.Tensor[(num_tokens, *row), layer_dtype],
         h_post: T.Tensor[(num_tokens, n), T.float32],
         h_res: T.Tensor[(num_tokens, n, n), T.float32],
-        g_x: T.Tensor[(num_tokens, n, *row) if stream else unused, dtype],
-        g_layer_output: T.Tensor[(num_tokens, *row) if layer else unused, layer_dtype],
-        g_h_post: T.Tensor[(num_tokens, n) if mixing else unused, T.float32],
-        g_h_res: T.Tensor[(num_tokens, n, n) if mixing else unused, T.float32],
+        g_x: T.Tensor[(num_tokens, n, *row) if needs_g_x else unused, dtype],
+        g_layer_output: T.Tensor[(num_tokens, *row) if needs_g_layer_output else unused, layer_dtype],
+        g_h_post: T.Tensor[(num_tokens, n) if needs_g_mappings else unused, T.float32],
+        g_h_res: T.Tensor[(num_tokens, n, n) if needs_g_mappings else unused, T.float32],
     ):
         with T.Kernel(num_tokens, threads=lanes) as token:
             g_frag = T.alloc_fragment((n, lanes, width), dtype)
@@ -62,40 +62,40 @@ def post_backward_kernel(
             res_lanes = T.alloc_fragment((n, n, lanes), T.float32)
             post_sums = T.alloc_fragment((n,), T.float32)
             res_sums = T.alloc_fragment((n, n), T.float32)
-            if mixing:
+            if needs_g_mappings:
                 T.clear(post_lanes)
                 T.clear(res_lanes)
             for step in T.serial(T.ceildiv(row[0], lanes)):
                 T.copy(g_x_next[token, 0, step * lanes, 0], g_frag)
-                if mixing:
+                if needs_g_mappings:
                     T.copy(x[token, 0, step * lanes, 0], x_frag)
                     T.copy(layer_output[token, step * lanes, 0], layer_output_frag)
-                if stream:
+                if needs_g_x:
                     T.clear(g_x_acc)
-                if layer:
+                if needs_g_layer_output:
                     T.clear(g_layer_acc)
                 for lane in T.Parallel(lanes):
                     for c in T.unroll(width):
                         for j in T.unroll(n):
                             g = T.cast(g_frag[j, lane, c], T.float32)
-                            if layer:
+                            if needs_g_layer_output:
                                 g_layer_acc[lane, c] = T.ieee_fmaf(h_post[token, j], g, g_layer_acc[lane, c])
-                            if mixing:
+                            if needs_g_mappings:
                                 post_lanes[j, lane] = T.ieee_fmaf(
                                     g, T.cast(layer_output_frag[lane, c], T.float32), post_lanes[j, lane]
                                 )
                             for i in T.unroll(n):
-                                if stream:
+                                if needs_g_x:
                                     g_x_acc[i, lane, c] = T.ieee_fmaf(h_res[token, j, i], g, g_x_acc[i, lane, c])
-                                if mixing:
+                                if needs_g_mappings:
                                     res_lanes[j, i, lane] = T.ieee_fmaf(
                                         g, T.cast(x_frag[i, lane, c], T.float32), res_lanes[j, i, lane]
                                     )
-                if stream:
+                if needs_g_x:
                     T.copy(g_x_acc, g_x[token, 0, step * lanes, 0])
-                if layer:
+                if needs_g_layer_output:
                     T.copy(g_layer_acc, g_layer_output[token, step * lanes, 0])
-            if mixing:
+            if needs_g_mappings:
                 T.reduce_sum(post_lanes, post_sums, dim=1, batch=n)
                 T.reduce_sum(res_lanes, res_sums, dim=2, batch=n * n)
                 T.copy(post_sums, g_h_post[token, 0])

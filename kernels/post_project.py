@@ -110,16 +110,16 @@ def store_halves(phi_tile, phi_rows, high, low, plan: ProjectionPlan):
 
 
 def post_project_kernel(
-    num_streams: int, hidden_size: int, dtype: str, layer_dtype: str, plan: PostProjectPlan, aggregated: bool
+    num_streams: int, hidden_size: int, dtype: str, layer_dtype: str, plan: PostProjectPlan, has_h_pre: bool
 ):
     """x [T, n, C], layer_output [T, C], h_post [T, n], h_res [T, n, n], phi [M, n, C]
     -> x_next [T, n, C], partial [slabs, slab_rows, T] as in `projection`.
 
-    `aggregated` adds h_pre [T, n] -> layer_input [T, C]; without it both are a tensor of one element that nobody
-    touches. `chunks_per_split` chunks go to each block of a token tile.
+    `has_h_pre` adds h_pre [T, n] -> layer_input [T, C]; without it both are one-element placeholders, never accessed.
+    `chunks_per_split` chunks go to each block of a token tile.
     """
     if isinstance(plan.projection, WarpProjectionPlan):
-        return post_project_by_warps_kernel(num_streams, hidden_size, layer_dtype, plan, aggregated)
+        return post_project_by_warps_kernel(num_streams, hidden_size, layer_dtype, plan, has_h_pre)
     n, rows, projection = num_streams, plan.rows, plan.projection
     tokens, channels = projection.tokens, projection.channels
     num_chunks = projection.num_chunks(hidden_size)
@@ -138,10 +138,10 @@ def post_project_kernel(
         h_post: T.Tensor[(num_tokens, n), T.float32],
         h_res: T.Tensor[(num_tokens, n, n), T.float32],
         phi: T.Tensor[(projection.rows, n, hidden_size), T.float32],
-        h_pre: T.Tensor[(num_tokens, n) if aggregated else unused, T.float32],
+        h_pre: T.Tensor[(num_tokens, n) if has_h_pre else unused, T.float32],
         x_next: T.Tensor[(num_tokens, n, hidden_size), dtype],
         partial: T.Tensor[(num_slabs, projection.slab_rows, num_tokens), T.float32],
-        layer_input: T.Tensor[(num_tokens, hidden_size) if aggregated else unused, dtype],
+        layer_input: T.Tensor[(num_tokens, hidden_size) if has_h_pre else unused, dtype],
         chunks_per_split: T.int32,
     ):
         with T.Kernel(
@@ -196,7 +196,7 @@ def post_project_kernel(
                                 T.copy(rounded[j], next_tiles[j][step * rows : (step + 1) * rows, 0:channels])
                             else:
                                 widen(next_tiles[j], squares, rounded[j], step * rows)
-                    if aggregated:
+                    if has_h_pre:
                         aggregate(input_rows, rounded, h_pre, row)
                         T.copy(input_rows, layer_input[row : row + rows, first : first + channels])
                 if projection.split:

@@ -115,7 +115,7 @@ def aggregate_vector(input_words, next_words, h, half, n):
 
 
 def post_project_by_warps_kernel(
-    num_streams: int, hidden_size: int, layer_dtype: str, plan: PostProjectPlan, aggregated: bool
+    num_streams: int, hidden_size: int, layer_dtype: str, plan: PostProjectPlan, has_h_pre: bool
 ):
     """As `post_project_kernel`, but for phi [units, 8], as `split_phi_fragments_kernel` leaves it."""
     n, projection = num_streams, plan.projection
@@ -124,7 +124,7 @@ def post_project_by_warps_kernel(
     spans = channels // WARP_CHANNELS
     whole = hidden_size % channels == 0  # the last chunk is not a part of one
     per_token = WORDS if layer_dtype == "bfloat16" else 2 * WORDS
-    of_token = n + 2 if aggregated else n + 1  # rows of four coefficients
+    of_token = n + 2 if has_h_pre else n + 1  # rows of four coefficients
     num_tokens = T.dynamic("num_tokens")
     num_slabs = T.dynamic("num_slabs")
     unused = (1,)
@@ -136,10 +136,10 @@ def post_project_by_warps_kernel(
         h_post: T.Tensor[(num_tokens, n), T.float32],
         h_res: T.Tensor[(num_tokens, n, n), T.float32],
         phi: T.Tensor[(num_chunks * units, VECTOR), T.bfloat16],
-        h_pre: T.Tensor[(num_tokens, n) if aggregated else unused, T.float32],
+        h_pre: T.Tensor[(num_tokens, n) if has_h_pre else unused, T.float32],
         x_next: T.Tensor[(num_tokens, n, hidden_size), T.bfloat16],
         partial: T.Tensor[(num_slabs, projection.slab_rows, num_tokens), T.float32],
-        layer_input: T.Tensor[(num_tokens, hidden_size) if aggregated else unused, T.bfloat16],
+        layer_input: T.Tensor[(num_tokens, hidden_size) if has_h_pre else unused, T.bfloat16],
         chunks_per_split: T.int32,
     ):
         with T.Kernel(T.ceildiv(num_tokens, tokens), T.ceildiv(num_chunks, chunks_per_split), threads=threads) as (
@@ -177,7 +177,7 @@ def post_project_by_warps_kernel(
                 load_span(words, layer_words, x, layer_output, token + half * 8, half, channel, inside)
             copy_phi(phi_tile, phi, first_chunk, 0, thread, projection)
             copy_coefficients(
-                *(coefficients, h_res, h_post, h_pre if aggregated else None),
+                *(coefficients, h_res, h_post, h_pre if has_h_pre else None),
                 *(tile * tokens + warp * WARP_TOKENS, lane, warp * WARP_TOKENS * of_token),
             )
             T.ptx_commit_group()
@@ -207,7 +207,7 @@ def post_project_by_warps_kernel(
                         for j in T.unroll(n):
                             at_words = (half * n + j) * WORDS
                             store_vector(x_next[token + half * 8, j, channel], next_words, at_words, written)
-                        if aggregated:
+                        if has_h_pre:
                             for e in T.vectorized(n):
                                 given[e] = coefficients[row + half * 8 * of_token + n + 1, e]
                             aggregate_vector(input_words, next_words, given, half, n)

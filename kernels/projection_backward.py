@@ -47,11 +47,11 @@ def split_tile(high, low, first, second, value, plan):
 
 
 @T.macro
-def load_phi(high, low, phi, stream, first_channel, hidden_size, plan):
+def load_phi(high, low, phi, needs_g_x, first_channel, hidden_size, plan):
     """The halves of phi's rows at this block's channels; rows of padding are zero."""
     for m, c in T.Parallel(plan.padded_rows, plan.channels):
         value = T.if_then_else(
-            m < plan.rows and first_channel + c < hidden_size, phi[m, stream, first_channel + c], 0.0
+            m < plan.rows and first_channel + c < hidden_size, phi[m, needs_g_x, first_channel + c], 0.0
         )
         split_tile(high, low, m, c, value, plan)
 
@@ -69,17 +69,19 @@ def project_backward_kernel(
     hidden_size: int,
     dtype: str,
     plan: ProjectionBackwardPlan | WarpsPlan,
-    stream: bool,
-    weights: bool,
-    aggregated: bool,
+    needs_g_x: bool,
+    needs_g_phi: bool,
+    has_g_layer_input: bool,
 ):
     """g_projected [M + 1, T], x [T, n, C], phi [M, n, C] -> g_x [T, n, C], partial [splits, M, n, C] of g_phi.
 
-    `stream` asks for g_x, `weights` for g_phi; `aggregated` adds h_pre [T, n] · g_layer_input [T, C] to g_x. What is
-    not asked for or not given is a tensor of one element that nobody touches.
+    `has_g_layer_input` adds h_pre [T, n] · g_layer_input [T, C] to g_x. What is absent or not needed is a one-element
+    placeholder, never accessed.
     """
     if isinstance(plan, WarpsPlan):
-        return project_backward_warps_kernel(num_streams, hidden_size, dtype, plan, stream, weights, aggregated)
+        return project_backward_warps_kernel(
+            num_streams, hidden_size, dtype, plan, needs_g_x, needs_g_phi, has_g_layer_input
+        )
     n, rows, tokens, channels = num_streams, plan.rows, plan.tokens, plan.channels
     operand = plan.operand_dtype
     num_tokens = T.dynamic("num_tokens")
@@ -92,11 +94,11 @@ def project_backward_kernel(
     def project_backward(
         g_projected: T.Tensor[(rows + 1, num_tokens), T.float32],
         x: T.Tensor[(num_tokens, n, hidden_size), dtype],
-        phi: T.Tensor[(rows, n, hidden_size) if stream else unused, T.float32],
-        h_pre: T.Tensor[(num_tokens, n) if aggregated else unused, T.float32],
-        g_layer_input: T.Tensor[(num_tokens, hidden_size) if aggregated else unused, dtype],
-        g_x: T.Tensor[(num_tokens, n, hidden_size) if stream else unused, dtype],
-        partial: T.Tensor[(num_splits, rows, n, hidden_size) if weights else unused, T.float32],
+        phi: T.Tensor[(rows, n, hidden_size) if needs_g_x else unused, T.float32],
+        h_pre: T.Tensor[(num_tokens, n) if has_g_layer_input else unused, T.float32],
+        g_layer_input: T.Tensor[(num_tokens, hidden_size) if has_g_layer_input else unused, dtype],
+        g_x: T.Tensor[(num_tokens, n, hidden_size) if needs_g_x else unused, dtype],
+        partial: T.Tensor[(num_splits, rows, n, hidden_size) if needs_g_phi else unused, T.float32],
         tokens_per_split: T.int32,
     ):
         with T.Kernel(
@@ -117,22 +119,22 @@ def project_backward_kernel(
 
             if plan.threads > 1:
                 T.annotate_layout({g_layer_tile: make_swizzled_layout(g_layer_tile)})
-                if not (weights and x_is_operand):  # the product lays out its operand itself
+                if not (needs_g_phi and x_is_operand):  # the product lays out its operand itself
                     T.annotate_layout({x_tile: make_swizzled_layout(x_tile)})
             first_channel = channel_block * channels
-            if stream:
+            if needs_g_x:
                 load_phi(phi_high, phi_low, phi, i, first_channel, hidden_size, plan)
-            if weights:
+            if needs_g_phi:
                 T.clear(g_phi_acc)
             for tile in T.serial(T.ceildiv(tokens_per_split, tokens)):
                 first = split * tokens_per_split + tile * tokens
                 if first < num_tokens:
                     T.copy(x[first : first + tokens, i, first_channel : first_channel + channels], x_tile)
                     load_g_dots(g_high, g_low, g_projected, first, num_tokens, plan)
-                    if stream:
+                    if needs_g_x:
                         for t in T.Parallel(tokens):
                             rho[t] = T.if_then_else(first + t < num_tokens, g_projected[rows, first + t], 0.0)
-                        if aggregated:
+                        if has_g_layer_input:
                             T.copy(
                                 g_layer_input[first : first + tokens, first_channel : first_channel + channels],
                                 g_layer_tile,
@@ -160,7 +162,7 @@ def project_backward_kernel(
                             T.copy(
                                 g_layer_tile, g_x[first : first + tokens, i, first_channel : first_channel + channels]
                             )
-                    if weights:
+                    if needs_g_phi:
                         if x_is_operand:
                             T.gemm(g_high, x_tile, g_phi_acc, transpose_A=True)
                             if plan.split:
@@ -172,7 +174,7 @@ def project_backward_kernel(
                             T.gemm(g_low, x_high, g_phi_acc, transpose_A=True)
                             if x_is_split:
                                 T.gemm(g_high, x_low, g_phi_acc, transpose_A=True)
-            if weights:
+            if needs_g_phi:
                 for m, c in T.Parallel(plan.padded_rows, channels):
                     if m < rows and first_channel + c < hidden_size:
                         partial[split, m, i, first_channel + c] = g_phi_acc[m, c]

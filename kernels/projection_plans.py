@@ -105,21 +105,21 @@ class WarpProjectionPlan(ProjectionPlan):
 
 
 @cache
-def projection_plan(rows: int, hidden_size: int, dtype: str, target: str) -> ProjectionPlan:
+def projection_plan(rows: int, hidden_size: int, dtype: str, platform: str) -> ProjectionPlan:
     """The plan for phi with `rows` rows. It must not depend on the token count: the chunks fix the bits.
 
     A bfloat16 stream of four (24 rows, and 4 of a head) is projected by warps where a lane's 8 channels are in a row.
     """
-    if target != "cpu" and dtype == "bfloat16" and rows in (4, 24) and hidden_size % (MAX_ACCESS_BYTES // 2) == 0:
+    if platform != "cpu" and dtype == "bfloat16" and rows in (4, 24) and hidden_size % (MAX_ACCESS_BYTES // 2) == 0:
         plan = WarpProjectionPlan(rows, True, dtype, tokens=64, channels=64, threads=128, stages=2)
         return replace(plan, chunks_per_group=equal_group(plan.num_chunks(hidden_size), MOST_CHUNKS))
-    return tile_projection_plan(rows, hidden_size, dtype, target)
+    return tile_projection_plan(rows, hidden_size, dtype, platform)
 
 
 @cache
-def tile_projection_plan(rows: int, hidden_size: int, dtype: str, target: str) -> ProjectionPlan:
+def tile_projection_plan(rows: int, hidden_size: int, dtype: str, platform: str) -> ProjectionPlan:
     """The same for the kernels in which a block's threads share out tiles."""
-    if target == "cpu":
+    if platform == "cpu":
         channels = min(256, -(-hidden_size // LANES) * LANES)
         return ProjectionPlan(rows, False, "float32", tokens=32, channels=channels, threads=1, stages=1)
     operand_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
@@ -230,9 +230,9 @@ def tiles_in_waves(num_tiles: int, blocks: int, parallel_blocks: int, partial_ti
 LAST_WAVE = 0.27  # of a wave's time is lost at the end
 
 
-def has_warps(hidden_size: int, dtype: str, target: str) -> bool:
+def has_warps(hidden_size: int, dtype: str, platform: str) -> bool:
     """Whether thread-level code does it: on a GPU, for 16-bit streams whose rows start on 16 bytes."""
-    return target != "cpu" and BYTES[dtype] == 2 and hidden_size % 8 == 0
+    return platform != "cpu" and BYTES[dtype] == 2 and hidden_size % 8 == 0
 
 
 def projection_shared_bytes(plan: WarpsPlan) -> int:
@@ -261,15 +261,15 @@ class ProjectionBackwardPlan:
 
 @cache
 def projection_backward_plan(
-    rows: int, hidden_size: int, dtype: str, target: str, num_streams: int = 0, shared_bytes: int = LARGE_SHARED_BYTES
+    rows: int, hidden_size: int, dtype: str, platform: str, num_streams: int = 0, shared_bytes: int = LARGE_SHARED_BYTES
 ) -> ProjectionBackwardPlan | WarpsPlan:
     """The plan for phi with `rows` rows: thread-level code where it does it (see `has_warps`) and the number of streams
     is given, with as many of them a block as leave room for another block; the tile-level kernel else.
     """
-    if target == "cpu":
+    if platform == "cpu":
         channels = min(512 if rows <= 32 else 256, -(-hidden_size // LANES) * LANES)
         return ProjectionBackwardPlan(rows, False, "float32", tokens=48, channels=channels, threads=1)
-    if num_streams and has_warps(hidden_size, dtype, target):
+    if num_streams and has_warps(hidden_size, dtype, platform):
         plan = WarpsPlan(rows, min(num_streams, 4 if rows <= 32 else 2))
         return plan if projection_shared_bytes(plan) <= shared_bytes else replace(plan, stages=1)
     # 256 threads: with 128 the sums of a tile take 200 registers on sm_90a, and more than there are on sm_100a.

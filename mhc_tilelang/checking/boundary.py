@@ -75,7 +75,7 @@ def check_aggregate_mappings(case: Case, inputs: Inputs) -> list[Comparison]:
     parameters, spec = (inputs.phi, inputs.alpha, inputs.bias), case.spec
     plan = launch.projection_plan(inputs.x, spec.num_coefficients)
     partial_sums = launch.project(inputs.x, inputs.phi, plan)
-    h_pre, _, _, projected = launch.coefficients(partial_sums, *parameters[1:], spec, plan, deferred=True)
+    h_pre, _, _, projected = launch.coefficients(partial_sums, *parameters[1:], spec, plan, is_deferred=True)
     layer_input, *mappings = launch.aggregate_mappings(inputs.x, inputs.h_pre, projected, *parameters[1:], spec)
     plain = plain_torch.coefficients(inputs.x, *parameters, spec)
     return [

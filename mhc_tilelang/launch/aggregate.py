@@ -61,20 +61,20 @@ def aggregate_gradients(
     x: torch.Tensor,
     h_pre: torch.Tensor,
     *,
-    needs_x: bool = True,
-    needs_h_pre: bool = True,
+    needs_g_x: bool = True,
+    needs_g_h_pre: bool = True,
     out: tuple[Gradient, Gradient] | None = None,
 ) -> tuple[Gradient, Gradient]:
     """g_layer_input [T, C], x [T, n, C], h_pre [T, n] -> g_x [T, n, C] and g_h_pre [T, n], None unless needed."""
-    wanted = zip((x, h_pre), (needs_x, needs_h_pre), strict=True)
+    wanted = zip((x, h_pre), (needs_g_x, needs_g_h_pre), strict=True)
     g_x, g_h_pre = out or (torch.empty_like(tensor) if needs else None for tensor, needs in wanted)
     if g_x is None:
         return None, None if g_h_pre is None else aggregate_backward(g_layer_input, x, out=g_h_pre)
     tile = plans.reduction_tile(x.shape[2], x.element_size(), compiler.platform_of(x.device))
-    kernel = stream_kernel("aggregate_gradients", x, tile=tile, needs_h_pre=needs_h_pre)
+    kernel = stream_kernel("aggregate_gradients", x, tile=tile, needs_g_h_pre=needs_g_h_pre)
     kernel(
         g_layer_input=by_width(g_layer_input, tile),
-        x=by_width(x, tile) if needs_h_pre else x.new_empty(1),
+        x=by_width(x, tile) if needs_g_h_pre else x.new_empty(1),
         h_pre=aligned(h_pre),
         g_x=by_width(g_x, tile),
         g_h_pre=placeholder_if_none(g_h_pre, h_pre),
@@ -89,7 +89,7 @@ def aggregate_norm_backward(
     weight: torch.Tensor,
     eps: float,
     *,
-    needs_weight: bool = True,
+    needs_g_weight: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """g_layer_input [T, C], x [T, n, C], h_pre [T, n], weight [C]
     -> g_u [T, C], the gradient of what `aggregate` gives, in x's dtype; g_h_pre [T, n]; g_weight [C] in the
@@ -97,9 +97,9 @@ def aggregate_norm_backward(
     """
     num_tokens, _, hidden_size = x.shape
     g_u, g_h_pre = torch.empty_like(g_layer_input), torch.empty_like(h_pre)
-    tokens_per_block = plans.norm_tokens(num_tokens) if needs_weight else 1
-    partial = h_pre.new_empty(-(-num_tokens // tokens_per_block), hidden_size) if needs_weight else None
-    kernel, tile = _norm_kernel("aggregate_norm_backward", x, weight, weights=needs_weight)
+    tokens_per_block = plans.norm_tokens(num_tokens) if needs_g_weight else 1
+    partial = h_pre.new_empty(-(-num_tokens // tokens_per_block), hidden_size) if needs_g_weight else None
+    kernel, tile = _norm_kernel("aggregate_norm_backward", x, weight, needs_g_weight=needs_g_weight)
     kernel(
         g_layer_input=by_width(g_layer_input, tile),
         x=by_width(x, tile),

@@ -23,12 +23,12 @@ def coefficients(
     spec: MHCSpec,
     plan: projection_plans.ProjectionPlan,
     *,
-    deferred: bool = False,
+    is_deferred: bool = False,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Partial sums, alpha [3], bias [M] -> h_pre [T, n], h_post [T, n], h_res [T, n, n], projected [M + 1, T].
 
-    Where they are `deferred`, h_post and h_res are not written: `aggregate_mappings` is to do it. `out`
+    Where they are `is_deferred`, h_post and h_res are not written: `aggregate_mappings` is to do it. `out`
     has the first three.
     """
     n, num_tokens = spec.num_streams, partial.shape[-1]
@@ -42,16 +42,16 @@ def coefficients(
         hidden_size=spec.hidden_size,
         plan=plan,
         block=plans.tokens_per_block(target),
-        deferred=deferred,
-        pdl=deferred and target in boundary_plans.PDL,
+        is_deferred=is_deferred,
+        pdl=is_deferred and target in boundary_plans.PDL,
     )
     kernel(
         partial=partial,
         alpha=aligned(alpha),
         bias=aligned(bias),
         h_pre=h_pre,
-        h_post=h_post.new_empty(1) if deferred else h_post,
-        h_res=h_res.new_empty(1) if deferred else h_res,
+        h_post=h_post.new_empty(1) if is_deferred else h_post,
+        h_res=h_res.new_empty(1) if is_deferred else h_res,
         projected=projected,
         iters=spec.sinkhorn_iters,
         sinkhorn_eps=spec.sinkhorn_eps,
@@ -137,9 +137,9 @@ def mappings_backward(
         hidden_size=spec.hidden_size,
         capacity=capacity,
         block=block,
-        pre_given=g_h_pre is not None,
-        post_given=g_h_post is not None,
-        res_given=g_h_res is not None,
+        has_g_h_pre=g_h_pre is not None,
+        has_g_h_post=g_h_post is not None,
+        has_g_h_res=g_h_res is not None,
     )
     tensors = {name: placeholder_if_none(gradient, projected) for name, gradient in given.items()}
     partial = partial_sums(projected, block, alpha.numel() + bias.numel())

@@ -114,8 +114,8 @@ def expand_pre_backward(
     projected: torch.Tensor,
     spec: MHCSpec,
     *,
-    needs_h: bool = True,
-    needs_phi: bool = True,
+    needs_g_h: bool = True,
+    needs_g_phi: bool = True,
 ) -> FirstGradients:
     """Gradients of x [T, n, C], layer_input [T, C], h_post [T, n], h_res [T, n, n] that `expand_pre` returned, its
     arguments, and h_pre and projected as it returned them
@@ -125,9 +125,9 @@ def expand_pre_backward(
     g_h_pre = total_pre = None
     if g_layer_input is not None:
         g_h_pre = aggregate_backward(g_layer_input, one_stream).expand(-1, n).contiguous()
-        total_pre = total_h_pre(h_pre) if needs_h else None
+        total_pre = total_h_pre(h_pre) if needs_g_h else None
     g_projected, g_alpha, g_bias = coefficients_backward(g_h_pre, g_h_post, g_h_res, projected, alpha, bias, spec)
-    if not (needs_h or needs_phi):
+    if not (needs_g_h or needs_g_phi):
         return FirstGradients(None, None, g_alpha, g_bias)
     g_projected[-1] *= n  # ρ is that of each stream
     g_h, g_phi = project_backward(
@@ -136,8 +136,8 @@ def expand_pre_backward(
         expand_backward(aligned(phi).view(-1, n, spec.hidden_size)),
         h_pre=total_pre,
         g_layer_input=g_layer_input,
-        needs_x=needs_h,
-        needs_phi=needs_phi,
+        needs_g_x=needs_g_h,
+        needs_g_phi=needs_g_phi,
     )
     if g_h is not None:
         g_h = g_h.squeeze(1)

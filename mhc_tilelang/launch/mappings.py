@@ -38,10 +38,10 @@ def coefficients_and_aggregate(
     layer_input, h_pre, h_post, h_res = out
     if isinstance(plan, projection_plans.WarpProjectionPlan) and alignment(x, layer_input) == plans.MAX_ACCESS_BYTES:
         return coefficients_aggregate(x, partial, alpha, bias, spec, plan, out=out)
-    deferred = boundary_plans.defers_mappings(compiler.platform_of(x.device))
+    is_deferred = boundary_plans.defers_mappings(compiler.platform_of(x.device))
     mappings = (h_pre, h_post, h_res)
-    *_, projected = coefficients(partial, alpha, bias, spec, plan, deferred=deferred, out=mappings)
-    if deferred:
+    *_, projected = coefficients(partial, alpha, bias, spec, plan, is_deferred=is_deferred, out=mappings)
+    if is_deferred:
         aggregate_mappings(x, h_pre, projected, alpha, bias, spec, out=(layer_input, h_post, h_res))
     else:
         aggregate(x, h_pre, out=layer_input)

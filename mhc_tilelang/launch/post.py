@@ -37,16 +37,16 @@ def post_backward(
     h_post: torch.Tensor,
     h_res: torch.Tensor,
     *,
-    needs_x: bool = True,
-    needs_layer_output: bool = True,
-    needs_mixing: bool = True,
+    needs_g_x: bool = True,
+    needs_g_layer_output: bool = True,
+    needs_g_mappings: bool = True,
     out: tuple[Gradient, Gradient, Gradient, Gradient] | None = None,
 ) -> tuple[Gradient, Gradient, Gradient, Gradient]:
     """g_x_next and post's arguments, flat -> the gradients of x, layer_output, h_post and h_res; None unless needed.
 
-    `needs_mixing` asks for the last two.
+    `needs_g_mappings` asks for the last two.
     """
-    wanted = (needs_x, needs_layer_output, needs_mixing, needs_mixing)
+    wanted = (needs_g_x, needs_g_layer_output, needs_g_mappings, needs_g_mappings)
     arguments = (x, layer_output, h_post, h_res)
     gradients = out or tuple(torch.empty_like(t) if w else None for t, w in zip(arguments, wanted, strict=True))
     g_x, g_layer_output, g_h_post, g_h_res = map(placeholder_if_none, gradients, arguments)
@@ -56,9 +56,9 @@ def post_backward(
         x,
         layer_dtype=dtype_name(layer_output.dtype),
         tile=tile,
-        stream=needs_x,
-        layer=needs_layer_output,
-        mixing=needs_mixing,
+        needs_g_x=needs_g_x,
+        needs_g_layer_output=needs_g_layer_output,
+        needs_g_mappings=needs_g_mappings,
     )
     kernel(
         g_x_next=by_width(g_x_next, tile),
@@ -66,8 +66,8 @@ def post_backward(
         layer_output=by_width(layer_output, tile),
         h_post=aligned(h_post),
         h_res=aligned(h_res),
-        g_x=by_width(g_x, tile) if needs_x else g_x,
-        g_layer_output=by_width(g_layer_output, tile) if needs_layer_output else g_layer_output,
+        g_x=by_width(g_x, tile) if needs_g_x else g_x,
+        g_layer_output=by_width(g_layer_output, tile) if needs_g_layer_output else g_layer_output,
         g_h_post=g_h_post,
         g_h_res=g_h_res,
     )

@@ -110,11 +110,11 @@ def post_project(
     layer_input.
     """
     num_tokens, num_streams, hidden_size = x.shape
-    aggregated = h_pre is not None
-    plan = plan or post_project_plan(x, phi.shape[0], aggregated)
+    has_h_pre = h_pre is not None
+    plan = plan or post_project_plan(x, phi.shape[0], has_h_pre)
     schedule = schedule or boundary_plans.boundary_schedule(num_tokens, hidden_size, plan, parallel_blocks(x.device))
     partial = x.new_empty((schedule.slabs, plan.projection.slab_rows, num_tokens), dtype=torch.float32)
-    x_next, layer_input = out or (torch.empty_like(x), x.new_empty(num_tokens, hidden_size) if aggregated else None)
+    x_next, layer_input = out or (torch.empty_like(x), x.new_empty(num_tokens, hidden_size) if has_h_pre else None)
     operand = aligned(phi).view(-1, num_streams, hidden_size)
     if isinstance(plan.projection, projection_plans.WarpProjectionPlan):
         operand = split_phi(operand, plan.projection)
@@ -123,7 +123,7 @@ def post_project(
         x,
         layer_dtype=dtype_name(layer_output.dtype),
         plan=plan,
-        aggregated=aggregated,
+        has_h_pre=has_h_pre,
     )
     kernel(
         x=aligned(x),
@@ -140,11 +140,11 @@ def post_project(
     return x_next, partial, layer_input
 
 
-def post_project_plan(x: torch.Tensor, rows: int, aggregated: bool = False) -> boundary_plans.PostProjectPlan:
+def post_project_plan(x: torch.Tensor, rows: int, has_h_pre: bool = False) -> boundary_plans.PostProjectPlan:
     """The plan by which a stream on this device is mixed and projected on a phi of `rows` rows."""
     _, num_streams, hidden_size = x.shape
     return boundary_plans.post_project_plan(
-        rows, num_streams, hidden_size, dtype_name(x.dtype), compiler.platform_of(x.device), aggregated
+        rows, num_streams, hidden_size, dtype_name(x.dtype), compiler.platform_of(x.device), has_h_pre
     )
 
 

@@ -66,7 +66,7 @@ def post_pre_backward(
     g_h_pre_next: Gradient = None,
     rms_norm_weight: torch.Tensor | None = None,
     rms_norm_eps: float = 1e-6,
-    needs_weight: bool = False,
+    needs_g_weight: bool = False,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> BoundaryGradients:
     """Gradients of x_next [T, n, C], layer_input [T, C], h_post [T, n], h_res [T, n, n] that `post_pre`
@@ -74,13 +74,13 @@ def post_pre_backward(
     -> gradients of its arguments.
 
     Where it `is_delayed`, h_pre was given, and g_h_pre_next is the gradient of the one that was returned.
-    `needs_weight` asks for the gradient of the norm's weight. `out` has g_x and g_layer_output.
+    `needs_g_weight` asks for the gradient of the norm's weight. `out` has g_x and g_layer_output.
     """
     num_tokens, num_streams, _ = x.shape
     g_h_pre, g_norm = None, None
     if g_layer_input is not None and rms_norm_weight is not None:
         g_layer_input, g_h_pre, g_norm = aggregate_norm_backward(
-            g_layer_input, x_next, h_pre, rms_norm_weight, rms_norm_eps, needs_weight=needs_weight
+            g_layer_input, x_next, h_pre, rms_norm_weight, rms_norm_eps, needs_g_weight=needs_g_weight
         )
     elif g_layer_input is not None and not is_delayed:
         g_h_pre = aggregate_backward(g_layer_input, x_next)
@@ -180,9 +180,9 @@ def mixing_backward(
         x,
         layer_dtype=dtype_name(layer_output.dtype),
         plan=plan,
-        outside=g_x_next is not None,
-        aggregated=g_layer_input is not None,
-        delayed=needs_g_h_pre,
+        has_g_x_next=g_x_next is not None,
+        has_g_layer_input=g_layer_input is not None,
+        needs_g_h_pre=needs_g_h_pre,
     )
     kernel(
         g_x_next=placeholder_if_none(g_x_next, x),
@@ -225,8 +225,8 @@ def boundary_sums(
     -> g_phi [M·K], g_h_post [T, n], g_h_res [T, n, n], g_h_pre [T, n] or None, and of alpha and bias [3 + M].
     """
     n, num_tokens = num_streams, partial_mixing.shape[2]
-    ranges = partial_phi.shape[0] > 1  # one range of tokens: its partial sum is the sum
-    g_phi = partial_phi.new_empty(partial_phi.shape[1]) if ranges else partial_phi[0]
+    has_ranges = partial_phi.shape[0] > 1  # one range of tokens: its partial sum is the sum
+    g_phi = partial_phi.new_empty(partial_phi.shape[1]) if has_ranges else partial_phi[0]
     g_h_post, g_h_res, g_parameters = (
         partial_phi.new_empty(shape) for shape in ((num_tokens, n), (num_tokens, n * n), (partial_parameters.shape[1],))
     )
@@ -235,8 +235,8 @@ def boundary_sums(
         "boundary_sums",
         compiler.target_of(partial_phi.device),
         num_streams=n,
-        delayed=needs_g_h_pre,
-        ranges=ranges,
+        needs_g_h_pre=needs_g_h_pre,
+        has_ranges=has_ranges,
         lanes=plans.partial_lanes(partial_parameters.shape[0]),
         block=ELEMENTS,
     )

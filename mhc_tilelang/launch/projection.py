@@ -83,15 +83,15 @@ def project_backward(
     *,
     h_pre: Gradient = None,
     g_layer_input: Gradient = None,
-    needs_x: bool = True,
-    needs_phi: bool = True,
+    needs_g_x: bool = True,
+    needs_g_phi: bool = True,
     out: tuple[Gradient, Gradient] | None = None,
 ) -> tuple[Gradient, Gradient]:
     """g_projected [M + 1, T], x [T, n, C], phi [M, K] -> g_x [T, n, C] and g_phi [M, K], None unless needed.
 
     With h_pre [T, n] and g_layer_input [T, C], g_x also has what the aggregation adds, h_pre[i] · g_layer_input.
     """
-    if not (needs_x or needs_phi):
+    if not (needs_g_x or needs_g_phi):
         return None, None
     num_tokens, num_streams, hidden_size = x.shape
     rows = phi.shape[0]
@@ -100,7 +100,7 @@ def project_backward(
     blocks = parallel_blocks(x.device)
     tokens_per_split = projection_plans.tokens_per_split(num_tokens, plan, num_streams, hidden_size, blocks)
     num_splits = -(-num_tokens // tokens_per_split)
-    g_x, g_phi = out or (torch.empty_like(x) if needs_x else None, torch.empty_like(phi) if needs_phi else None)
+    g_x, g_phi = out or (torch.empty_like(x) if needs_g_x else None, torch.empty_like(phi) if needs_g_phi else None)
     if num_tokens == 0:
         return g_x, None if g_phi is None else g_phi.zero_()
     partial = None
@@ -111,17 +111,17 @@ def project_backward(
         "project_backward",
         x,
         plan=plan,
-        stream=needs_x,
-        weights=needs_phi,
-        aggregated=needs_x and g_layer_input is not None,
+        needs_g_x=needs_g_x,
+        needs_g_phi=needs_g_phi,
+        has_g_layer_input=needs_g_x and g_layer_input is not None,
     )
     shape = (rows, num_streams, hidden_size)
     kernel(
         g_projected=g_projected,
         x=aligned(x),
-        phi=aligned(phi).view(shape) if needs_x else phi.new_empty(1),
-        h_pre=placeholder_if_none(h_pre if needs_x else None, phi),
-        g_layer_input=placeholder_if_none(g_layer_input if needs_x else None, x),
+        phi=aligned(phi).view(shape) if needs_g_x else phi.new_empty(1),
+        h_pre=placeholder_if_none(h_pre if needs_g_x else None, phi),
+        g_layer_input=placeholder_if_none(g_layer_input if needs_g_x else None, x),
         g_x=placeholder_if_none(g_x, x),
         partial=placeholder_if_none(None if partial is None else partial.view(-1, *shape), phi),
         tokens_per_split=tokens_per_split,

@@ -15,7 +15,7 @@ def _forward(x: torch.Tensor, h_pre: torch.Tensor, *, out: torch.Tensor) -> None
 
 
 def _backward(g: Any, inputs: Any, _saved: Any, _constants: tuple, needs: Any) -> Optionals:
-    return launch.aggregate_gradients(g.layer_input, *inputs, needs_x=needs.x, needs_h_pre=needs.h_pre)
+    return launch.aggregate_gradients(g.layer_input, *inputs, needs_g_x=needs.x, needs_g_h_pre=needs.h_pre)
 
 
 aggregate = Declaration("aggregate", "x h_pre", "layer_input", _forward, _backward)

@@ -29,7 +29,7 @@ def _backward(g: Any, inputs: Any, saved: Any, constants: tuple, needs: Any) -> 
     x, phi, alpha, bias = inputs
     arguments: Any = (*g, saved.projected, alpha, bias, spec_of(x, *constants))
     g_projected, g_alpha, g_bias = launch.coefficients_backward(*arguments)
-    g_x, g_phi = launch.project_backward(g_projected, x, phi, needs_x=needs.x, needs_phi=needs.phi)
+    g_x, g_phi = launch.project_backward(g_projected, x, phi, needs_g_x=needs.x, needs_g_phi=needs.phi)
     return g_x, g_phi, g_alpha, g_bias
 
 

@@ -34,7 +34,7 @@ def _forward(
 
 def _backward(g: Any, inputs: Any, saved: Any, constants: tuple, needs: Any) -> Optionals:
     arguments: Any = (*g, *inputs, *saved, _spec(inputs.h, inputs.phi, constants))
-    return launch.expand_pre_backward(*arguments, needs_h=needs.h, needs_phi=needs.phi)
+    return launch.expand_pre_backward(*arguments, needs_g_h=needs.h, needs_g_phi=needs.phi)
 
 
 def _gradients_of_x(g: Any, _inputs: Any, _needs: Any) -> Optionals | None:

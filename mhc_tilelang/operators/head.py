@@ -43,8 +43,8 @@ def _backward(g: Any, inputs: Any, saved: Any, constants: tuple, needs: Any) -> 
         phi,
         h_pre=saved.h_pre,
         g_layer_input=g.output,
-        needs_x=needs.x,
-        needs_phi=needs.phi,
+        needs_g_x=needs.x,
+        needs_g_phi=needs.phi,
     )
     return g_x, g_phi, g_alpha, g_bias
 

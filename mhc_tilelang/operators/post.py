@@ -18,9 +18,9 @@ def _backward(g: Any, inputs: Any, _saved: Any, _constants: tuple, needs: Any) -
     return launch.post_backward(
         g.x_next,
         *inputs,
-        needs_x=needs.x,
-        needs_layer_output=needs.layer_output,
-        needs_mixing=needs.h_post or needs.h_res,
+        needs_g_x=needs.x,
+        needs_g_layer_output=needs.layer_output,
+        needs_g_mappings=needs.h_post or needs.h_res,
     )
 
 

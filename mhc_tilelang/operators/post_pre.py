@@ -46,7 +46,7 @@ def _backward(g: Any, inputs: Any, saved: Any, constants: tuple, needs: Any) -> 
         g_h_pre_next=g_h_pre_next,
         rms_norm_weight=rms_norm_weight,
         rms_norm_eps=eps,
-        needs_weight=needs.rms_norm_weight,
+        needs_g_weight=needs.rms_norm_weight,
     )
 
 

@@ -53,7 +53,7 @@ def _backward(g: Any, inputs: Any, saved: Any, constants: tuple, needs: Any) -> 
     h_pre = saved.h_pre_next if given is None else given
     if g_layer_input is not None and weight is not None:
         g_layer_input, g_h_pre, g_weight = launch.aggregate_norm_backward(
-            g_layer_input, x, h_pre, weight, eps, needs_weight=needs.rms_norm_weight
+            g_layer_input, x, h_pre, weight, eps, needs_g_weight=needs.rms_norm_weight
         )
     elif g_layer_input is not None and (given is None or needs.h_pre):
         g_h_pre = launch.aggregate_backward(g_layer_input, x)
@@ -62,7 +62,7 @@ def _backward(g: Any, inputs: Any, saved: Any, constants: tuple, needs: Any) -> 
         g_h_pre_next, g.h_post, g.h_res, saved.projected, alpha, bias, spec_of(x, *of_spec)
     )
     aggregation = {} if g_layer_input is None else {"h_pre": h_pre, "g_layer_input": g_layer_input}
-    g_x, g_phi = launch.project_backward(g_projected, x, phi, needs_x=needs.x, needs_phi=needs.phi, **aggregation)
+    g_x, g_phi = launch.project_backward(g_projected, x, phi, needs_g_x=needs.x, needs_g_phi=needs.phi, **aggregation)
     return g_x, g_phi, g_alpha, g_bias, g_h_pre, g_weight
 
 

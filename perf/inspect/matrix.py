@@ -31,6 +31,8 @@ MAIN = "sm_90a"  # what the tiles are made for
 HEAVY = ("project", "project_backward", "post_backward")
 # A dtype reaches these through the number of chunks alone: one is enough.
 COEFFICIENTS = ("coefficients", "head_coefficients")
+# Flags of a launch that make a variant of their own.
+FORMS = {"has_h_pre": "aggregated", "has_g_layer_input": "aggregated", "is_deferred": "deferred"}
 # What else `launch` may ask for: family, variant, the dtype of the stream, what is changed.
 VARIANTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("split_phi", "head", "bfloat16", {"plan": projection_plans.projection_plan(4, 2560, "bfloat16", "cuda")}),
@@ -39,10 +41,10 @@ VARIANTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
         "project_backward",
         "head",
         "bfloat16",
-        {"plan": projection_plans.projection_backward_plan(4, 2560, "bfloat16", "cuda", 4), "aggregated": True},
+        {"plan": projection_plans.projection_backward_plan(4, 2560, "bfloat16", "cuda", 4), "has_g_layer_input": True},
     ),
-    ("project_backward", "g_x only", "bfloat16", {"weights": False}),
-    ("project_backward", "g_phi only", "bfloat16", {"stream": False}),
+    ("project_backward", "g_x only", "bfloat16", {"needs_g_phi": False}),
+    ("project_backward", "g_phi only", "bfloat16", {"needs_g_x": False}),
     (
         "project_backward",
         "one stream",
@@ -50,7 +52,7 @@ VARIANTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
         {
             "num_streams": 1,
             "plan": projection_plans.projection_backward_plan(24, 2560, "bfloat16", "cuda", 1),
-            "aggregated": True,
+            "has_g_layer_input": True,
         },
     ),
     ("post_project", "head", "bfloat16", {"plan": boundary_plans.post_project_plan(4, 4, 2560, "bfloat16", "cuda")}),
@@ -64,8 +66,8 @@ VARIANTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("post_backward", "16-bit layer", "float32", {"layer_dtype": "bfloat16"}),
     ("post", "float32 layer", "bfloat16", {"layer_dtype": "float32"}),
     ("post_backward", "float32 layer", "bfloat16", {"layer_dtype": "float32"}),
-    ("post_backward", "mixing only", "bfloat16", {"stream": False, "layer": False}),
-    ("coefficients_backward", "no res", "bfloat16", {"res_given": False}),
+    ("post_backward", "mixing only", "bfloat16", {"needs_g_x": False, "needs_g_layer_output": False}),
+    ("coefficients_backward", "no res", "bfloat16", {"has_g_h_res": False}),
 )
 
 
@@ -126,8 +128,8 @@ def subject_of(launch: Recorded, shape: Shape, variant: str) -> Subject:
 
 def variant_of(launch: Recorded) -> str:
     """What tells a launch from others of its family at the same sizes."""
-    for form in ("aggregated", "deferred"):
-        if launch.parameters.get(form):
+    for flag, form in FORMS.items():
+        if launch.parameters.get(flag):
             return form
     lanes = launch.parameters.get("lanes")  # of partial sums
     return f"{lanes} lane{'s' * (lanes > 1)}" if lanes else ""

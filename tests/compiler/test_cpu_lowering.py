@@ -225,12 +225,12 @@ def test_no_variant_of_a_backward_leaves_its_buffers(monkeypatch: pytest.MonkeyP
     case = Case(num_streams=2, hidden_size=17, dtype=torch.bfloat16, num_tokens=67)
     post, coefficients = BACKWARD["post_backward"], BACKWARD["coefficients_backward"]
     project = BACKWARD["project_backward_aggregated"]
-    wanted = ("needs_x", "needs_layer_output", "needs_mixing")
+    wanted = ("needs_g_x", "needs_g_layer_output", "needs_g_mappings")
     for only in wanted:
         post(post.arguments(case), **{name: name == only for name in wanted})
     arguments = project.arguments(case)
-    project(arguments, needs_x=False)
-    project({**arguments, "h_pre": None, "g_layer_input": None}, needs_phi=False)
+    project(arguments, needs_g_x=False)
+    project({**arguments, "h_pre": None, "g_layer_input": None}, needs_g_phi=False)
     arguments = coefficients.arguments(case)
     for given in ("g_h_pre", "g_h_post", "g_h_res"):
         absent = {name: None for name in ("g_h_pre", "g_h_post", "g_h_res") if name != given}

@@ -30,7 +30,7 @@ ARRAYS = {name: Array(name, "float32", (64,), False) for name in ("left", "right
 def boundary(n: int = N, size: int = C) -> dict[str, Any]:
     plan = boundary_plans.boundary_backward_plan(n * n + 2 * n, n, size, "bfloat16", "cpu")
     sizes = {"num_streams": n, "hidden_size": size, "dtype": "bfloat16", "layer_dtype": "bfloat16", "plan": plan}
-    return {**sizes, "outside": True, "aggregated": True, "delayed": True}
+    return {**sizes, "has_g_x_next": True, "has_g_layer_input": True, "needs_g_h_pre": True}
 
 
 def nest(target: str, source: str, step: str, var: str) -> list[str]:

@@ -50,6 +50,6 @@ def test_every_subset_of_gradients(dtype):
     """What is needed alone has the bits of both, and g_h_pre those of the kernel that computes it alone."""
     inputs, g = Inputs.of(replace(CASE, dtype=dtype), CPU), Gradients.of(replace(CASE, dtype=dtype), CPU).g_h
     g_x, g_h_pre = launch.aggregate_gradients(g, inputs.x, inputs.h_pre)
-    alone, absent = launch.aggregate_gradients(g, inputs.x, inputs.h_pre, needs_h_pre=False)
+    alone, absent = launch.aggregate_gradients(g, inputs.x, inputs.h_pre, needs_g_h_pre=False)
     assert absent is None
     assert_same_bits([alone, launch.aggregate_backward(g, inputs.x)], [g_x, g_h_pre])

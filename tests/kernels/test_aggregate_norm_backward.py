@@ -51,7 +51,7 @@ def test_gpu_tile_matches_float64(case, monkeypatch):
 def test_without_the_weights_gradient():
     """The other two are the same to the bit, whatever shares a block."""
     arguments = FUNCTION.arguments(CASE)
-    g_u, g_h_pre, g_weight = FUNCTION(arguments, needs_weight=False).values()
+    g_u, g_h_pre, g_weight = FUNCTION(arguments, needs_g_weight=False).values()
     assert g_weight is None
     assert_same_bits([g_u, g_h_pre], list(FUNCTION(arguments).values())[:2])
 

@@ -194,7 +194,7 @@ def test_what_tilelang_no_longer_guards_is_watched(fault):
 
 
 def test_passes_are_off_for_this_kernel_alone():
-    form = {"outside": True, "aggregated": True, "delayed": False}
+    form = {"has_g_x_next": True, "has_g_layer_input": True, "needs_g_h_pre": False}
     sizes = {"num_streams": 2, "hidden_size": 64, "layer_dtype": "bfloat16", **form}
     plan = boundary_plans.boundary_backward_plan(8, 2, 64, "bfloat16", "cuda")
     off = cuda.configs_of(trace("boundary_backward", {**sizes, "dtype": "bfloat16", "plan": plan}))

@@ -131,9 +131,9 @@ def test_gradients_are_shared_by_the_streams():
     whole = backward()
     streams = whole.g_phi.view(-1, 4, SMALL.hidden_size).unbind(1)
     assert_same_bits(streams, [streams[0]] * 4)
-    for needs_h, needs_phi in ((True, False), (False, True), (False, False)):
-        part = backward(needs_h=needs_h, needs_phi=needs_phi)
-        assert (part.g_h is not None, part.g_phi is not None) == (needs_h, needs_phi)
+    for needs_g_h, needs_g_phi in ((True, False), (False, True), (False, False)):
+        part = backward(needs_g_h=needs_g_h, needs_g_phi=needs_g_phi)
+        assert (part.g_h is not None, part.g_phi is not None) == (needs_g_h, needs_g_phi)
         found = [(p, w) for p, w in zip(part, whole, strict=True) if p is not None]
         assert_same_bits([p for p, _ in found], [w for _, w in found])
 

@@ -57,13 +57,13 @@ def test_the_backward_of_the_last_token_of_a_huge_stream() -> None:
         yield launch.expand_backward(x)
         yield launch.aggregate_backward(few, x)
         for needs in ((True, False, False), (False, True, True)):
-            names = ("needs_x", "needs_layer_output", "needs_mixing")
+            names = ("needs_g_x", "needs_g_layer_output", "needs_g_mappings")
             wanted = dict(zip(names, needs, strict=True))
             gradients = launch.post_backward(x, x, few, *mixing, **wanted)
             yield from (gradient for gradient in gradients if gradient is not None)
         columns = g_projected[:, last].contiguous()
-        yield launch.project_backward(columns, x, phi, h_pre=mixing[0], g_layer_input=few, needs_phi=False)[0]
-        yield launch.project_backward(columns, x, phi, needs_x=False)[1]
+        yield launch.project_backward(columns, x, phi, h_pre=mixing[0], g_layer_input=few, needs_g_phi=False)[0]
+        yield launch.project_backward(columns, x, phi, needs_g_x=False)[1]
 
     small = list(calls(slice(-3, None)))
     for huge, expected in zip(calls(slice(None)), small, strict=True):

@@ -72,7 +72,7 @@ def test_every_subset_of_gradients(stream, layer, mixing):
     unread += [] if stream else ["h_res"]
     unread += [] if layer else ["h_post"]
     arguments |= {name: torch.full_like(arguments[name], torch.nan) for name in unread}
-    got = FUNCTION(arguments, needs_x=stream, needs_layer_output=layer, needs_mixing=mixing)
+    got = FUNCTION(arguments, needs_g_x=stream, needs_g_layer_output=layer, needs_g_mappings=mixing)
     wanted = dict(zip(FUNCTION.outputs, (stream, layer, mixing, mixing), strict=True))
     assert {name: tensor is not None for name, tensor in got.items()} == wanted
     asked_for = [name for name in wanted if wanted[name]]

@@ -126,13 +126,13 @@ def test_each_gradient_alone(num_tokens):
     """The bits of both together, None for the other; what only the other needs is NaN here, so that nobody reads it."""
     arguments = FUNCTION.arguments(replace(CASE, num_tokens=num_tokens))
     full = FUNCTION(arguments)
-    only_x = FUNCTION(arguments, needs_phi=False)
+    only_x = FUNCTION(arguments, needs_g_phi=False)
     nowhere = {name: torch.full_like(arguments[name], torch.nan) for name in ("phi", "h_pre", "g_layer_input")}
-    only_phi = FUNCTION({**arguments, **nowhere}, needs_x=False)
+    only_phi = FUNCTION({**arguments, **nowhere}, needs_g_x=False)
     assert only_x["g_phi"] is None
     assert only_phi["g_x"] is None
     assert_same_bits([only_x["g_x"], only_phi["g_phi"]], full.values())
-    assert set(FUNCTION(arguments, needs_x=False, needs_phi=False).values()) == {None}
+    assert set(FUNCTION(arguments, needs_g_x=False, needs_g_phi=False).values()) == {None}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -149,7 +149,7 @@ def test_no_token_gives_a_zero_g_phi():
     got = FUNCTION(FUNCTION.arguments(SMALL))
     assert got["g_x"].shape == (0, 2, 64)
     assert not got["g_phi"].any()
-    assert FUNCTION(FUNCTION.arguments(SMALL), needs_phi=False)["g_phi"] is None
+    assert FUNCTION(FUNCTION.arguments(SMALL), needs_g_phi=False)["g_phi"] is None
 
 
 @pytest.mark.parametrize("field", ["g_projected", "x"])

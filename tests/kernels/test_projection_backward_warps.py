@@ -23,8 +23,8 @@ FORMS = {  # streams, channels, dtype, tokens; rows of phi; what is given or nee
     "two streams": ((2, 136, BF16, 37), 8, {"aggregated": True}, "sm_90a"),
     "one stream": ((1, 72, BF16, 70), 24, {"aggregated": True}, "sm_90a"),
     "a head": ((4, 72, BF16, 70), 4, {"aggregated": True}, "sm_90a"),
-    "g_x only": ((4, 72, BF16, 70), 24, {"aggregated": True, "needs_phi": False}, "sm_90a"),
-    "g_phi only": ((4, 72, BF16, 70), 24, {"aggregated": False, "needs_x": False}, "sm_90a"),
+    "g_x only": ((4, 72, BF16, 70), 24, {"aggregated": True, "needs_g_phi": False}, "sm_90a"),
+    "g_phi only": ((4, 72, BF16, 70), 24, {"aggregated": False, "needs_g_x": False}, "sm_90a"),
     "little shared memory": ((8, 72, FP16, 70), 80, {"aggregated": True}, "sm_120a"),
     "real width": ((4, 2560, BF16, 37), 24, {"aggregated": True}, "sm_90a"),
 }
@@ -62,5 +62,5 @@ def test_matches_float64(form, parallel_blocks):
         if got is not None:
             error, scale = numpy64(got) - numpy64(expected), numpy64(expected)
             assert (error**2).mean() ** 0.5 <= (1e-5 + bound) * (scale**2).mean() ** 0.5
-    assert (g_x is None) == ("needs_x" in needs)
-    assert (g_phi is None) == ("needs_phi" in needs)
+    assert (g_x is None) == ("needs_g_x" in needs)
+    assert (g_phi is None) == ("needs_g_phi" in needs)

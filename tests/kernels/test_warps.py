@@ -191,7 +191,7 @@ def test_one_launch_has_the_bits_of_two(blocks, sinkhorn_eps):
         out = (torch.full((70, 640), torch.nan, dtype=torch.bfloat16), *empty)
         projected = launch.coefficients_and_aggregate(inputs.x, partial, inputs.alpha, inputs.bias, spec, plan, out=out)
         assert launches[-1].family == "coefficients_aggregate"
-        h_pre, _, _, kept = launch.coefficients(partial, inputs.alpha, inputs.bias, spec, plan, deferred=True)
+        h_pre, _, _, kept = launch.coefficients(partial, inputs.alpha, inputs.bias, spec, plan, is_deferred=True)
         parameters = (inputs.x, h_pre, kept, inputs.alpha, inputs.bias, spec)
         layer_input, h_post, h_res = launch.aggregate_mappings(*parameters)
     assert_same_bits([*out, projected], [layer_input, h_pre, h_post, h_res, kept])

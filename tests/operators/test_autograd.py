@@ -160,7 +160,9 @@ def launched(monkeypatch):
 
     def counted(name, launch_one):
         def call(*args, **kwargs):
-            needs = [key.removeprefix("needs_") for key, value in kwargs.items() if key.startswith("needs_") and value]
+            needs = [
+                key.removeprefix("needs_g_") for key, value in kwargs.items() if key.startswith("needs_") and value
+            ]
             if needs or not any(key.startswith("needs_") for key in kwargs):  # else it launches nothing
                 calls.append(" ".join([name.removesuffix("_backward"), *needs]))
             return launch_one(*args, **kwargs)
@@ -196,8 +198,8 @@ def launched(monkeypatch):
         ("post_head", ("x",), (0,), ["post x"]),
         ("post", ("x",), (0,), ["post x"]),
         ("post", ("layer_output",), (0,), ["post layer_output"]),
-        ("post", ("h_res",), (0,), ["post mixing"]),
-        ("post", ("x", "h_post"), (0,), ["post x mixing"]),
+        ("post", ("h_res",), (0,), ["post mappings"]),
+        ("post", ("x", "h_post"), (0,), ["post x mappings"]),
     ],
 )
 def test_no_needless_launch(name, wanted, outputs, expected, launched):

@@ -64,7 +64,7 @@ def test_what_a_kernel_does_not_touch_is_unused() -> None:
     """Of the gradients that were not asked for: a host passes anything there, and no vector has them."""
     x, layer_output, h_post, h_res = (torch.empty(3, *shape, device="meta") for shape in ((4, 64), (64,), (4,), (4, 4)))
     with recording("cpu", 1) as noted:
-        launch.post_backward(x, x, layer_output, h_post, h_res, needs_x=False, needs_layer_output=False)
+        launch.post_backward(x, x, layer_output, h_post, h_res, needs_g_x=False, needs_g_layer_output=False)
     (one,) = noted
     kernel = describe(one.family, one.parameters, {"num_streams": 4, "hidden_size": 64, "dtype": "float32"})
     unused = {b.name for b, role in zip(kernel.signature.buffers, kernel.roles, strict=True) if role == UNUSED}

@@ -114,7 +114,7 @@ class Sublayer:
     def _pre_backward(self, saved: Arrays, gradients: Arrays) -> Arrays:
         x, phi, alpha, bias, h_pre, projected = saved
         g_layer_input, g_h_post, g_h_res = gradients
-        num_tokens, mappings = x.shape[0], "coefficients_backward_pre_given_post_given_res_given"
+        num_tokens, mappings = x.shape[0], "coefficients_backward_has_g_h_pre_has_g_h_post_has_g_h_res"
         block = self._kernel(mappings)["parameters"]["block"]
         sizes = {"num_tokens": num_tokens, "num_partials": -(-num_tokens // block)}
         (g_h_pre,) = self._call("aggregate_backward", sizes, g_layer_input=g_layer_input, x=x)
@@ -130,7 +130,7 @@ class Sublayer:
         )
         g_alpha, g_bias = jnp.split(self._sum(partial), [alpha.size])
 
-        project = f"project_backward_rows{self.rows}_stream_weights_aggregated"
+        project = f"project_backward_rows{self.rows}_needs_g_x_needs_g_phi_has_g_layer_input"
         tile = self._plan(project)["tokens"]
         tokens = -(-max(TOKENS_PER_PARTIAL, -(-num_tokens // MAX_PARTIALS)) // tile) * tile
         num_splits = -(-num_tokens // tokens)
@@ -150,7 +150,7 @@ class Sublayer:
     def _post_backward(self, saved: Arrays, g_x_next: jax.Array) -> Arrays:
         x, layer_output, h_post, h_res = saved
         gradients = self._call(
-            "post_backward_stream_layer_mixing",
+            "post_backward_needs_g_x_needs_g_layer_output_needs_g_mappings",
             {"num_tokens": x.shape[0]},
             g_x_next=g_x_next,
             x=x,
