@@ -1,7 +1,7 @@
-"""Hugging Face's deepseek_v4 (transformers 5.23): DeepSeek's tensors under transformers' names.
+"""Hugging Face's deepseek_v4 and glm5_next (transformers 5.24): DeepSeek's tensors under transformers' names.
 
     model.layers.0.attn_hc.fn, .base, .scale    and ffn_hc: a `HyperConnection`
-    model.hc_head.hc_fn, .hc_base, .hc_scale    a `HyperHead`
+    model.hc_head.hc_fn, .hc_base, .hc_scale    a `HyperHead`; glm5_next has a mean, `reduce("mean")`, instead
 
 For running such a model with these kernels no weight needs converting: see `integrations.transformers`. This is for
 models of your own. One eps, `hc_eps`, serves h_pre and Sinkhorn; `rms_norm_eps` is the RMS norm's.
@@ -23,7 +23,7 @@ KEY = r"(?P<module>(?:.*\.)?(?P<site>attn_hc|ffn_hc|hc_head))\.(?P<name>.+)"
 
 
 def spec(config: Any) -> MHCSpec:
-    """The constants of a `DeepseekV4Config`."""
+    """The constants of a `DeepseekV4Config` or a `Glm5NextTextConfig`."""
     return MHCSpec(
         hidden_size=config.hidden_size,
         num_streams=config.hc_mult,

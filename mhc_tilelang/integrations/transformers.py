@@ -1,4 +1,4 @@
-"""transformers' DeepSeek-V4 (`deepseek_v4`) on these kernels: `replace(model)`, and `restore(model)`.
+"""transformers' models with hyper-connections on these kernels: `replace(model)`, and `restore(model)`.
 
     model = AutoModelForCausalLM.from_pretrained(...)
     mhc.integrations.transformers.replace(model)
@@ -17,15 +17,16 @@ Results are those of the eager modules to float32 rounding in a float32 model. I
 less: transformers rounds post, comb and each product to bfloat16, and here the streams are combined in float32. The res
 rows of `fn` are permuted to [out, in] in every call, a copy of M·n·C elements.
 
-The forward of the decoder layer is restated here, for it mixes the streams in between; its signature is checked.
-Tested with transformers 5.23.0, accelerate 1.15.0, peft 0.21.2.
+The forward of a decoder layer is restated in `families`, for it mixes the streams in between; its signature is checked.
+Tested with transformers 5.24.0, accelerate 1.15.0, peft 0.21.2.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 from types import MethodType
 from typing import Any
@@ -34,23 +35,25 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers import modeling_layers
-from transformers.models.deepseek_v4 import modeling_deepseek_v4 as eager
+from transformers.utils import deprecation
 
 from .. import ops
 from ..convert.tensors import swapped_rows
 from ..errors import ConversionError
 from ..spec import MHCSpec
+from . import families
+from .families import Family
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-FORWARD = ("self", "hidden_states", "input_ids", "kwargs")  # of the decoder layer
-SITES = ("attn_hc", "ffn_hc")  # its connections
+SITES = ("attn_hc", "ffn_hc")  # a decoder layer's connections
+WRAPPERS = (modeling_layers, deprecation)  # what transformers puts around its forwards
 
 
 def replace(model: nn.Module) -> tuple[str, ...]:
-    """Run a DeepSeek-V4 model's hyper-connections by these kernels from here on, in place. Idempotent.
+    """Run a model's hyper-connections by these kernels from here on, in place. Idempotent.
 
     Args:
-        model: any module with DeepSeek-V4's connections in it, whole models and single layers alike.
+        model: any module with DeepSeek-V4's or GLM-5.3's connections in it, whole models and single layers alike.
 
     Returns:
         The names of the modules that run these kernels now.
@@ -63,15 +66,16 @@ def replace(model: nn.Module) -> tuple[str, ...]:
 
     Nothing has been replaced then.
     """
-    _check_version()
     found = _find("replace", model)
+    for family in {_family(module) for module in found.values()}:
+        _check_version(family)
     for name, module in found.items():
         try:
             _check_replaceable(module)
         except (ConversionError, TypeError, ValueError) as error:
             raise type(error)(f"replace: {name or type(module).__name__}: {error}") from None
     for name, module in found.items():
-        setattr(module, _slot(module), partial(FORWARDS[_kind(module)], module, name))
+        setattr(module, _slot(module), partial(_forward_of(module), module, name))
     return tuple(found)
 
 
@@ -105,11 +109,11 @@ def restore(model: nn.Module) -> tuple[str, ...]:
 
 
 def spec(module: Any) -> MHCSpec:
-    """The sizes and constants of a `DeepseekV4HyperConnection` or `DeepseekV4HyperHead`.
+    """The sizes and constants of a hyper-connection, or of a head with weights.
 
     Raises ConversionError where the projection has no two dimensions, as flattened or partitioned parameters.
     """
-    n, is_head = module.hc_mult, isinstance(module, eager.DeepseekV4HyperHead)
+    n, is_head = module.hc_mult, _kind(module) is _family(module).head
     phi = module.hc_fn if is_head else module.fn
     if phi.ndim != 2:
         name = "hc_fn" if is_head else "fn"
@@ -137,34 +141,28 @@ def _connection(module: Any, name: str, hidden_streams: torch.Tensor) -> Tensors
 
 def _head(module: Any, name: str, x: torch.Tensor) -> torch.Tensor:
     """x [B, S, n, C] -> [B, S, C]."""
+    if _family(module).head_is_mean:
+        return ops.collapse(x.contiguous(), mean=True)
     _check_norm(module, name)
     parameters = (module.hc_fn.float(), module.hc_scale.float(), module.hc_base.float(), spec(module))
     return ops.head(x.contiguous(), *parameters)
 
 
-def _layer(
-    module: Any, name: str, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None, **kwargs: Any
-) -> torch.Tensor:
+def _layer(module: Any, name: str, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """hidden_states [B, S, n, C] -> the same of the next layer; its connections fused at the boundary between them."""
     if module.gradient_checkpointing and module.training:
         # transformers checkpoints in a wrapper around the forward of a class: run ours as that of one, on this module.
-        view = object.__new__(_Layer)
+        kind = _checkpointed(_family(module).layer)  # type: ignore[arg-type]
+        view = object.__new__(kind)
         view.__dict__ = vars(module)
-        return _Layer.forward(view, hidden_states, input_ids=input_ids, name=name, **kwargs)
-    return _mix(module, hidden_states, input_ids, name, **kwargs)
+        return kind.forward(view, hidden_states, *args, name=name, **kwargs)
+    return _mix(module, hidden_states, *args, name=name, **kwargs)
 
 
-class _Layer(eager.DeepseekV4DecoderLayer):
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return _mix(self, hidden_states, **kwargs)
-
-
-def _mix(
-    module: Any, hidden_states: torch.Tensor, input_ids: torch.Tensor | None, name: str, **kwargs: Any
-) -> torch.Tensor:
+def _mix(module: Any, hidden_states: torch.Tensor, *args: Any, name: str, **kwargs: Any) -> Any:
+    attention, mlp, returned = _family(module).sublayers(module, *args, **kwargs)
     post, comb, collapsed = module.attn_hc(hidden_states)
-    attention, _ = module.self_attn(module.input_layernorm(collapsed), **kwargs)
-    waiting = (hidden_states.contiguous(), *_ours(attention, post, comb))
+    waiting = (hidden_states.contiguous(), *_ours(attention(collapsed), post, comb))
     if _runs_ours_alone(module.ffn_hc, hidden_states.device):
         projection = _projection(module.ffn_hc, f"{name}.ffn_hc")
         hidden_states, collapsed, post, h_res = ops.post_pre(*waiting, *projection)
@@ -172,15 +170,13 @@ def _mix(
     else:
         hidden_states = ops.post(*waiting)
         post, comb, collapsed = module.ffn_hc(hidden_states)
-    mlp = module.mlp(module.post_attention_layernorm(collapsed), input_ids=input_ids)
-    return ops.post(hidden_states, *_ours(mlp, post, comb))
+    return returned(ops.post(hidden_states, *_ours(mlp(collapsed), post, comb)))
 
 
-FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
-    eager.DeepseekV4HyperConnection: _connection,
-    eager.DeepseekV4HyperHead: _head,
-    eager.DeepseekV4DecoderLayer: _layer,
-}
+@cache
+def _checkpointed(layer: type[nn.Module]) -> Any:
+    """A subclass with our forward, which transformers wraps as it does every one."""
+    return type("_Layer", (layer,), {"forward": _mix})
 
 
 def _projection(module: Any, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, MHCSpec]:
@@ -198,26 +194,40 @@ def _ours(layer_output: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) ->
 
 
 def _find(function: str, model: nn.Module) -> dict[str, nn.Module]:
-    found = {name: module for name, module in model.named_modules() if any(isinstance(module, k) for k in FORWARDS)}
+    found = {name: module for name, module in model.named_modules() if families.of_module(module)}
     if not found:
-        wanted = ", ".join(known.__name__ for known in FORWARDS)
-        raise ValueError(f"{function}: model: expected a module with {wanted}, got {type(model).__name__} with none")
+        wanted = ", ".join(f"{parts['prefix']}HyperConnection" for parts in families.KNOWN.values())
+        raise ValueError(
+            f"{function}: model: expected a module with {wanted}, a head or a layer of theirs, got "
+            f"{type(model).__name__} with none"
+        )
     return found
 
 
+def _family(module: nn.Module) -> Family:
+    return families.of_module(module)[0]  # type: ignore[index]
+
+
 def _kind(module: nn.Module) -> type[nn.Module]:
-    return next(known for known in FORWARDS if isinstance(module, known))
+    return families.of_module(module)[1]  # type: ignore[index]
+
+
+def _forward_of(module: nn.Module) -> Callable[..., Any]:
+    """What a replaced module runs."""
+    family, kind = families.of_module(module)  # type: ignore[misc]
+    return {family.connection: _connection, family.head: _head, family.layer: _layer}[kind]
 
 
 def _is_ours(forward: Any) -> bool:
-    return isinstance(forward, partial) and forward.func in FORWARDS.values()
+    return isinstance(forward, partial) and forward.func in (_connection, _head, _layer)
 
 
 def _is_theirs(forward: Any, kind: type[nn.Module]) -> bool:
-    """Whether this function is the forward that transformers defines for the class, in its checkpointing or not."""
-    while getattr(forward, "__globals__", None) is vars(modeling_layers):
+    """Whether this function is the forward that transformers defines for the class, in its wrappers or not."""
+    while any(getattr(forward, "__globals__", None) is vars(wrapper) for wrapper in WRAPPERS):
         forward = getattr(forward, "__wrapped__", None)
-    return getattr(forward, "__globals__", None) is vars(eager) and forward.__qualname__ == f"{kind.__name__}.forward"
+    defined = getattr(forward, "__globals__", None) is vars(sys.modules[kind.__module__])
+    return defined and forward.__qualname__ == f"{kind.__name__}.forward"
 
 
 def _slot(module: nn.Module) -> str:
@@ -249,12 +259,12 @@ def _check_instance(module: nn.Module) -> None:
 
 def _check_norm(module: Any, name: str) -> None:
     """Raise where somebody waits for the call of a connection's norm, which the kernels contain."""
-    norm = module.input_norm
-    if "forward" in vars(norm) or _has_hooks(norm) or not isinstance(norm, eager.DeepseekV4UnweightedRMSNorm):
+    norm, kind = module.input_norm, _family(module).norm
+    if "forward" in vars(norm) or _has_hooks(norm) or not isinstance(norm, kind):
         place, held = f"{name}.input_norm".lstrip("."), "hooks" if _has_hooks(norm) else f"forward {norm.forward!r}"
         raise ConversionError(
-            f"{place}: expected a DeepseekV4UnweightedRMSNorm without hooks, for it is part of the kernel and never "
-            f"called, got {type(norm).__name__} with {held}"
+            f"{place}: expected a {kind.__name__} without hooks, for it is part of the kernel and never called, got "
+            f"{type(norm).__name__} with {held}"
         )
 
 
@@ -262,16 +272,19 @@ def _check_replaceable(module: Any) -> None:
     """Raise where our forward would not be what runs, or not what transformers' forward would have given."""
     _check_class(module, _kind(module))
     _check_instance(module)
-    if not isinstance(module, eager.DeepseekV4DecoderLayer):
+    family, kind = families.of_module(module)  # type: ignore[misc]
+    if kind is family.head and family.head_is_mean:
+        return
+    if kind is not family.layer:
         _check_norm(module, "")
-        _check_class(module.input_norm, eager.DeepseekV4UnweightedRMSNorm, "input_norm: forward")
+        _check_class(module.input_norm, family.norm, "input_norm: forward")
         spec(module)
         return
     for site in SITES:
         connection = getattr(module, site)
-        if not any(isinstance(part, eager.DeepseekV4HyperConnection) for part in connection.modules()):
-            got = type(connection).__name__
-            raise ConversionError(f"{site}: expected a DeepseekV4HyperConnection or what wraps one, got {got}")
+        if not any(isinstance(part, family.connection) for part in connection.modules()):
+            wanted, got = family.connection.__name__, type(connection).__name__
+            raise ConversionError(f"{site}: expected a {wanted} or what wraps one, got {got}")
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -295,10 +308,10 @@ def _runs_ours_alone(module: Any, device: torch.device) -> bool:
     return _is_ours(own.get(_slot(module)))
 
 
-def _check_version() -> None:
-    parameters = tuple(inspect.signature(eager.DeepseekV4DecoderLayer.forward).parameters)
-    if parameters != FORWARD:
+def _check_version(family: Family) -> None:
+    parameters = tuple(inspect.signature(family.layer.forward).parameters)
+    if parameters != family.parameters:
         raise ConversionError(
-            f"replace: transformers {metadata.version('transformers')}: expected DeepseekV4DecoderLayer.forward with "
-            f"the parameters {', '.join(FORWARD)}, as in 5.23.0, got {', '.join(parameters)}"
+            f"replace: transformers {metadata.version('transformers')}: expected {family.layer.__name__}.forward with "
+            f"the parameters {', '.join(family.parameters)}, as in 5.24.0, got {', '.join(parameters)}"
         )
