@@ -153,8 +153,9 @@ def coefficients_kernel(
     hidden_size: int,
     plan: ProjectionPlan,
     block: int,
-    is_deferred: bool,
-    pdl: bool,
+    is_deferred: bool = False,
+    pdl: bool = False,
+    has_h_res: bool = True,
 ):
     """partial [slabs, slab_rows, T], alpha [3], bias [M]
     -> h_pre [T, n], h_post [T, n], h_res [T, n, n], projected [M + 1, T].
@@ -162,7 +163,13 @@ def coefficients_kernel(
     Where they are `is_deferred`, h_post and h_res are one-element placeholders, never accessed, and what they are made
     with (iters, sinkhorn_eps, post_scale) is not read. Where it is `pdl`,
     the launch waits on the device for the one before it, and the next may begin once all blocks have.
+
+    Without h_res, where H_res is the identity, they are `gates`.
     """
+    if not has_h_res:
+        from .gates import gates_kernel
+
+        return gates_kernel(num_streams, hidden_size, plan, block)
     if isinstance(plan, WarpProjectionPlan) and not is_deferred:
         from .coefficients_aggregate import coefficients_by_threads_kernel
 

@@ -91,18 +91,23 @@ def store_rho(g_projected, rho, scale, num_rows, num_elements, first_token, num_
 def coefficients_backward_kernel(
     num_streams: int,
     hidden_size: int,
-    capacity: int,
     block: int,
     has_g_h_pre: bool,
     has_g_h_post: bool,
-    has_g_h_res: bool,
+    has_g_h_res: bool = False,
+    capacity: int = 1,
+    has_h_res: bool = True,
 ):
     """g_h_pre, g_h_post [T, n], g_h_res [T, n, n], projected [M + 1, T], alpha [3], bias [M]
     -> g_projected [M + 1, T], partial [blocks, 3 + M] of g_alpha and g_bias.
 
     What is not given, as `has_…` say, is a one-element placeholder, never accessed, and counts as zero. iters may
-    be 1 to `capacity`.
+    be 1 to `capacity`. Without h_res, where H_res is the identity, it is the backward of `gates`.
     """
+    if not has_h_res:
+        from .gates import gates_backward_kernel
+
+        return gates_backward_kernel(num_streams, hidden_size, block, has_g_h_pre, has_g_h_post)
     n = num_streams
     pre, post, res = row_groups(n)
     num_rows = n * n + 2 * n

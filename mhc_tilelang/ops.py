@@ -10,6 +10,9 @@ it is float32. Tensors are dense, contiguous and on one device; DTensors may be 
 (`operators.sharding`). Gradients have the dtype of what they belong to, rounded once; there are no second derivatives
 and no forward mode.
 
+With an identity spec (H_res = I) phi is [2n, K], alpha [2], bias [2n], and there is no h_res: None goes in, none comes
+out. post_pre, expand_pre and post_head are then two calls each, without `out=` and rms_norm_weight.
+
 Tensors on meta, and fake ones, give shapes and dtypes, and no kernel runs. torch.jit.trace records operators and
 constants, and no check: what a trace is given later is for its caller to get right in all but the tokens, whose number
 and leading dimensions are free.
@@ -36,6 +39,7 @@ from .ops_arguments import (
     check_projected,
     check_rms_norm,
     constants,
+    refuse_for_identity,
     sizes,
 )
 from .spec import MHCSpec
@@ -136,7 +140,7 @@ def coefficients(
     *,
     norm_weight: torch.Tensor | None = None,
     out: tuple[torch.Tensor, ...] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """The three mappings of a sublayer from its stream (Eq. 14-19).
 
     Args:
@@ -154,7 +158,8 @@ def coefficients(
         stream i in output stream j.
     """
     arguments, phi, alpha, bias = check_projected("coefficients", x, phi, alpha, bias, spec, norm_weight)
-    return call(arguments, operators.coefficients, (x, phi, alpha, bias), constants(spec), sizes(spec), out)
+    operator = operators.gates if spec.is_identity else operators.coefficients
+    return call(arguments, operator, (x, phi, alpha, bias), constants(spec), sizes(spec), out)
 
 
 def pre(
@@ -186,10 +191,11 @@ def pre(
         layer_input [..., C] in x's dtype, rounded once; h_post [..., n] and h_res [..., n, n] for `post`. In the
         delayed form also the sublayer's own h_pre [..., n], for the sublayer after it.
     """
-    function = "pre"
-    arguments, phi, alpha, bias = check_projected(function, x, phi, alpha, bias, spec, norm_weight)
+    arguments, phi, alpha, bias = check_projected("pre", x, phi, alpha, bias, spec, norm_weight)
     h_pre = check_delayed(arguments, h_pre, spec)
     eps = check_rms_norm(arguments, rms_norm_weight, rms_norm_eps, spec, x.dtype)
+    if spec.is_identity:
+        return call(arguments, operators.identity_pre, (x, phi, alpha, bias, h_pre), constants(spec), sizes(spec), out)
     inputs = (x, phi, alpha, bias, h_pre, rms_norm_weight)
     return call(arguments, operators.pre, inputs, (*constants(spec), eps), sizes(spec), out)
 
@@ -217,7 +223,7 @@ def post(
     x: torch.Tensor,
     layer_output: torch.Tensor,
     h_post: torch.Tensor,
-    h_res: torch.Tensor,
+    h_res: torch.Tensor | None = None,
     *,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -230,7 +236,7 @@ def post(
         layer_output: [..., C], x's dtype or float32. With a float32 stream any stream dtype, since that is what
             autocast gives. It is read as it is; of float32 beside a 16-bit stream that is 2·C elements instead of C.
         h_post: [..., n].
-        h_res: [..., n, n], as [out, in]. DeepSeek's `comb` is its transpose.
+        h_res: [..., n, n], as [out, in]. DeepSeek's `comb` is its transpose. None is the identity, one fma.
         out: the result's buffer.
 
     Returns:
@@ -238,17 +244,17 @@ def post(
     """
     num_streams, hidden_size = sizes_of("post", "x", x, ("n", "C"))
     check_streams("post", "x", num_streams)
-    arguments = Arguments("post")
-    arguments.tensor("x", x, (num_streams, hidden_size), batched=True)
-    h_post, h_res = check_mixed(arguments, x, layer_output, h_post, h_res)
-    return call(arguments, operators.post, (x, layer_output, h_post, h_res), (), (num_streams, hidden_size), out)
+    (arguments := Arguments("post")).tensor("x", x, (num_streams, hidden_size), batched=True)
+    mappings = check_mixed(arguments, x, layer_output, h_post, h_res)
+    operator = operators.post if len(mappings) == 2 else operators.identity_post
+    return call(arguments, operator, (x, layer_output, *mappings), (), (num_streams, hidden_size), out)
 
 
 def post_pre(
     x: torch.Tensor,
     layer_output: torch.Tensor,
     h_post: torch.Tensor,
-    h_res: torch.Tensor,
+    h_res: torch.Tensor | None,
     phi: torch.Tensor,
     alpha: torch.Tensor,
     bias: torch.Tensor,
@@ -283,12 +289,15 @@ def post_pre(
         x_next [..., n, C] and layer_input [..., C] in x's dtype; h_post [..., n] and h_res [..., n, n] of the sublayer
         that begins, float32. In the delayed form also its h_pre [..., n], for the boundary after it.
     """
-    function = "post_pre"
-    arguments, phi, alpha, bias = check_projected(function, x, phi, alpha, bias, spec, norm_weight)
-    h_post, h_res = check_mixed(arguments, x, layer_output, h_post, h_res)
+    arguments, phi, alpha, bias = check_projected("post_pre", x, phi, alpha, bias, spec, norm_weight)
+    mappings = check_mixed(arguments, x, layer_output, h_post, h_res, spec)
     h_pre = check_delayed(arguments, h_pre, spec)
     eps = check_rms_norm(arguments, rms_norm_weight, rms_norm_eps, spec, x.dtype)
-    inputs = (x, layer_output, h_post, h_res, phi, alpha, bias, h_pre, rms_norm_weight)
+    if spec.is_identity:
+        refuse_for_identity("post_pre", spec, out=out)
+        x_next = post(x, layer_output, h_post)
+        return (x_next, *pre(x_next, phi, alpha, bias, spec, h_pre=h_pre))
+    inputs = (x, layer_output, *mappings, phi, alpha, bias, h_pre, rms_norm_weight)
     return call(arguments, operators.post_pre, inputs, (*constants(spec), eps), sizes(spec), out)
 
 
@@ -326,7 +335,7 @@ def expand_pre(
     *,
     norm_weight: torch.Tensor | None = None,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Before the first sublayer: `expand`, then `pre` of n equal streams, from one projection of h (Eq. 3, 7-9).
 
     With x[i] = h for every stream, x·phi = h · Σ_i phi[:, i], and layer_input = (Σ_i h_pre[i]) · h. So h is projected
@@ -344,6 +353,10 @@ def expand_pre(
         x [..., n, C] and layer_input [..., C] in h's dtype; h_post [..., n] and h_res [..., n, n], float32.
     """
     arguments, phi, alpha, bias = check_projected("expand_pre", h, phi, alpha, bias, spec, norm_weight, expanded=False)
+    if spec.is_identity:
+        refuse_for_identity("expand_pre", spec, out=out)
+        inputs = (expand(h, spec.num_streams), phi, alpha, bias, None)
+        return (inputs[0], *call(arguments, operators.identity_pre, inputs, constants(spec), sizes(spec), None))
     return call(arguments, operators.expand_pre, (h, phi, alpha, bias), constants(spec), sizes(spec), out)
 
 
@@ -351,7 +364,7 @@ def post_head(
     x: torch.Tensor,
     layer_output: torch.Tensor,
     h_post: torch.Tensor,
-    h_res: torch.Tensor,
+    h_res: torch.Tensor | None,
     phi: torch.Tensor,
     alpha: torch.Tensor,
     bias: torch.Tensor,
@@ -378,6 +391,10 @@ def post_head(
         x_next [..., n, C] and the head's output [..., C], in x's dtype.
     """
     arguments, phi, alpha, bias = check_projected("post_head", x, phi, alpha, bias, spec, norm_weight, head=True)
-    h_post, h_res = check_mixed(arguments, x, layer_output, h_post, h_res)
-    inputs = (x, layer_output, h_post, h_res, phi, alpha, bias)
+    mappings = check_mixed(arguments, x, layer_output, h_post, h_res, spec)
+    if spec.is_identity:
+        refuse_for_identity("post_head", spec, out=out)
+        x_next = post(x, layer_output, h_post)
+        return x_next, head(x_next, phi, alpha, bias, spec)
+    inputs = (x, layer_output, *mappings, phi, alpha, bias)
     return call(arguments, operators.post_head, inputs, (spec.pre_eps, spec.rms_eps), sizes(spec), out)

@@ -32,7 +32,7 @@ def check_projected(
     That is in float32, norm_weight multiplied into phi. x is the h of streams that are not `expanded` yet.
     """
     check_spec(function, spec)
-    rows, groups = (spec.num_streams, 1) if head else (spec.num_coefficients, 3)
+    rows, groups = (spec.num_streams, 1) if head else (spec.num_coefficients, spec.num_groups)
     arguments = Arguments(function)
     if expanded:
         arguments.tensor("x", x, (spec.num_streams, spec.hidden_size), batched=True)
@@ -47,12 +47,26 @@ def check_projected(
 
 
 def check_mixed(
-    arguments: Arguments, x: torch.Tensor, layer_output: torch.Tensor, h_post: torch.Tensor, h_res: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Check what `post` mixes with a stream x that is checked already; return h_post and h_res in float32."""
+    arguments: Arguments,
+    x: torch.Tensor,
+    layer_output: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor | None,
+    spec: MHCSpec | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Check what `post` mixes with a stream x that is checked already; return h_post and h_res in float32.
+
+    An h_res of None is the identity, and not returned. A spec says whether it has to be None.
+    """
+    if spec is not None and (h_res is None) != spec.is_identity:
+        wanted, got = ("None", "a tensor") if spec.is_identity else ("a torch.Tensor", "None")
+        mapping = f"the spec has residual_mapping={spec.residual_mapping!r}"
+        raise TypeError(f"{arguments.function}: h_res: expected {wanted}, got {got} ({mapping})")
     n, hidden_size = shape_of(x)[-2:]
     arguments.tensor("layer_output", layer_output, (hidden_size,), layer_dtypes(x.dtype), batched=True)
     h_post = arguments.widened("h_post", h_post, (n,), batched=True)
+    if h_res is None:
+        return (h_post,)
     return h_post, arguments.widened("h_res", h_res, (n, n), batched=True)
 
 
@@ -77,6 +91,7 @@ def check_rms_norm(
     arguments: Arguments, weight: torch.Tensor | None, eps: float, spec: MHCSpec, dtype: torch.dtype
 ) -> float:
     """Check the norm of a layer's input; an eps of its own without a weight would be ignored, so it is refused."""
+    refuse_for_identity(arguments.function, spec, rms_norm_weight=weight)
     eps = check_eps(arguments.function, "rms_norm_eps", eps)
     if weight is not None:
         dtypes = tuple(dict.fromkeys((torch.float32, dtype)))
@@ -121,6 +136,15 @@ def sizes(spec: MHCSpec) -> tuple[int, int]:
     return spec.num_streams, spec.hidden_size
 
 
-def constants(spec: MHCSpec) -> tuple[int, float, float, float, float]:
+def refuse_for_identity(function: str, spec: MHCSpec, **given: object) -> None:
+    """Refuse what has no form for an identity hyper-connection."""
+    for name, value in given.items():
+        if spec.is_identity and value is not None:
+            raise ValueError(f"{function}: {name}: expected None with residual_mapping='identity', got one")
+
+
+def constants(spec: MHCSpec) -> tuple[float, ...]:
     """A spec as an operator takes it; the sizes are those of its tensors."""
+    if spec.is_identity:
+        return spec.pre_eps, spec.rms_eps, spec.post_scale, spec.post_eps
     return spec.sinkhorn_iters, spec.sinkhorn_eps, spec.pre_eps, spec.rms_eps, spec.post_scale

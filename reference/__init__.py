@@ -6,7 +6,7 @@ shapes and conventions are those of `mhc_tilelang`.
 
 A family a file: `expand`, `projection` (Eq. 14, 15), `coefficients` (16 to 18), `sinkhorn` (9, 19), `pre` and
 `post` (3), `post_pre`, `delayed`, `head`, `expand_pre`, `post_head`, `rms_norm`, `residual` (1), `hyper_connections`
-(5), and `stream`, which carries an embedding through many sublayers (4).
+(5), `identity`, and `stream`, which carries an embedding through many sublayers (4).
 
 What trains has its gradient beside it: X and X_backward. g_y is the gradient of a scalar loss by y.
 
@@ -40,6 +40,14 @@ from .hyper_connections import (
     hc_pre_backward,
     normalize_streams,
     normalize_streams_backward,
+)
+from .identity import (
+    gates,
+    gates_backward,
+    identity_post,
+    identity_post_backward,
+    identity_pre,
+    identity_pre_backward,
 )
 from .post import post, post_backward
 from .post_head import post_head, post_head_backward
@@ -83,6 +91,8 @@ __all__ = [
     "first_pre",
     "gate_post",
     "gate_pre",
+    "gates",
+    "gates_backward",
     "hc_coefficients",
     "hc_coefficients_backward",
     "hc_post",
@@ -93,6 +103,10 @@ __all__ = [
     "head_backward",
     "head_coefficients",
     "head_coefficients_backward",
+    "identity_post",
+    "identity_post_backward",
+    "identity_pre",
+    "identity_pre_backward",
     "normalize_streams",
     "normalize_streams_backward",
     "post",

@@ -14,6 +14,7 @@ With a spec that has `delayed_pre`, an mHC sublayer is aggregated as `delayed` s
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, NamedTuple, get_args
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from ._inputs import Array, Spec, as_float64
@@ -21,6 +22,7 @@ from .coefficients import coefficients
 from .delayed import first_pre
 from .expand import expand
 from .hyper_connections import hc_coefficients
+from .identity import gates
 from .post import post
 from .pre import aggregate
 from .residual import residual_coefficients
@@ -127,6 +129,9 @@ def _coefficients(x: Array, sublayer: Sublayer, spec: Spec, connection: str) -> 
     if phi is None or alpha is None or bias is None:
         raise ValueError(f"sublayer: expected phi, alpha and bias for {connection!r}, got None among them")
     compute = coefficients if connection == "mhc" else hc_coefficients
+    if connection == "mhc" and getattr(spec, "residual_mapping", "") == "identity":
+        identity = np.broadcast_to(np.eye(x.shape[-2]), (*x.shape[:-1], x.shape[-2]))
+        return (*gates(x, phi, alpha, bias, spec, norm_weight), identity)
     return compute(x, phi, alpha, bias, spec, norm_weight)
 
 

@@ -66,6 +66,22 @@ def ours(function: str, state: State, optional: Iterable[str] = ()) -> int:
     return n
 
 
+def identity_sizes(
+    function: str, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor, names: tuple[str, ...]
+) -> int:
+    """Check an identity connection's tensors, under their names for phi, alpha and bias in this order; returns n."""
+    named = dict(zip(("phi", "alpha", "bias"), names, strict=True))
+    n, odd = divmod(bias.numel(), 2)
+    if odd or n not in STREAM_COUNTS:
+        raise ValueError(
+            f"{function}: {named['bias']}: expected 2n of n in {STREAM_COUNTS} streams, got shape {list(bias.shape)}"
+        )
+    check_shape(function, named["bias"], bias, (2 * n,))
+    check_shape(function, named["alpha"], alpha, (2,))
+    check_projection(function, named["phi"], phi, 2 * n, n)
+    return n
+
+
 def our_head(function: str, state: State) -> int:
     """Check the state of a `HyperHead`; returns n."""
     take(function, state, OURS)

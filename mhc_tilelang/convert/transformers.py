@@ -1,16 +1,19 @@
-"""Hugging Face's deepseek_v4 and glm5_next (transformers 5.24): DeepSeek's tensors under transformers' names.
+"""Hugging Face's deepseek_v4, glm5_next and hy_v4 (transformers 5.24): DeepSeek's tensors under transformers' names.
 
     model.layers.0.attn_hc.fn, .base, .scale    and ffn_hc: a `HyperConnection`
     model.hc_head.hc_fn, .hc_base, .hc_scale    a `HyperHead`; glm5_next has a mean, `reduce("mean")`, instead
 
 For running such a model with these kernels no weight needs converting: see `integrations.transformers`. This is for
-models of your own. One eps, `hc_eps`, serves h_pre and Sinkhorn; `rms_norm_eps` is the RMS norm's.
+models of your own. hy_v4 has identity connections: 2n rows, a scale of two numbers, nothing to permute. One eps,
+`hc_eps`, serves h_pre and Sinkhorn, in hy_v4 both gates; `rms_norm_eps` is the RMS norm's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from ..spec import MHCSpec
 from . import deepseek
@@ -23,7 +26,16 @@ KEY = r"(?P<module>(?:.*\.)?(?P<site>attn_hc|ffn_hc|hc_head))\.(?P<name>.+)"
 
 
 def spec(config: Any) -> MHCSpec:
-    """The constants of a `DeepseekV4Config` or a `Glm5NextTextConfig`."""
+    """The constants of a `DeepseekV4Config`, a `Glm5NextTextConfig` or a `HYV4Config`."""
+    if hasattr(config, "hc_magnitude"):
+        return MHCSpec.hy4(
+            config.hidden_size,
+            num_streams=config.hc_mult,
+            pre_eps=config.hc_eps,
+            post_eps=config.hc_eps,
+            rms_eps=config.rms_norm_eps,
+            post_scale=config.hc_magnitude,
+        )
     return MHCSpec(
         hidden_size=config.hidden_size,
         num_streams=config.hc_mult,
@@ -35,12 +47,22 @@ def spec(config: Any) -> MHCSpec:
 
 
 def import_state(state: State) -> Converted:
-    """A `DeepseekV4HyperConnection`'s state -> phi, alpha, bias of a `HyperConnection`."""
+    """A state of a `DeepseekV4HyperConnection` or a `HYV4HyperConnection` -> that of a `HyperConnection`."""
+    if _is_identity(state, "scale"):
+        checks.take("transformers.import_state", state, NAMES)
+        phi, alpha, bias = (state[name] for name in NAMES)
+        checks.identity_sizes("transformers.import_state", phi, alpha, bias, NAMES)
+        return {"phi": phi, "alpha": alpha, "bias": bias}
     return deepseek.import_named("transformers.import_state", state, NAMES)
 
 
 def export_state(state: State) -> Converted:
-    """phi, alpha, bias of a `HyperConnection` -> a `DeepseekV4HyperConnection`'s state."""
+    """phi, alpha, bias of a `HyperConnection` -> a `DeepseekV4HyperConnection`'s or a `HYV4HyperConnection`'s state."""
+    if _is_identity(state, "alpha"):
+        checks.take("transformers.export_state", state, checks.OURS)
+        tensors = (state["phi"], state["alpha"], state["bias"])
+        checks.identity_sizes("transformers.export_state", *tensors, checks.OURS)
+        return dict(zip(NAMES, tensors, strict=True))
     return deepseek.export_named("transformers.export_state", state, NAMES)
 
 
@@ -67,6 +89,12 @@ def import_model(state: State) -> dict[str, Converted]:
 def export_model(connections: Mapping[str, State]) -> Converted:
     """What `import_model` gives -> the model's keys for it."""
     return checks.export_model("transformers.export_model", connections, ".", _EXPORTS)
+
+
+def _is_identity(state: State, name: str) -> bool:
+    """Whether a connection has no res rows: 8 rows alone are n² + 2n of two streams, or 2n of four."""
+    scale = state.get(name)
+    return isinstance(scale, torch.Tensor) and scale.shape == (2,)
 
 
 _IMPORTS = {"attn_hc": import_state, "ffn_hc": import_state, "hc_head": import_head}

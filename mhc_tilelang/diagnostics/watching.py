@@ -138,6 +138,11 @@ class _Watcher:
             x = self._some(inputs[0].unsqueeze(-2))
             return Call(name, module.kind, torch.ones_like(x[..., :1], dtype=torch.float32), stream_rms(x), None)
         assert isinstance(module, (HyperConnection, UnconstrainedHyperConnection))
+        if module.spec.is_identity:
+            given = outputs[0] if outputs[0].ndim > outputs[1].ndim else inputs[0]
+            x = self._some(given if given.ndim > outputs[1].ndim else outputs[0])
+            identity = torch.eye(x.shape[-2], device=x.device).expand(x.shape[0], -1, -1)
+            return Call(name, module.kind, identity, stream_rms(x), None)
         rank = max(output.ndim for output in outputs)
         *streams, h_res = (output for output in outputs if output.ndim == rank)
         x = streams[0] if streams else inputs[0]

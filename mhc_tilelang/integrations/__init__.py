@@ -1,6 +1,6 @@
 """Other frameworks' models on these kernels. Each module loads its framework, so each is loaded on first use.
 
-transformers    Hugging Face's deepseek_v4 and glm5_next
+transformers    Hugging Face's deepseek_v4, glm5_next and hy_v4
 """
 
 from __future__ import annotations

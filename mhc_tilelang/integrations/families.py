@@ -2,6 +2,8 @@
 
     deepseek_v4    mHC                               the head weighted
     glm5_next      mHC, rms_eps 1e-5 (GLM-5.3)       the head a mean; layers hand top-k indices on
+    hy_v4          identity HC (Hy4)                 the head weighted; layers hand top-k indices on
+    hy_v4_vl       the same under images
 
 An installed transformers may lack some of them.
 """
@@ -31,6 +33,7 @@ class Family:
         parameters: those of its decoder layer's forward, as they are restated in `sublayers`.
         sublayers: the decoder layer and the arguments of its forward behind hidden_states -> what it runs.
         head_is_mean: whether its head is the streams' mean, without parameters.
+        is_identity: whether its connections mix no streams: they return post and the collapsed streams.
     """
 
     eager: ModuleType
@@ -38,6 +41,7 @@ class Family:
     parameters: tuple[str, ...]
     sublayers: Callable[..., Sublayers]
     head_is_mean: bool = False
+    is_identity: bool = False
 
     def named(self, name: str) -> type[nn.Module]:
         """The class of this name behind the prefix."""
@@ -45,7 +49,7 @@ class Family:
 
     @property
     def connection(self) -> type[nn.Module]:
-        """Returns post, comb and the collapsed streams."""
+        """Returns post, comb (unless it is the identity) and the collapsed streams."""
         return self.named("HyperConnection")
 
     @property
@@ -87,7 +91,7 @@ def of_indices(
     past_key_values: Any = None,
     **kwargs: Any,
 ) -> Sublayers:
-    """GLM-5.3's: an attention returns the indices that it chose, for the next layer; linear ones choose none."""
+    """GLM-5.3's and Hy4's: an attention returns the indices that it chose for the next layer; linear ones none."""
     chosen: list[torch.Tensor | None] = [None]
     cache = past_key_values if cache is None else cache  # the name that transformers drops in 5.40
 
@@ -116,9 +120,12 @@ INDICES = (
     *("self", "hidden_states", "attention_mask", "position_ids", "cache", "use_cache", "position_embeddings"),
     *("prev_topk_indices", "kwargs"),
 )
+HY4 = {"parameters": INDICES, "sublayers": of_indices, "is_identity": True}
 KNOWN: dict[str, dict[str, Any]] = {
     "deepseek_v4": {"prefix": "DeepseekV4", "parameters": TOKENS, "sublayers": of_tokens},
     "glm5_next": {"prefix": "Glm5NextText", "parameters": INDICES, "sublayers": of_indices, "head_is_mean": True},
+    "hy_v4": {"prefix": "HYV4", **HY4},
+    "hy_v4_vl": {"prefix": "HYV4VL", **HY4},
 }
 
 

@@ -44,7 +44,6 @@ from ..spec import MHCSpec
 from . import families
 from .families import Family
 
-Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 SITES = ("attn_hc", "ffn_hc")  # a decoder layer's connections
 WRAPPERS = (modeling_layers, deprecation)  # what transformers puts around its forwards
 
@@ -121,6 +120,9 @@ def spec(module: Any) -> MHCSpec:
             f"{name}: expected [M, n·C], got {list(phi.shape)}: gather it, or replace before sharding"
         )
     constants = {"num_streams": n, "rms_eps": module.input_norm.eps}
+    if _family(module).is_identity and not is_head:
+        gates = {"pre_eps": module.hc_eps, "post_eps": module.hc_eps, "post_scale": module.hc_post_magnitude}
+        return MHCSpec.hy4(phi.shape[1] // n, **gates, **constants)
     if is_head:
         return MHCSpec(phi.shape[1] // n, pre_eps=module.eps, **constants)
     eps = {"pre_eps": module.hc_eps, "sinkhorn_eps": module.hc_eps}
@@ -130,12 +132,17 @@ def spec(module: Any) -> MHCSpec:
 # What replaced modules run: functions of the module, its name and the arguments of transformers' forward.
 
 
-def _connection(module: Any, name: str, hidden_streams: torch.Tensor) -> Tensors:
+def _connection(module: Any, name: str, hidden_streams: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """hidden_streams [B, S, n, C] -> post [B, S, n], comb [B, S, n, n], collapsed [B, S, C], as transformers' own.
+
+    An identity connection has no comb.
 
     post and comb are float32. comb is a view, but not for hooks, which may write into it: FSDP2's warns of views.
     """
-    collapsed, post, h_res = ops.pre(hidden_streams.contiguous(), *_projection(module, name))
+    collapsed, post, *mapping = ops.pre(hidden_streams.contiguous(), *_projection(module, name))
+    if not mapping:
+        return post, collapsed
+    [h_res] = mapping
     return post, h_res.mT.contiguous() if _has_hooks(module) else h_res.mT, collapsed
 
 
@@ -161,16 +168,16 @@ def _layer(module: Any, name: str, hidden_states: torch.Tensor, *args: Any, **kw
 
 def _mix(module: Any, hidden_states: torch.Tensor, *args: Any, name: str, **kwargs: Any) -> Any:
     attention, mlp, returned = _family(module).sublayers(module, *args, **kwargs)
-    post, comb, collapsed = module.attn_hc(hidden_states)
-    waiting = (hidden_states.contiguous(), *_ours(attention(collapsed), post, comb))
+    *mappings, collapsed = module.attn_hc(hidden_states)
+    waiting = (hidden_states.contiguous(), *_ours(attention(collapsed), *mappings))
     if _runs_ours_alone(module.ffn_hc, hidden_states.device):
         projection = _projection(module.ffn_hc, f"{name}.ffn_hc")
-        hidden_states, collapsed, post, h_res = ops.post_pre(*waiting, *projection)
-        comb = h_res.mT
+        hidden_states, collapsed, post, *h_res = ops.post_pre(*waiting, *projection)
+        mappings = [post, *(one.mT for one in h_res)]
     else:
         hidden_states = ops.post(*waiting)
-        post, comb, collapsed = module.ffn_hc(hidden_states)
-    return returned(ops.post(hidden_states, *_ours(mlp(collapsed), post, comb)))
+        *mappings, collapsed = module.ffn_hc(hidden_states)
+    return returned(ops.post(hidden_states, *_ours(mlp(collapsed), *mappings)))
 
 
 @cache
@@ -181,13 +188,17 @@ def _checkpointed(layer: type[nn.Module]) -> Any:
 
 def _projection(module: Any, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, MHCSpec]:
     _check_norm(module, name)
-    phi, bias = (swapped_rows(parameter.float(), module.hc_mult) for parameter in (module.fn, module.base))
+    phi, bias = module.fn.float(), module.base.float()
+    if not _family(module).is_identity:
+        phi, bias = (swapped_rows(parameter, module.hc_mult) for parameter in (phi, bias))
     return phi, module.scale.float(), bias, spec(module)
 
 
-def _ours(layer_output: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> Tensors:
+def _ours(
+    layer_output: torch.Tensor, post: torch.Tensor, comb: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """What `post` takes; of our own comb, a view of h_res, nothing is copied."""
-    return layer_output.contiguous(), post.contiguous(), comb.mT.contiguous()
+    return layer_output.contiguous(), post.contiguous(), None if comb is None else comb.mT.contiguous()
 
 
 # What decides which forward a module runs: its class, its instance, and accelerate's hook on the instance.

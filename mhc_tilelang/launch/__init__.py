@@ -4,6 +4,7 @@
     expand         expand_backward is collapse
     projection     split_phi, project, project_backward; partial_sums: sum_partials
     coefficients   of a sublayer and of the head, from a projection's partial sums
+    identity       gates and post of a connection without h_res
     sinkhorn
     aggregate      alone, and with the layer's RMSNorm; mappings: with h_post and h_res beside it
     post
@@ -26,6 +27,7 @@ from .coefficients import (
 )
 from .expand import expand, expand_backward
 from .expand_pre import FirstBoundary, FirstGradients, expand_pre, expand_pre_backward, expand_project, total_h_pre
+from .identity import gates, gates_backward, identity_post, identity_post_backward
 from .mappings import aggregate_mappings, coefficients_and_aggregate
 from .operands import aligned, alignment
 from .partial_sums import sum_partials
@@ -62,9 +64,13 @@ __all__ = [
     "expand_pre",
     "expand_pre_backward",
     "expand_project",
+    "gates",
+    "gates_backward",
     "head_coefficients",
     "head_coefficients_backward",
     "head_mapping_backward",
+    "identity_post",
+    "identity_post_backward",
     "mappings_backward",
     "mixing_backward",
     "parallel_blocks",

@@ -32,10 +32,12 @@ from torch import nn
 
 from .. import ops
 from ..arguments import check_dense, check_eps, shape_of
+from ..ops_arguments import refuse_for_identity
 from ..spec import MHCSpec
 from .stream_module import INITIAL_ALPHA, Device, StreamModule, SublayerModule, make_parameter
 
 KINDS = ("mhc", "hc", "residual")
+IDENTITY_STD = 0.02  # of phi at first, Hy4's
 
 
 class Connection(Protocol):
@@ -103,6 +105,8 @@ class HyperConnection(SublayerModule):
             this is our choice. alpha [3] starts at 0.01.
         bias [M] starts at −3 for pre, but +3 at stream `sublayer % n`, at 0 for post and at 6·I − 3 for res:
             h_pre is 0.95 for one stream and 0.05 for the others, h_post 1, and h_res close to the identity.
+        With residual_mapping="identity" phi is [2n, K], alpha [2] and bias [2n], which start as Hy4's: phi normal with
+            standard deviation 0.02, bias at −log(n − 1) for pre and 0 for post. h_pre is about 1/n and h_post 1.
         rms_norm_weight [C] starts at 1; None without rms_norm_eps.
 
     They stay float32 in FSDP2 too: where a model is sharded with a mixed-precision policy, call `fully_shard` on
@@ -119,9 +123,10 @@ class HyperConnection(SublayerModule):
         super().__init__(spec, sublayer)
         self.rms_norm_eps = rms_norm_eps
         self.phi = make_parameter(spec.num_coefficients, spec.stream_size, device=device)
-        self.alpha = make_parameter(3, device=device)
+        self.alpha = make_parameter(spec.num_groups, device=device)
         self.bias = make_parameter(spec.num_coefficients, device=device)
         self.rms_norm_weight = None
+        refuse_for_identity("HyperConnection", spec, rms_norm_eps=rms_norm_eps)
         if rms_norm_eps is not None:
             self.rms_norm_eps = check_eps("HyperConnection", "rms_norm_eps", rms_norm_eps)
             self.rms_norm_weight = make_parameter(spec.hidden_size, device=device)
@@ -129,8 +134,12 @@ class HyperConnection(SublayerModule):
 
     def reset_parameters(self) -> None:
         """The values above, in place."""
-        nn.init.zeros_(self.phi)
         row, identity = self.identity()
+        if self.spec.is_identity:
+            nn.init.normal_(self.phi, std=IDENTITY_STD)  # with 0 the streams would be equal for ever
+            self.reset_static(torch.full_like(row, -math.log(max(self.spec.num_streams - 1, 1))), 0.0, row[:0])
+            return
+        nn.init.zeros_(self.phi)
         self.reset_static(6 * row - 3, 0.0, 6 * identity - 3)
         if self.rms_norm_weight is not None:
             nn.init.ones_(self.rms_norm_weight)
@@ -144,12 +153,15 @@ class HyperConnection(SublayerModule):
 
         A spec with delayed_pre takes one more, last: the h_pre [..., n] that the sublayer before returned, also last,
         or a first sublayer's, `first_pre(x)`. `merge` has no use for it. It does not expand, nor with a norm.
+
+        With residual_mapping="identity" there is no h_res among what it takes and returns.
         """
         delayed = self.spec.delayed_pre
-        if len(waiting) not in ((1, 4) if delayed else (0, 3)):
+        mappings = "h_post" if self.spec.is_identity else "h_post, h_res"
+        if len(waiting) - delayed not in (0, 2 + (not self.spec.is_identity)):
             also, first = (" and h_pre", "; a first sublayer's is first_pre(x)") if delayed else ("", "")
             raise TypeError(
-                f"HyperConnection: expected x{also}, or x, layer_output, h_post, h_res{also}, got x and {len(waiting)} "
+                f"HyperConnection: expected x{also}, or x, layer_output, {mappings}{also}, got x and {len(waiting)} "
                 f"more{first}"
             )
         if expands and (waiting or self.rms_norm()):
@@ -162,8 +174,9 @@ class HyperConnection(SublayerModule):
             return ops.expand_pre(x, *parameters)
         if not written:
             return ops.pre(x, *parameters, h_pre=h_pre, **self.rms_norm())
-        layer_output, h_post, h_res = written
-        return ops.post_pre(x, layer_output, h_post, h_res, *parameters, h_pre=h_pre, **self.rms_norm())
+        layer_output, h_post, *h_res = written
+        res = h_res[0] if h_res else None
+        return ops.post_pre(x, layer_output, h_post, res, *parameters, h_pre=h_pre, **self.rms_norm())
 
     def rms_norm(self) -> dict[str, Any]:
         """What `pre` and `post_pre` are told of the layer's norm: nothing without one."""
@@ -173,10 +186,13 @@ class HyperConnection(SublayerModule):
 
     def extra_repr(self) -> str:
         text = super().extra_repr() + (", delayed_pre=True" if self.spec.delayed_pre else "")
+        text += ", residual_mapping='identity'" if self.spec.is_identity else ""
         return text + (f", rms_norm_eps={self.rms_norm_eps}" if self.rms_norm_eps is not None else "")
 
     @staticmethod
-    def merge(x: torch.Tensor, layer_output: torch.Tensor, h_post: torch.Tensor, h_res: torch.Tensor) -> torch.Tensor:
+    def merge(
+        x: torch.Tensor, layer_output: torch.Tensor, h_post: torch.Tensor, h_res: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """x_next [..., n, C], as `post`."""
         return ops.post(x, layer_output, h_post, h_res)
 
@@ -205,6 +221,8 @@ class UnconstrainedHyperConnection(SublayerModule):
         super().__init__(spec, sublayer)
         if spec.delayed_pre:
             raise ValueError("UnconstrainedHyperConnection: spec: expected delayed_pre=False, got True")
+        if spec.is_identity:
+            raise ValueError("UnconstrainedHyperConnection: spec: expected residual_mapping='sinkhorn', got 'identity'")
         self.theta = make_parameter(spec.num_streams + 2, spec.hidden_size, device=device)
         self.alpha = make_parameter(3, device=device)
         self.bias = make_parameter(spec.num_coefficients, device=device)
@@ -291,7 +309,7 @@ class HyperHead(StreamModule):
         """The values above, in place."""
         nn.init.zeros_(self.phi)
         nn.init.constant_(self.alpha, INITIAL_ALPHA)
-        nn.init.constant_(self.bias, -math.log(self.spec.num_streams - 1))
+        nn.init.constant_(self.bias, -math.log(max(self.spec.num_streams - 1, 1)))
 
     def forward(self, x: torch.Tensor, *waiting: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """x [..., n, C] -> [..., C] in x's dtype.
@@ -303,5 +321,5 @@ class HyperHead(StreamModule):
         self.check_parameters(*parameters[:3])
         if not waiting:
             return ops.head(x, *parameters)
-        layer_output, h_post, h_res = waiting
-        return ops.post_head(x, layer_output, h_post, h_res, *parameters)
+        layer_output, h_post, *h_res = waiting
+        return ops.post_head(x, layer_output, h_post, h_res[0] if h_res else None, *parameters)

@@ -20,6 +20,7 @@ from .coefficients import coefficients
 from .expand import collapse, collapse_mean, expand
 from .expand_pre import expand_pre
 from .head import head
+from .identity import gates, identity_post, identity_pre
 from .post import post
 from .post_head import post_head
 from .post_pre import post_pre
@@ -33,7 +34,10 @@ __all__ = [
     "collapse_mean",
     "expand",
     "expand_pre",
+    "gates",
     "head",
+    "identity_post",
+    "identity_pre",
     "post",
     "post_head",
     "post_pre",

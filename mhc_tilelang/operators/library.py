@@ -119,13 +119,13 @@ def check_buffers(
     torch.autograd.graph.increment_version(buffers.values())
 
 
-def spec_of(x: torch.Tensor, *constants: float, **named: float) -> MHCSpec:
+def spec_of(x: torch.Tensor, *constants: float, **named: Any) -> MHCSpec:
     """The spec again, from a stream x and the constants, in MHCSpec's order or by name."""
     return spec_of_sizes(x.shape[-1], x.shape[-2], *constants, **named)
 
 
 @cache
-def spec_of_sizes(hidden_size: int, num_streams: int, *constants: float, **named: float) -> MHCSpec:
+def spec_of_sizes(hidden_size: int, num_streams: int, *constants: float, **named: Any) -> MHCSpec:
     """The same from the stream's sizes."""
     return MHCSpec(hidden_size, num_streams, *constants, **named)  # type: ignore[arg-type]
 

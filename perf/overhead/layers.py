@@ -78,8 +78,11 @@ class EagerConnection(HyperConnection):
         return layer_input, h_post, h_res
 
     @staticmethod
-    def merge(x: torch.Tensor, layer_output: torch.Tensor, h_post: torch.Tensor, h_res: torch.Tensor) -> torch.Tensor:
+    def merge(
+        x: torch.Tensor, layer_output: torch.Tensor, h_post: torch.Tensor, h_res: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """x_next, as `HyperConnection.merge`."""
+        assert h_res is not None
         tokens = (t.flatten(0, x.ndim - 3) for t in (x, layer_output, h_post, h_res))
         return plain_torch.post(*tokens).unflatten(0, x.shape[:-2])
 

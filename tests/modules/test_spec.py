@@ -46,6 +46,9 @@ def test_presets():
     assert MHCSpec.deepseek_v4_1(5120) == replace(MHCSpec(5120), rms_eps=1e-20, delayed_pre=True)
     assert MHCSpec.deepseek_v4_1(64, delayed_pre=False, num_streams=2) == MHCSpec(64, 2, rms_eps=1e-20)
     assert MHCSpec.glm5_3(4096) == replace(v4, hidden_size=4096, rms_eps=1e-5)
+    hy4 = replace(v4, hidden_size=64, rms_eps=1e-5, post_eps=1e-6, residual_mapping="identity")
+    assert MHCSpec.hy4(64) == hy4
+    assert (hy4.num_coefficients, hy4.num_groups, v4.num_groups) == (8, 2, 3)
     assert hash(MHCSpec(64, delayed_pre=True)) != hash(MHCSpec(64))
     assert (v4.num_coefficients, v4.stream_size) == (24, 10_240)
     with pytest.raises(FrozenInstanceError):

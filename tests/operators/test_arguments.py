@@ -83,7 +83,7 @@ def test_good_arguments_reach_a_kernel(function):
 @every_tensor
 @pytest.mark.parametrize("value", [None, [[1.0]], 3])
 def test_wrong_type(function, argument, value):
-    if (argument, value) == ("norm_weight", None):
+    if (argument, value) == ("norm_weight", None) or (function, argument, value) == ("post", "h_res", None):
         return  # its default
     assert_refused(TypeError, function, argument, ["expected a torch.Tensor, got"], **{argument: value})
 

@@ -1,4 +1,4 @@
-"""transformers' other models with hyper-connections on these kernels: GLM-5.3 under its multimodal wrapper.
+"""transformers' other models with hyper-connections on these kernels: GLM-5.3 under its multimodal wrapper, and Hy4.
 
 Would catch: a head taken for another, top-k indices that do not reach the next layer, a keyword that a layer drops, a
 cache that is written twice under checkpointing, a family whose connection is not found.
@@ -34,7 +34,21 @@ def glm5_next():
     return transformers.Glm5NextForConditionalGeneration(config), "model.language_model"
 
 
-FAMILIES = {"glm5_next": glm5_next}
+def hy_v4():
+    """Identity connections; the last layer takes over indices that the second chose."""
+    sizes = {
+        "vocab_size": 64, "hidden_size": 192, "intermediate_size": 16, "moe_intermediate_size": 16, "head_dim": 16,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 3, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "kv_lora_rank": 8, "q_lora_rank": 16, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4,
+        "v_head_dim": 8, "index_topk": 8, "index_head_dim": 8, "index_n_heads": 4, "pad_token_id": 0,
+        "mlp_layer_types": ["dense", "sparse", "dense"], "indexer_types": ["full", "full", "shared"],
+    }  # fmt: skip
+    return transformers.HYV4ForCausalLM(transformers.HYV4Config(**sizes)), "model"
+
+
+FAMILIES = {"glm5_next": glm5_next, "hy_v4": hy_v4}
+# A pre, a post_pre and a post a layer, and the head; Hy4's post_pre is not one operator.
+OPERATORS = {"glm5_next": 10, "hy_v4": 13}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -47,6 +61,7 @@ def eager(request):
                 parameter.normal_(std=2 / parameter.shape[1] ** 0.5)
             elif name.endswith("base"):
                 parameter.normal_()
+    model.family = request.param
     return model, place
 
 
@@ -71,7 +86,7 @@ def test_logits_and_gradients(eager, replaced):
         output.logits.backward(upstream)
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         results.append((output.logits.detach(), output.hidden_states, gradients))
-    assert sum(counting.ran.values()) == 10  # a pre, a post_pre and a post a layer, and the head
+    assert sum(counting.ran.values()) == OPERATORS[eager[0].family]
     (logits, hidden, gradients), (our_logits, our_hidden, our_gradients) = results
     assert relative(our_logits, logits) < LOGITS
     assert len(hidden) == len(our_hidden) == 4

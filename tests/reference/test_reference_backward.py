@@ -18,6 +18,7 @@ HIDDEN_SIZE, NUM_TOKENS = 5, 6
 MAPPED = {"x": "TnC", "layer_output": "TC", "h_post": "Tn", "h_res": "Tnn"}
 PARAMETERS = {"phi": "MK", "alpha": "3", "bias": "M", "norm_weight": "K"}
 HEAD_PARAMETERS = {"phi": "nK", "alpha": "1", "bias": "n", "norm_weight": "K"}
+GATES = {"phi": "GK", "alpha": "2", "bias": "G", "norm_weight": "K"}
 HC_PARAMETERS = {"theta": "RC", "alpha": "3", "bias": "M", "norm_weight": "C"}
 CASES = {
     "absorb_norm_weight": {"phi": "MK", "norm_weight": "K"},
@@ -29,11 +30,14 @@ CASES = {
     "delayed_pre": {"x": "TnC", "h_pre": "Tn", **PARAMETERS},
     "expand": {"h": "TC"},
     "expand_pre": {"h": "TC", **PARAMETERS},
+    "gates": {"x": "TnC", **GATES},
     "hc_coefficients": {"x": "TnC", **HC_PARAMETERS},
     "hc_post": MAPPED,
     "hc_pre": {"x": "TnC", **HC_PARAMETERS},
     "head": {"x": "TnC", **HEAD_PARAMETERS},
     "head_coefficients": {"x": "TnC", **HEAD_PARAMETERS},
+    "identity_post": {"x": "TnC", "layer_output": "TC", "h_post": "Tn"},
+    "identity_pre": {"x": "TnC", **GATES},
     "rms_norm": {"layer_input": "TC", "weight": "C"},
     "normalize_streams": {"x": "TnC"},
     "post": MAPPED,
@@ -59,7 +63,8 @@ class Case:
     def __init__(self, name, n=4, std=2.0):
         self.name = name
         C, K = HIDDEN_SIZE, n * HIDDEN_SIZE
-        sizes = {"T": NUM_TOKENS, "n": n, "C": C, "K": K, "M": n * n + 2 * n, "R": n + 2, "1": 1, "3": 3}
+        sizes = {"T": NUM_TOKENS, "n": n, "C": C, "K": K, "M": n * n + 2 * n, "R": n + 2, "G": 2 * n}
+        sizes |= {"1": 1, "2": 2, "3": 3}
         rng = np.random.default_rng(0)
         draw = {
             "logits": lambda shape: std * rng.standard_normal(shape),
@@ -73,7 +78,7 @@ class Case:
             key: draw.get(key, rng.standard_normal)(tuple(sizes[d] for d in dims)) for key, dims in CASES[name].items()
         }
         spec = SimpleNamespace(num_streams=n, hidden_size=C, sinkhorn_iters=4, sinkhorn_eps=1e-2, pre_eps=1e-2)
-        spec.rms_eps, spec.post_scale = 0.5, 1.7
+        spec.rms_eps, spec.post_scale, spec.post_eps = 0.5, 1.7, 1e-2
         constants = {"spec": spec, "num_streams": n, "num_elements": K, "rms_eps": 0.5, "iters": 4, "eps": 1e-2}
         taken = inspect.signature(getattr(reference, name)).parameters
         self.constants = {key: value for key, value in constants.items() if key in taken}

@@ -1,0 +1,144 @@
+"""What an identity hyper-connection (H_res = I) launches in place of `coefficients` and `post`, both directions.
+
+Tensors come flat and contiguous, [T, …]; `operators` sees to that. Gradients that are not needed are skipped.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import compiler
+from ..compiler.kernel import dtype_name
+from ..kernels import plans, projection_plans
+from ..spec import MHCSpec
+from .coefficients import partial_sums, split_parameters
+from .operands import Gradient, aligned, by_width, channel_kernel, placeholder_if_none, stream_kernel
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def gates(
+    partial: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    spec: MHCSpec,
+    plan: projection_plans.ProjectionPlan,
+    *,
+    out: Pair,
+) -> torch.Tensor:
+    """Partial sums, alpha [2], bias [2n] -> projected [2n + 1, T]; `out` has h_pre and h_post [T, n]."""
+    projected = partial.new_empty(spec.num_coefficients + 1, partial.shape[-1])
+    target = compiler.target_of(partial.device)
+    kernel = compiler.kernel(
+        "coefficients",
+        target,
+        num_streams=spec.num_streams,
+        hidden_size=spec.hidden_size,
+        plan=plan,
+        block=plans.tokens_per_block(target),
+        has_h_res=False,
+    )
+    kernel(
+        partial=partial,
+        alpha=aligned(alpha),
+        bias=aligned(bias),
+        h_pre=out[0],
+        h_post=out[1],
+        projected=projected,
+        pre_eps=spec.pre_eps,
+        rms_eps=spec.rms_eps,
+        post_scale=spec.post_scale,
+        post_eps=spec.post_eps,
+    )
+    return projected
+
+
+def gates_backward(
+    g_h_pre: Gradient,
+    g_h_post: Gradient,
+    projected: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    spec: MHCSpec,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """g_h_pre, g_h_post [T, n], projected [2n + 1, T], alpha [2], bias [2n]
+    -> g_projected [2n + 1, T], g_alpha [2], g_bias [2n].
+    """
+    g_projected, g_alpha, g_bias = (torch.empty_like(tensor) for tensor in (projected, alpha, bias))
+    target = compiler.target_of(projected.device)
+    block = plans.tokens_per_block(target)
+    kernel = compiler.kernel(
+        "coefficients_backward",
+        target,
+        num_streams=spec.num_streams,
+        hidden_size=spec.hidden_size,
+        block=block,
+        has_g_h_pre=g_h_pre is not None,
+        has_g_h_post=g_h_post is not None,
+        has_h_res=False,
+    )
+    partial = partial_sums(projected, block, alpha.numel() + bias.numel())
+    kernel(
+        g_h_pre=placeholder_if_none(g_h_pre, projected),
+        g_h_post=placeholder_if_none(g_h_post, projected),
+        projected=projected,
+        alpha=aligned(alpha),
+        bias=aligned(bias),
+        g_projected=g_projected,
+        partial=partial,
+        post_scale=spec.post_scale,
+    )
+    split_parameters(partial, g_alpha, g_bias)
+    return g_projected, g_alpha, g_bias
+
+
+def identity_post(
+    x: torch.Tensor, layer_output: torch.Tensor, h_post: torch.Tensor, *, out: torch.Tensor
+) -> torch.Tensor:
+    """x [T, n, C], layer_output [T, C], h_post [T, n] -> x_next [T, n, C], which is `out`."""
+    layer_dtype = dtype_name(layer_output.dtype)
+    kernel = channel_kernel("post", x, x, layer_output, out, layer_dtype=layer_dtype, has_h_res=False)
+    kernel(x=x, layer_output=layer_output, h_post=aligned(h_post), h_res=h_post.new_empty(1), x_next=out)
+    return out
+
+
+def identity_post_backward(
+    g_x_next: torch.Tensor,
+    layer_output: torch.Tensor,
+    h_post: torch.Tensor,
+    *,
+    needs_g_layer_output: bool = True,
+    needs_g_h_post: bool = True,
+) -> tuple[Gradient, Gradient]:
+    """g_x_next [T, n, C], layer_output [T, C], h_post [T, n] -> the gradients of the last two, None unless needed.
+
+    That of x is g_x_next.
+    """
+    wanted = zip((layer_output, h_post), (needs_g_layer_output, needs_g_h_post), strict=True)
+    g_layer_output, g_h_post = (torch.empty_like(tensor) if needs else None for tensor, needs in wanted)
+    if g_layer_output is None and g_h_post is None:
+        return None, None
+    tile = plans.post_backward_tile(g_x_next.shape[2], g_x_next.element_size(), compiler.platform_of(g_x_next.device))
+    kernel = stream_kernel(
+        "post_backward",
+        g_x_next,
+        layer_dtype=dtype_name(layer_output.dtype),
+        tile=tile,
+        needs_g_x=False,
+        needs_g_layer_output=needs_g_layer_output,
+        needs_g_mappings=needs_g_h_post,
+        has_h_res=False,
+    )
+    unread = g_x_next.new_empty(1)
+    kernel(
+        g_x_next=by_width(g_x_next, tile),
+        x=unread,
+        layer_output=by_width(layer_output, tile),
+        h_post=aligned(h_post),
+        h_res=h_post.new_empty(1),
+        g_x=unread,
+        g_layer_output=layer_output.new_empty(1) if g_layer_output is None else by_width(g_layer_output, tile),
+        g_h_post=placeholder_if_none(g_h_post, h_post),
+        g_h_res=h_post.new_empty(1),
+    )
+    return g_layer_output, g_h_post

@@ -1,0 +1,123 @@
+"""Identity hyper-connections (H_res = I): gates, identity_pre and identity_post, which have no h_res.
+
+    gates          x [..., n, C], phi [2n, K], alpha [2], bias [2n] -> h_pre [..., n], h_post [..., n]
+    identity_pre   the same, and the streams aggregated, as in `pre`  -> layer_input [..., C], h_post, h_pre_next
+    identity_post  x, layer_output [..., C], h_post -> x_next [..., n, C]
+
+`gates` and `identity_pre` also return `projected` [2n + 1, T], which the backward starts from. The gradient of x in
+`identity_post` is that of x_next, handed on as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import launch
+from ..spec import MHCSpec
+from .declaration import Declaration, Optionals, Tensors
+from .library import spec_of
+
+CONSTANTS = "float pre_eps, float rms_eps, float post_scale, float post_eps"
+
+
+def _spec(x: torch.Tensor, constants: tuple) -> MHCSpec:
+    pre_eps, rms_eps, post_scale, post_eps = constants
+    named = {"pre_eps": pre_eps, "rms_eps": rms_eps, "post_scale": post_scale, "post_eps": post_eps}
+    return spec_of(x, residual_mapping="identity", **named)
+
+
+def _gates(x: torch.Tensor, phi: torch.Tensor, alpha: Any, bias: Any, constants: tuple, out: Any) -> torch.Tensor:
+    plan = launch.projection_plan(x, phi.shape[0])
+    return launch.gates(launch.project(x, phi, plan), alpha, bias, _spec(x, constants), plan, out=tuple(out))
+
+
+def _gates_forward(
+    x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor, *constants: float, out: Any
+) -> Tensors:
+    return (_gates(x, phi, alpha, bias, constants, out),)
+
+
+def _gates_backward(g: Any, inputs: Any, saved: Any, constants: tuple, needs: Any) -> Optionals:
+    x, phi, alpha, bias = inputs
+    arguments: Any = (*g, saved.projected, alpha, bias, _spec(x, constants))
+    g_projected, *rest = launch.gates_backward(*arguments)
+    return *launch.project_backward(g_projected, x, phi, needs_g_x=needs.x, needs_g_phi=needs.phi), *rest
+
+
+def _pre_forward(
+    x: torch.Tensor,
+    phi: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    h_pre: torch.Tensor | None,
+    *constants: float,
+    out: Any,
+) -> Tensors:
+    layer_input, h_post, h_pre_next = out
+    projected = _gates(x, phi, alpha, bias, constants, (h_pre_next, h_post))
+    launch.aggregate(x, h_pre_next if h_pre is None else h_pre, out=layer_input)
+    return (projected,)
+
+
+def _pre_backward(g: Any, inputs: Any, saved: Any, constants: tuple, needs: Any) -> Optionals:
+    x, phi, alpha, bias, given = inputs
+    h_pre = saved.h_pre_next if given is None else given
+    g_h_pre, aggregation = None, {}
+    if g.layer_input is not None:
+        aggregation = {"h_pre": h_pre, "g_layer_input": g.layer_input}
+        if given is None or needs.h_pre:
+            g_h_pre = launch.aggregate_backward(g.layer_input, x)
+    g_own = g_h_pre if given is None else g.h_pre_next
+    g_projected, g_alpha, g_bias = launch.gates_backward(
+        g_own, g.h_post, saved.projected, alpha, bias, _spec(x, constants)
+    )
+    g_x, g_phi = launch.project_backward(g_projected, x, phi, needs_g_x=needs.x, needs_g_phi=needs.phi, **aggregation)
+    return g_x, g_phi, g_alpha, g_bias, g_h_pre
+
+
+def _post_forward(*inputs: torch.Tensor, out: torch.Tensor) -> None:
+    launch.identity_post(*inputs, out=out)
+
+
+def _post_backward(g: Any, inputs: Any, _saved: Any, _constants: tuple, needs: Any) -> Optionals:
+    _, layer_output, h_post = inputs
+    found = launch.identity_post_backward(
+        g.x_next, layer_output, h_post, needs_g_layer_output=needs.layer_output, needs_g_h_post=needs.h_post
+    )
+    return g.x_next.clone() if needs.x else None, *found  # an operator returns no argument of its own
+
+
+def _hand_on(g: Any, inputs: Any, needs: Any) -> Optionals:
+    """g_x_next itself for g_x: nothing is copied."""
+    _, *rest = identity_post.operator_backward(g.x_next, *inputs, False, *needs[1:])
+    return (g.x_next, *rest)
+
+
+PARAMETERS = "x phi alpha bias"
+gates = Declaration(
+    "gates",
+    PARAMETERS,
+    "h_pre h_post",
+    _gates_forward,
+    _gates_backward,
+    constants=CONSTANTS,
+    kept="projected",
+    saved="projected",
+    aligned=lambda _: "h_pre h_post",
+)
+identity_pre = Declaration(
+    "identity_pre",
+    f"{PARAMETERS} h_pre?",
+    "layer_input h_post h_pre_next?",
+    _pre_forward,
+    _pre_backward,
+    constants=CONSTANTS,
+    kept="projected",
+    saved="h_pre_next projected",
+    aligned=lambda _: "h_post h_pre_next",
+)
+identity_post = Declaration(
+    "identity_post", "x layer_output h_post", "x_next", _post_forward, _post_backward, shortcut=_hand_on
+)
