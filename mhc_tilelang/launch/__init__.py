@@ -4,6 +4,7 @@
     expand         expand_backward is collapse
     projection     split_phi, project, project_backward; partial_sums: sum_partials
     coefficients   of a sublayer and of the head, from a projection's partial sums
+    beside         coefficients on another CUDA stream, in the delayed form
     identity       gates and post of a connection without h_res
     sinkhorn
     aggregate      alone, and with the layer's RMSNorm; mappings: with h_post and h_res beside it
@@ -17,6 +18,7 @@ functions of sizes and target.
 """
 
 from .aggregate import aggregate, aggregate_backward, aggregate_gradients, aggregate_norm, aggregate_norm_backward
+from .beside import coefficients_beside, coefficients_on
 from .coefficients import (
     coefficients,
     coefficients_backward,
@@ -59,6 +61,8 @@ __all__ = [
     "coefficients",
     "coefficients_and_aggregate",
     "coefficients_backward",
+    "coefficients_beside",
+    "coefficients_on",
     "expand",
     "expand_backward",
     "expand_pre",

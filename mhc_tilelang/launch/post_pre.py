@@ -20,6 +20,7 @@ from ..compiler.kernel import dtype_name
 from ..kernels import boundary_plans, projection_plans
 from ..spec import MHCSpec
 from .aggregate import aggregate_norm
+from .beside import coefficients_beside
 from .coefficients import coefficients
 from .mappings import coefficients_and_aggregate
 from .operands import aligned, stream_kernel
@@ -83,7 +84,11 @@ def post_pre(
         results = (layer_input, h_pre_next, h_post_next, h_res_next)
         projected = coefficients_and_aggregate(x_next, partial, alpha, bias, spec, plan, out=results)
         return Boundary(x_next, layer_input, h_post_next, h_res_next, h_pre_next, projected)
-    *_, projected = coefficients(partial, alpha, bias, spec, plan, out=(h_pre_next, h_post_next, h_res_next))
+    mappings = (h_pre_next, h_post_next, h_res_next)
+    if h_pre is None:
+        *_, projected = coefficients(partial, alpha, bias, spec, plan, out=mappings)
+    else:
+        projected = coefficients_beside(partial, alpha, bias, spec, plan, out=mappings)
     if given is None:
         weights = h_pre_next if h_pre is None else h_pre
         aggregate_norm(x_next, weights, rms_norm_weight, rms_norm_eps, out=layer_input)

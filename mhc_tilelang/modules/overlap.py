@@ -29,8 +29,8 @@ class SideStream:
         self.stream = stream
 
     @classmethod
-    def of(cls, x: torch.Tensor, overlap: torch.cuda.Stream | bool) -> SideStream | None:
-        """The side stream for x, from ResidualStream's argument; None for False and for a CPU.
+    def of(cls, x: torch.Tensor, overlap: torch.cuda.Stream | bool, name: str = "overlap") -> SideStream | None:
+        """The side stream for x, from ResidualStream's argument of this name; None for False and for a CPU.
 
         Raises:
             TypeError: overlap is neither a bool nor a torch.cuda.Stream.
@@ -39,15 +39,15 @@ class SideStream:
         """
         if not isinstance(overlap, (bool, torch.cuda.Stream)):
             got = type(overlap).__name__
-            raise TypeError(f"ResidualStream: overlap: expected a bool or a torch.cuda.Stream, got {got}")
+            raise TypeError(f"ResidualStream: {name}: expected a bool or a torch.cuda.Stream, got {got}")
         if overlap is False:
             return None
         if isinstance(overlap, torch.cuda.Stream) and overlap.device != x.device:
-            raise ValueError(f"ResidualStream: overlap: expected a stream on {x.device}, got one on {overlap.device}")
+            raise ValueError(f"ResidualStream: {name}: expected a stream on {x.device}, got one on {overlap.device}")
         if not x.is_cuda:
             return None
         if torch.compiler.is_compiling():
-            raise RuntimeError("ResidualStream: overlap: expected False under torch.compile, which drops CUDA streams")
+            raise RuntimeError(f"ResidualStream: {name}: expected False under torch.compile, which drops CUDA streams")
         return cls(_stream_of(x.device) if overlap is True else overlap)
 
     def run(self, merge: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
@@ -59,11 +59,14 @@ class SideStream:
             _record(tensor, self.stream)
         return merged
 
+    def join(self) -> None:
+        """Let the current stream wait for this one."""
+        torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+
     def wait_for(self, merged: torch.Tensor) -> torch.Tensor:
         """What `run` returned, for the current stream, which waits for it."""
-        current = torch.cuda.current_stream(self.stream.device)
-        current.wait_stream(self.stream)
-        _record(merged, current)
+        self.join()
+        _record(merged, torch.cuda.current_stream(self.stream.device))
         return merged
 
 

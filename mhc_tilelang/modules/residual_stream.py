@@ -46,7 +46,7 @@ from typing import Any
 
 import torch
 
-from .. import ops
+from .. import launch, ops
 from ..arguments import Arguments, check_streams, sizes_of
 from .connections import Connection, HyperConnection, HyperHead, check_kind
 from .overlap import SideStream
@@ -70,6 +70,10 @@ class ResidualStream:
             one, so that it runs while the model does something else before the next read. True takes one stream per
             device; or give a stream. Values are the same to the bit; the next read is then a `pre` of its own instead
             of half a `post_pre`. On a CPU, which has no streams, writes wait as ever. Not under torch.compile.
+        overlap_coefficients: on a GPU, and for connections with delayed_pre, make a sublayer's coefficients (Sinkhorn)
+            on a CUDA stream beside the current one while its layer runs, which does not wait for them; the write does.
+            True or a stream, as in overlap; values are the same to the bit. Each read needs its write. Not together
+            with recompute.
 
     Raises:
         ValueError, TypeError: an argument of the wrong kind, dtype or size; the message names it.
@@ -84,6 +88,7 @@ class ResidualStream:
         *,
         recompute: int | None = None,
         overlap: torch.cuda.Stream | bool = False,
+        overlap_coefficients: torch.cuda.Stream | bool = False,
     ) -> None:
         (self._hidden_size,) = sizes_of("ResidualStream", "h", h, ("C",))
         check_stream_dtype("ResidualStream", "h", h)
@@ -95,7 +100,7 @@ class ResidualStream:
         self._is_expanded = connection != "mhc"  # there the first read, or look, does it
         if not self._is_expanded:
             Arguments("ResidualStream").tensor("h", h, (self._hidden_size,), batched=True)
-        self._begin(recompute, overlap)
+        self._begin(recompute, overlap, overlap_coefficients)
 
     @classmethod
     def from_streams(
@@ -106,6 +111,7 @@ class ResidualStream:
         connection: str = "mhc",
         recompute: int | None = None,
         overlap: torch.cuda.Stream | bool = False,
+        overlap_coefficients: torch.cuda.Stream | bool = False,
     ) -> ResidualStream:
         """Go on with what another part of the model handed over: the beginning of a pipeline stage.
 
@@ -116,6 +122,7 @@ class ResidualStream:
             connection: as for the class.
             recompute: as for the class.
             overlap: as for the class.
+            overlap_coefficients: as for the class.
         """
         function = "ResidualStream.from_streams"
         check_kind(function, "connection", connection)
@@ -128,17 +135,25 @@ class ResidualStream:
         stream = cls.__new__(cls)
         stream._kind, stream._x, stream._is_expanded = connection, x, True
         stream._num_streams, stream._hidden_size = (1, *sizes)[-2:]
-        stream._begin(recompute, overlap)
+        stream._begin(recompute, overlap, overlap_coefficients)
         stream._delayed, stream._h_pre = h_pre is not None, h_pre
         return stream
 
-    def _begin(self, recompute: int | None, overlap: torch.cuda.Stream | bool) -> None:
+    def _begin(
+        self,
+        recompute: int | None,
+        overlap: torch.cuda.Stream | bool,
+        overlap_coefficients: torch.cuda.Stream | bool,
+    ) -> None:
         """Nothing is read or written yet."""
-        if recompute is not None and overlap is not False:
-            raise ValueError(f"ResidualStream: overlap: expected False beside recompute={recompute}, got {overlap}")
+        for name, given in (("overlap", overlap), ("overlap_coefficients", overlap_coefficients)):
+            if recompute is not None and given is not False:
+                raise ValueError(f"ResidualStream: {name}: expected False beside recompute={recompute}, got {given}")
         self._recorder = make_recorder(recompute, self._x, self._kind)
         self._given = (version(self._x), *modes())  # as of the layer's output
         self._side = SideStream.of(self._x, overlap)
+        self._overlaps_coefficients = overlap_coefficients is not False
+        self._coefficients = SideStream.of(self._x, overlap_coefficients, "overlap_coefficients")
         self._merged_early: torch.Tensor | None = None  # on the side stream, and not waited for
         self._reader: tuple[Connection, tuple[torch.Tensor, ...]] | None = None  # and its mappings, until merged
         self._layer_output: torch.Tensor | None = None
@@ -152,6 +167,20 @@ class ResidualStream:
         self._check_turn("read", writes=False)
         self._check_connection(connection)
         self._delayed = is_delayed(connection)
+        if self._coefficients is None:
+            layer_input, mappings, given_pre = self._call(connection)
+        else:
+            with launch.coefficients_on(self._coefficients.stream):
+                layer_input, mappings, given_pre = self._call(connection)
+        if self._delayed:
+            self._h_pre = mappings.pop()
+        if self._recorder:
+            self._recorder.read(connection, self._x, layer_input, *given_pre)  # type: ignore[arg-type]
+        self._reader = connection, tuple(mappings)
+        return layer_input
+
+    def _call(self, connection: Connection) -> tuple[torch.Tensor, list[torch.Tensor], tuple[torch.Tensor, ...]]:
+        """The layer's input, the mappings, and what a delayed connection aggregated with."""
         read: Any = connection  # which takes more than x where it is HyperConnection, or delayed
         if self._can_fuse(connection):
             _, layer_output, written = self._waiting_write()
@@ -168,12 +197,7 @@ class ResidualStream:
             self._merge()
             given_pre = self._given_pre()
             layer_input, *mappings = read(self._x, *given_pre)
-        if self._delayed:
-            self._h_pre = mappings.pop()
-        if self._recorder:
-            self._recorder.read(read, self._x, layer_input, *given_pre)
-        self._reader = connection, tuple(mappings)
-        return layer_input
+        return layer_input, mappings, given_pre
 
     def write(self, layer_output: torch.Tensor, *, overlap: bool = True) -> None:
         """Hand back what the layer made of the input that was read.
@@ -184,6 +208,8 @@ class ResidualStream:
             overlap: False leaves this write to the next read, in a stream whose writes are merged beside it.
         """
         self._check_turn("write", writes=True)
+        if self._coefficients is not None:
+            self._coefficients.join()
         check_layer_output(layer_output, self._x, self._kind)
         self._layer_output = layer_output
         self._written = (version(layer_output), *modes())
@@ -336,6 +362,11 @@ class ResidualStream:
             raise ValueError(
                 f"ResidualStream.read: connection: expected a spec with delayed_pre={self._delayed}, as those before "
                 f"have, got {delayed}"
+            )
+        if self._overlaps_coefficients and not delayed:
+            raise ValueError(
+                "ResidualStream.read: connection: expected a spec with delayed_pre for overlap_coefficients, got one "
+                "whose layer waits for its coefficients"
             )
         if self._recorder and not (has_own_forward(connection) and has_own_merge(connection)):
             raise TypeError(

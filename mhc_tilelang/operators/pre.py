@@ -41,7 +41,10 @@ def _forward(
     mappings = (h_pre_next, h_post, h_res)
     if h_pre is None and rms_norm_weight is None:
         return (launch.coefficients_and_aggregate(x, *coefficients, out=(layer_input, *mappings)),)
-    *_, projected = launch.coefficients(*coefficients, out=mappings)
+    if h_pre is None:
+        *_, projected = launch.coefficients(*coefficients, out=mappings)
+    else:
+        projected = launch.coefficients_beside(*coefficients, out=mappings)
     launch.aggregate_norm(x, h_pre_next if h_pre is None else h_pre, rms_norm_weight, eps, out=layer_input)
     return (projected,)
 

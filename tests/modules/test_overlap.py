@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import mhc_tilelang as mhc
+from mhc_tilelang.launch import beside
 from mhc_tilelang.modules import overlap
 
 SPEC = mhc.MHCSpec.deepseek_v4(64)
@@ -58,7 +59,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(torch.cuda, "stream", switched)
     monkeypatch.setattr(torch.Tensor, "record_stream", record)
     monkeypatch.setattr(mhc.HyperConnection, "merge", staticmethod(merged))
-    monkeypatch.setattr(overlap.SideStream, "of", lambda _, asked: overlap.SideStream(side) if asked else None)
+    monkeypatch.setattr(overlap.SideStream, "of", lambda _, asked, *__: overlap.SideStream(side) if asked else None)
     return events
 
 
@@ -168,3 +169,61 @@ def test_a_stream_that_goes_on_merges_beside_too(events: list[str]) -> None:
     stream = mhc.ResidualStream.from_streams(torch.randn(3, 4, 64), overlap=True)
     stream.write(torch.tanh(stream.read(first)))
     assert events == EARLY
+
+
+def delayed_connections() -> list[mhc.HyperConnection]:
+    made = connections()
+    for module in made:
+        module.spec = mhc.MHCSpec.deepseek_v4_1(64)
+    return made
+
+
+def test_coefficients_are_made_beside_the_layer(events: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forked after what they are made from, joined when the layer was launched; the same bits and gradients.
+
+    Would catch: a layer that waits, a merge that does not, memory that is not recorded.
+    """
+    made = beside.coefficients
+
+    def coefficients(*tensors: object, **out: object) -> object:
+        events.append(f"coefficients on {torch.cuda.current_stream(None).name}")
+        return made(*tensors, **out)
+
+    monkeypatch.setattr(beside, "coefficients", coefficients)
+    results = []
+    for side in (True, False):
+        torch.manual_seed(2)
+        h = torch.randn(3, 64, requires_grad=True)
+        modules = delayed_connections()
+        stream = mhc.ResidualStream(h, overlap_coefficients=side)
+        for module in modules[:2]:
+            events.clear()
+            u = stream.read(module)
+            before, events[:] = list(events), []
+            stream.write(torch.tanh(u))
+            after = list(events)
+            if side:
+                assert before[:2] == ["side waits for main", "coefficients on side"]
+                # partial sums, alpha, bias, h_pre, h_post, h_res; then `projected`, which the backward reads.
+                assert [e.rsplit(" ", 1)[1] for e in before[2:]] == ["side"] * 6 + ["main"]
+                assert after == ["main waits for side"]
+            else:
+                assert before == ["coefficients on main"] * len(before)
+                assert after == []
+        output = stream.reduce()
+        results.append([output, *torch.autograd.grad(output.square().sum(), [h, modules[0].phi, modules[1].bias])])
+    assert all(map(torch.equal, *results))
+
+
+def test_what_the_coefficients_cannot_run_beside() -> None:
+    """A layer that waits for them, a recorder, another type; on a CPU nothing changes."""
+    connection, delayed = connections()[0], delayed_connections()[0]
+    h = torch.randn(3, 64)
+    with pytest.raises(ValueError, match="expected a spec with delayed_pre for overlap_coefficients"):
+        mhc.ResidualStream(h, overlap_coefficients=True).read(connection)
+    with pytest.raises(ValueError, match="overlap_coefficients: expected False beside recompute=2"):
+        mhc.ResidualStream(h, recompute=2, overlap_coefficients=True)
+    with pytest.raises(TypeError, match=r"overlap_coefficients: expected a bool or a torch.cuda.Stream, got str"):
+        mhc.ResidualStream(h, overlap_coefficients="side")
+    inputs = [mhc.ResidualStream(h, overlap_coefficients=asked).read(delayed) for asked in (True, False)]
+    assert torch.equal(*inputs)
