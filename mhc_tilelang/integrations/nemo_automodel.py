@@ -49,7 +49,7 @@ def replace(model: nn.Module) -> tuple[str, ...]:
     for module in found.values():
         module.forward = partial(_coefficients, module)
         if isinstance(module, DeepseekV41HyperConnection):
-            module.collapse, module.expand = collapse, expand  # type: ignore[method-assign]
+            module.collapse, module.expand = collapse, expand
     return tuple(found)
 
 
