@@ -20,5 +20,5 @@
     options, sizes   what several commands' options name: dtypes, models
 
 Imports the package, and nothing imports it but the command line. Commands and reports, `options`, `sizes`,
-`calls.cases` and `traffic.formulas` load no torch.
+`calls.table`, `calls.cases` and `traffic.formulas` load no torch.
 """

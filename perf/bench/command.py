@@ -20,6 +20,7 @@ from ...errors import MHCError
 from ...spec import STREAM_COUNTS
 from .. import peers
 from ..calls import cases
+from ..calls.table import CALLS
 from ..options import DTYPES, positive
 from ..overhead import command as overhead_command
 from ..peers.report import facts as peer_facts
@@ -163,7 +164,7 @@ def beside(case: cases.Case, gpu: str) -> str:
     from ..predict.predicted import predict
 
     device = named(gpu)
-    if device is None or case.kernel not in cases.CALLS:
+    if device is None or case.kernel not in CALLS:
         return ""
     try:
         found = predict(case, device, flushed=True)

@@ -10,9 +10,9 @@ from itertools import groupby
 
 import torch
 
-from ..calls import boundary_workloads
 from ..calls.cases import BOUNDARY_KERNELS, BOUNDARY_STEP, SUBLAYER_INPUT, Case, Shape
-from ..calls.workloads import Stream, Workload, workload
+from ..calls.every_call import Given
+from ..calls.workloads import SEPARATE, Workload, workload
 from ..measure.machine import last_level_cache
 from ..measure.timing import REPLAYED_TOKENS, GraphReplay, Statistics, capturable, clock_for, measure
 from ..peers.prepare import Loaded, PeerResult, compare
@@ -35,7 +35,7 @@ FORMS = {
     **backward_token_forms.FORMS,
 }
 COMPOSED_FORMS = {SUBLAYER_INPUT: stream_forms.SUBLAYER_INPUT_FORMS, **boundary_forms.FORMS}
-KERNEL, COPY, SEPARATE = "kernel", "copy", boundary_workloads.SEPARATE
+KERNEL, COPY = "kernel", "copy"
 
 
 @dataclass(frozen=True)
@@ -141,12 +141,12 @@ def run_shape(
     """Measure the cases of one shape, whose kernels are checked."""
     cache_bytes = last_level_cache(device)
     events = clock_for(device, cache_bytes)
-    stream = Stream.of(shape, device)
+    given = Given.of(shape, device)
     replayed = device.type == "cuda" and shape.num_tokens <= REPLAYED_TOKENS
     clock = GraphReplay(events, device) if replayed else events
-    selection = boundary_parts.Selection(shape, stream, baselines, clock)
+    selection = boundary_parts.Selection(shape, given, baselines, clock)
     for case in cases:
-        load = workload(case, stream)
+        load = workload(case, given)
         load.run()
         verified = torch_forms(case, load, selection)
         copy, copy_bytes = make_copy(load.traffic.total, device)
@@ -155,7 +155,7 @@ def run_shape(
         candidates |= {call.name: call.run for call in calls if call.run is not None}
         error = verify_separate(case, load)
         if load.separate:
-            candidates[SEPARATE] = load.separate[0]
+            candidates[SEPARATE] = load.separate.run
         times = measure(capturable(candidates, clock, needed=(KERNEL, COPY, SEPARATE)), clock, repeats, seconds)
         in_cache = load.traffic.total <= cache_bytes
         torch_results = tuple(form_result(form, times) for form in verified if form.name in times)
@@ -176,7 +176,7 @@ def run_shape(
 
 def torch_forms(case: Case, load: Workload, selection: boundary_parts.Selection) -> list[Baseline]:
     """The forms of plain torch, verified; of a boundary also those put together from the fastest parts."""
-    x, expected, modes = selection.stream.inputs.x, load.outputs(), selection.modes
+    x, expected, modes = selection.given.inputs.x, load.outputs(), selection.modes
     forms = applicable((FORMS | COMPOSED_FORMS)[case.kernel], x.device, case.shape.dtype, selection.baselines)
     if case.kernel not in (*BOUNDARY_KERNELS, BOUNDARY_STEP):
         return prepare(case.kernel, forms, modes, load.arguments, expected)

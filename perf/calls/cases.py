@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...kernels.plans import BYTES
+from .table import AGGREGATED
 
 KERNELS = ("expand", "project", "coefficients", "sinkhorn", "aggregate", "post")
 BACKWARD_KERNELS = tuple(f"{kernel}_backward" for kernel in KERNELS)
@@ -18,40 +19,16 @@ SUBLAYER_INPUT = "project+coefficients+aggregate"
 POST_PRE, POST_PRE_DELAYED, POST_PRE_BACKWARD = "post_pre", "post_pre_delayed", "post_pre_backward"
 BOUNDARY_STEP = "post_pre+post_pre_backward"
 BOUNDARY_KERNELS = (POST_PRE, POST_PRE_DELAYED, POST_PRE_BACKWARD)
-# The projection's backward as pre's backward calls it: g_x also gets h_pre · g_layer_input.
-AGGREGATED = "project_backward_aggregated"
-BOUNDARY = (
-    *("post_pre", "post_pre_delayed", "post_head", "expand_pre"),
-    *("post_pre_backward", "post_pre_delayed_backward", "post_head_backward", "expand_pre_backward"),
-)
-NORM = ("aggregate_norm", "aggregate_norm_backward")
-# Every call of `calls.every_call`: audited, built, executed. `bench` has a case for some.
-CALLS = (
-    *(
-        "expand",
-        "project",
-        "coefficients",
-        "head_coefficients",
-        "sinkhorn",
-        "aggregate",
-        "post",
-        "replay",
-        "aggregate_norm",
-    ),
-    *("expand_backward", "project_backward", AGGREGATED, "coefficients_backward", "head_coefficients_backward"),
-    *("sinkhorn_backward", "aggregate_backward", "aggregate_gradients", "aggregate_norm_backward"),
-    "post_backward",
-    *BOUNDARY,
-)
 FORWARD_PARTS = ("post", "project", "coefficients", "aggregate")
 BACKWARD_PARTS = ("aggregate_backward", "coefficients_backward", AGGREGATED, "post_backward")
 # What else is run where these are measured: the parts, the separate kernels, those that make the inputs of a backward.
 MADE_OF = {
-    **dict.fromkeys(("coefficients", "coefficients_backward", "project_backward"), ("project",)),
+    "coefficients": ("project",),
+    "coefficients_backward": ("project", "coefficients"),
     SUBLAYER_INPUT: ("project", "coefficients", "aggregate"),
     POST_PRE: FORWARD_PARTS,
     POST_PRE_DELAYED: FORWARD_PARTS,
-    POST_PRE_BACKWARD: (*FORWARD_PARTS, *BACKWARD_PARTS),
+    POST_PRE_BACKWARD: (POST_PRE, *BACKWARD_PARTS),
     BOUNDARY_STEP: (POST_PRE, POST_PRE_BACKWARD, *FORWARD_PARTS, *BACKWARD_PARTS),
 }
 TOKEN_KERNELS = ("coefficients", "sinkhorn", "coefficients_backward", "sinkhorn_backward")  # never see the stream

@@ -22,7 +22,7 @@ def launches(case: Case, target: str, parallel_blocks: int) -> tuple[Recorded, .
     """The kernels of one call, in order, each with the names of its tensors that are as wide as the stream or a layer.
 
     Args:
-        case: a call of `cases.CALLS` at a shape.
+        case: a call of `table.CALLS` at a shape.
         target: "cuda" or "cpu".
         parallel_blocks: how many blocks of a projection the device runs at a time.
     """

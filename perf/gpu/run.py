@@ -50,8 +50,9 @@ def shapes_of(part: str) -> list[Shape]:
 
 def jobs_of(part: str) -> list[Job]:
     """The kernels of every call at these shapes, each once."""
-    from ..calls.cases import CALLS, Case
+    from ..calls.cases import Case
     from ..calls.launches import launches
+    from ..calls.table import CALLS
 
     found = [
         launch

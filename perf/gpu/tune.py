@@ -56,8 +56,9 @@ class Tried:
 
 def calls_with(family: str) -> list[str]:
     """The calls that launch a family, those first that launch little else."""
-    from ..calls.cases import CALLS, Case
+    from ..calls.cases import Case
     from ..calls.launches import launches
+    from ..calls.table import CALLS
 
     shape = Shape(4096, 4, 2560, "bfloat16")
     found = {name: [one.family for one in launches(Case(name, shape), "cuda", 264)] for name in CALLS}

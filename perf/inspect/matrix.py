@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import MHCError
 from ...kernels import FAMILIES, boundary_plans, projection_plans
-from ..calls.cases import CALLS, Case, Shape
+from ..calls.cases import Case, Shape
 from ..calls.launches import launches
+from ..calls.table import CALLS
 from ..options import DTYPES
 from .occupancy import ARCHITECTURES
 

@@ -19,9 +19,10 @@ from ...checking.tolerance import UNIT_ROUNDOFF
 from ...compiler.kernel import dtype_name
 from ...errors import MHCError
 from ...kernels import boundary_plans
-from ..calls.boundary_workloads import Left
-from ..calls.cases import Case, Shape
-from ..calls.workloads import Stream, workload
+from ..calls.cases import Shape
+from ..calls.every_call import Given
+from ..calls.table import AGGREGATED
+from ..calls.workloads import Buffered
 from ..measure.timing import WARMUP_ROUNDS, Clock, Run, Sample, Statistics, ratios, sample, summarize
 from ..torch_forms.baselines import TOLERANCE, relative_error
 from .layers import EAGER, KERNELS, KINDS, RESIDUAL, WAITING, Layer
@@ -143,34 +144,33 @@ def kernels_alone(x: torch.Tensor, training: bool) -> dict[str, Run]:
     """Every kernel of a boundary at the stream's size, each by itself; with those of the backward for training."""
     *leading, num_streams, hidden_size = x.shape
     shape = Shape(torch.Size(leading).numel(), num_streams, hidden_size, dtype_name(x.dtype))
-    stream = Stream.of(shape, x.device)
-    i = stream.inputs
+    given = Given.of(shape, x.device)
+    i = given.inputs
     x_next = torch.empty_like(i.x)
     runs: dict[str, Run] = {
         "post_project": lambda: launch.post_project(i.x, i.layer_output, i.h_post, i.h_res, i.phi, out=(x_next, None)),
-        **{name: workload(Case(name, shape), stream).run for name in ("coefficients", "aggregate")},
+        **{name: Buffered(given, name).run for name in ("coefficients", "aggregate")},
     }
     if not training:
         return runs
-    runs["aggregate_backward"] = workload(Case("aggregate_backward", shape), stream).run
+    runs["aggregate_backward"] = Buffered(given, "aggregate_backward").run
     fused = boundary_plans.backward_is_fused(num_streams, compiler.platform_of(x.device))
-    return {**runs, **(fused_backward(stream) if fused else separate_backward(stream, shape))}
+    return {**runs, **(fused_backward(given) if fused else separate_backward(given))}
 
 
-def fused_backward(stream: Stream) -> dict[str, Run]:
+def fused_backward(given: Given) -> dict[str, Run]:
     """The launches of `post_pre_backward` behind the first one, each with what those before it leave."""
-    i, left = stream.inputs, Left.of(stream)
-    g_x_next, g_layer_input, g_h_post_next, g_h_res_next = left.upstream.values()
+    i, left, g = given.inputs, given.after, given.gradients
     g_projected, out = torch.empty_like(left.projected), (torch.empty_like(i.x), torch.empty_like(i.layer_output))
     mixing = (i.x, i.layer_output, left.h_pre, i.h_post, i.h_res, i.phi)
 
     def mappings() -> torch.Tensor:
         return launch.mappings_backward(
-            i.h_pre, g_h_post_next, g_h_res_next, left.projected, i.alpha, i.bias, stream.spec, out=g_projected
+            i.h_pre, g.g_h_post, g.g_h_res, left.projected, i.alpha, i.bias, given.spec, out=g_projected
         )
 
     def boundary() -> tuple[torch.Tensor, ...]:
-        return launch.mixing_backward(g_x_next, g_layer_input, g_projected, *mixing, out=out)
+        return launch.mixing_backward(g.g_x, g.g_h, g_projected, *mixing, out=out)
 
     partial_parameters = mappings()
     *_, partial_phi, partial_mixing = boundary()
@@ -178,27 +178,19 @@ def fused_backward(stream: Stream) -> dict[str, Run]:
     return {
         "coefficients_backward": mappings,
         "boundary_backward": boundary,
-        "boundary_sums": lambda: launch.boundary_sums(*partial, stream.spec.num_streams),
+        "boundary_sums": lambda: launch.boundary_sums(*partial, given.case.num_streams),
     }
 
 
-def separate_backward(stream: Stream, shape: Shape) -> dict[str, Run]:
-    """What runs in their place where the backward is not fused."""
-    one, other = torch.ones_like(stream.inputs.x), torch.ones_like(stream.inputs.x)
+def separate_backward(given: Given) -> dict[str, Run]:
+    """What runs in their place where the backward is not fused; with the aggregation's share of g_x."""
+    one, other = torch.ones_like(given.inputs.x), torch.ones_like(given.inputs.x)
     return {
-        "coefficients_backward": workload(Case("coefficients_backward", shape), stream).run,
-        "project_backward": project_backward(stream, shape),
+        "coefficients_backward": Buffered(given, "coefficients_backward").run,
+        "project_backward": Buffered(given, AGGREGATED).run,
         GRADIENT_SUM: lambda: one.add_(other),
-        "post_backward": workload(Case("post_backward", shape), stream).run,
+        "post_backward": Buffered(given, "post_backward").run,
     }
-
-
-def project_backward(stream: Stream, shape: Shape) -> Run:
-    """The kernel as the layer runs it: with the aggregation's share of g_x, unlike the one `bench` times."""
-    arguments = workload(Case("project_backward", shape), stream).arguments
-    arguments |= {"h_pre": stream.inputs.h_pre, "g_layer_input": stream.inputs.layer_output}
-    out = (torch.empty_like(stream.inputs.x), torch.empty_like(stream.inputs.phi))
-    return lambda: launch.project_backward(**arguments, out=out)
 
 
 def memory_of(device: torch.device) -> tuple[str, Callable[[Layer], int]]:

@@ -1,6 +1,6 @@
 """What a peer declares: which of our functions it has, under which name, and how a call is made.
 
-A `Function` binds a kernel's arguments, named as in `workloads`. What is converted on the way in is converted once,
+A `Function` binds a kernel's arguments, named as in `calls.table`. What is converted on the way in is converted once,
 untimed; what is timed is the peer's own call, in its own layout; what comes out is converted back for the comparison,
 untimed as well. So a peer pays for no convention but its own.
 """

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from tabulate import tabulate
 
 from ...errors import MHCError
-from ..calls.cases import CALLS, Case, Shape
+from ..calls.cases import Case, Shape
+from ..calls.table import CALLS
 from .devices import Device
 from .launched import Launched, build_function, fits_cache, launched
 from .model import SHORT_US, Work, advice, regime, rows_of, terms

@@ -3,7 +3,7 @@
     as written    post, then pre: for torch.compile, which may fuse across the boundary as the kernels do
     autograd      its backward, recorded or compiled, as in `backward_autograd`; for a step both passes
 
-Arguments as `boundary_workloads` names them; the last ones are outputs. `allowed` says how far from the fused kernels
+Arguments as `calls.table` names them; the last ones are outputs. `allowed` says how far from the fused kernels
 a result may be that is right.
 """
 
@@ -19,8 +19,9 @@ from ...checking import plain_torch
 from ...checking.tolerance import UNIT_ROUNDOFF
 from ...compiler.kernel import dtype_name
 from ...spec import MHCSpec
-from ..calls.boundary_workloads import FORWARD_RESULTS, GRADIENTS, MIXING, PARAMETERS, Trained
 from ..calls.cases import BOUNDARY_STEP, POST_PRE, POST_PRE_BACKWARD, POST_PRE_DELAYED
+from ..calls.table import FORWARD_RESULTS, GRADIENTS, MIXING, PARAMETERS
+from ..calls.workloads import Trained
 from .backward_autograd import coefficients_of, recorded, write
 from .baselines import COMPILED, EAGER, TOLERANCE, Form
 

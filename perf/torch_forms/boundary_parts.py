@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls.boundary_workloads import MIXING
 from ..calls.cases import BOUNDARY_STEP, FORWARD_PARTS, POST_PRE_BACKWARD, Case, Shape
-from ..calls.workloads import Stream, workload
+from ..calls.every_call import Given
+from ..calls.table import MIXING
+from ..calls.workloads import in_turn, workload
 from ..measure.timing import Clock, capturable, measure
 from . import backward_post as backward_post_forms
 from . import backward_streams as backward_stream_forms
@@ -76,8 +77,8 @@ FORMS = {
 class Selection:
     """The forms of one shape's parts, fastest first, timed when they are first asked for."""
 
-    def __init__(self, shape: Shape, stream: Stream, baselines: str, clock: Clock) -> None:
-        self.shape, self.stream, self.baselines, self.clock = shape, stream, baselines, clock
+    def __init__(self, shape: Shape, given: Given, baselines: str, clock: Clock) -> None:
+        self.shape, self.given, self.baselines, self.clock = shape, given, baselines, clock
         self.modes = MODES[baselines]
         self.ranked: dict[str, list[Part]] = {}
 
@@ -95,7 +96,7 @@ class Selection:
     def rank(self, part: str) -> list[Part]:
         """Verify, then time."""
         arguments, outputs = self.case(part)
-        device = self.stream.inputs.x.device
+        device = self.given.inputs.x.device
         found = applicable(FORMS[part], device, self.shape.dtype, self.baselines)
         forms = {form.name: form for form in found if not form.binds}
         prepared = prepare(part, tuple(forms.values()), self.modes, arguments, outputs)
@@ -109,10 +110,10 @@ class Selection:
     def case(self, part: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What a part takes, and what it is to write: what its kernel does, the sum what the first form does."""
         if part != SUM:
-            load = workload(Case(part, self.shape), self.stream)
+            load = workload(Case(part, self.shape), self.given)
             load.run()
             return load.arguments, load.outputs()
-        i = self.stream.inputs
+        i = self.given.inputs
         arguments = {"g_x": i.x, "g_x_next": i.x, "h_pre": i.h_pre, "g_layer_input": i.h}
         total = torch.empty_like(i.x)
         sum_as_written(**arguments, total=total)
@@ -135,7 +136,7 @@ class Buffers:
     h_pre: Tensor
 
     @classmethod
-    def of(cls, stream: Stream) -> Buffers:
+    def of(cls, stream: Given) -> Buffers:
         """Not yet written."""
         h_pre = stream.inputs.h_pre
         rows = stream.spec.num_coefficients
@@ -145,7 +146,7 @@ class Buffers:
 def forward_parts(
     given: Mapping[str, Any], outputs: Mapping[str, Tensor], buffers: Buffers, block: slice = slice(None)
 ) -> list[Bound]:
-    """The calls of FORWARD for a block of tokens; `given` and `outputs` are named as by `boundary_workloads`."""
+    """The calls of FORWARD for a block of tokens; `given` and `outputs` are named as in `calls.table`."""
     mixing = {name: given[name][block] for name in MIXING}
     x_next, layer_input, h_post_next, h_res_next = (
         outputs[name][block] for name in ("x_next", "layer_input", "h_post_next", "h_res_next")
@@ -207,11 +208,11 @@ def prepare_parts(
         parts = {name: selection.fastest(name, mode) for name in names}
         if mode == COMPILED and all(part_mode == EAGER for _, part_mode in parts.values()):
             continue
-        runs = {NAME: chain(case, selection.stream, parts, arguments, outputs)}
-        x = selection.stream.inputs.x
+        runs = {NAME: chain(case, selection.given, parts, arguments, outputs)}
+        x = selection.given.inputs.x
         in_turn = names == FORWARD and mode == EAGER and selection.baselines != FAST  # never the fastest in stored runs
         if in_turn and x.device.type == "cpu" and len(x) > block_tokens(x):
-            runs[BLOCKS] = in_blocks(selection.stream, parts, arguments, outputs)
+            runs[BLOCKS] = in_blocks(selection.given, parts, arguments, outputs)
         used = tuple(f"{name}: {form.name}, {part_mode}" for name, (form, part_mode) in parts.items())
         for name, run in runs.items():
             error = verify(f"{case.kernel}, {mode}: {name}", run, outputs, expected, allowed)
@@ -220,15 +221,15 @@ def prepare_parts(
 
 
 def chain(
-    case: Case, stream: Stream, parts: Mapping[str, Part], given: Mapping[str, Any], outputs: Mapping[str, Tensor]
+    case: Case, stream: Given, parts: Mapping[str, Part], given: Mapping[str, Any], outputs: Mapping[str, Tensor]
 ) -> Run:
     """All parts of a case, one after the other."""
     if case.kernel == POST_PRE_BACKWARD:
-        return in_order(bound(parts, backward_parts(given, outputs)))
+        return in_turn(*bound(parts, backward_parts(given, outputs)))
     buffers = Buffers.of(stream)
     forward = bound(parts, forward_parts(given, outputs, buffers))
     if case.kernel != BOUNDARY_STEP:
-        return in_order(forward)
+        return in_turn(*forward)
     rows = stream.spec.num_coefficients
     left = {
         "x_next": outputs["x_next"],
@@ -236,30 +237,17 @@ def chain(
         "projected": buffers.h_pre.new_empty(rows + 1, len(buffers.h_pre)),
     }
     backward = bound(parts, backward_parts({**given, **left}, outputs))
-    return in_order([*forward, keep(buffers, stream.spec, left["projected"]), *backward])
+    return in_turn(*forward, keep(buffers, stream.spec, left["projected"]), *backward)
 
 
-def in_blocks(
-    stream: Stream, parts: Mapping[str, Part], given: Mapping[str, Any], outputs: Mapping[str, Tensor]
-) -> Run:
+def in_blocks(stream: Given, parts: Mapping[str, Part], given: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> Run:
     """All parts of a forward for one block of tokens, then for the next."""
     buffers, num_tokens = Buffers.of(stream), len(stream.inputs.x)
     size = block_tokens(stream.inputs.x)
     blocks = [slice(first, first + size) for first in range(0, num_tokens, size)]
-    return in_order([run for block in blocks for run in bound(parts, forward_parts(given, outputs, buffers, block))])
+    return in_turn(*(run for block in blocks for run in bound(parts, forward_parts(given, outputs, buffers, block))))
 
 
 def bound(parts: Mapping[str, Part], calls: Iterable[Bound]) -> list[Run]:
     """The parts' forms, bound to their arguments."""
     return [bind(*parts[name], arguments) for name, arguments in calls]
-
-
-def in_order(runs: Iterable[Run]) -> Run:
-    """All of these as one call."""
-    runs = tuple(runs)
-
-    def run() -> None:
-        for each in runs:
-            each()
-
-    return run

@@ -16,11 +16,12 @@ from ...errors import MHCError
 from ...spec import STREAM_COUNTS
 from ..bench.command import DTYPES, positive
 from ..calls import cases
+from ..calls.table import CALLS
 from . import report as traffic_report
 from . import schedule as traffic_schedule
 from .formulas import PARALLEL_BLOCKS
 
-KERNELS = cases.CALLS
+KERNELS = tuple(CALLS)
 DEFAULT_TOKENS = (4096,)
 
 

@@ -44,7 +44,8 @@ from ...kernels import boundary_plans, plans, projection_plans
 from ...kernels.plans import BYTES
 from ...kernels.projection_plans import ProjectionPlan, WarpProjectionPlan
 from ...spec import MHCSpec
-from ..calls.cases import AGGREGATED, POST_PRE, POST_PRE_BACKWARD, POST_PRE_DELAYED, REPLAYED, TOKEN_KERNELS, Case
+from ..calls.cases import POST_PRE, POST_PRE_BACKWARD, POST_PRE_DELAYED, REPLAYED, TOKEN_KERNELS, Case
+from ..calls.table import AGGREGATED
 
 PARALLEL_BLOCKS = 2 * 132  # on the multiprocessors of an H100 or H200: they set how tokens are cut in ranges
 

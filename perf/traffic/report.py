@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..calls.cases import AGGREGATED, Shape
+from ..calls.cases import Shape
+from ..calls.table import AGGREGATED
 from .formulas import stream_elements
 
 if TYPE_CHECKING:

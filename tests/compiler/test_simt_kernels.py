@@ -17,9 +17,10 @@ from mhc_tilelang.compiler.simt import Launched, executing
 from mhc_tilelang.compiler.simt.target import generated
 from mhc_tilelang.kernels import FAMILIES
 from mhc_tilelang.kernels.projection_plans import WarpsPlan
-from mhc_tilelang.perf.calls.cases import CALLS, Shape
 from mhc_tilelang.perf.calls.cases import Case as Call
+from mhc_tilelang.perf.calls.cases import Shape
 from mhc_tilelang.perf.calls.launches import launches as launches_of
+from mhc_tilelang.perf.calls.table import CALLS
 from mhc_tilelang.perf.traffic.audit import audit
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -15,8 +15,9 @@ from helpers_gpu import CUDA, shifted
 
 import mhc_tilelang as mhc
 from mhc_tilelang.checking.inputs import Case, Inputs
-from mhc_tilelang.perf.calls.cases import CALLS, Shape
+from mhc_tilelang.perf.calls.cases import Shape
 from mhc_tilelang.perf.calls.every_call import every_call
+from mhc_tilelang.perf.calls.table import CALLS
 
 pytestmark = pytest.mark.gpu
 

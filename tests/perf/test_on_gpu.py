@@ -24,9 +24,10 @@ from mhc_tilelang.compiler.recording import launched
 from mhc_tilelang.compiler.tracing import signature_of, trace
 from mhc_tilelang.errors import MHCError
 from mhc_tilelang.kernels import FAMILIES
-from mhc_tilelang.perf.calls.cases import CALLS, Case, Shape
+from mhc_tilelang.perf.calls.cases import Case, Shape
 from mhc_tilelang.perf.calls.every_call import every_call
 from mhc_tilelang.perf.calls.launches import launches
+from mhc_tilelang.perf.calls.table import CALLS
 from mhc_tilelang.perf.gpu import counters
 from mhc_tilelang.perf.gpu import run as on_gpu
 from mhc_tilelang.perf.gpu.counters import Launched

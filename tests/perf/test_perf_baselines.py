@@ -19,7 +19,8 @@ from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.errors import MHCError
 from mhc_tilelang.perf.bench.run import FORMS
 from mhc_tilelang.perf.calls.cases import BACKWARD_KERNELS, KERNELS, Case, Shape
-from mhc_tilelang.perf.calls.workloads import Stream, Workload, workload
+from mhc_tilelang.perf.calls.every_call import Given
+from mhc_tilelang.perf.calls.workloads import Workload, workload
 from mhc_tilelang.perf.torch_forms import backward_post as backward_post_forms
 from mhc_tilelang.perf.torch_forms import backward_streams as backward_stream_forms
 from mhc_tilelang.perf.torch_forms import backward_tokens as backward_token_forms
@@ -47,7 +48,7 @@ ALL = [pytest.param(kernel, form, mode, id=f"{kernel}-{mode}-{form.name}") for k
 
 def make(kernel: str, n: int = 4, dtype: str = "bfloat16", tokens: int = 37) -> Workload:
     shape = Shape(tokens, n, 48, dtype)
-    load = workload(Case(kernel, shape), Stream.of(shape, CPU))
+    load = workload(Case(kernel, shape), Given.of(shape, CPU))
     load.run()
     return load
 

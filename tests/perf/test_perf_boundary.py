@@ -22,7 +22,6 @@ from mhc_tilelang.checking import run as checks
 from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.errors import MHCError
 from mhc_tilelang.perf.bench import run as bench
-from mhc_tilelang.perf.calls.boundary_workloads import GRADIENTS
 from mhc_tilelang.perf.calls.cases import (
     BOUNDARY_KERNELS,
     BOUNDARY_STEP,
@@ -32,7 +31,9 @@ from mhc_tilelang.perf.calls.cases import (
     Case,
     Shape,
 )
-from mhc_tilelang.perf.calls.workloads import Stream, Workload, workload
+from mhc_tilelang.perf.calls.every_call import Given
+from mhc_tilelang.perf.calls.table import GRADIENTS
+from mhc_tilelang.perf.calls.workloads import Workload, workload
 from mhc_tilelang.perf.figures.flops import flops
 from mhc_tilelang.perf.measure.timing import Run, Sample
 from mhc_tilelang.perf.torch_forms import boundary as boundary_forms
@@ -51,15 +52,15 @@ def clock(run: Run) -> Sample:
     return Sample(1e-3)
 
 
-def make(kernel: str, n: int = 4, dtype: str = "bfloat16", tokens: int = 37) -> tuple[Case, Stream, Workload]:
+def make(kernel: str, n: int = 4, dtype: str = "bfloat16", tokens: int = 37) -> tuple[Case, Given, Workload]:
     case = Case(kernel, Shape(tokens, n, 48, dtype))
-    stream = Stream.of(case.shape, CPU)
+    stream = Given.of(case.shape, CPU)
     load = workload(case, stream)
     load.run()
     return case, stream, load
 
 
-def verified(case: Case, stream: Stream, load: Workload, baselines: str = "eager") -> list[Any]:
+def verified(case: Case, stream: Given, load: Workload, baselines: str = "eager") -> list[Any]:
     """Every form of torch that the benchmark times, and the separate kernels; each through its guard."""
     selection = boundary_parts.Selection(case.shape, stream, baselines, clock)
     with torch.no_grad():
@@ -191,7 +192,7 @@ def test_wrong_parts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_wrong_separate_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     case, _, load = make(POST_PRE_BACKWARD)
-    replace_launch(monkeypatch, "aggregate_backward", lambda *_, out: out.zero_())
+    replace_launch(monkeypatch, "aggregate_backward", lambda *_, out, **__: out.zero_())
     with pytest.raises(MHCError, match="separate kernels: expected g_"):
         bench.verify_separate(case, load)
 

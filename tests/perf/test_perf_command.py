@@ -21,7 +21,7 @@ from mhc_tilelang.checking import run as checks
 from mhc_tilelang.checking.run import Row
 from mhc_tilelang.perf.bench import command, ready
 from mhc_tilelang.perf.bench import run as bench
-from mhc_tilelang.perf.calls import cases, workloads
+from mhc_tilelang.perf.calls import cases, every_call, workloads
 from mhc_tilelang.perf.calls.cases import Case, Shape
 from mhc_tilelang.perf.measure import timing
 from mhc_tilelang.perf.measure.timing import Sample
@@ -188,10 +188,10 @@ def test_all_that_is_run_is_checked(kernel: str, monkeypatch: pytest.MonkeyPatch
     with torch.no_grad():
         preparation.prepare([case])
         phase = "measured"
-        load = workloads.workload(case, workloads.Stream.of(case.shape, torch.device("cpu")))
+        load = workloads.workload(case, every_call.Given.of(case.shape, torch.device("cpu")))
         load.run()
         if load.separate:
-            load.separate[0]()
+            load.separate.run()
     preparation.close()
     assert families["checked"]
     assert not families["measured"]

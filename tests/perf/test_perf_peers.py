@@ -33,7 +33,8 @@ from mhc_tilelang.perf.calls.cases import (
     Case,
     Shape,
 )
-from mhc_tilelang.perf.calls.workloads import Stream, Workload, workload
+from mhc_tilelang.perf.calls.every_call import Given
+from mhc_tilelang.perf.calls.workloads import Workload, workload
 from mhc_tilelang.perf.measure.timing import Sample
 from mhc_tilelang.perf.peers import PEERS, deepseek, huggingface, lucidrains, prepare, selected
 from mhc_tilelang.perf.peers.compiled import compiled
@@ -47,7 +48,7 @@ SMALL = ("--device", "cpu", "--widths", "64", "--tokens", "32", "--repeats", "2"
 
 def make(kernel: str, n: int = 4, dtype: str = "bfloat16", tokens: int = 128) -> Workload:
     shape = Shape(tokens, n, 64, dtype)
-    load = workload(Case(kernel, shape), Stream.of(shape, CPU))
+    load = workload(Case(kernel, shape), Given.of(shape, CPU))
     load.run()
     return load
 

@@ -14,7 +14,8 @@ import torch
 
 from mhc_tilelang.kernels import projection_plans
 from mhc_tilelang.perf.calls.cases import BACKWARD_KERNELS, KERNELS, Case, Shape, cpu_tokens, make_cases
-from mhc_tilelang.perf.calls.workloads import Stream, workload
+from mhc_tilelang.perf.calls.every_call import Given
+from mhc_tilelang.perf.calls.workloads import workload
 from mhc_tilelang.perf.measure.machine import cpu_clock_mhz, cpu_last_level_cache
 from mhc_tilelang.perf.traffic.formulas import small_bytes, stream_elements, traffic
 
@@ -57,12 +58,12 @@ def test_bytes_are_those_of_the_tensors(kernel: str, dtype: str, n: int) -> None
     blocks of tokens, written and read.
     """
     shape = Shape(num_tokens=70, num_streams=n, hidden_size=48, dtype=dtype)
-    stream = Stream.of(shape, torch.device("cpu"))
+    stream = Given.of(shape, torch.device("cpu"))
     load = workload(Case(kernel, shape), stream)
     inputs, outputs = dict(load.arguments), load.outputs()
     if kernel == "coefficients":
         inputs = {"partial": stream.partial, "alpha": inputs["alpha"], "bias": inputs["bias"]}
-        outputs["projected"] = stream.projected()
+        outputs["projected"] = stream.projected
     if kernel == "project":
         outputs = {"partial": stream.partial}
     workspace = 2 * 2 * (3 + n * n + 2 * n) * 4 if kernel == "coefficients_backward" else 0

@@ -15,8 +15,9 @@ from mhc_tilelang.compiler.simt import launch as execute
 from mhc_tilelang.compiler.toolchain import find_nvdisasm
 from mhc_tilelang.compiler.tracing import signature_of, trace
 from mhc_tilelang.kernels import FAMILIES
-from mhc_tilelang.perf.calls.cases import CALLS, Case, Shape
+from mhc_tilelang.perf.calls.cases import Case, Shape
 from mhc_tilelang.perf.calls.launches import launches
+from mhc_tilelang.perf.calls.table import CALLS
 from mhc_tilelang.perf.predict.barriers import count_barriers
 from mhc_tilelang.perf.predict.launched import build
 from mhc_tilelang.perf.predict.walk import walk

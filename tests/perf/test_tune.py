@@ -17,8 +17,9 @@ from helpers import CPU
 
 from mhc_tilelang.compiler.toolchain import find_nvdisasm
 from mhc_tilelang.errors import MHCError
-from mhc_tilelang.perf.calls.cases import CALLS, Case, Shape
+from mhc_tilelang.perf.calls.cases import Case, Shape
 from mhc_tilelang.perf.calls.launches import launches
+from mhc_tilelang.perf.calls.table import CALLS
 from mhc_tilelang.perf.gpu import tune, tune_rank
 from mhc_tilelang.perf.gpu.building import Job, build_all, unique
 from mhc_tilelang.perf.gpu.tune_plans import alternatives

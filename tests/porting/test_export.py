@@ -23,8 +23,9 @@ from mhc_tilelang.bundle import cpu_target, export, golden, manifest, verify, wo
 from mhc_tilelang.bundle.described import name_of
 from mhc_tilelang.errors import MHCError
 from mhc_tilelang.perf import sizes
-from mhc_tilelang.perf.calls.cases import CALLS, Case, Shape
+from mhc_tilelang.perf.calls.cases import Case, Shape
 from mhc_tilelang.perf.calls.launches import launches
+from mhc_tilelang.perf.calls.table import CALLS
 from mhc_tilelang.spec import HIDDEN_SIZES, MHCSpec
 
 

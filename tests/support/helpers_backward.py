@@ -1,6 +1,6 @@
 """The backward functions as the tests call them: arguments and outputs by name, and what every one of them must hold.
 
-    BACKWARD   name -> Backward: the arguments of a case, the call, and the same in float64
+    BACKWARD   name -> Backward: a call of `perf.calls.table`, its arguments at a case, and the same in float64
 
 Tensors lie as the kernels take them: tokens first, but last in `projected` and `g_projected`, and nowhere in the
 parameters and the sums over tokens.
@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from helpers import CPU, assert_same_bits
 
-from mhc_tilelang import launch, reference
+from mhc_tilelang import reference
 from mhc_tilelang.checking.inputs import Gradients, Inputs
 from mhc_tilelang.checking.kernels import numpy64
-from mhc_tilelang.checking.norm import EPS, rms_norm_weight
+from mhc_tilelang.checking.norm import EPS
+from mhc_tilelang.perf.calls.every_call import Given, function
+from mhc_tilelang.perf.calls.table import CALLS
 
 TOKENS_LAST = ("projected", "g_projected")
 PARAMETERS = ("phi", "alpha", "bias", "weight")
@@ -28,20 +30,24 @@ PADDING = 4096  # elements of NaN before and after: more than a tile of any kern
 
 @dataclass(frozen=True)
 class Backward:
-    """One function of `launch`."""
+    """A backward call of the table, and the same in float64."""
 
-    outputs: tuple[str, ...]
-    arguments_of: Callable
-    launch: Callable
+    name: str
     reference: Callable
 
+    @property
+    def outputs(self):
+        return CALLS[self.name].results
+
     def arguments(self, case):
-        """By name; `spec` is one of them where the function takes it."""
-        return self.arguments_of(case, Inputs.of(case, CPU), Gradients.of(case, CPU))
+        """By name; `spec` is one of them where the function takes it. What a forward left is drawn."""
+        given = Given(case, Inputs.of(case, CPU), Gradients.of(case, CPU), eps=EPS)
+        rows = case.num_streams if self.name.startswith("head") else case.spec.num_coefficients
+        return given.arguments(self.name, projected=projected_of(case, rows))
 
     def __call__(self, arguments, **options):
         """The outputs by name, None included."""
-        got = self.launch(**arguments, **options)
+        got = function(self.name)(**arguments, **options)
         return dict(zip(self.outputs, got if isinstance(got, tuple) else (got,), strict=True))
 
     def float64(self, arguments):
@@ -109,92 +115,18 @@ def projected_of(case, rows):
     return projected
 
 
-def coefficients_arguments(case, inputs, gradients):
-    upstream = {name: getattr(gradients, name) for name in ("g_h_pre", "g_h_post", "g_h_res")}
-    projected = projected_of(case, case.spec.num_coefficients)
-    return {**upstream, "projected": projected, "alpha": inputs.alpha, "bias": inputs.bias, "spec": case.spec}
-
-
-def head_arguments(case, inputs, gradients):
-    n = case.num_streams
-    parameters = {"alpha": inputs.alpha[:1].clone(), "bias": inputs.bias[:n].clone(), "spec": case.spec}
-    return {"g_h_pre": gradients.g_h_pre, "projected": projected_of(case, n), **parameters}
-
-
-BACKWARD = {
-    "expand_backward": Backward(
-        ("g_h",),
-        lambda _, __, g: {"g_x": g.g_x},
-        launch.expand_backward,
-        lambda g_x: (g_x.sum(1),),
-    ),
-    "sinkhorn_backward": Backward(
-        ("g_logits",),
-        lambda _, i, g: {"g_h_res": g.g_h_res, "logits": i.logits, "iters": 20, "eps": 1e-6},
-        launch.sinkhorn_backward,
-        lambda *arguments, **named: (reference.sinkhorn_backward(*arguments, **named),),
-    ),
-    "aggregate_backward": Backward(
-        ("g_h_pre",),
-        lambda _, i, g: {"g_layer_input": g.g_h, "x": i.x},
-        launch.aggregate_backward,
-        lambda g_layer_input, x: (np.einsum("tc,tic->ti", g_layer_input, x),),
-    ),
-    "aggregate_gradients": Backward(
-        ("g_x", "g_h_pre"),
-        lambda _, i, g: {"g_layer_input": g.g_h, "x": i.x, "h_pre": i.h_pre},
-        launch.aggregate_gradients,
-        reference.aggregate_backward,
-    ),
-    "post_backward": Backward(
-        ("g_x", "g_layer_output", "g_h_post", "g_h_res"),
-        lambda _, i, g: {
-            "g_x_next": g.g_x,
-            "x": i.x,
-            "layer_output": i.layer_output,
-            "h_post": i.h_post,
-            "h_res": i.h_res,
-        },
-        launch.post_backward,
-        reference.post_backward,
-    ),
-    "project_backward_aggregated": Backward(
-        ("g_x", "g_phi"),
-        lambda _, i, g: {
-            "g_projected": g.g_projected,
-            "x": i.x,
-            "phi": i.phi,
-            "h_pre": i.h_pre,
-            "g_layer_input": g.g_h,
-        },
-        launch.project_backward,
-        project_backward64,
-    ),
-    "coefficients_backward": Backward(
-        ("g_projected", "g_alpha", "g_bias"),
-        coefficients_arguments,
-        launch.coefficients_backward,
-        coefficients_backward64,
-    ),
-    "head_coefficients_backward": Backward(
-        ("g_projected", "g_alpha", "g_bias"),
-        head_arguments,
-        launch.head_coefficients_backward,
-        head_coefficients_backward64,
-    ),
-    "aggregate_norm_backward": Backward(
-        ("g_u", "g_h_pre", "g_weight"),
-        lambda case, i, g: {
-            "g_layer_input": g.g_h,
-            "x": i.x,
-            "h_pre": i.h_pre,
-            "weight": rms_norm_weight(case, CPU),
-            "eps": EPS,
-        },
-        launch.aggregate_norm_backward,
-        aggregate_norm_backward64,
-    ),
+REFERENCES = {
+    "expand_backward": lambda g_x: (g_x.sum(1),),
+    "sinkhorn_backward": lambda **arguments: (reference.sinkhorn_backward(**arguments),),
+    "aggregate_backward": lambda g_layer_input, x: (np.einsum("tc,tic->ti", g_layer_input, x),),
+    "aggregate_gradients": reference.aggregate_backward,
+    "post_backward": reference.post_backward,
+    "project_backward_aggregated": project_backward64,
+    "coefficients_backward": coefficients_backward64,
+    "head_coefficients_backward": head_coefficients_backward64,
+    "aggregate_norm_backward": aggregate_norm_backward64,
 }
+BACKWARD = {name: Backward(name, float64) for name, float64 in REFERENCES.items()}
 
 
 def exact_arguments(name, case):
