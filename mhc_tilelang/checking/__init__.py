@@ -3,9 +3,8 @@
     inputs       random arguments that make an error visible
     tolerance    how far a float32 kernel may be from float64, derived
     plain_torch  the same functions in plain torch, whose error stands beside the kernels'
-    kernels      one check per forward kernel: what it computed, what it should have, how far it may be off
-    backward, coefficients_backward   the same per backward kernel
-    boundary, norm, replay   what is fused across a boundary, the layer's own RMSNorm, a block of sublayers again
+    comparison   what a check is: what a kernel computed, what it should have, how far it may be off
+    families     the checks, a family a file
     run          which cases are run; rows of results
     real_stream  the bytes of a text through sublayers with small MLPs
     command      the command line

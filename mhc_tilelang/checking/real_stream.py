@@ -20,7 +20,7 @@ from ..compiler.kernel import dtype_name
 from ..errors import MHCError
 from ..spec import MHCSpec
 from . import plain_torch, tolerance
-from .kernels import Array, numpy64
+from .comparison import Array, numpy64
 from .run import Row
 
 NUM_SUBLAYERS = 8

@@ -16,8 +16,8 @@ import torch
 
 from ... import launch
 from ...checking import inputs as checking
+from ...checking.families.aggregate_norm import rms_norm_weight
 from ...checking.inputs import Gradients, Inputs
-from ...checking.norm import rms_norm_weight
 from ...kernels.projection_plans import ProjectionPlan
 from ...spec import MHCSpec
 from .cases import REPLAYED, Shape

@@ -12,8 +12,8 @@ from helpers import CPU, DTYPES, assert_matches_float64, assert_same_bits, cross
 from helpers_backward import BACKWARD
 
 from mhc_tilelang import launch
+from mhc_tilelang.checking.comparison import numpy64
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
-from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.kernels import plans
 
 pytestmark = pytest.mark.usefixtures("poisoned")

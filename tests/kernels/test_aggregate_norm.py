@@ -20,9 +20,9 @@ from helpers import (
 )
 
 from mhc_tilelang import launch, ops, reference
+from mhc_tilelang.checking.comparison import numpy64
+from mhc_tilelang.checking.families.aggregate_norm import EPS, rms_norm_weight
 from mhc_tilelang.checking.inputs import Case, Inputs
-from mhc_tilelang.checking.kernels import numpy64
-from mhc_tilelang.checking.norm import EPS, rms_norm_weight
 from mhc_tilelang.kernels import plans
 
 pytestmark = pytest.mark.usefixtures("poisoned")

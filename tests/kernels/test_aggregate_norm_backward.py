@@ -14,9 +14,9 @@ from helpers import CPU, DTYPES, STREAMS, assert_matches_float64, assert_same_bi
 from helpers_backward import BACKWARD
 
 from mhc_tilelang import HyperConnection, MHCSpec, ResidualStream, convert, launch, ops
+from mhc_tilelang.checking.comparison import numpy64
+from mhc_tilelang.checking.families.aggregate_norm import EPS
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
-from mhc_tilelang.checking.kernels import numpy64
-from mhc_tilelang.checking.norm import EPS
 from mhc_tilelang.kernels import boundary_plans, plans
 
 pytestmark = pytest.mark.usefixtures("poisoned")

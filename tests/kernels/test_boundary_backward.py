@@ -13,8 +13,8 @@ from helpers import CPU, DTYPES, MIXED_DTYPES, STREAMS, assert_same_bits, named
 from helpers_backward import in_nan
 
 from mhc_tilelang import launch, reference
+from mhc_tilelang.checking.comparison import numpy64
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
-from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.kernels import boundary_plans
 
 pytestmark = pytest.mark.usefixtures("poisoned")

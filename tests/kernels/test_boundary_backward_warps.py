@@ -14,7 +14,7 @@ import torch
 from damaged import damaged
 
 from mhc_tilelang import compiler
-from mhc_tilelang.checking.kernels import numpy64
+from mhc_tilelang.checking.comparison import numpy64
 from mhc_tilelang.compiler import cuda
 from mhc_tilelang.compiler.simt import SimtError, executing
 from mhc_tilelang.compiler.tracing import trace

@@ -11,9 +11,9 @@ import torch
 from helpers import replace_launch
 
 from mhc_tilelang import launch
-from mhc_tilelang.checking import backward, real_stream, run
+from mhc_tilelang.checking import real_stream, run
+from mhc_tilelang.checking.comparison import Comparison, compare
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
-from mhc_tilelang.checking.kernels import Comparison, compare
 from mhc_tilelang.checking.run import CHECKS
 from mhc_tilelang.cli import main
 
@@ -93,7 +93,20 @@ def test_upstream_gradients_make_errors_visible():
         assert (gradient != given).float().mean() > 0.99
 
 
-@pytest.mark.parametrize("kernel", backward.CHECKS)
+BOUNDARY = [
+    *(("post_pre", output) for output in ("x_next", "layer_input", "h_post", "h_res", "h_pre")),
+    ("post_pre_delayed", "layer_input"),
+    *(("post_pre_backward", f"g_{name}") for name in ("x", "layer_output", "h_post", "h_res", "phi", "alpha", "bias")),
+    *(("expand_pre", output) for output in ("x", "layer_input", "h_post", "h_res", "h_pre")),
+    *(("expand_pre_backward", f"g_{name}") for name in ("h", "phi", "alpha", "bias")),
+    *(("post_head", output) for output in ("x_next", "output")),
+    *(("post_head_backward", f"g_{name}") for name in ("x", "layer_output", "h_post", "h_res", "phi", "alpha", "bias")),
+]
+FUSED = {check for check, _ in BOUNDARY}
+BACKWARD = [name for name in CHECKS if name.partition("_backward")[1] or name == "aggregate_gradients"]
+
+
+@pytest.mark.parametrize("kernel", [name for name in BACKWARD if name not in FUSED])
 def test_broken_backward_kernel_fails(kernel, monkeypatch):
     """Whatever it returns, a hundredth too large. Catches a check that is listed and compares nothing."""
     function = kernel.removesuffix("_aggregated")
@@ -107,17 +120,6 @@ def test_broken_backward_kernel_fails(kernel, monkeypatch):
     assert run.check_case(kernel, TINY[1], inputs).passed
     replace_launch(monkeypatch, function, too_large)
     assert not run.check_case(kernel, TINY[1], inputs).passed
-
-
-BOUNDARY = [
-    *(("post_pre", output) for output in ("x_next", "layer_input", "h_post", "h_res", "h_pre")),
-    ("post_pre_delayed", "layer_input"),
-    *(("post_pre_backward", f"g_{name}") for name in ("x", "layer_output", "h_post", "h_res", "phi", "alpha", "bias")),
-    *(("expand_pre", output) for output in ("x", "layer_input", "h_post", "h_res", "h_pre")),
-    *(("expand_pre_backward", f"g_{name}") for name in ("h", "phi", "alpha", "bias")),
-    *(("post_head", output) for output in ("x_next", "output")),
-    *(("post_head_backward", f"g_{name}") for name in ("x", "layer_output", "h_post", "h_res", "phi", "alpha", "bias")),
-]
 
 
 @pytest.mark.parametrize(("check", "output"), BOUNDARY)

@@ -19,8 +19,8 @@ from helpers import (
 )
 
 from mhc_tilelang import MHCSpec, ops, reference
+from mhc_tilelang.checking.comparison import compare, numpy64
 from mhc_tilelang.checking.inputs import Case, Inputs
-from mhc_tilelang.checking.kernels import compare, numpy64
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 CASE = Case(4, 333, torch.bfloat16, 63)

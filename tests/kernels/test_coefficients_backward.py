@@ -15,8 +15,8 @@ from helpers_backward import BACKWARD
 from test_coefficients import Changed
 
 from mhc_tilelang import MHCSpec
+from mhc_tilelang.checking.comparison import numpy64
 from mhc_tilelang.checking.inputs import Case
-from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.launch.coefficients import partial_sums
 
 pytestmark = pytest.mark.usefixtures("poisoned")

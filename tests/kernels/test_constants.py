@@ -12,9 +12,9 @@ import torch
 from helpers import CPU, assert_matches_float64, verdicts
 
 from mhc_tilelang import compiler, launch
+from mhc_tilelang.checking.comparison import compare
+from mhc_tilelang.checking.families.aggregate_norm import rms_norm_weight
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
-from mhc_tilelang.checking.kernels import compare
-from mhc_tilelang.checking.norm import rms_norm_weight
 from mhc_tilelang.checking.run import CHECKS
 from mhc_tilelang.compiler import simt
 from mhc_tilelang.kernels import plans

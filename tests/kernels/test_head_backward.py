@@ -9,8 +9,8 @@ import torch
 from helpers import STREAMS, assert_matches_float64, assert_same_bits
 from helpers_backward import BACKWARD
 
+from mhc_tilelang.checking.comparison import numpy64
 from mhc_tilelang.checking.inputs import Case
-from mhc_tilelang.checking.kernels import numpy64
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 CASE = Case(4, 333, torch.bfloat16, 67)

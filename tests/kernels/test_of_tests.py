@@ -12,41 +12,12 @@ import torch
 from helpers import CPU, DTYPES, STREAMS, replace_launch, verdicts
 
 from mhc_tilelang import launch, reference
+from mhc_tilelang.checking.comparison import OUTPUTS, compare, numpy64
 from mhc_tilelang.checking.inputs import Case, Inputs
-from mhc_tilelang.checking.kernels import compare, numpy64
 from mhc_tilelang.checking.run import CHECKS
 from mhc_tilelang.compiler.kernel import dtype_name
 from mhc_tilelang.kernels import projection_plans
 
-OUTPUTS = {
-    "expand": ("x",),
-    "project": ("dots", "squares"),
-    "coefficients": ("h_pre", "h_post", "h_res"),
-    "sinkhorn": ("h_res",),
-    "aggregate": ("layer_input",),
-    "post": ("x_next",),
-    "head": ("h",),
-    "expand_backward": ("g_h",),
-    "sinkhorn_backward": ("g_logits",),
-    "aggregate_backward": ("g_h_pre",),
-    "aggregate_gradients": ("g_x", "g_h_pre"),
-    "post_backward": ("g_x", "g_layer_output", "g_h_post", "g_h_res"),
-    "project_backward": ("g_x", "g_phi"),
-    "project_backward_aggregated": ("g_x", "g_phi"),
-    "coefficients_backward": ("g_dots", "rho", "g_alpha", "g_bias"),
-    "head_coefficients_backward": ("g_dots", "rho", "g_alpha", "g_bias"),
-    "aggregate_mappings": ("layer_input", "h_pre", "h_post", "h_res"),
-    "post_pre": ("x_next", "layer_input", "h_pre", "h_post", "h_res"),
-    "post_pre_delayed": ("x_next", "layer_input", "h_pre", "h_post", "h_res"),
-    "post_pre_backward": ("g_x", "g_layer_output", "g_h_post", "g_h_res", "g_phi", "g_alpha", "g_bias"),
-    "aggregate_norm": ("layer_input",),
-    "aggregate_norm_backward": ("g_u", "g_h_pre", "g_weight"),
-    "expand_pre": ("x", "layer_input", "h_pre", "h_post", "h_res"),
-    "expand_pre_backward": ("g_h", "g_phi", "g_alpha", "g_bias"),
-    "post_head": ("x_next", "h"),
-    "post_head_backward": ("g_x", "g_layer_output", "g_h_post", "g_h_res", "g_phi", "g_alpha", "g_bias"),
-    "replay": ("x_next", "layer_input"),
-}
 STREAM_OUTPUTS = ("x", "layer_input", "x_next", "h", "g_h", "g_x", "g_layer_output", "g_u")  # the rest is float32
 EVERY_OUTPUT = [(kernel, output) for kernel, outputs in OUTPUTS.items() for output in outputs]
 CASES = [Case(n, 192, dtype, 63) for n in STREAMS for dtype in DTYPES]
@@ -125,7 +96,7 @@ def rejected(comparison, got):
 
 
 def test_every_output_is_known():
-    """Catches a check that is added without its mutations."""
+    """Catches a check that compares something else than it declares, which would go without mutations."""
     found = [(kernel, c.output) for kernel in CHECKS for c, _ in verdicts(kernel, CASES[0])]
     assert found == EVERY_OUTPUT
 

@@ -14,8 +14,8 @@ from helpers_backward import BACKWARD, exact_arguments, project_backward64
 from test_of_tests import OUTPUTS, comparison_of, every_case, rejected, transposed
 
 from mhc_tilelang import reference
+from mhc_tilelang.checking.comparison import numpy64
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
-from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.kernels import projection_plans
 
 LOGIT_CASES = [Case(n, 192, torch.float32, 63, logit_std=std) for n in STREAMS for std in (2.0, 6.0)]

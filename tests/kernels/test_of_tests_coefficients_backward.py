@@ -12,8 +12,8 @@ from helpers_backward import coefficients_backward64, exact_arguments, head_coef
 from test_of_tests import CASES, comparison_of, every_case, over, rejected
 
 from mhc_tilelang import launch
+from mhc_tilelang.checking.comparison import numpy64
 from mhc_tilelang.checking.inputs import Gradients, Inputs
-from mhc_tilelang.checking.kernels import numpy64
 
 FLOAT64 = {
     "coefficients_backward": coefficients_backward64,

@@ -11,7 +11,7 @@ from helpers_backward import in_nan
 
 from mhc_tilelang import launch
 from mhc_tilelang.checking import tolerance
-from mhc_tilelang.checking.kernels import numpy64
+from mhc_tilelang.checking.comparison import numpy64
 from mhc_tilelang.kernels import plans
 
 pytestmark = pytest.mark.usefixtures("poisoned")

@@ -18,8 +18,8 @@ from helpers import (
 )
 
 from mhc_tilelang import ops, reference
+from mhc_tilelang.checking.comparison import numpy64
 from mhc_tilelang.checking.inputs import Case, Inputs
-from mhc_tilelang.checking.kernels import numpy64
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 CASE = Case(4, 333, torch.bfloat16, 63)

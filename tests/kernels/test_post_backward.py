@@ -14,8 +14,8 @@ from helpers_backward import BACKWARD
 
 from mhc_tilelang import reference
 from mhc_tilelang.checking import tolerance
+from mhc_tilelang.checking.comparison import numpy64
 from mhc_tilelang.checking.inputs import Case, Inputs
-from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.compiler.kernel import dtype_name
 from mhc_tilelang.kernels import plans
 

@@ -9,8 +9,9 @@ import torch
 from helpers import CPU, DTYPES, MIXED_DTYPES, STREAMS, assert_matches_float64, assert_same_bits, named
 
 from mhc_tilelang import launch
-from mhc_tilelang.checking.boundary import mixed
-from mhc_tilelang.checking.ends import of_head, parameters
+from mhc_tilelang.checking.families.expand_pre import parameters
+from mhc_tilelang.checking.families.post_head import of_head
+from mhc_tilelang.checking.families.post_pre import mixed
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
 from mhc_tilelang.kernels import boundary_plans
 

@@ -12,8 +12,8 @@ import torch
 from helpers import CPU, DTYPES, STREAMS, assert_matches_float64, assert_same_bits, crosses, replace_launch, verdicts
 
 from mhc_tilelang import launch
+from mhc_tilelang.checking.comparison import numpy64
 from mhc_tilelang.checking.inputs import Case, Inputs
-from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.compiler.kernel import dtype_name
 from mhc_tilelang.kernels import plans, projection_plans
 

@@ -25,8 +25,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhc_tilelang import launch
+from mhc_tilelang.checking.comparison import numpy64
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
-from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.compiler.kernel import dtype_name
 from mhc_tilelang.kernels import projection_plans
 

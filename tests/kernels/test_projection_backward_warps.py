@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mhc_tilelang.checking.kernels import numpy64
+from mhc_tilelang.checking.comparison import numpy64
 from mhc_tilelang.compiler.simt import executing
 from mhc_tilelang.kernels import projection_plans
 from mhc_tilelang.launch.projection import project_backward

@@ -13,8 +13,8 @@ import torch
 from helpers import CPU, DTYPES, STREAMS, assert_same_bits, named, replace_launch
 
 from mhc_tilelang import launch
+from mhc_tilelang.checking.comparison import compare
 from mhc_tilelang.checking.inputs import Case, Inputs
-from mhc_tilelang.checking.kernels import compare
 from mhc_tilelang.checking.run import CHECKS
 from mhc_tilelang.launch import Written
 

@@ -16,8 +16,8 @@ from helpers import (
 
 from mhc_tilelang import ops, reference
 from mhc_tilelang.checking import tolerance
+from mhc_tilelang.checking.comparison import Comparison, compare, numpy64
 from mhc_tilelang.checking.inputs import Case, Inputs
-from mhc_tilelang.checking.kernels import Comparison, compare, numpy64
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 CASE = Case(4, 1, torch.float32, 127, logit_std=3.0)

@@ -12,8 +12,8 @@ from helpers_backward import BACKWARD
 
 from mhc_tilelang import launch, reference
 from mhc_tilelang.checking import tolerance
+from mhc_tilelang.checking.comparison import Comparison, compare, numpy64
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
-from mhc_tilelang.checking.kernels import Comparison, compare, numpy64
 from mhc_tilelang.errors import GradientError
 from mhc_tilelang.kernels import plans
 

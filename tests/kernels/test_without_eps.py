@@ -13,8 +13,8 @@ from helpers import CPU, STREAMS, assert_matches_float64, assert_same_bits, asse
 
 from mhc_tilelang import launch, ops, reference
 from mhc_tilelang.checking import plain_torch, tolerance
+from mhc_tilelang.checking.comparison import Comparison, compare, numpy64
 from mhc_tilelang.checking.inputs import Case, Gradients
-from mhc_tilelang.checking.kernels import Comparison, compare, numpy64
 from mhc_tilelang.compiler import simt
 
 pytestmark = pytest.mark.usefixtures("poisoned")

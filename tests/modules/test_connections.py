@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 import mhc_tilelang as mhc
 from mhc_tilelang import ops, reference
-from mhc_tilelang.checking.kernels import numpy64
+from mhc_tilelang.checking.comparison import numpy64
 
 SPEC = mhc.MHCSpec.deepseek_v4(hidden_size=24)
 TOKENS = (2, 5)

@@ -14,7 +14,7 @@ from models import normal, randomize
 
 import mhc_tilelang as mhc
 from mhc_tilelang import diagnostics, reference
-from mhc_tilelang.checking.kernels import numpy64
+from mhc_tilelang.checking.comparison import numpy64
 from mhc_tilelang.diagnostics import Thresholds
 
 SPEC = mhc.MHCSpec.deepseek_v4(hidden_size=24)

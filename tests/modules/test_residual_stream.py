@@ -11,7 +11,7 @@ from models import assert_equal, gradients, normal, randomize
 
 import mhc_tilelang as mhc
 from mhc_tilelang import ops, reference
-from mhc_tilelang.checking.kernels import numpy64
+from mhc_tilelang.checking.comparison import numpy64
 
 KINDS = ("mhc", "hc", "residual")
 C, DEPTH, TOKENS = 24, 4, (2, 5)

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 import mhc_tilelang as mhc
 from mhc_tilelang import ops, reference
+from mhc_tilelang.checking.comparison import numpy64
 from mhc_tilelang.checking.inputs import Case
-from mhc_tilelang.checking.kernels import numpy64
 
 C, DEPTH, TOKENS = 24, 4, (2, 5)
 SPEC = mhc.MHCSpec.deepseek_v4_1(C)

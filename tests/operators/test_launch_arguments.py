@@ -20,8 +20,8 @@ from test_operators import ADJOINT, backward_arguments, operator, operator_argum
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mhc_tilelang import MHCSpec, compiler, launch, operators
+from mhc_tilelang.checking.families.aggregate_norm import EPS
 from mhc_tilelang.checking.inputs import Case, Inputs
-from mhc_tilelang.checking.norm import EPS
 from mhc_tilelang.compiler.kernel import Kernel
 from mhc_tilelang.compiler.recording import Recorded
 from mhc_tilelang.kernels.plans import MAX_ACCESS_BYTES

@@ -14,8 +14,8 @@ from differentiable import DELAYED, FORMS, FUNCTIONS, gradients, requiring, upst
 from helpers import assert_same_bits
 
 from mhc_tilelang import operators, ops
+from mhc_tilelang.checking.families.aggregate_norm import EPS
 from mhc_tilelang.checking.inputs import Case
-from mhc_tilelang.checking.norm import EPS
 from mhc_tilelang.operators import library
 
 BF16 = Case(4, 64, torch.bfloat16, 6)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mhc_tilelang import reference
-from mhc_tilelang.checking.kernels import numpy64
+from mhc_tilelang.checking.comparison import numpy64
 from mhc_tilelang.errors import MHCError
 from mhc_tilelang.perf.bench.run import FORMS
 from mhc_tilelang.perf.calls.cases import BACKWARD_KERNELS, KERNELS, Case, Shape

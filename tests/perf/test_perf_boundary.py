@@ -19,7 +19,7 @@ from helpers import replace_launch
 
 from mhc_tilelang import cli, reference
 from mhc_tilelang.checking import run as checks
-from mhc_tilelang.checking.kernels import numpy64
+from mhc_tilelang.checking.comparison import numpy64
 from mhc_tilelang.errors import MHCError
 from mhc_tilelang.perf.bench import run as bench
 from mhc_tilelang.perf.calls.cases import (

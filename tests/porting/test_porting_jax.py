@@ -21,8 +21,8 @@ from helpers import assert_same_bits
 
 from mhc_tilelang import ops, reference
 from mhc_tilelang.bundle import cpu_target, export, golden, workload
+from mhc_tilelang.checking.comparison import numpy64
 from mhc_tilelang.checking.inputs import Case, Inputs
-from mhc_tilelang.checking.kernels import numpy64
 from mhc_tilelang.checking.tolerance import UNIT_ROUNDOFF
 from mhc_tilelang.compiler.cpu import build
 from mhc_tilelang.compiler.kernel import dtype_name

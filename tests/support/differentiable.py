@@ -14,9 +14,9 @@ import torch
 from helpers import CPU
 
 from mhc_tilelang import MHCSpec, ops, reference
+from mhc_tilelang.checking.comparison import numpy64
+from mhc_tilelang.checking.families.aggregate_norm import EPS, rms_norm_weight
 from mhc_tilelang.checking.inputs import Case, Inputs
-from mhc_tilelang.checking.kernels import numpy64
-from mhc_tilelang.checking.norm import EPS, rms_norm_weight
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from mhc_tilelang.checking.comparison import compare, numpy64
 from mhc_tilelang.checking.inputs import Case, Inputs
-from mhc_tilelang.checking.kernels import compare, numpy64
 from mhc_tilelang.checking.run import CHECKS
 from mhc_tilelang.compiler.kernel import dtype_name
 

@@ -16,9 +16,9 @@ import torch
 from helpers import CPU, assert_same_bits
 
 from mhc_tilelang import reference
+from mhc_tilelang.checking.comparison import numpy64
+from mhc_tilelang.checking.families.aggregate_norm import EPS
 from mhc_tilelang.checking.inputs import Gradients, Inputs
-from mhc_tilelang.checking.kernels import numpy64
-from mhc_tilelang.checking.norm import EPS
 from mhc_tilelang.perf.calls.every_call import Given, function
 from mhc_tilelang.perf.calls.table import CALLS
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .. import launch, reference
-from ..spec import MHCSpec
-from . import plain_torch, tolerance
-from .inputs import Case, Gradients, Inputs
-from .kernels import Array, Comparison, numpy64
-from .plain_torch import by_autograd
+from ... import launch, reference
+from ...spec import MHCSpec
+from .. import plain_torch, tolerance
+from ..comparison import Array, Comparison, check, numpy64
+from ..inputs import Case, Gradients, Inputs
+from ..plain_torch import by_autograd
 
 OUTPUTS = ("g_dots", "rho", "g_alpha", "g_bias")
 Mappings = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
@@ -39,6 +39,7 @@ class Logits:
         return [n, n, n * n][: len(self.upstream)]
 
 
+@check(*OUTPUTS)
 def check_coefficients_backward(case: Case, inputs: Inputs) -> list[Comparison]:
     """From the three mappings to the projection's rows, ρ, alpha and bias."""
     spec, gradients, alpha, bias = case.spec, Gradients.of(case, inputs.x.device), inputs.alpha, inputs.bias
@@ -61,6 +62,7 @@ def sublayer_mappings(spec: MHCSpec) -> Mappings:
     return mappings
 
 
+@check(*OUTPUTS)
 def check_head_coefficients_backward(case: Case, inputs: Inputs) -> list[Comparison]:
     """The same for the last aggregation, which has the pre group alone."""
     n, spec = case.num_streams, case.spec

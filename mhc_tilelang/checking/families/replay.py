@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from .. import launch, reference
-from ..compiler.kernel import dtype_name
-from ..launch import Written
-from . import plain_torch, tolerance
-from .inputs import Case, Inputs
-from .kernels import Array, Comparison, numpy64
+from ... import launch, reference
+from ...compiler.kernel import dtype_name
+from ...launch import Written
+from .. import plain_torch, tolerance
+from ..comparison import Array, Comparison, check, numpy64
+from ..inputs import Case, Inputs
 
 SUBLAYERS = 3  # of the block, of which the last one's output is not replayed
 
 
+@check("x_next", "layer_input")
 def check_replay(case: Case, inputs: Inputs) -> list[Comparison]:
     """x_1 and x_2 as of post, and the inputs of all three layers as of pre; one sublayer's tokens after another's."""
     n, dtype = case.num_streams, dtype_name(case.dtype)
@@ -56,6 +57,3 @@ def check_replay(case: Case, inputs: Inputs) -> list[Comparison]:
 def joined(tensors: Sequence[torch.Tensor]) -> Array:
     """The tokens of all, exactly."""
     return numpy64(torch.cat(tuple(tensors)))
-
-
-CHECKS: dict[str, Callable[[Case, Inputs], list[Comparison]]] = {"replay": check_replay}

@@ -6,19 +6,18 @@ mean square takes from that and from its own summation is the relative error of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from .. import launch, reference
-from ..compiler.kernel import dtype_name
-from . import plain_torch, tolerance
-from .inputs import Case, Gradients, Inputs, drawing_device
-from .kernels import Array, Comparison, numpy64
-from .plain_torch import by_autograd
-from .tolerance import U32
+from ... import launch, reference
+from ...compiler.kernel import dtype_name
+from .. import plain_torch, tolerance
+from ..comparison import Array, Comparison, check, compare_each, numpy64
+from ..inputs import Case, Gradients, Inputs, drawing_device
+from ..plain_torch import by_autograd
+from ..tolerance import U32
 
 EPS = 0.01  # of the mean square, which is about n/3: an eps left out shows in every dtype
 
@@ -54,6 +53,7 @@ class Normed:
         return cls(u, scale, numpy64(rms_norm_weight(case, inputs.x.device)), magnitude, u_bound, scale_bound)
 
 
+@check("layer_input")
 def check_aggregate_norm(case: Case, inputs: Inputs) -> list[Comparison]:
     """The normalised aggregation, for a given h_pre."""
     weight, at = rms_norm_weight(case, inputs.x.device), Normed.of(case, inputs)
@@ -66,6 +66,7 @@ def check_aggregate_norm(case: Case, inputs: Inputs) -> list[Comparison]:
     return [Comparison("layer_input", numpy64(got), numpy64(plain), expected, bound, scale)]
 
 
+@check("g_u", "g_h_pre", "g_weight")
 def check_aggregate_norm_backward(case: Case, inputs: Inputs) -> list[Comparison]:
     """The gradients of the sum before the norm, of h_pre and of the weight."""
     weight, at = rms_norm_weight(case, inputs.x.device), Normed.of(case, inputs)
@@ -101,12 +102,7 @@ def check_aggregate_norm_backward(case: Case, inputs: Inputs) -> list[Comparison
     values = (g_u, g_h_pre, g_weight)
     bounds = (wide, narrow, tolerance.sum_over_tokens(terms.T, term_bounds.T))
     scales = (direct + pulled, r * dot_scale + pull * along, np.sqrt(np.square(terms).sum(0)))
-    return [
-        Comparison(name, numpy64(kernel), numpy64(p), e, b, s)
-        for name, kernel, p, e, b, s in zip(
-            ("g_u", "g_h_pre", "g_weight"), got, plain, values, bounds, scales, strict=True
-        )
-    ]
+    return compare_each(("g_u", "g_h_pre", "g_weight"), got, plain, values, bounds, scales)
 
 
 def plain_gradients(gradient: torch.Tensor, inputs: Inputs, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -118,9 +114,3 @@ def plain_gradients(gradient: torch.Tensor, inputs: Inputs, weight: torch.Tensor
     offset = torch.zeros(gradient.shape, device=gradient.device)
     g_h_pre, g_u, g_weight = by_autograd(normed, gradient.float(), inputs.h_pre, offset, weight)
     return g_u.to(gradient.dtype), g_h_pre, g_weight
-
-
-CHECKS: dict[str, Callable[[Case, Inputs], list[Comparison]]] = {
-    "aggregate_norm": check_aggregate_norm,
-    "aggregate_norm_backward": check_aggregate_norm_backward,
-}

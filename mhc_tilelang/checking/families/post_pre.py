@@ -7,26 +7,23 @@ output where it arises, and a bound holds what one pass rounds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
 
-from .. import launch, reference
-from ..compiler import platform_of
-from ..compiler.kernel import dtype_name
-from ..kernels import boundary_plans
-from . import plain_torch, tolerance
+from ... import launch, reference
+from ...compiler import platform_of
+from ...compiler.kernel import dtype_name
+from ...kernels import boundary_plans
+from .. import plain_torch, tolerance
+from ..comparison import Array, Comparison, check, compare_each, numpy64
+from ..inputs import Case, Gradients, Inputs
+from ..plain_torch import by_autograd
+from .coefficients import compare_mappings
 from .coefficients_backward import Logits, comparisons, sublayer_mappings
-from .inputs import Case, Gradients, Inputs
-from .kernels import Array, Comparison, compare_input, compare_mappings, numpy64
-from .plain_torch import by_autograd
 
 MIXED = ("g_x", "g_layer_output", "g_h_post", "g_h_res")
-
-
 Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -35,11 +32,20 @@ def mixed(inputs: Inputs) -> Four:
     return inputs.x, inputs.layer_output, inputs.h_post, inputs.h_res
 
 
-def check_post_pre(case: Case, inputs: Inputs, delayed: bool = False) -> list[Comparison]:
-    """x_next as of post; layer_input and the mappings as of pre at that x_next.
+@check("x_next", "layer_input", "h_pre", "h_post", "h_res")
+def check_post_pre(case: Case, inputs: Inputs) -> list[Comparison]:
+    """x_next as of post; layer_input and the mappings as of pre at that x_next."""
+    return compare_forward(case, inputs, delayed=False)
 
-    `delayed` aggregates with a given h_pre.
-    """
+
+@check("x_next", "layer_input", "h_pre", "h_post", "h_res")
+def check_post_pre_delayed(case: Case, inputs: Inputs) -> list[Comparison]:
+    """The same, but aggregated with a given h_pre."""
+    return compare_forward(case, inputs, delayed=True)
+
+
+def compare_forward(case: Case, inputs: Inputs, delayed: bool) -> list[Comparison]:
+    """All outputs of one of the two."""
     parameters, spec = (inputs.phi, inputs.alpha, inputs.bias), case.spec
     given = inputs.h_pre if delayed else None
     got = launch.post_pre(*mixed(inputs), *parameters, spec, h_pre=given)
@@ -70,20 +76,7 @@ def check_post_pre(case: Case, inputs: Inputs, delayed: bool = False) -> list[Co
     ]
 
 
-def check_aggregate_mappings(case: Case, inputs: Inputs) -> list[Comparison]:
-    """The aggregation by a given h_pre, and what is made beside it: the mappings of the same stream."""
-    parameters, spec = (inputs.phi, inputs.alpha, inputs.bias), case.spec
-    plan = launch.projection_plan(inputs.x, spec.num_coefficients)
-    partial_sums = launch.project(inputs.x, inputs.phi, plan)
-    h_pre, _, _, projected = launch.coefficients(partial_sums, *parameters[1:], spec, plan, is_deferred=True)
-    layer_input, *mappings = launch.aggregate_mappings(inputs.x, inputs.h_pre, projected, *parameters[1:], spec)
-    plain = plain_torch.coefficients(inputs.x, *parameters, spec)
-    return [
-        compare_input(case, inputs, layer_input),
-        *compare_mappings(case, inputs, (h_pre, *mappings), plain),
-    ]
-
-
+@check(*MIXED, "g_phi", "g_alpha", "g_bias")
 def check_post_pre_backward(case: Case, inputs: Inputs) -> list[Comparison]:
     """All seven gradients."""
     spec, parameters, upstream = case.spec, (inputs.phi, inputs.alpha, inputs.bias), Gradients.of(case, inputs.x.device)
@@ -172,17 +165,4 @@ def compare_mixing(
         tolerance.inner_products(phi_scale, max(case.num_tokens, 1)) + split * phi_scale,
     ]
     values = (got.g_x, got.g_layer_output, got.g_h_post, got.g_h_res, got.g_phi)
-    return [
-        Comparison(name, numpy64(value), numpy64(p), e, b, s)
-        for name, value, p, e, b, s in zip(
-            (*MIXED, "g_phi"), values, plain, (*expected, g_phi), bounds, (*magnitudes, *scales, phi_scale), strict=True
-        )
-    ]
-
-
-CHECKS: dict[str, Callable[[Case, Inputs], list[Comparison]]] = {
-    "aggregate_mappings": check_aggregate_mappings,
-    "post_pre": check_post_pre,
-    "post_pre_delayed": partial(check_post_pre, delayed=True),
-    "post_pre_backward": check_post_pre_backward,
-}
+    return compare_each((*MIXED, "g_phi"), values, plain, (*expected, g_phi), bounds, (*magnitudes, *scales, phi_scale))
