@@ -62,9 +62,17 @@ class Arguments:
     def widened(self, name: str, value: torch.Tensor, trailing: tuple[int, ...], batched: bool = False) -> torch.Tensor:
         """Check a parameter, mapping or logits, and return it in float32, which is how kernels read it.
 
-        16 bits are widened where autograd sees it: their gradient is summed in float32 and rounded once.
+        16 bits are widened where autograd sees it: their gradient is summed in float32 and rounded once. A mapping
+        [..., n] may come as [..., n, 1], which is a view of it.
         """
-        self.tensor(name, value, trailing, batched=batched)
+        try:
+            self.tensor(name, value, trailing, batched=batched)
+        except ValueError:
+            is_column = batched and len(trailing) == 1 and not value.is_nested and value.layout is torch.strided
+            if not is_column or tuple(value.shape[-2:]) != (*trailing, 1):
+                raise
+            value = value.squeeze(-1)
+            self.tensor(name, value, trailing, batched=batched)
         return value if value.dtype == torch.float32 else value.float()
 
     def buffer(self, name: str, value: torch.Tensor, trailing: tuple[int, ...], dtype: torch.dtype) -> None:

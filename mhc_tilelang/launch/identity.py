@@ -17,6 +17,12 @@ from .operands import Gradient, aligned, by_width, channel_kernel, placeholder_i
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
+def gate_plan(x: torch.Tensor, rows: int) -> projection_plans.ProjectionPlan:
+    """The projection's plan: by tiles, for warps that project take four rows for a head of four streams."""
+    dtype, platform = dtype_name(x.dtype), compiler.platform_of(x.device)
+    return projection_plans.tile_projection_plan(rows, x.shape[-1], dtype, platform)
+
+
 def gates(
     partial: torch.Tensor,
     alpha: torch.Tensor,

@@ -37,7 +37,7 @@ from ..spec import MHCSpec
 from .stream_module import INITIAL_ALPHA, Device, StreamModule, SublayerModule, make_parameter
 
 KINDS = ("mhc", "hc", "residual")
-IDENTITY_STD = 0.02  # of phi at first, Hy4's
+IDENTITY_STD = 0.006  # of phi at first, Hy4's
 
 
 class Connection(Protocol):
@@ -106,7 +106,7 @@ class HyperConnection(SublayerModule):
         bias [M] starts at −3 for pre, but +3 at stream `sublayer % n`, at 0 for post and at 6·I − 3 for res:
             h_pre is 0.95 for one stream and 0.05 for the others, h_post 1, and h_res close to the identity.
         With residual_mapping="identity" phi is [2n, K], alpha [2] and bias [2n], which start as Hy4's: phi normal with
-            standard deviation 0.02, bias at −log(n − 1) for pre and 0 for post. h_pre is about 1/n and h_post 1.
+            standard deviation 0.006, bias at −log(n − 1) for pre and 0 for post. h_pre is about 1/n and h_post 1.
         rms_norm_weight [C] starts at 1; None without rms_norm_eps.
 
     They stay float32 in FSDP2 too: where a model is sharded with a mixed-precision policy, call `fully_shard` on
@@ -295,7 +295,8 @@ class HyperHead(StreamModule):
         device: as for `HyperConnection`.
 
     Parameters (float32): phi [n, K] starts at 0, alpha [1] at 0.01 and bias [n] at −log(n − 1), where the
-    sigmoid gives 1/n. So a head starts as the mean of the streams (to pre_eps); our choice.
+    sigmoid gives 1/n. So a head starts as the mean of the streams (to pre_eps); our choice. With
+    residual_mapping="identity" phi starts as a connection's, which is Hy4's.
     """
 
     def __init__(self, spec: MHCSpec, device: Device = None) -> None:
@@ -307,7 +308,10 @@ class HyperHead(StreamModule):
 
     def reset_parameters(self) -> None:
         """The values above, in place."""
-        nn.init.zeros_(self.phi)
+        if self.spec.is_identity:
+            nn.init.normal_(self.phi, std=IDENTITY_STD)
+        else:
+            nn.init.zeros_(self.phi)
         nn.init.constant_(self.alpha, INITIAL_ALPHA)
         nn.init.constant_(self.bias, -math.log(max(self.spec.num_streams - 1, 1)))
 

@@ -29,7 +29,7 @@ def _spec(x: torch.Tensor, constants: tuple) -> MHCSpec:
 
 
 def _gates(x: torch.Tensor, phi: torch.Tensor, alpha: Any, bias: Any, constants: tuple, out: Any) -> torch.Tensor:
-    plan = launch.projection_plan(x, phi.shape[0])
+    plan = launch.gate_plan(x, phi.shape[0])
     return launch.gates(launch.project(x, phi, plan), alpha, bias, _spec(x, constants), plan, out=tuple(out))
 
 

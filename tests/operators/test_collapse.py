@@ -1,4 +1,4 @@
-"""The streams' mean: `collapse(x, mean=True)` and `ResidualStream.reduce("mean")`.
+"""The mean of streams, `collapse(x, mean=True)` and `reduce("mean")`; views that go in as they are.
 
 Would catch: a sum that overflows or is rounded before it is divided, a mean over tokens, a gradient of the sum, an
 operator without a fake or that aliases its input.
@@ -45,3 +45,23 @@ def test_operator_keeps_pytorchs_rules():
     x = torch.randn(6, 4, 64, requires_grad=True)
     torch.library.opcheck(torch.ops.mhc_tilelang.collapse_mean.default, (x,))
     assert mhc.collapse(x.detach().to("meta"), mean=True).shape == (6, 64)
+
+
+def test_views_of_mappings_cost_no_copy():
+    """h_post as [..., n, 1], comb.mT of a view of h_res, packed streams; what would be copied is refused by name.
+
+    Would catch: a column taken for a token, a transposed h_res that is read as it lies.
+    """
+    x, layer_output, h_post = torch.randn(6, 4, 64), torch.randn(6, 64), torch.rand(6, 4)
+    h_res = torch.rand(6, 4, 4)
+    expected = mhc.post(x, layer_output, h_post, h_res)
+    comb = h_res.mT  # as DeepSeek's code has it
+    packed = x.flatten(-2)
+    assert torch.equal(mhc.post(packed.unflatten(-1, (4, 64)), layer_output, h_post.unsqueeze(-1), comb.mT), expected)
+    with pytest.raises(ValueError, match=r"post: h_res: expected a contiguous tensor, got strides \(16, 1, 4\)"):
+        mhc.post(x, layer_output, h_post, comb.contiguous().mT)
+    with pytest.raises(ValueError, match=r"post: h_post: expected shape \[..., 4\], got \[6, 4, 2\]"):
+        mhc.post(x, layer_output, h_post.unsqueeze(-1).expand(-1, -1, 2).contiguous(), h_res)
+    h_pre = torch.rand(6, 4, 1, requires_grad=True)
+    mhc.aggregate(x, h_pre).sum().backward()
+    assert h_pre.grad.shape == (6, 4, 1)

@@ -1,4 +1,4 @@
-"""transformers' other models with hyper-connections on these kernels: GLM-5.3 under its multimodal wrapper, and Hy4.
+"""transformers' other models with hyper-connections on these kernels: GLM-5.3 and Hy4, under their multimodal wrappers.
 
 Would catch: a head taken for another, top-k indices that do not reach the next layer, a keyword that a layer drops, a
 cache that is written twice under checkpointing, a family whose connection is not found.
@@ -34,21 +34,32 @@ def glm5_next():
     return transformers.Glm5NextForConditionalGeneration(config), "model.language_model"
 
 
-def hy_v4():
-    """Identity connections; the last layer takes over indices that the second chose."""
-    sizes = {
+HY_V4 = {
         "vocab_size": 64, "hidden_size": 192, "intermediate_size": 16, "moe_intermediate_size": 16, "head_dim": 16,
         "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 3, "n_routed_experts": 4,
         "num_experts_per_tok": 2, "kv_lora_rank": 8, "q_lora_rank": 16, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4,
-        "v_head_dim": 8, "index_topk": 8, "index_head_dim": 8, "index_n_heads": 4, "pad_token_id": 0,
+        "v_head_dim": 8, "index_topk": 8, "index_head_dim": 16, "index_n_heads": 4, "pad_token_id": 0,
         "mlp_layer_types": ["dense", "sparse", "dense"], "indexer_types": ["full", "full", "shared"],
     }  # fmt: skip
-    return transformers.HYV4ForCausalLM(transformers.HYV4Config(**sizes)), "model"
 
 
-FAMILIES = {"glm5_next": glm5_next, "hy_v4": hy_v4}
+def hy_v4():
+    """Identity connections; the last layer takes over indices that the second chose."""
+    return transformers.HYV4ForCausalLM(transformers.HYV4Config(**HY_V4)), "model"
+
+
+def hy_v4_vl():
+    """The same under images."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    text = HY_V4 | {"qk_rope_head_dim": 8, "head_dim": 12, "rope_parameters": rope}
+    vision = {"hidden_size": 32, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = transformers.HYV4VLConfig(text_config=text, vision_config=vision | {"out_hidden_size": 192})
+    return transformers.HYV4VLForConditionalGeneration(config), "model.language_model"
+
+
+FAMILIES = {"glm5_next": glm5_next, "hy_v4": hy_v4, "hy_v4_vl": hy_v4_vl}
 # A pre, a post_pre and a post a layer, and the head; Hy4's post_pre is not one operator.
-OPERATORS = {"glm5_next": 10, "hy_v4": 13}
+OPERATORS = {"glm5_next": 10, "hy_v4": 13, "hy_v4_vl": 13}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
