@@ -35,7 +35,6 @@ TOKEN_KERNELS = ("coefficients", "sinkhorn", "coefficients_backward", "sinkhorn_
 WIDTHS = (1280, 1920, 2560, 4096, 7168)  # the paper's 3B, 9B and 27B models, then DeepSeek-V4's two
 CPU_WIDTHS = (1280, 2560)  # of these as many as take two cores two minutes or so
 GPU_TOKENS = (4096, 16384)  # the batch of one sequence, and of four
-REPLAYED = 4  # sublayers of the block that is replayed where its traffic is counted: L_r* of the paper's 3B model
 CPU_STREAM_BYTES = 32 << 20
 
 

@@ -20,8 +20,8 @@ from ...checking.families.aggregate_norm import rms_norm_weight
 from ...checking.inputs import Gradients, Inputs
 from ...kernels.projection_plans import ProjectionPlan
 from ...spec import MHCSpec
-from .cases import REPLAYED, Shape
-from .table import CALLS
+from .cases import Shape
+from .table import CALLS, REPLAYED
 
 Run = Callable[[], Any]
 

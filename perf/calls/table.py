@@ -1,4 +1,4 @@
-"""The table of calls: which function of `launch`, what it takes, what it gives. Loads no torch.
+"""The table of calls: which function of `launch`, its bytes, what it takes and gives. Loads no torch.
 
 A name that a call takes is its function's parameter; `every_call.Given` has what is passed, under the same name or, in
 `name=source`, under another. A new kernel is a row here: from it follow what is built, audited, executed, profiled,
@@ -7,8 +7,10 @@ tuned, and what its launches are on a target.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+REPLAYED = 4  # sublayers of the block that is replayed where its traffic is counted: L_r* of the paper's 3B model
 # The projection's backward as pre's backward calls it: g_x also gets h_pre · g_layer_input.
 AGGREGATED = "project_backward_aggregated"
 MIXING = ("x", "layer_output", "h_post", "h_res")
@@ -31,12 +33,14 @@ class Call:
     """A call of a function of `launch`.
 
     Attributes:
+        elements: of stream dtype, read and written per token, in units of C, for n streams.
         takes: its parameters, `name` or `name=source`, as one text.
         gives: names of its results, of the first where not all are of interest.
         launch: the function's name, unless it is the call's.
         buffers: into how many of the first results `out` has it write; None for all that `gives` names.
     """
 
+    elements: Callable[[int], tuple[int, int]]
     takes: str
     gives: str
     launch: str = ""
@@ -54,36 +58,66 @@ class Call:
         return tuple(self.gives.split())
 
 
+def no_stream(_: int) -> tuple[int, int]:
+    """What calls move that never see the stream."""
+    return 0, 0
+
+
 CALLS: dict[str, Call] = {
-    "expand": Call("h num_streams=spec.num_streams", "x"),
-    "project": Call("x phi plan", "partial"),
-    "coefficients": Call("partial alpha bias spec plan", "h_pre h_post h_res"),
+    "expand": Call(lambda n: (1, n), "h num_streams=spec.num_streams", "x"),
+    "project": Call(lambda n: (n, 0), "x phi plan", "partial"),
+    "coefficients": Call(no_stream, "partial alpha bias spec plan", "h_pre h_post h_res"),
     "head_coefficients": Call(
-        "partial=head_partial alpha=head_alpha bias=head_bias spec plan=head_plan", "h_pre projected", buffers=0
+        no_stream,
+        "partial=head_partial alpha=head_alpha bias=head_bias spec plan=head_plan",
+        "h_pre projected",
+        buffers=0,
     ),
-    "sinkhorn": Call(f"logits {SINKHORN}", "h_res"),
-    "aggregate": Call("x h_pre", "layer_input"),
-    "post": Call(MIXED, "x_next"),
-    "replay": Call("x written h_pre=asked", "streams layer_inputs", buffers=0),
-    "aggregate_norm": Call("x h_pre weight eps", "layer_input"),
-    "expand_backward": Call("g_x", "g_h"),
-    "project_backward": Call("g_projected x phi", "g_x g_phi"),
-    AGGREGATED: Call("g_projected x phi h_pre g_layer_input=g_h", "g_x g_phi", "project_backward"),
-    "coefficients_backward": Call("g_h_pre g_h_post g_h_res projected alpha bias spec", "g_projected g_alpha g_bias"),
+    "sinkhorn": Call(no_stream, f"logits {SINKHORN}", "h_res"),
+    "aggregate": Call(lambda n: (n, 1), "x h_pre", "layer_input"),
+    "post": Call(lambda n: (n + 1, n), MIXED, "x_next"),
+    "replay": Call(
+        lambda n: (n + REPLAYED - 1, n * (REPLAYED - 1) + REPLAYED),
+        "x written h_pre=asked",
+        "streams layer_inputs",
+        buffers=0,
+    ),
+    "aggregate_norm": Call(lambda n: (n, 1), "x h_pre weight eps", "layer_input"),
+    "expand_backward": Call(lambda n: (n, 1), "g_x", "g_h"),
+    "project_backward": Call(lambda n: (n, n), "g_projected x phi", "g_x g_phi"),
+    AGGREGATED: Call(
+        lambda n: (n + 1, n), "g_projected x phi h_pre g_layer_input=g_h", "g_x g_phi", "project_backward"
+    ),
+    "coefficients_backward": Call(
+        no_stream, "g_h_pre g_h_post g_h_res projected alpha bias spec", "g_projected g_alpha g_bias"
+    ),
     "head_coefficients_backward": Call(
-        "g_h_pre projected=head_projected alpha=head_alpha bias=head_bias spec", "g_projected g_alpha g_bias", buffers=0
+        no_stream,
+        "g_h_pre projected=head_projected alpha=head_alpha bias=head_bias spec",
+        "g_projected g_alpha g_bias",
+        buffers=0,
     ),
-    "sinkhorn_backward": Call(f"g_h_res logits {SINKHORN}", "g_logits"),
-    "aggregate_backward": Call("g_layer_input=g_h x", "g_h_pre"),
-    "aggregate_gradients": Call("g_layer_input=g_h x h_pre", "g_x g_h_pre"),
-    "aggregate_norm_backward": Call("g_layer_input=g_h x h_pre weight eps", "g_u g_h_pre g_weight", buffers=0),
-    "post_backward": Call(f"g_x_next=g_x {MIXED}", "g_x g_layer_output g_h_post g_h_res"),
-    "post_pre": Call(f"{MIXED} {MAPPED} spec", " ".join(FORWARD_RESULTS), buffers=5),
-    "post_pre_delayed": Call(f"{MIXED} {MAPPED} spec h_pre", " ".join((*FORWARD_RESULTS, "h_pre_next")), "post_pre"),
-    "post_head": Call(f"{MIXED} {HEAD} spec", "x_next h"),
-    "expand_pre": Call(f"h {MAPPED} spec", "x layer_input h_post h_res h_pre"),
-    "post_pre_backward": Call(f"{UPSTREAM} {MIXED} {MAPPED} {saved('after')} spec", " ".join(GRADIENTS), buffers=2),
+    "sinkhorn_backward": Call(no_stream, f"g_h_res logits {SINKHORN}", "g_logits"),
+    "aggregate_backward": Call(lambda n: (n + 1, 0), "g_layer_input=g_h x", "g_h_pre"),
+    "aggregate_gradients": Call(lambda n: (n + 1, n), "g_layer_input=g_h x h_pre", "g_x g_h_pre"),
+    "aggregate_norm_backward": Call(
+        lambda n: (n + 1, 1), "g_layer_input=g_h x h_pre weight eps", "g_u g_h_pre g_weight", buffers=0
+    ),
+    "post_backward": Call(lambda n: (2 * n + 1, n + 1), f"g_x_next=g_x {MIXED}", "g_x g_layer_output g_h_post g_h_res"),
+    "post_pre": Call(lambda n: (2 * n + 1, n + 1), f"{MIXED} {MAPPED} spec", " ".join(FORWARD_RESULTS), buffers=5),
+    "post_pre_delayed": Call(
+        lambda n: (n + 1, n + 1), f"{MIXED} {MAPPED} spec h_pre", " ".join((*FORWARD_RESULTS, "h_pre_next")), "post_pre"
+    ),
+    "post_head": Call(lambda n: (2 * n + 1, n + 1), f"{MIXED} {HEAD} spec", "x_next h"),
+    "expand_pre": Call(lambda n: (2, n + 1), f"h {MAPPED} spec", "x layer_input h_post h_res h_pre"),
+    "post_pre_backward": Call(
+        lambda n: (3 * n + 3, n + 1),
+        f"{UPSTREAM} {MIXED} {MAPPED} {saved('after')} spec",
+        " ".join(GRADIENTS),
+        buffers=2,
+    ),
     "post_pre_delayed_backward": Call(
+        lambda n: (2 * n + 2, n + 1),
         f"{UPSTREAM} g_h_pre_next=g_h_pre {MIXED} {MAPPED} "
         "x_next=delayed.x_next h_pre projected=delayed.projected spec is_delayed",
         " ".join(GRADIENTS),
@@ -91,9 +125,13 @@ CALLS: dict[str, Call] = {
         buffers=2,
     ),
     "post_head_backward": Call(
-        f"g_x_next=g_x g_output=g_h {MIXED} {HEAD} {saved('last')} spec", " ".join(GRADIENTS), buffers=0
+        lambda n: (3 * n + 3, n + 1),
+        f"g_x_next=g_x g_output=g_h {MIXED} {HEAD} {saved('last')} spec",
+        " ".join(GRADIENTS),
+        buffers=0,
     ),
     "expand_pre_backward": Call(
+        lambda n: (n + 4, 2),
         f"g_x g_layer_input=g_h g_h_post g_h_res h {MAPPED} h_pre=first.h_pre projected=first.projected spec",
         "g_h g_phi g_alpha g_bias",
         buffers=0,

@@ -44,8 +44,8 @@ from ...kernels import boundary_plans, plans, projection_plans
 from ...kernels.plans import BYTES
 from ...kernels.projection_plans import ProjectionPlan, WarpProjectionPlan
 from ...spec import MHCSpec
-from ..calls.cases import POST_PRE, POST_PRE_BACKWARD, POST_PRE_DELAYED, REPLAYED, TOKEN_KERNELS, Case
-from ..calls.table import AGGREGATED
+from ..calls.cases import POST_PRE, POST_PRE_BACKWARD, POST_PRE_DELAYED, Case
+from ..calls.table import CALLS
 
 PARALLEL_BLOCKS = 2 * 132  # on the multiprocessors of an H100 or H200: they set how tokens are cut in ranges
 
@@ -79,33 +79,9 @@ class Traffic:
         )
 
 
-def stream_elements(kernel: str, num_streams: int) -> tuple[int, int]:
+def stream_elements(call: str, num_streams: int) -> tuple[int, int]:
     """Elements of stream dtype read and written per token, in units of C."""
-    n = num_streams
-    return {
-        "expand": (1, n),
-        "project": (n, 0),
-        "aggregate": (n, 1),
-        "post": (n + 1, n),
-        "expand_backward": (n, 1),
-        "project_backward": (n, n),
-        AGGREGATED: (n + 1, n),
-        "aggregate_backward": (n + 1, 0),
-        "aggregate_gradients": (n + 1, n),
-        "aggregate_norm": (n, 1),
-        "aggregate_norm_backward": (n + 1, 1),
-        "post_backward": (2 * n + 1, n + 1),
-        "replay": (n + REPLAYED - 1, n * (REPLAYED - 1) + REPLAYED),
-        "post_pre": (2 * n + 1, n + 1),
-        "post_head": (2 * n + 1, n + 1),
-        "post_pre_delayed": (n + 1, n + 1),
-        "post_pre_backward": (3 * n + 3, n + 1),
-        "post_pre_delayed_backward": (2 * n + 2, n + 1),
-        "post_head_backward": (3 * n + 3, n + 1),
-        "expand_pre": (2, n + 1),
-        "expand_pre_backward": (n + 4, 2),
-        **dict.fromkeys((*TOKEN_KERNELS, "head_coefficients", "head_coefficients_backward"), (0, 0)),
-    }[kernel]
+    return CALLS[call].elements(num_streams)
 
 
 def small_bytes(case: Case, plan: ProjectionPlan, num_slabs: int) -> int:
