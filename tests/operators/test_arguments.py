@@ -6,71 +6,31 @@ place of ours.
 
 import math
 import warnings
-from dataclasses import replace
 
 import pytest
 import torch
+from refusals import (
+    FUNCTIONS,
+    PROJECTING,
+    TOKEN_TENSORS,
+    C,
+    K,
+    M,
+    T,
+    arguments_of,
+    assert_refused,
+    call,
+    every_tensor,
+    n,
+    no_kernel,  # noqa: F401  a fixture
+    not_dense,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mhc_tilelang as mhc
-from mhc_tilelang import MHCSpec, compiler, ops
+from mhc_tilelang import MHCSpec, ops
 
-SPEC = MHCSpec.deepseek_v4(64)
-n, C, M, K, T = 4, 64, 24, 256, 6
-
-
-def arguments_of(function):
-    """Good arguments, by name."""
-    x, phi, alpha, bias = torch.zeros(T, n, C), torch.zeros(M, K), torch.zeros(3), torch.zeros(M)
-    projected = {"x": x, "phi": phi, "alpha": alpha, "bias": bias, "spec": SPEC, "norm_weight": torch.ones(K)}
-    mixed = {"layer_output": torch.zeros(T, C), "h_post": torch.zeros(T, n), "h_res": torch.zeros(T, n, n)}
-    return {
-        "expand": {"h": torch.zeros(T, C), "num_streams": n},
-        "collapse": {"x": x},
-        "aggregate": {"x": x, "h_pre": torch.zeros(T, n)},
-        "sinkhorn": {"logits": torch.zeros(T, n, n), "iters": 20, "eps": 1e-6},
-        "coefficients": projected,
-        "pre": projected,
-        "head": {**projected, "phi": phi[:n], "alpha": alpha[:1], "bias": bias[:n]},
-        "post": {"x": x, **mixed},
-        "post_pre": {**projected, **mixed},
-        "expand_pre": {"h": torch.zeros(T, C), **{name: v for name, v in projected.items() if name != "x"}},
-        "post_head": {**projected, "phi": phi[:n], "alpha": alpha[:1], "bias": bias[:n], **mixed},
-    }[function]
-
-
-FUNCTIONS = ("expand", "collapse", "aggregate", "sinkhorn", "coefficients", "pre", "post", "post_pre", "head")
-FUNCTIONS += ("expand_pre", "post_head")
-PROJECTING = ("coefficients", "pre", "post_pre", "head", "expand_pre", "post_head")
-TENSORS = [(f, name) for f in FUNCTIONS for name, v in arguments_of(f).items() if isinstance(v, torch.Tensor)]
-TOKEN_TENSORS = [(f, name) for f in ("post", "post_pre", "post_head") for name in ("layer_output", "h_post", "h_res")]
-TOKEN_TENSORS.append(("aggregate", "h_pre"))
-every_tensor = pytest.mark.parametrize(("function", "argument"), TENSORS)
-
-
-def call(function, **changed):
-    return getattr(ops, function)(**{**arguments_of(function), **changed})
-
-
-@pytest.fixture(autouse=True)
-def no_kernel(monkeypatch):
-    """A call that gets as far as a kernel fails the test."""
-
-    def refuse(family, *_, **__):
-        pytest.fail(f"{family} was asked for")
-
-    monkeypatch.setattr(compiler, "kernel", refuse)
-
-
-def assert_refused(error, function, argument, parts, **changed):
-    """The error's type, its beginning `function: argument`, and that it quotes expected and got."""
-    with pytest.raises(error) as caught:
-        call(function, **changed)
-    message = str(caught.value)
-    assert message.startswith((f"{function}: {argument}: ", f"{function}: {argument} "))
-    for part in parts:
-        assert part in message
-    assert "\n" not in message
+pytestmark = pytest.mark.usefixtures("no_kernel")
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -112,27 +72,6 @@ def test_a_layer_of_the_other_sixteen_bits(function):
     changed = {"x": arguments_of(function)["x"].bfloat16(), "layer_output": torch.zeros(T, C).half()}
     parts = ["expected dtype torch.bfloat16 or torch.float32, got torch.float16"]
     assert_refused(TypeError, function, "layer_output", parts, **changed)
-
-
-def not_dense(tensor):
-    """The tensor in every layout but the dense one, by what the error calls it."""
-    kinds = {
-        "nested one of layout torch.jagged": lambda: torch.nested.nested_tensor([tensor, tensor], layout=torch.jagged),
-        "nested one of layout torch.strided": lambda: torch.nested.nested_tensor([tensor, tensor]),
-        "layout torch.sparse_coo": tensor.to_sparse,
-        "layout torch._mkldnn": tensor.to_mkldnn,
-    }
-    if tensor.ndim >= 2:
-        block = (1, 1)
-        kinds |= {
-            "layout torch.sparse_csr": lambda: tensor.reshape(-1, tensor.shape[-1]).to_sparse_csr(),
-            "layout torch.sparse_csc": lambda: tensor.reshape(-1, tensor.shape[-1]).to_sparse_csc(),
-            "layout torch.sparse_bsr": lambda: tensor.reshape(-1, tensor.shape[-1]).to_sparse_bsr(block),
-            "layout torch.sparse_bsc": lambda: tensor.reshape(-1, tensor.shape[-1]).to_sparse_bsc(block),
-        }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # prototypes, says PyTorch
-        return {kind: make() for kind, make in kinds.items()}
 
 
 @every_tensor
@@ -232,126 +171,12 @@ def test_not_contiguous(function, argument):
 
 
 @every_tensor
-def test_no_gradient_through_buffers(function, argument):
-    """An error instead of a result that silently has no gradient."""
-    tensor = arguments_of(function)[argument].requires_grad_()
-    changed = {argument: tensor, "out": buffers_of(function)}
-    assert_refused(mhc.GradientError, function, argument, ["requires a gradient", "out="], **changed)
-    with torch.no_grad(), pytest.raises(pytest.fail.Exception, match="was asked for"):
-        call(function, **changed)
-
-
-@every_tensor
 def test_tangents(function, argument):
     """Forward mode: a tangent must not be dropped without a word."""
     tensor = arguments_of(function)[argument]
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(tensor, torch.ones_like(tensor))
         assert_refused(mhc.GradientError, function, argument, ["tangent"], **{argument: dual})
-
-
-BUFFERS = {
-    "expand": {"out": (T, n, C)},
-    "collapse": {"out": (T, C)},
-    "aggregate": {"out": (T, C)},
-    "sinkhorn": {"out": (T, n, n)},
-    "coefficients": {"out[0] (h_pre)": (T, n), "out[1] (h_post)": (T, n), "out[2] (h_res)": (T, n, n)},
-    "pre": {"out[0] (layer_input)": (T, C), "out[1] (h_post)": (T, n), "out[2] (h_res)": (T, n, n)},
-    "head": {"out": (T, C)},
-    "post": {"out": (T, n, C)},
-    "post_pre": {
-        "out[0] (x_next)": (T, n, C),
-        "out[1] (layer_input)": (T, C),
-        "out[2] (h_post_next)": (T, n),
-        "out[3] (h_res_next)": (T, n, n),
-    },
-    "expand_pre": {
-        "out[0] (x)": (T, n, C),
-        "out[1] (layer_input)": (T, C),
-        "out[2] (h_post)": (T, n),
-        "out[3] (h_res)": (T, n, n),
-    },
-    "post_head": {"out[0] (x_next)": (T, n, C), "out[1] (output)": (T, C)},
-}
-every_buffer = pytest.mark.parametrize(("function", "buffer"), [(f, name) for f in FUNCTIONS for name in BUFFERS[f]])
-
-
-def buffers_of(function, **changed):
-    """Good buffers, but for those in `changed`, by name."""
-    buffers = {**{name: torch.zeros(shape) for name, shape in BUFFERS[function].items()}, **changed}
-    return next(iter(buffers.values())) if len(buffers) == 1 else tuple(buffers.values())
-
-
-@pytest.mark.parametrize("function", ["pre", "post_pre"])
-def test_the_delayed_form(function):
-    """Its h_pre is looked at like any other argument, needs a buffer, and a spec may insist on it."""
-    assert_refused(ValueError, function, "h_pre", ["[..., 4]", "[6, 5]"], h_pre=torch.zeros(T, 5))
-    assert_refused(ValueError, function, "h_pre", [f"[{T}]", "[5]"], h_pre=torch.zeros(5, n))
-    assert_refused(TypeError, function, "h_pre", ["float32", "float64"], h_pre=torch.zeros(T, n).double())
-    for kind, value in not_dense(torch.zeros(T, n)).items():
-        assert_refused(ValueError, function, "h_pre", ["expected a dense tensor", kind], h_pre=value)
-    given, out = torch.zeros(T, n), buffers_of(function)
-    assert_refused(TypeError, function, "out", ["h_pre_next, got"], h_pre=given, out=out)
-    last = f"out[{len(out)}] (h_pre_next)"
-    assert_refused(ValueError, function, last, ["[6, 5]"], h_pre=given, out=(*out, torch.zeros(T, 5)))
-    overlapping = {"h_pre": given, "out": (*out, given), "norm_weight": None}
-    assert_refused(ValueError, function, last, ["overlaps h_pre"], **overlapping)
-    assert_refused(ValueError, function, "h_pre", ["delayed_pre", "got None"], spec=replace(SPEC, delayed_pre=True))
-    for spec, buffers in ((SPEC, None), (replace(SPEC, delayed_pre=True), (*out, torch.zeros(T, n)))):
-        with pytest.raises(pytest.fail.Exception, match="was asked for"):
-            call(function, h_pre=given, spec=spec, out=buffers)
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_good_buffers_reach_a_kernel(function):
-    """Tests the tests below."""
-    with pytest.raises(pytest.fail.Exception, match="was asked for"):
-        call(function, out=buffers_of(function))
-
-
-@every_buffer
-def test_bad_buffers(function, buffer):
-    """Type, shape, leading dimensions, dtype, device, strides, and one that requires a gradient itself."""
-    shape = BUFFERS[function][buffer]
-    bad = {
-        TypeError: [[1.0], torch.zeros(shape, dtype=torch.float64)],
-        ValueError: [
-            torch.zeros(*shape[:-1], shape[-1] + 1),
-            torch.zeros(T + 1, *shape[1:]),
-            torch.zeros(shape, device="meta"),
-            torch.zeros(*shape, 2)[..., 0],
-            *not_dense(torch.zeros(shape)).values(),
-        ],
-        mhc.GradientError: [torch.zeros(shape).requires_grad_()],
-    }
-    for error, values in bad.items():
-        for value in values:
-            assert_refused(error, function, buffer, [], out=buffers_of(function, **{buffer: value}))
-
-
-@pytest.mark.parametrize("function", ["coefficients", "pre"])
-def test_not_a_tuple_of_buffers(function):
-    for out in (torch.zeros(T, n), (torch.zeros(T, n),) * 2, 3):
-        assert_refused(TypeError, function, "out", ["expected a tuple of", "h_post, h_res", "got"], out=out)
-
-
-@every_buffer
-def test_buffers_that_overlap(function, buffer):
-    """A kernel that reads what it has already overwritten; a wrong number, and no error anywhere."""
-    without_norm = {"norm_weight": None} if function in PROJECTING else {}  # that makes another phi
-    for name, tensor in arguments_of(function).items():
-        if isinstance(tensor, torch.Tensor) and name != "norm_weight":
-            shape = BUFFERS[function][buffer]
-            memory = torch.zeros(tensor.numel() + math.prod(shape) - 1)  # they share one element
-            value, out = memory[: tensor.numel()].view_as(tensor), memory[tensor.numel() - 1 :].view(shape)
-            changed = {name: value, "out": buffers_of(function, **{buffer: out}), **without_norm}
-            assert_refused(ValueError, function, buffer, [f"overlaps {name}"], **changed)
-
-
-def test_buffers_that_overlap_each_other():
-    memory = torch.zeros(T, n, n)
-    out = buffers_of("pre", **{"out[1] (h_post)": memory.view(-1)[: T * n].view(T, n), "out[2] (h_res)": memory})
-    assert_refused(ValueError, "pre", "out[2] (h_res)", ["overlaps out[1] (h_post)"], out=out)
 
 
 @pytest.mark.parametrize(("function", "argument"), TOKEN_TENSORS)
