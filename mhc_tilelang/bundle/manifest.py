@@ -140,7 +140,7 @@ def facts_of(path: Path) -> dict[str, Any]:
 
 
 def sha256(content: bytes) -> str:
-    """As hexadecimal digits."""
+    """The digest in hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()
 
 

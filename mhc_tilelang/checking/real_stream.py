@@ -121,7 +121,7 @@ def run_stream(h: torch.Tensor, sublayers: list[Sublayer], spec: MHCSpec, functi
 
 
 def run_reference(h: Array, sublayers: list[Sublayer], spec: MHCSpec) -> Array:
-    """The same in numpy float64."""
+    """Run the sublayers in numpy float64."""
     *layers, last = sublayers
     exact = [
         reference.Sublayer(partial(mlp_float64, layer), numpy64(layer.phi), numpy64(layer.alpha), numpy64(layer.bias))

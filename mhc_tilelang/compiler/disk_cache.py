@@ -136,7 +136,7 @@ def write(place: Path, name: str, suffix: str, make: Callable[[Path], Made]) -> 
 
 
 def put(made: Path, place: Path) -> None:
-    """Rename a file to its place, in whose way there may be a folder; nobody else may write to it."""
+    """Rename a file to its place, replacing a folder that is in the way; no other user may write to it."""
     trust.close(made)
     if place.is_dir() and not place.is_symlink():
         os.replace(place, made.with_name(f"{made.name}.in-the-way"))  # and removed with what is left there

@@ -11,8 +11,8 @@ and so must every folder above it. Of those, a sticky one may be writable by eve
 replace what is in it. They may also belong to whoever owns "/", who in a container need not be root.
 $MHC_TILELANG_TRUST lists, as $PATH does, folders that are taken as they are, with all that is in them.
 
-Only what the mode says is seen, not access control lists; and a path is checked, then opened: with nobody else able to
-write, nobody can come between. Imports neither torch nor tilelang.
+Only what the mode says is seen, not access control lists; and a path is checked, then opened: where no other
+user can write, nothing changes in between. Imports neither torch nor tilelang.
 """
 
 from __future__ import annotations

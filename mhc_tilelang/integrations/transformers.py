@@ -269,7 +269,7 @@ def _check_instance(module: nn.Module) -> None:
 
 
 def _check_norm(module: Any, name: str) -> None:
-    """Raise where somebody waits for the call of a connection's norm, which the kernels contain."""
+    """Raise where a hook expects the call of a connection's norm, which the kernels contain."""
     norm, kind = module.input_norm, _family(module).norm
     if "forward" in vars(norm) or _has_hooks(norm) or not isinstance(norm, kind):
         place, held = f"{name}.input_norm".lstrip("."), "hooks" if _has_hooks(norm) else f"forward {norm.forward!r}"

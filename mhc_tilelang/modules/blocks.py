@@ -92,7 +92,7 @@ class Workspace:
                 asks.wait_stream(self._made_on)
                 tensor.record_stream(asks)
             self._expected[key] -= 1
-            if current == -1:  # somebody looks at the graph from outside
+            if current == -1:  # the graph is inspected from outside
                 self._made = {}
             elif self._expected[key] <= 0:
                 del self._made[key]

@@ -23,7 +23,7 @@ def saved_bytes(*outputs: torch.Tensor) -> int:
     backward does not count: it is not kept.
 
     Raises:
-        ValueError: a tensor was saved through somebody else's saved-tensor hooks, which may have put it anywhere, or
+        ValueError: a tensor was saved through other saved-tensor hooks, which may have put it anywhere, or
             as a subclass of torch.Tensor.
     """
     from .blocks import Handle

@@ -68,7 +68,7 @@ def build_all(jobs: Iterable[Job], target: str, processes: int) -> list[Built]:
 
 
 def build_in(pool: Executor, jobs: Iterable[Job], target: str) -> list[Built]:
-    """The same in workers that are there. A job that fails is reported, and the others go on."""
+    """Build in workers that run already. A job that fails is reported, and the others go on."""
     results = []
     futures = {pool.submit(build_one, job, target): job for job in unique(jobs)}
     for future in as_completed(futures):

@@ -167,7 +167,7 @@ def estimate(wanted: Builds) -> str:
 
 
 def inspect_peers(args: argparse.Namespace) -> int:
-    """The same for another implementation's kernels."""
+    """Print the rows of another implementation's kernels."""
     from tqdm import tqdm
 
     from . import stored, table, tile_kernels

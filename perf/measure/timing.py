@@ -1,7 +1,7 @@
 """Time things against each other: interleaved rounds, one call a sample, quartiles.
 
 Whatever is compared is timed within the same rounds, so that a slow spell of the machine hits all of it
-alike. Every other round runs backwards, so that nobody always follows the same neighbour. What takes long
+alike. Every other round runs backwards, so that no candidate always follows the same neighbour. What takes long
 leaves after a few rounds. Before each call the last-level cache is emptied: else whoever shares a buffer with
 its neighbour finds it there. Clocks:
 

@@ -95,7 +95,7 @@ class Work:
 
 
 def layer_work(sizes: LayerSizes, sequence: int, mode: str) -> Work:
-    """The layer between its connections, for sequences of so many tokens."""
+    """The layer between its connections, for sequences of this many tokens."""
     C, A, F = sizes.hidden_size, sizes.attention_width, sizes.ffn_width
     projections, scores = 2.0 * sizes.parameters, 2.0 * A * (sequence + 1)
     forward = Work(projections + scores, 4 * C + 3 * F)

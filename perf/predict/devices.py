@@ -49,7 +49,7 @@ class Device(NamedTuple):
         )
 
     def facts(self) -> dict[str, object]:
-        """As a file has it."""
+        """The device as its file has it."""
         table = {name: constant._asdict() for name, constant in self.table.items()}
         return {"name": self.name, "arch": self.arch, "cache_bytes": self.cache_bytes, "constants": table}
 

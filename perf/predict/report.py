@@ -180,7 +180,7 @@ def peers() -> list[Peer]:
 
 
 def peers_table(found: Sequence[Peer], tablefmt: str = "simple") -> str:
-    """As text."""
+    """The table of published times beside the predicted ones, as text."""
     lines = [
         [
             *row[:4],

@@ -125,7 +125,7 @@ class Costs:
     replay_once: float
 
     def replay(self, sublayers: int) -> float:
-        """Of a block of so many."""
+        """The cost of a block of this many sublayers."""
         return self.replay_sublayer * sublayers - self.replay_once
 
     def blocks(self, num_sublayers: int) -> dict[int, float]:
@@ -137,11 +137,11 @@ class Costs:
         return {start + size - 1: self.replay(size) for start, size in zip(starts, sizes, strict=True)}
 
     def forward(self, layers: int) -> float:
-        """Of a stage, everything one after the other, without sends."""
+        """A stage's forward, everything in series, without sends."""
         return layers * (self.attention + self.ffn + 2 * self.experts + SUBLAYERS * self.connection)
 
     def backward(self, layers: int) -> float:
-        """The same."""
+        """A stage's backward, everything in series, replays included."""
         compute = self.attention_input + self.attention_weights + self.ffn_input + self.ffn_weights
         replays = sum(self.blocks(SUBLAYERS * layers).values())
         return layers * (compute + 2 * self.experts + SUBLAYERS * self.connection_backward) + replays

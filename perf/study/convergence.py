@@ -16,7 +16,7 @@ CLOSE = 1e-3
 
 @dataclass(frozen=True)
 class Distance:
-    """After so many iterations: column sums' largest deviation from 1, over matrices; what the order matters."""
+    """After a number of iterations: column sums' largest deviation from 1, over matrices; what the order matters."""
 
     scale: float
     iters: int

@@ -23,7 +23,7 @@ SAMPLED = 256  # tokens of these whose mappings are looked at
 
 @dataclass(frozen=True)
 class Evaluation:
-    """After so many steps: the held-out loss, and what a watch saw meanwhile."""
+    """The state after a number of steps: the held-out loss, and what a watch saw meanwhile."""
 
     step: int
     loss: float
@@ -53,7 +53,7 @@ def train(
     every: int,
     after_step: Callable[[], object] = lambda: None,
 ) -> Run:
-    """Train and evaluate, at the start and every so many steps; the gradient norm is that before clipping."""
+    """Train and evaluate, at the start and at regular intervals; the gradient norm is that before clipping."""
     torch.manual_seed(seed)
     model = GPT(kind, sizes).to(device)
     optimizer = model.optimizer(sizes.rate)

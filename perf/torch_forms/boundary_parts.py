@@ -50,7 +50,7 @@ def sum_as_written(g_x: Tensor, g_x_next: Tensor, h_pre: Tensor, g_layer_input: 
 
 
 def sum_blocks(g_x: Tensor, g_x_next: Tensor, h_pre: Tensor, g_layer_input: Tensor, total: Tensor) -> None:
-    """The same, a block of tokens at a time."""
+    """The sum, a block of tokens at a time."""
     block = min(block_tokens(g_x), len(g_x))
     workspace = g_x.new_empty(block, *g_x.shape[1:], dtype=torch.float32)
     vectors = g_x.new_empty(block, g_x.shape[2], dtype=torch.float32)

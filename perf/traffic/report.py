@@ -178,7 +178,7 @@ def theirs(label: str, read: float, written: float) -> list[str]:
 
 
 def number(units: float) -> str:
-    """As short as it is: 9, 8.25; empty for none."""
+    """A number in its shortest form: 9, 8.25; empty for none."""
     return f"{units:.4g}" if units else ""
 
 

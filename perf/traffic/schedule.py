@@ -32,7 +32,7 @@ class Row:
 
     @classmethod
     def of(cls, shape: Shape, target: str, parallel_blocks: int) -> Row:
-        """On a device that runs so many blocks at a time."""
+        """The schedule on a device that runs this many blocks at a time."""
         n = shape.num_streams
         plan = post_project_plan(n * n + 2 * n, n, shape.hidden_size, shape.dtype, target)
         schedule = boundary_schedule(shape.num_tokens, shape.hidden_size, plan, parallel_blocks)

@@ -1,7 +1,7 @@
 """post, backward: two mixtures of streams and n² + n inner products, each alone or together.
 
 Would catch: h_res or its gradient transposed, channels left out at the end of a row, a gradient that is computed
-though nobody asked for it, or that changes with what else is asked for.
+though it was not asked for, or that changes with what else is asked for.
 """
 
 from itertools import product
@@ -65,7 +65,7 @@ def test_each_channel_counts_once(n):
 
 @pytest.mark.parametrize(("stream", "layer", "mixing"), SUBSETS)
 def test_every_subset_of_gradients(stream, layer, mixing):
-    """The bits of the full call, None for the rest; what only the rest needs is NaN here, so that nobody reads it."""
+    """The bits of the full call, None for the rest; what only the rest needs is NaN here, so a read shows."""
     arguments = FUNCTION.arguments(CASE)
     full = FUNCTION(arguments)
     unread = [] if mixing else ["x", "layer_output"]

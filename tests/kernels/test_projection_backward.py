@@ -123,7 +123,7 @@ def test_each_token_and_channel_counts_once():
 
 @pytest.mark.parametrize("num_tokens", [63, 1100])
 def test_each_gradient_alone(num_tokens):
-    """The bits of both together, None for the other; what only the other needs is NaN here, so that nobody reads it."""
+    """The bits of both together, None for the other; what only the other needs is NaN here, so a read shows."""
     arguments = FUNCTION.arguments(replace(CASE, num_tokens=num_tokens))
     full = FUNCTION(arguments)
     only_x = FUNCTION(arguments, needs_g_phi=False)

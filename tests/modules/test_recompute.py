@@ -1,7 +1,7 @@
 """A stream that keeps only the starts of its blocks: the same gradients to the bit, less kept, layers run once.
 
 Would catch: a stream or layer input recomputed from another sublayer's coefficients, one that is kept all the same, a
-graph that nobody frees.
+graph that is never freed.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def test_delayed_pre():
 
 @pytest.mark.parametrize("delayed", [False, True])
 def test_normalised_layer_inputs(delayed):
-    """Made again by the kernel that made them, from the streams of the replay."""
+    """Recomputed by the kernel that computed them first, from the streams of the replay."""
     model, h = Model(delayed=delayed, eps=1e-5), normal(*TOKENS, C)
     for k, connection in enumerate(model.connections):
         torch.nn.init.normal_(connection.rms_norm_weight, 1.0, 0.1, generator=torch.Generator().manual_seed(k))

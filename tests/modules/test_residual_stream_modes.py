@@ -1,6 +1,6 @@
 """A write that waits: what may happen between it and its merge.
 
-Would catch: a gradient lost because somebody looked at the stream without grad, one that appears because the merge ran
+Would catch: a gradient lost because the stream was read without grad, one that appears because the merge ran
 later than the layer, a layer's output that is merged with values it got afterwards.
 """
 
@@ -107,7 +107,7 @@ def test_what_fails_leaves_the_write_waiting() -> None:
 
 
 def test_buffers_keep_their_dtype() -> None:
-    """Parameters stay float32 in a conversion; a counter that somebody registered stays a counter."""
+    """Parameters stay float32 in a conversion; a counter that the user registered stays a counter."""
     connection = mhc.HyperConnection(SPEC)
     connection.register_buffer("steps", torch.tensor(16_777_217))
     connection.bfloat16().to("cpu")

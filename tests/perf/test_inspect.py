@@ -150,7 +150,7 @@ def test_widths_are_read_from_the_source(statement: str, read: list[int], writte
 
 
 def test_an_access_in_another_spelling_is_refused() -> None:
-    """A width that nobody saw would pass for a wide one."""
+    """A width that goes unseen would pass for a wide one."""
     with pytest.raises(MHCError, match=r"x: expected a cast, an index or cp_async_gs, got line 2"):
         accesses(kernel_with("tl::tma_load(desc, &(x[0]));"))
 

@@ -42,7 +42,7 @@ def resealed(folder: Path, change: Callable[[dict], None]) -> Path:
 
 
 def cut(path: Path, left: int) -> None:
-    """Leave so many bytes of a file."""
+    """Truncate a file to this many bytes."""
     path.write_bytes(path.read_bytes()[:left])
 
 

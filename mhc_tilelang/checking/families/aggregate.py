@@ -62,7 +62,7 @@ def check_aggregate_backward(case: Case, inputs: Inputs) -> list[Comparison]:
 
 @check("g_x", "g_h_pre")
 def check_aggregate_gradients(case: Case, inputs: Inputs) -> list[Comparison]:
-    """The same inner products, and a product an element of the stream."""
+    """The inner products of `aggregate_backward`, and a product an element of the stream."""
     g = Gradients.of(case, inputs.x.device).g_h
     got = launch.aggregate_gradients(g, inputs.x, inputs.h_pre)
     plain = by_autograd(plain_torch.aggregate, g, inputs.x, inputs.h_pre)

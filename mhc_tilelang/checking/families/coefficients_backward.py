@@ -64,7 +64,7 @@ def sublayer_mappings(spec: MHCSpec) -> Mappings:
 
 @check(*OUTPUTS)
 def check_head_coefficients_backward(case: Case, inputs: Inputs) -> list[Comparison]:
-    """The same for the last aggregation, which has the pre group alone."""
+    """From h_pre to the projection's rows, ρ, alpha and bias of a head, which has the pre group alone."""
     n, spec = case.num_streams, case.spec
     phi, alpha, bias = inputs.phi[:n].contiguous(), inputs.alpha[:1], inputs.bias[:n]
     plan = launch.projection_plan(inputs.x, n)

@@ -40,7 +40,7 @@ def check_post_pre(case: Case, inputs: Inputs) -> list[Comparison]:
 
 @check("x_next", "layer_input", "h_pre", "h_post", "h_res")
 def check_post_pre_delayed(case: Case, inputs: Inputs) -> list[Comparison]:
-    """The same, but aggregated with a given h_pre."""
+    """The outputs of `post_pre`, aggregated with a given h_pre."""
     return compare_forward(case, inputs, delayed=True)
 
 

@@ -65,7 +65,7 @@ def audit(family: str, parameters: dict[str, Any], sizes: Mapping[str, float]) -
 
 
 def audit_function(func: Any, sizes: Mapping[str, float]) -> dict[str, BufferTraffic]:
-    """The same for a TIR function that is not a family's."""
+    """Audit a TIR function that is not a family's."""
     from .values import AuditError
 
     try:
@@ -99,7 +99,7 @@ def _audit(func: Any, sizes: Mapping[str, float]) -> dict[str, BufferTraffic]:
 
 
 def _run_threads(func: Any, sizes: Mapping[str, float]) -> dict[str, BufferTraffic]:
-    """The same for a thread-level kernel."""
+    """Audit a thread-level kernel."""
     from .threads import run_threads
 
     touched = run_threads(func, tuple(sizes.items())).touched
