@@ -22,6 +22,14 @@ from .coefficients import RowGroup, row_groups, sigmoid
 from .sinkhorn_backward import sinkhorn_backward_inplace
 
 
+def a_row_a_thread(outer: int, inner: int, threads: int) -> T.Fragment:
+    """The layout of sums over a block's tokens: one a thread, or several; again in the threads that are left."""
+    rows = outer * inner
+    if rows >= threads:
+        return T.Fragment((outer, inner), lambda a, b: ((a * inner + b) % threads, (a * inner + b) // threads))
+    return T.Fragment((outer, inner), lambda a, b, k: (k * rows + a * inner + b, 0), replicate=threads // rows)
+
+
 @T.macro
 def load_scaled(scaled, projected, group: RowGroup, first_token, num_tokens, block):
     """scaled[a, b, t] = m of the group's row a · inner + b; zero beyond the last token."""
@@ -55,6 +63,8 @@ def group_backward(rho, partial, g_projected, g_z, scaled, scale, alpha, group: 
     inner_sums = T.alloc_fragment((inner, block), T.float32)
     token_sums = T.alloc_fragment((block,), T.float32)
     block_sum = T.alloc_fragment((1,), T.float32)
+    if outer > 1:  # spares layout inference half its time
+        T.annotate_layout({row_sums: a_row_a_thread(outer, inner, block)})
     T.reduce_sum(g_z, row_sums, dim=2)
     for a, b in T.Parallel(outer, inner):
         partial[tile, num_alphas + group.first + a * inner + b] = row_sums[a, b]

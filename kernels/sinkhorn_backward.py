@@ -26,6 +26,11 @@ import tilelang.language as T
 from .sinkhorn import first_iteration, iterations, softmax
 
 
+def a_token_a_thread(num_streams: int, block: int) -> T.Fragment:
+    """The layout of [n, n, block] that TileLang would find too, after seconds of search."""
+    return T.Fragment((num_streams, num_streams, block), lambda j, i, t: (t, j * num_streams + i))
+
+
 @T.macro
 def normalize_keeping(P, scale, denominators, step, num_streams, block, sinkhorn_eps, axis):
     """`sinkhorn.normalize`, which also keeps the sums + eps as denominators[step]."""
@@ -77,6 +82,7 @@ def sinkhorn_backward_inplace(g, logits, num_streams, block, capacity, iters, si
     P = T.alloc_fragment((n, n, block), T.float32)
     sums = T.alloc_fragment((n, block), T.float32)
     denominators = T.alloc_shared((2 * capacity - 2, n, block), T.float32)
+    T.annotate_layout({P: a_token_a_thread(n, block), sums: T.Fragment((n, block), lambda k, t: (t, k))})
     for j, i, t in T.Parallel(n, n, block):
         P[j, i, t] = logits[j, i, t]
     first_iteration(P, sums, n, block, sinkhorn_eps)
@@ -114,6 +120,7 @@ def sinkhorn_backward_kernel(num_streams: int, capacity: int, block: int):
         with T.Kernel(T.ceildiv(num_tokens, block), threads=block) as tile:
             g = T.alloc_fragment((n, n, block), T.float32)
             z = T.alloc_shared((n, n, block), T.float32)
+            T.annotate_layout({g: a_token_a_thread(n, block)})
             first = tile * block
             for j, i, t in T.Parallel(n, n, block):
                 g[j, i, t] = T.if_then_else(first + t < num_tokens, g_h_res[first + t, j, i], 0.0)
