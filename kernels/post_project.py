@@ -75,6 +75,19 @@ def mix(next_rows, x_rows, layer_rows, h_post, h_res, first_token, streams):
 
 
 @T.macro
+def add_output(next_rows, x_rows, layer_rows, h_post, first_token, streams):
+    """The same where H_res is the identity: next_rows[k] = h_post[j] · layer_rows + x_rows[j], in one fma."""
+    num_tokens, _ = h_post.shape
+    rows, channels = layer_rows.shape
+    for r, c in T.Parallel(rows, channels):
+        token = T.min(first_token + r, num_tokens - 1)
+        for to, j in zip(next_rows, streams, strict=True):
+            to[r, c] = T.ieee_fmaf(
+                h_post[token, j], T.cast(layer_rows[r, c], T.float32), T.cast(x_rows[j][r, c], T.float32)
+            )
+
+
+@T.macro
 def aggregate(input_rows, rounded, h_pre, first_token):
     """input_rows = Σ_j h_pre[j] · rounded[j], in the order of `aggregate`."""
     num_tokens, n = h_pre.shape
@@ -110,13 +123,20 @@ def store_halves(phi_tile, phi_rows, high, low, plan: ProjectionPlan):
 
 
 def post_project_kernel(
-    num_streams: int, hidden_size: int, dtype: str, layer_dtype: str, plan: PostProjectPlan, has_h_pre: bool
+    num_streams: int,
+    hidden_size: int,
+    dtype: str,
+    layer_dtype: str,
+    plan: PostProjectPlan,
+    has_h_pre: bool,
+    has_h_res: bool = True,
 ):
     """x [T, n, C], layer_output [T, C], h_post [T, n], h_res [T, n, n], phi [M, n, C]
     -> x_next [T, n, C], partial [slabs, slab_rows, T] as in `projection`.
 
     `has_h_pre` adds h_pre [T, n] -> layer_input [T, C]; without it both are one-element placeholders, never accessed.
-    `chunks_per_split` chunks go to each block of a token tile.
+    `chunks_per_split` chunks go to each block of a token tile. Without h_res, which is then such a placeholder, H_res
+    is the identity; only by tiles.
     """
     if isinstance(plan.projection, WarpProjectionPlan):
         return post_project_by_warps_kernel(num_streams, hidden_size, layer_dtype, plan, has_h_pre)
@@ -136,7 +156,7 @@ def post_project_kernel(
         x: T.Tensor[(num_tokens, n, hidden_size), dtype],
         layer_output: T.Tensor[(num_tokens, hidden_size), layer_dtype],
         h_post: T.Tensor[(num_tokens, n), T.float32],
-        h_res: T.Tensor[(num_tokens, n, n), T.float32],
+        h_res: T.Tensor[(num_tokens, n, n) if has_h_res else unused, T.float32],
         phi: T.Tensor[(projection.rows, n, hidden_size), T.float32],
         h_pre: T.Tensor[(num_tokens, n) if has_h_pre else unused, T.float32],
         x_next: T.Tensor[(num_tokens, n, hidden_size), dtype],
@@ -188,7 +208,10 @@ def post_project_kernel(
                         T.copy(x[row : row + rows, i, first : first + channels], x_rows[i])
                     T.copy(layer_output[row : row + rows, first : first + channels], layer_rows)
                     for group_streams in together:
-                        mix(next_rows, x_rows, layer_rows, h_post, h_res, row, group_streams)
+                        if has_h_res:
+                            mix(next_rows, x_rows, layer_rows, h_post, h_res, row, group_streams)
+                        else:
+                            add_output(next_rows, x_rows, layer_rows, h_post, row, group_streams)
                         for values, j in zip(next_rows, group_streams, strict=True):
                             T.copy(values, rounded[j])
                             T.copy(rounded[j], x_next[row : row + rows, j, first : first + channels])

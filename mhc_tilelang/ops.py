@@ -11,7 +11,7 @@ it is float32. Tensors are dense, contiguous and on one device; DTensors may be 
 and no forward mode.
 
 With an identity spec (H_res = I) phi is [2n, K], alpha [2], bias [2n], and there is no h_res: None goes in, none comes
-out. post_pre, expand_pre and post_head are then two calls each, without `out=` and rms_norm_weight.
+out. expand_pre and post_head are then two calls each, without `out=`; there is no rms_norm_weight.
 
 Tensors on meta, and fake ones, give shapes and dtypes, and no kernel runs. torch.jit.trace records operators and
 constants, and no check: what a trace is given later is for its caller to get right in all but the tokens, whose number
@@ -293,12 +293,10 @@ def post_pre(
     mappings = check_mixed(arguments, x, layer_output, h_post, h_res, spec)
     h_pre = check_delayed(arguments, h_pre, spec)
     eps = check_rms_norm(arguments, rms_norm_weight, rms_norm_eps, spec, x.dtype)
+    inputs = (x, layer_output, *mappings, phi, alpha, bias, h_pre)
     if spec.is_identity:
-        refuse_for_identity("post_pre", spec, out=out)
-        x_next = post(x, layer_output, h_post)
-        return (x_next, *pre(x_next, phi, alpha, bias, spec, h_pre=h_pre))
-    inputs = (x, layer_output, *mappings, phi, alpha, bias, h_pre, rms_norm_weight)
-    return call(arguments, operators.post_pre, inputs, (*constants(spec), eps), sizes(spec), out)
+        return call(arguments, operators.identity_post_pre, inputs, constants(spec), sizes(spec), out)
+    return call(arguments, operators.post_pre, (*inputs, rms_norm_weight), (*constants(spec), eps), sizes(spec), out)
 
 
 def head(

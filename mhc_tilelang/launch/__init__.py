@@ -29,7 +29,7 @@ from .coefficients import (
 )
 from .expand import expand, expand_backward
 from .expand_pre import FirstBoundary, FirstGradients, expand_pre, expand_pre_backward, expand_project, total_h_pre
-from .identity import gate_plan, gates, gates_backward, identity_post, identity_post_backward
+from .identity import gate_plan, gates, gates_backward, identity_post, identity_post_backward, identity_post_pre
 from .mappings import aggregate_mappings, coefficients_and_aggregate
 from .operands import aligned, alignment
 from .partial_sums import sum_partials
@@ -76,6 +76,7 @@ __all__ = [
     "head_mapping_backward",
     "identity_post",
     "identity_post_backward",
+    "identity_post_pre",
     "mappings_backward",
     "mixing_backward",
     "parallel_blocks",

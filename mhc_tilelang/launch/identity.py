@@ -9,10 +9,12 @@ import torch
 
 from .. import compiler
 from ..compiler.kernel import dtype_name
-from ..kernels import plans, projection_plans
+from ..kernels import boundary_plans, plans, projection_plans
 from ..spec import MHCSpec
+from .aggregate import aggregate
 from .coefficients import partial_sums, split_parameters
 from .operands import Gradient, aligned, by_width, channel_kernel, placeholder_if_none, stream_kernel
+from .post_pre import post_project
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -96,6 +98,36 @@ def gates_backward(
     )
     split_parameters(partial, g_alpha, g_bias)
     return g_projected, g_alpha, g_bias
+
+
+def identity_post_pre(
+    x: torch.Tensor,
+    layer_output: torch.Tensor,
+    h_post: torch.Tensor,
+    phi: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    spec: MHCSpec,
+    *,
+    h_pre: torch.Tensor | None,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """The boundary: x [T, n, C], layer_output [T, C], h_post [T, n] of the sublayer that ends, phi [2n, K], alpha [2],
+    bias [2n] of the one that begins -> projected [2n + 1, T].
+
+    `out` has x_next [T, n, C], layer_input [T, C], h_post and h_pre [T, n]. With an h_pre [T, n] layer_input is
+    aggregated with that, in the first of two launches; without, in a third.
+    """
+    x_next, layer_input, h_post_next, h_pre_next = out
+    rows, has_h_pre = phi.shape[0], h_pre is not None
+    sizes = (rows, *x.shape[1:], dtype_name(x.dtype), compiler.platform_of(x.device), has_h_pre)
+    plan = boundary_plans.tile_post_project_plan(*sizes)
+    made = (x_next, layer_input if has_h_pre else None)
+    _, partial, _ = post_project(x, layer_output, h_post, None, phi, plan, h_pre=h_pre, out=made)
+    projected = gates(partial, alpha, bias, spec, gate_plan(x, rows), out=(h_pre_next, h_post_next))
+    if not has_h_pre:
+        aggregate(x_next, h_pre_next, out=layer_input)
+    return projected
 
 
 def identity_post(

@@ -99,7 +99,7 @@ def post_project(
     x: torch.Tensor,
     layer_output: torch.Tensor,
     h_post: torch.Tensor,
-    h_res: torch.Tensor,
+    h_res: torch.Tensor | None,
     phi: torch.Tensor,
     plan: boundary_plans.PostProjectPlan | None = None,
     *,
@@ -112,7 +112,7 @@ def post_project(
 
     The layer's input is None unless h_pre [T, n], from the sublayer before, is given. `plan` and `schedule` are picked
     unless given; neither moves a bit as long as the plan's chunks are those of `project`. `out` has x_next and
-    layer_input.
+    layer_input. Without h_res H_res is the identity, and the plan one by tiles.
     """
     num_tokens, num_streams, hidden_size = x.shape
     has_h_pre = h_pre is not None
@@ -129,12 +129,13 @@ def post_project(
         layer_dtype=dtype_name(layer_output.dtype),
         plan=plan,
         has_h_pre=has_h_pre,
+        **({"has_h_res": False} if h_res is None else {}),
     )
     kernel(
         x=aligned(x),
         layer_output=aligned(layer_output),
         h_post=aligned(h_post),
-        h_res=aligned(h_res),
+        h_res=h_post.new_empty(1) if h_res is None else aligned(h_res),
         phi=operand,
         h_pre=phi.new_empty(1) if h_pre is None else aligned(h_pre),
         x_next=x_next,

@@ -363,10 +363,10 @@ class ResidualStream:
                 f"ResidualStream.read: connection: expected a spec with delayed_pre={self._delayed}, as those before "
                 f"have, got {delayed}"
             )
-        if self._overlaps_coefficients and not delayed:
+        if self._overlaps_coefficients and (not delayed or connection.spec.is_identity):  # type: ignore[union-attr]
             raise ValueError(
                 "ResidualStream.read: connection: expected a spec with delayed_pre for overlap_coefficients, got one "
-                "whose layer waits for its coefficients"
+                "whose layer waits for its coefficients, or that has no Sinkhorn"
             )
         if self._recorder and not (has_own_forward(connection) and has_own_merge(connection)):
             raise TypeError(

@@ -20,7 +20,7 @@ from .coefficients import coefficients
 from .expand import collapse, collapse_mean, expand
 from .expand_pre import expand_pre
 from .head import head
-from .identity import gates, identity_post, identity_pre
+from .identity import gates, identity_post, identity_post_pre, identity_pre
 from .post import post
 from .post_head import post_head
 from .post_pre import post_pre
@@ -37,6 +37,7 @@ __all__ = [
     "gates",
     "head",
     "identity_post",
+    "identity_post_pre",
     "identity_pre",
     "post",
     "post_head",

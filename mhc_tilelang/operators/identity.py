@@ -1,8 +1,9 @@
-"""Identity hyper-connections (H_res = I): gates, identity_pre and identity_post, which have no h_res.
+"""Identity hyper-connections (H_res = I): gates, identity_pre, identity_post and identity_post_pre, without h_res.
 
     gates          x [..., n, C], phi [2n, K], alpha [2], bias [2n] -> h_pre [..., n], h_post [..., n]
     identity_pre   the same, and the streams aggregated, as in `pre`  -> layer_input [..., C], h_post, h_pre_next
     identity_post  x, layer_output [..., C], h_post -> x_next [..., n, C]
+    identity_post_pre   the last two, the stream read and written once for `post` and the projection
 
 `gates` and `identity_pre` also return `projected` [2n + 1, T], which the backward starts from. The gradient of x in
 `identity_post` is that of x_next, handed on as it is.
@@ -10,7 +11,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -95,6 +96,38 @@ def _hand_on(g: Any, inputs: Any, needs: Any) -> Optionals:
     return (g.x_next, *rest)
 
 
+class _Upstream(NamedTuple):
+    layer_input: torch.Tensor | None
+    h_post: torch.Tensor | None
+    h_pre_next: torch.Tensor | None
+
+
+class _Needs(NamedTuple):
+    x: bool
+    phi: bool
+    h_pre: bool
+
+
+def _boundary_forward(*inputs_and_constants: Any, out: Any) -> Tensors:
+    h_pre, constants = inputs_and_constants[6], inputs_and_constants[7:]
+    arguments: Any = (*inputs_and_constants[:6], _spec(inputs_and_constants[0], constants))
+    return (launch.identity_post_pre(*arguments, h_pre=h_pre, out=tuple(out)),)
+
+
+def _boundary_backward(g: Any, inputs: Any, saved: Any, constants: tuple, needs: Any) -> Optionals:
+    _, layer_output, h_post, *parameters, given = inputs
+    of_pre = (g.layer_input, g.h_post_next, g.h_pre_next)
+    arguments = (saved.x_next, *parameters, given)
+    needed = _Needs(True, needs.phi, needs.h_pre)
+    g_x: Any
+    g_x, *rest = _pre_backward(_Upstream(*of_pre), arguments, saved, constants, needed)
+    total = g_x if g.x_next is None else g_x.add_(g.x_next)
+    found = launch.identity_post_backward(
+        total, layer_output, h_post, needs_g_layer_output=needs.layer_output, needs_g_h_post=needs.h_post
+    )
+    return total if needs.x else None, *found, *rest
+
+
 PARAMETERS = "x phi alpha bias"
 gates = Declaration(
     "gates",
@@ -120,4 +153,26 @@ identity_pre = Declaration(
 )
 identity_post = Declaration(
     "identity_post", "x layer_output h_post", "x_next", _post_forward, _post_backward, shortcut=_hand_on
+)
+
+
+def _of_x_next(g: Any, inputs: Any, needs: Any) -> Optionals | None:
+    """Where of a boundary only x_next was used, `identity_post` alone has a gradient."""
+    if any(one is not None for one in g[1:]):
+        return None
+    _, *rest = identity_post.operator_backward(g.x_next, *inputs[:3], False, *needs[1:3])
+    return (g.x_next, *rest, *(None,) * 4)
+
+
+identity_post_pre = Declaration(
+    "identity_post_pre",
+    "x layer_output h_post phi alpha bias h_pre?",
+    "x_next layer_input h_post_next h_pre_next?",
+    _boundary_forward,
+    _boundary_backward,
+    constants=CONSTANTS,
+    kept="projected",
+    saved="x_next h_pre_next projected",
+    aligned=lambda inputs: "x_next h_post_next h_pre_next" + (" layer_input" if inputs.h_pre is not None else ""),
+    shortcut=_of_x_next,
 )

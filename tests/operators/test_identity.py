@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import torch
 from helpers import assert_same_bits, numpy64
 
 import mhc_tilelang as mhc
-from mhc_tilelang import MHCSpec, reference
+from mhc_tilelang import MHCSpec, compiler, reference
 from mhc_tilelang.compiler.simt import executing
 from mhc_tilelang.errors import ConversionError
 
@@ -198,7 +199,58 @@ def test_as_cuda(dtype):
             x_next = mhc.post(x, layer_output, h_post)
             g = [torch.ones_like(layer_input) - 2 * layer_input.detach(), torch.cos(x_next.detach())]
             gradients = torch.autograd.grad([layer_input, x_next], given, g)
-        results.append([layer_input, h_post, x_next, *gradients])
+            boundary = mhc.post_pre(x, layer_output, h_post, None, *parameters, SPEC)
+        results.append([layer_input, h_post, x_next, *gradients, *boundary])
     for got, expected in zip(*results, strict=True):
         # phi is split in two for tensor cores: 2^-18 of each of its elements, and g is of what was rounded.
         assert relative(got, numpy64(expected)) < 2**-16 + 4 * U[dtype]
+
+
+@pytest.mark.parametrize("delayed", [False, True])
+def test_boundary(delayed):
+    """`post_pre` has the bits of `post`, then `pre`; its gradients are theirs, but for the order of float32 sums.
+
+    Would catch: a gradient of x_next that is dropped where it is also an output, a third launch in the delayed form.
+    """
+    x, layer_output, parameters = inputs()
+    h_post, h_pre = torch.rand(T, N), torch.rand(T, N)
+    given = [t.clone().requires_grad_() for t in (x, layer_output, h_post, *parameters, *([h_pre] if delayed else []))]
+    x, layer_output, h_post, phi, alpha, bias, *rest = given
+    keywords = {"h_pre": rest[0]} if delayed else {}
+    x_next = mhc.post(x, layer_output, h_post)
+    separate = (x_next, *mhc.pre(x_next, phi, alpha, bias, SPEC, **keywords))
+    fused = mhc.post_pre(x, layer_output, h_post, None, phi, alpha, bias, SPEC, **keywords)
+    assert_same_bits(fused, separate)
+    out = tuple(torch.full_like(t, float("nan")) for t in fused)
+    with torch.no_grad():
+        mhc.post_pre(x, layer_output, h_post, None, phi, alpha, bias, SPEC, **keywords, out=out)
+    assert_same_bits(out, fused)
+    g = [torch.randn(t.shape, generator=torch.Generator().manual_seed(3)) for t in fused]
+    for used in (slice(None), slice(1), slice(1, None)):
+        wanted = [
+            torch.autograd.grad(r[used], given, g[used], retain_graph=True, allow_unused=True)
+            for r in (fused, separate)
+        ]
+        for got, expected in zip(*wanted, strict=True):
+            if expected is None or not expected.any():
+                assert got is None or not got.any()
+            else:
+                assert relative(got, numpy64(expected)) < 2**-20
+    assert [one.family for one in launches(x, layer_output, h_post, phi, alpha, bias, keywords)] == (
+        ["post_project", "coefficients"] + ["aggregate"] * (not delayed)
+    )
+
+
+def launches(x, layer_output, h_post, phi, alpha, bias, keywords):
+    """What a boundary launches."""
+    seen = []
+    kernel = compiler.kernel
+    with pytest.MonkeyPatch.context() as patch:
+
+        def noted(family, *arguments, **parameters):
+            seen.append(SimpleNamespace(family=family))
+            return kernel(family, *arguments, **parameters)
+
+        patch.setattr(compiler, "kernel", noted)
+        mhc.post_pre(x, layer_output, h_post, None, phi, alpha, bias, SPEC, **keywords)
+    return seen
