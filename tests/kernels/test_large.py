@@ -10,7 +10,6 @@ import torch
 
 import mhc_tilelang as mhc
 from mhc_tilelang import launch
-from mhc_tilelang.compiler import tracing
 from mhc_tilelang.compiler.cuda_source import generate
 from mhc_tilelang.kernels import plans, projection_plans
 from mhc_tilelang.perf.calls.cases import Shape
@@ -70,11 +69,12 @@ def test_the_backward_of_the_last_token_of_a_huge_stream() -> None:
         assert torch.equal(huge[-len(expected) :], expected)
 
 
-LONG = pytest.param("project_backward", marks=pytest.mark.full)  # to generate
+LONG = {
+    family: pytest.param(family, marks=pytest.mark.full) for family in ("project", "project_backward")
+}  # to generate
 
 
-@pytest.mark.nvcc
-@pytest.mark.parametrize("family", ["aggregate_backward", "post_backward", "expand_backward", LONG])
+@pytest.mark.parametrize("family", ["aggregate_backward", "post_backward", "expand_backward", LONG["project_backward"]])
 def test_cuda_indexes_streams_of_a_backward_in_64_bits(family: str) -> None:
     """As below; `project_backward` has the number of a token in a variable."""
     *_, subject = matrix.subjects(Shape(4096, 4, 1280, "bfloat16"), [family])
@@ -89,18 +89,15 @@ def test_cuda_indexes_streams_of_a_backward_in_64_bits(family: str) -> None:
     assert not re.findall(rf"\* {token}\)", streams)
 
 
-@pytest.mark.nvcc
-@pytest.mark.parametrize("family", ["aggregate", "post", "expand", "project"])
+@pytest.mark.parametrize("family", ["aggregate", "post", "expand", LONG["project"]])
 def test_cuda_indexes_streams_in_64_bits(family: str) -> None:
     """The generated source multiplies the token by its stride in 64 bits, on a GPU that CI does not have."""
-    from mhc_tilelang.compiler import cuda
-
     sizes = {"num_streams": 4, "hidden_size": 1280, "dtype": "bfloat16"}
     plan = projection_plans.tile_projection_plan(24, 1280, "bfloat16", "cuda")
     tile = plans.channel_tile(1280, 2, "cuda")
     layer = {"layer_dtype": "bfloat16"} if family == "post" else {}
     parameters = {**sizes, **layer, **({"plan": plan} if family == "project" else {"tile": tile})}
-    source = cuda.build(tracing.trace(family, parameters), "sm_90a", family, parameters).get_kernel_source()
+    source = generate(family, parameters, "sm_90a").code
     in_32_bits = [int(number) for number in re.findall(r"\(int\)blockIdx\.x\) \* (\d+)", source)]
     in_64_bits = [
         int(number) for number in re.findall(r"\(int64_t\)\(\(int\)blockIdx\.x\)\) \* \(int64_t\)(\d+)", source)
