@@ -12,9 +12,7 @@ from helpers import (
     CPU,
     DTYPES,
     STREAMS,
-    assert_matches_float64,
     assert_same_bits,
-    crosses,
     fma32,
 )
 
@@ -31,11 +29,6 @@ def aggregate(inputs, case):
 
 def pre(inputs, case):
     return ops.pre(inputs.x, inputs.phi, inputs.alpha, inputs.bias, case.spec)
-
-
-@pytest.mark.parametrize("case", crosses())
-def test_aggregation_matches_float64(case):
-    assert_matches_float64("aggregate", case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

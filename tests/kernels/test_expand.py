@@ -6,9 +6,7 @@ Would catch: elements left unwritten, a tile that hangs over, a 16-bit value tha
 import pytest
 import torch
 from helpers import (
-    assert_matches_float64,
     assert_same_bits,
-    crosses,
 )
 
 from mhc_tilelang import ops
@@ -20,11 +18,6 @@ CASE = Case(4, 333, torch.bfloat16, 63)
 
 def call(inputs, case):
     return (ops.expand(inputs.h, case.num_streams),)
-
-
-@pytest.mark.parametrize("case", crosses())
-def test_copies_exactly(case):
-    assert_matches_float64("expand", case)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

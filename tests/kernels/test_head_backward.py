@@ -6,7 +6,7 @@ Would catch: rows or partial sums counted as for a whole sublayer, an alpha that
 import numpy as np
 import pytest
 import torch
-from helpers import STREAMS, assert_matches_float64, assert_same_bits
+from helpers import STREAMS, assert_same_bits
 from helpers_backward import BACKWARD
 
 from mhc_tilelang.checking.comparison import numpy64
@@ -15,23 +15,6 @@ from mhc_tilelang.checking.inputs import Case
 pytestmark = pytest.mark.usefixtures("poisoned")
 CASE = Case(4, 333, torch.bfloat16, 67)
 FUNCTION = BACKWARD["head_coefficients_backward"]
-
-
-@pytest.mark.parametrize("num_tokens", [0, 1, 3, 63, 64, 65, 127, 4097])
-def test_matches_float64(num_tokens):
-    assert_matches_float64("head_coefficients_backward", Case(4, 64, torch.bfloat16, num_tokens))
-
-
-@pytest.mark.parametrize("hidden_size", [1, 7, 1280])
-def test_widths(hidden_size):
-    """Only ρ knows the width, by 1/K."""
-    assert_matches_float64("head_coefficients_backward", Case(4, hidden_size, torch.bfloat16, 63))
-
-
-@pytest.mark.parametrize("std", [2.0, 6.0])
-@pytest.mark.parametrize("n", STREAMS)
-def test_wide_logits(n, std):
-    assert_matches_float64("head_coefficients_backward", Case(n, 192, torch.float32, 511, logit_std=std))
 
 
 def test_saturated_gates_keep_their_slope():

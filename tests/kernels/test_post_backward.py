@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, DTYPES, MIXED_DTYPES, STREAMS, assert_matches_float64, assert_same_bits, crosses, fma32
+from helpers import CPU, DTYPES, MIXED_DTYPES, STREAMS, assert_matches_float64, assert_same_bits, fma32
 from helpers_backward import BACKWARD
 
 from mhc_tilelang import reference
@@ -23,11 +23,6 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 CASE = Case(4, 333, torch.bfloat16, 63)
 FUNCTION = BACKWARD["post_backward"]
 SUBSETS = list(product([False, True], repeat=3))
-
-
-@pytest.mark.parametrize("case", crosses())
-def test_matches_float64(case):
-    assert_matches_float64("post_backward", case)
 
 
 @pytest.mark.parametrize("case", [CASE, Case(8, 1031, torch.float32, 5)])

@@ -15,7 +15,6 @@ from helpers import (
     STREAMS,
     assert_matches_float64,
     assert_same_bits,
-    crosses,
     named,
     replace_launch,
     verdicts,
@@ -50,11 +49,6 @@ def gpu_plan(monkeypatch):
     """The GPU's plan; the kernels still run on the CPU."""
     plan = projection_plans.projection_backward_plan
     monkeypatch.setattr(projection_plans, "projection_backward_plan", lambda *sizes: plan(*sizes[:3], "cuda"))
-
-
-@pytest.mark.parametrize("case", crosses())
-def test_matches_float64(case):
-    assert_matches_float64("project_backward_aggregated", case)
 
 
 @pytest.mark.parametrize("num_tokens", TOKENS)
