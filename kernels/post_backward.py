@@ -102,11 +102,10 @@ def post_backward_kernel(
                     T.copy(g_layer_acc, g_layer_output[token, step * lanes, 0])
             if needs_g_mappings:
                 T.reduce_sum(post_lanes, post_sums, dim=1, batch=n)
-            if mixes:
-                T.reduce_sum(res_lanes, res_sums, dim=2, batch=n * n)
-            if needs_g_mappings:
+                if mixes:
+                    T.reduce_sum(res_lanes, res_sums, dim=2, batch=n * n)
                 T.copy(post_sums, g_h_post[token, 0])
-            if mixes:
-                T.copy(res_sums, g_h_res[token, 0, 0])
+                if mixes:
+                    T.copy(res_sums, g_h_res[token, 0, 0])
 
     return post_backward
