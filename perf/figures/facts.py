@@ -17,8 +17,8 @@ from pathlib import Path
 
 from ..overhead import model
 from ..overhead import table as overhead_table
-from ..overhead.model import DEVICES, FORMS, FORWARD, OURS, TRAINING
-from ..overhead.report import IN_MODE, LABELS, OURS_MEASURED, percent
+from ..overhead.model import DEVICES, FORMS, FORWARD, IN_MODE, LABELS, OURS, TRAINING
+from ..overhead.report import OURS_MEASURED, percent
 from ..sizes import MODELS, SEQUENCE
 from ..stored.command import kernel_table, markdown_table, overhead_row
 from ..stored.from_json import load

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-from ..overhead.model import TRAINING
-from ..overhead.report import IN_MODE
+from ..overhead.model import IN_MODE, TRAINING
 from ..stored.results import OverheadResults, Spread
 from ..traffic.formulas import stream_elements
 from .run import BLUE, GREEN, GREY, INK, ORANGE, PALE_BLUE, PAPER, Bar, Card, Picture, bars_height, draw_bars

@@ -24,6 +24,14 @@ from dataclasses import dataclass
 
 from ..sizes import LayerSizes
 
+# How tables name connections and modes.
+LABELS = {
+    "residual": "plain residual",
+    "hc": "HC, plain torch",
+    "mhc_eager": "mHC, plain torch",
+    "mhc_kernels": "mHC, kernels",
+}
+IN_MODE = {"forward": "forward", "training": "forward + backward"}
 SUBLAYERS = 2  # attention and FFN
 BANDWIDTH_SHARE = 0.8  # assumption: what a kernel bound by memory reaches of the datasheet's bandwidth
 FLOPS_SHARE = 0.6  # assumption: what large matrix products and attention reach of the datasheet's FLOP/s

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..bench.report import milliseconds
 from ..sizes import LayerSizes
-from .model import FORMS, FORWARD, MODES, OURS, SUBLAYERS, TRAINING, Device, Prediction
+from .model import FORMS, FORWARD, IN_MODE, LABELS, MODES, OURS, SUBLAYERS, TRAINING, Device, Prediction
 
 if TYPE_CHECKING:
     from ..measure.timing import Statistics
@@ -26,14 +26,7 @@ EVERY_NUMBER = "Every percentage beside the paper's, ours and others', and what 
 NOT_COMPARABLE = """\
 not comparable with 6.7 %: a CPU does about a thirtieth of a GPU's FLOPs per byte that it moves, so the layer inside
 takes far longer beside its streams; and the projection and Sinkhorn are bound by arithmetic, not by memory."""
-LABELS = {
-    "residual": "plain residual",
-    "hc": "HC, plain torch",
-    "mhc_eager": "mHC, plain torch",
-    "mhc_kernels": "mHC, kernels",
-}
 OURS_MEASURED = "mhc_kernels"
-IN_MODE = {"forward": "forward", "training": "forward + backward"}
 
 
 def header(facts: dict[str, Any], sizes: LayerSizes) -> str:

@@ -11,8 +11,8 @@ from ..sizes import MODELS, SEQUENCE
 from ..stored.command import markdown_table
 from ..stored.results import OverheadResults
 from . import model
-from .model import DEVICES, FORWARD, ONE_BY_ONE, OURS, SUBLAYERS, TRAINING
-from .report import IN_MODE, LABELS, PAPER, percent
+from .model import DEVICES, FORWARD, IN_MODE, LABELS, ONE_BY_ONE, OURS, SUBLAYERS, TRAINING
+from .report import PAPER, percent
 
 HEADERS = ["who", "of what", "against", "how", "adds"]
 PLAIN = "a plain residual"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ...errors import MHCError
 from ..calls.cases import BACKWARD_KERNELS, BOUNDARY_KERNELS, BOUNDARY_STEP, KERNELS, SUBLAYER_INPUT
-from ..overhead.report import IN_MODE, LABELS
+from ..overhead.model import IN_MODE, LABELS
 from .results import Facts, KernelResults, Measurement, OverheadResults, OverheadRow, Prediction, Spread, TorchForm
 
 KINDS = ("kernels", "overhead")
