@@ -11,8 +11,10 @@ lanes are for many short rows (a row a warp of tokens), where one thread an elem
 import tilelang.language as T
 
 
-def sum_partials_kernel(lanes: int, block: int):
-    """partial [partials, elements] -> total [elements], float32; `block` elements a block, one thread each."""
+def sum_partials_kernel(lanes: int, block: int, threads: int):
+    """partial [partials, elements] -> total [elements], float32; `block` elements a block, whose threads share out the
+    lanes of them.
+    """
     num_partials = T.dynamic("num_partials")
     num_elements = T.dynamic("num_elements")
 
@@ -21,7 +23,7 @@ def sum_partials_kernel(lanes: int, block: int):
         partial: T.Tensor[(num_partials, num_elements), T.float32],
         total: T.Tensor[(num_elements,), T.float32],
     ):
-        with T.Kernel(T.ceildiv(num_elements, block), threads=block) as tile:
+        with T.Kernel(T.ceildiv(num_elements, block), threads=threads) as tile:
             acc = T.alloc_fragment((lanes, block), T.float32)
             sums = T.alloc_fragment((block,), T.float32)
             first = tile * block

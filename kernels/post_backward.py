@@ -10,6 +10,8 @@ From x_next[j, c] = Σ_i h_res[j, i] · x[i, c] + h_post[j] · layer_output[c] (
 The first two are sums over streams, done in one thread's registers like the forward. The last two are n² + n sums over
 channels: a block has a whole token and walks over its channels, every lane adds up its own, and the lanes' sums are
 added at the end, once and together, so that their barriers are shared. So the order follows from C and the tile alone.
+On a GPU the next step's channels are on their way into shared memory meanwhile: from registers, nvcc would load x only
+when it is done with g.
 
 Traffic per token: (2n + 1)·C read, (n + 1)·C written. Gradients that are not needed are skipped: without
 `needs_g_mappings` neither x nor layer_output is read. Without h_res, where H_res is the identity, g_x is g_x_next, and
@@ -18,7 +20,7 @@ the other two are (n + 1)·C read, C written.
 
 import tilelang.language as T
 
-from .plans import ReductionTile
+from .plans import PostBackwardTile
 
 
 def post_backward_kernel(
@@ -26,7 +28,7 @@ def post_backward_kernel(
     hidden_size: int,
     dtype: str,
     layer_dtype: str,
-    tile: ReductionTile,
+    tile: PostBackwardTile,
     needs_g_x: bool,
     needs_g_layer_output: bool,
     needs_g_mappings: bool,
@@ -56,25 +58,27 @@ def post_backward_kernel(
         g_h_res: T.Tensor[(num_tokens, n, n) if mixes else unused, T.float32],
     ):
         with T.Kernel(num_tokens, threads=lanes) as token:
-            g_frag = T.alloc_fragment((n, lanes, width), dtype)
-            x_frag = T.alloc_fragment((n, lanes, width), dtype)
-            layer_output_frag = T.alloc_fragment((lanes, width), layer_dtype)
+            g_tile = T.alloc_shared((n, lanes, width), dtype)
+            x_tile = T.alloc_shared((n, lanes, width), dtype)
+            layer_tile = T.alloc_shared((lanes, width), layer_dtype)
             g_x_acc = T.alloc_fragment((n, lanes, width), T.float32)
             g_layer_acc = T.alloc_fragment((lanes, width), T.float32)
             post_lanes = T.alloc_fragment((n, lanes), T.float32)
             res_lanes = T.alloc_fragment((n, n, lanes), T.float32)
             post_sums = T.alloc_fragment((n,), T.float32)
             res_sums = T.alloc_fragment((n, n), T.float32)
+            if tile.blocks_per_sm > 1:
+                T.annotate_min_blocks_per_sm(tile.blocks_per_sm)
             if needs_g_mappings:
                 T.clear(post_lanes)
             if mixes:
                 T.clear(res_lanes)
-            for step in T.serial(T.ceildiv(row[0], lanes)):
-                T.copy(g_x_next[token, 0, step * lanes, 0], g_frag)
+            for step in T.Pipelined(T.ceildiv(row[0], lanes), num_stages=tile.stages):
+                T.copy(g_x_next[token, 0, step * lanes, 0], g_tile)
                 if mixes:
-                    T.copy(x[token, 0, step * lanes, 0], x_frag)
+                    T.copy(x[token, 0, step * lanes, 0], x_tile)
                 if needs_g_mappings:
-                    T.copy(layer_output[token, step * lanes, 0], layer_output_frag)
+                    T.copy(layer_output[token, step * lanes, 0], layer_tile)
                 if needs_g_x:
                     T.clear(g_x_acc)
                 if needs_g_layer_output:
@@ -82,19 +86,19 @@ def post_backward_kernel(
                 for lane in T.Parallel(lanes):
                     for c in T.unroll(width):
                         for j in T.unroll(n):
-                            g = T.cast(g_frag[j, lane, c], T.float32)
+                            g = T.cast(g_tile[j, lane, c], T.float32)
                             if needs_g_layer_output:
                                 g_layer_acc[lane, c] = T.ieee_fmaf(h_post[token, j], g, g_layer_acc[lane, c])
                             if needs_g_mappings:
                                 post_lanes[j, lane] = T.ieee_fmaf(
-                                    g, T.cast(layer_output_frag[lane, c], T.float32), post_lanes[j, lane]
+                                    g, T.cast(layer_tile[lane, c], T.float32), post_lanes[j, lane]
                                 )
                             for i in T.unroll(n):
                                 if needs_g_x:
                                     g_x_acc[i, lane, c] = T.ieee_fmaf(h_res[token, j, i], g, g_x_acc[i, lane, c])
                                 if mixes:
                                     res_lanes[j, i, lane] = T.ieee_fmaf(
-                                        g, T.cast(x_frag[i, lane, c], T.float32), res_lanes[j, i, lane]
+                                        g, T.cast(x_tile[i, lane, c], T.float32), res_lanes[j, i, lane]
                                     )
                 if needs_g_x:
                     T.copy(g_x_acc, g_x[token, 0, step * lanes, 0])

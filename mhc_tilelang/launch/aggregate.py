@@ -97,7 +97,7 @@ def aggregate_norm_backward(
     """
     num_tokens, _, hidden_size = x.shape
     g_u, g_h_pre = torch.empty_like(g_layer_input), torch.empty_like(h_pre)
-    tokens_per_block = plans.norm_tokens(num_tokens) if needs_g_weight else 1
+    tokens_per_block = plans.norm_tokens(num_tokens, compiler.platform_of(x.device)) if needs_g_weight else 1
     partial = h_pre.new_empty(-(-num_tokens // tokens_per_block), hidden_size) if needs_g_weight else None
     kernel, tile = _norm_kernel("aggregate_norm_backward", x, weight, needs_g_weight=needs_g_weight)
     kernel(

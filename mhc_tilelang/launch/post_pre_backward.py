@@ -22,7 +22,6 @@ from ..spec import MHCSpec
 from .aggregate import aggregate_backward, aggregate_norm_backward
 from .coefficients import coefficients_backward, mappings_backward
 from .operands import Gradient, aligned, placeholder_if_none, stream_kernel
-from .partial_sums import ELEMENTS
 from .post import post_backward
 from .projection import parallel_blocks, project_backward
 
@@ -238,7 +237,7 @@ def boundary_sums(
         needs_g_h_pre=needs_g_h_pre,
         has_ranges=has_ranges,
         lanes=plans.partial_lanes(partial_parameters.shape[0]),
-        block=ELEMENTS,
+        block=plans.PARTIAL_THREADS,
     )
     kernel(
         partial_phi=partial_phi,
