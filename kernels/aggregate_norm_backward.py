@@ -164,8 +164,6 @@ def aggregate_norm_backward_kernel(
             dot_sums = T.alloc_fragment((2 * n,), T.float32)
             scale = T.alloc_fragment((1,), T.float32)
             pull = T.alloc_fragment((1,), T.float32)
-            if tile.blocks_per_sm > 1 and n <= 4:  # eight streams spill
-                T.annotate_min_blocks_per_sm(tile.blocks_per_sm)
             if needs_g_weight:
                 T.clear(g_weight)
             first = group * tokens_per_block

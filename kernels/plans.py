@@ -123,17 +123,13 @@ def post_backward_tile(num_streams: int, hidden_size: int, itemsize: int, platfo
 
 
 KEPT_CHANNELS = 32  # of a thread: what a norm's backward keeps of them takes 80 registers, 96 of a float32 stream
-FEW_CHANNELS = 24  # of a thread: a norm's backward finds room for all else in 128 registers, so 16 warps share an SM
 
 
 @dataclass(frozen=True)
 class NormTile(ReductionTile):
-    """The same for two walks over the channels; `kept` is whether the second has what the first one made, and
-    `blocks_per_sm` how many blocks of a backward shall find room on a multiprocessor.
-    """
+    """The same for two walks over the channels; `kept` is whether the second has what the first one made."""
 
     kept: bool
-    blocks_per_sm: int = 1
 
     def steps(self, hidden_size: int) -> int:
         """Steps of a walk."""
@@ -151,17 +147,15 @@ def norm_tile(hidden_size: int, itemsize: int, platform: str) -> NormTile:
     lanes = tile.lanes
     if platform != "cpu" and hidden_size > lanes * KEPT_CHANNELS:
         lanes = MAX_THREADS
-    few = platform != "cpu" and hidden_size <= lanes * FEW_CHANNELS
-    kept = hidden_size <= MAX_THREADS * KEPT_CHANNELS
-    return NormTile(lanes, tile.width, kept, blocks_per_sm=16 * WARP // lanes if few else 1)
+    return NormTile(lanes, tile.width, kept=hidden_size <= MAX_THREADS * KEPT_CHANNELS)
 
 
 def norm_tokens(num_tokens: int, platform: str) -> int:
     """Tokens that share a row of partial sums of a norm's weight: 16, where a row costs 0.25C a token to write and read
-    (16-bit stream), or more where there would be more than 512 rows. On a GPU 8, so that 4096 tokens are 512 blocks:
-    by `predict` 54 µs against 71 (H200, C = 2560).
+    (16-bit stream), or more where there would be more than 512 rows. On a GPU 11: 4096 tokens are 373 blocks, which all
+    find room on an H200 at three a multiprocessor, by `predict` 58 µs against 71 (C = 2560).
     """
-    return max(16 if platform == "cpu" else 8, -(-num_tokens // 512))
+    return max(16 if platform == "cpu" else 11, -(-num_tokens // 512))
 
 
 def tokens_per_block(platform: str) -> int:
