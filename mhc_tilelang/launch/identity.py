@@ -156,7 +156,9 @@ def identity_post_backward(
     g_layer_output, g_h_post = (torch.empty_like(tensor) if needs else None for tensor, needs in wanted)
     if g_layer_output is None and g_h_post is None:
         return None, None
-    tile = plans.post_backward_tile(*g_x_next.shape[1:], g_x_next.element_size(), compiler.platform_of(g_x_next.device))
+    _, num_streams, hidden_size = g_x_next.shape
+    sizes = (num_streams, hidden_size, g_x_next.element_size())
+    tile = plans.post_backward_tile(*sizes, compiler.platform_of(g_x_next.device))
     kernel = stream_kernel(
         "post_backward",
         g_x_next,

@@ -50,7 +50,8 @@ def post_backward(
     arguments = (x, layer_output, h_post, h_res)
     gradients = out or tuple(torch.empty_like(t) if w else None for t, w in zip(arguments, wanted, strict=True))
     g_x, g_layer_output, g_h_post, g_h_res = map(placeholder_if_none, gradients, arguments)
-    tile = plans.post_backward_tile(*x.shape[1:], x.element_size(), compiler.platform_of(x.device))
+    _, num_streams, hidden_size = x.shape
+    tile = plans.post_backward_tile(num_streams, hidden_size, x.element_size(), compiler.platform_of(x.device))
     kernel = stream_kernel(
         "post_backward",
         x,
