@@ -151,16 +151,17 @@ def equal_group(num_chunks: int, most: int) -> int:
 def chunks_per_split(num_tokens: int, num_chunks: int, plan: ProjectionPlan, parallel_blocks: int) -> int:
     """How many chunks a block of the projection takes: equal shares for a device that runs `parallel_blocks` at a time.
 
-    Whole groups where these are enough to keep half of it busy or more: to write slabs of chunks costs 1C, and as much
+    A group by warps, whatever the batch: of slabs of chunks the coefficients would wait for five times the loads. Else
+    whole groups where these are enough to keep half of it busy or more: to write slabs of chunks costs 1C, and as much
     to read them (n = 4, bfloat16), slabs of groups a fifth. Of those, what ends first: waves of blocks times the chunks
     and slabs of one. Split-K never changes results.
     """
+    if isinstance(plan, WarpProjectionPlan):
+        return plan.chunks_per_group
     token_blocks = max(1, -(-num_tokens // plan.tokens))
     wanted = max(1, parallel_blocks // token_blocks)
     num_groups = -(-num_chunks // plan.chunks_per_group)
     if wanted < 2 * num_groups:
-        if isinstance(plan, WarpProjectionPlan):  # whose slabs are small, and whose blocks begin quickly
-            return plan.chunks_per_group
 
         def ends(groups: int) -> tuple[float, int]:
             splits = -(-num_groups // groups)

@@ -29,7 +29,7 @@ def test_schedule_of_every_batch(tmp_path: Path, capsys: pytest.CaptureFixture[s
     rows = schedules(tmp_path)
     out = capsys.readouterr().out
     assert [row["num_tokens"] for row in rows] == [1 << k for k in range(15)]
-    assert (rows[0]["slabs"], rows[-1]["slabs"]) == (rows[0]["num_chunks"], 8)  # a slab a chunk, then a slab a group
+    assert {row["slabs"] for row in rows} == {8}  # a slab a group
     for row in rows:
         assert (
             row["chunks_per_split"] * row["splits"] >= row["num_chunks"] > row["chunks_per_split"] * (row["splits"] - 1)

@@ -88,6 +88,14 @@ void Executor::touch_tensor(int tensor, char* at, int bytes, bool write, const v
     const int64_t offset = at - region.base;
     (write ? counted.written_bytes : counted.read_bytes) += bytes;
     (write ? region.writes : region.reads)[index() / WARP].add(site, index() % WARP, reinterpret_cast<uint64_t>(at), bytes);
+    if (launch.resident) {
+        idle = write ? 0 : idle;
+        for (int64_t unit = offset / UNIT; unit < (offset + bytes) / UNIT; ++unit) {
+            if (!counted.read_only) touch_between(tensor, unit, write, false, site);
+            (write ? counted.written_distinct : counted.read_distinct) += region.between.is_new(unit, write) ? UNIT : 0;
+        }
+        return;
+    }
     for (int64_t unit = offset / UNIT; unit < (offset + bytes) / UNIT; ++unit) {
         uint32_t &writer = region.writer_block[unit], &reader = region.reader_block[unit];
         if (writer != block_number && reader != block_number) region.shadow.forget(unit);

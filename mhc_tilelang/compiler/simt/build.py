@@ -21,7 +21,7 @@ from ..cuda_source import CudaSource
 from ..disk_cache import Made, kept, location, put
 
 HERE = Path(__file__).parent
-EXECUTOR_SOURCES = ("executor.cpp", "accesses.cpp", "together.cpp")
+EXECUTOR_SOURCES = ("executor.cpp", "accesses.cpp", "together.cpp", "atomics.cpp")
 # A fortified longjmp takes a jump to another fiber's stack for an error.
 EXECUTOR_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-c", "-U_FORTIFY_SOURCE")
 # No flag lets a float32 result change; -O1 keeps accesses as the source has them, but for those it repeats.

@@ -272,6 +272,18 @@ SIMT_INLINE void store_global_128_conditional(void* to, uint4 value, bool inside
     if (inside) *static_cast<uint4*>(to) = value;
 }
 
+}  // namespace tl
+
+// ---- atomics: of integers, in global memory -----------------------------------------------------------------------------
+
+SIMT_INLINE int AtomicAddRet(int* at, int value, int order = 0) { return simt_atomic(SIMT_ADD, at, value, order); }
+SIMT_INLINE void AtomicAdd(int* at, int value, int order = 0) { simt_atomic(SIMT_ADD, at, value, order); }
+SIMT_INLINE int AtomicLoad(const int* at, int order) { return simt_atomic(SIMT_LOAD, const_cast<int*>(at), 0, order); }
+SIMT_INLINE void AtomicStore(int* at, int value, int order) { simt_atomic(SIMT_STORE, at, value, order); }
+SIMT_INLINE void __threadfence() { simt_fence(); }
+
+namespace tl {
+
 // ---- tensor cores -----------------------------------------------------------------------------------------------
 
 SIMT_INLINE void load_matrices(const void* row, void* registers, int matrices, bool transposed) {

@@ -43,7 +43,13 @@ void Executor::run(Thread& thread) {
     setcontext(&context);
 }
 
-void Executor::run_block() {
+std::vector<Thread> Executor::make_threads() const {
+    std::vector<Thread> made(size_t(launch.block.x) * launch.block.y * launch.block.z);
+    for (Thread& thread : made) thread.stack.reset(new char[STACK_BYTES]);
+    return made;
+}
+
+void Executor::begin_block() {
     for (Region& region : shared) {
         std::memset(region.base, 0xFF, region.bytes);  // NaN in every type
         region.shadow.reset(region.bytes / UNIT + 1);
@@ -58,15 +64,26 @@ void Executor::run_block() {
         thread.clock.assign(num_threads(), 0);
         thread.clock[t] = 1;
     }
+}
+
+bool Executor::run_turn() {
+    turn_over = false;
     for (bool progress = true; progress && !aborted;) {
         progress = false;
         for (Thread& thread : threads)
             if (thread.state == State::READY && !aborted) {
                 progress = true;
                 run(thread);
+                if (turn_over) return false;
             }
     }
     if (!aborted) report_hang();
+    return true;
+}
+
+void Executor::run_block() {
+    begin_block();
+    run_turn();
     count_block();
 }
 
@@ -123,6 +140,7 @@ void Executor::place_tensors() {
         region.writer_block.assign(units, 0);
         region.reader_block.assign(units, 0);
         region.read_before.assign(units, false);
+        region.between.reset(launch.resident ? units : 0);
         region.reads.resize(warps);
         region.writes.resize(warps);
         at += tensor.bytes / GAP * GAP + 2 * GAP;
@@ -173,7 +191,7 @@ void Executor::count_conflicts() {
 }
 
 void Executor::run_grid() {
-    threads.resize(size_t(launch.block.x) * launch.block.y * launch.block.z);
+    threads = make_threads();
     launch.shared_wavefronts = launch.shared_conflicts = launch.barriers = launch.mma = 0;
     place_tensors();
     const int64_t in_static = shared[1].bytes;
@@ -183,14 +201,14 @@ void Executor::run_grid() {
                      (long long)in_static, (long long)launch.shared_bytes, (long long)launch.most_static, (long long)launch.most);
         aborted = true;
     }
-    for (Thread& thread : threads) thread.stack.reset(new char[STACK_BYTES]);
     std::vector<char*> pointers;
     std::vector<void*> packed;
     for (Region& region : tensors) pointers.push_back(region.base);
     for (char*& pointer : pointers) packed.push_back(&pointer);
     for (int k = 0; k < launch.num_scalars; ++k) packed.push_back(launch.scalars[k]);
     arguments = packed.data();
-    for (block.z = 0; block.z < launch.grid.z; ++block.z)
+    if (launch.resident && !aborted) run_together();
+    for (block.z = 0; !launch.resident && block.z < launch.grid.z; ++block.z)
         for (block.y = 0; block.y < launch.grid.y; ++block.y)
             for (block.x = 0; block.x < launch.grid.x && !aborted; ++block.x) {
                 ++block_number;
@@ -225,6 +243,10 @@ void simt_copy_async(void* to, const void* from, int bytes, bool zero) {
     executor->copy_async({static_cast<char*>(to), static_cast<char*>(const_cast<void*>(from)), bytes, zero, SITE});
 }
 void simt_copy_commit() { executor->current->groups.emplace_back(); }
+int simt_atomic(SimtAtomic operation, int* at, int value, int order) {
+    return executor->atomic(simt::Atomic(operation), at, value, simt::Order(order), SITE);
+}
+void simt_fence() { executor->fence(); }
 void simt_copy_wait(int pending) { executor->copy_wait(size_t(pending)); }
 
 // What -fsanitize=thread calls.

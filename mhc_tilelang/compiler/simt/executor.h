@@ -3,6 +3,7 @@
 //     executor.cpp   runs blocks and threads, places tensors, answers the kernel's calls
 //     accesses.cpp   watches loads and stores
 //     together.cpp   barriers, operations of a warp, asynchronous copies
+//     atomics.cpp    blocks that synchronise by atomics
 
 #pragma once
 
@@ -16,6 +17,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "between.h"
 #include "counts.h"
 #include "findings.h"
 #include "interface.h"
@@ -34,6 +36,8 @@ struct Copy {
     const void* site;
 };
 
+enum class Atomic { ADD = SIMT_ADD, LOAD = SIMT_LOAD, STORE = SIMT_STORE };
+enum class Order { RELAXED, CONSUME, ACQUIRE, RELEASE, ACQ_REL, SEQ_CST };
 enum class State { READY, AT_BARRIER, IN_WARP, ENDED };
 
 struct Thread {
@@ -47,6 +51,7 @@ struct Thread {
     const void* site;
     Clock clock;
     std::deque<std::vector<Copy>> groups;  // of copies under way; the last one is open
+    Knowledge known, fenced, read;         // of other blocks: now, at the last fence, by relaxed atomics since
 };
 
 // A region of memory that threads share, and what is known of each unit of it.
@@ -58,9 +63,20 @@ struct Region {
     // Tensors: the block that wrote last, the one that read last, whether an earlier one read. 0: none.
     std::vector<uint32_t> writer_block, reader_block;
     std::vector<bool> read_before;
+    GridShadow between;  // the same, where atomics order blocks
     std::vector<WarpAccesses> reads, writes;  // of each warp
 
     bool holds(const char* at) const { return at >= base && at < base + bytes; }
+};
+
+// A block that is on the device and not running.
+struct Block {
+    SimtIndex index;
+    uint32_t number;
+    std::vector<Thread> threads;
+    Region shared[2];
+    std::vector<char> memory[2];
+    std::vector<std::vector<WarpAccesses>> accesses;  // not counted yet: reads and writes of each region
 };
 
 struct Executor {
@@ -71,7 +87,11 @@ struct Executor {
     jmp_buf scheduler;
     SimtIndex block = {0, 0, 0};
     uint32_t block_number = 0;
-    bool aborted = false;
+    bool aborted = false, turn_over = false;
+    std::deque<std::unique_ptr<Block>> on_device;
+    std::unordered_map<const void*, Knowledge> released;  // by address
+    uint32_t ended_blocks = 0;
+    int64_t idle = 0;  // polls since anything else was done
     std::vector<Region> tensors;
     Region shared[2];  // dynamic, static
     std::unordered_map<const void*, Passes> passes;  // over shared memory, by instruction
@@ -99,8 +119,13 @@ struct Executor {
         _longjmp(scheduler, 1);
     }
     void run(Thread& thread);
+    void begin_block();
+    bool run_turn();  // until the block has ended, or its turn is over
     void run_block();
+    void run_together();
     void report_hang();
+    std::vector<Thread> make_threads() const;
+    uint32_t number_of_blocks() const { return launch.grid.x * launch.grid.y * launch.grid.z; }
 
     void place_tensors();
     void run_grid();
@@ -141,6 +166,15 @@ struct Executor {
     }
 
     // ---- together -----------------------------------------------------------------------------------------------
+
+    bool comes_after(const Touch& other) const;
+    Knowledge all_known();
+    void acquire(const Knowledge& given);
+    void fence();
+    int atomic(Atomic operation, int* at, int value, Order order, const void* site);
+    void touch_between(int tensor, int64_t unit, bool write, bool atomic, const void* site);
+    void take_turns(bool polls, const void* site);
+    void exchange(Block& with);
 
     void meet(const std::vector<uint16_t>& those);
     void barrier(int id, int count, const void* site);

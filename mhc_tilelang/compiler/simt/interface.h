@@ -14,6 +14,8 @@ struct SimtIndex {
 enum SimtOperation : int { SIMT_SYNCWARP, SIMT_SHUFFLE, SIMT_LDMATRIX, SIMT_MMA };
 enum SimtOperand : int { SIMT_BFLOAT16, SIMT_FLOAT16, SIMT_TFLOAT32 };
 
+enum SimtAtomic : int { SIMT_ADD, SIMT_LOAD, SIMT_STORE };
+
 // What one lane brings to an operation of its warp; which members count depends on the operation.
 struct SimtLane {
     uint32_t value;          // shuffle: what the lane gives, then what it gets
@@ -39,6 +41,8 @@ void simt_warp(SimtOperation operation, SimtLane* lane);
 void simt_copy_async(void* to, const void* from, int bytes, bool zero);  // cp.async; zero: fill instead of reading
 void simt_copy_commit();
 void simt_copy_wait(int pending);  // until at most so many groups of this thread are under way
+int simt_atomic(SimtAtomic operation, int* at, int value, int order);  // the value before; order: cuda::memory_order
+void simt_fence();
 }
 
 // ---- the host's side ------------------------------------------------------------------------------------------
@@ -48,6 +52,7 @@ struct SimtTensor {
     char* data;
     int64_t bytes;
     int64_t element_bytes;
+    int64_t read_only;  // to the kernel
     // Counted: bytes that threads asked for, 32-byte sectors that warps asked for, bytes touched at all.
     int64_t read_bytes, written_bytes, read_sectors, written_sectors, read_distinct, written_distinct;
 };
@@ -69,6 +74,8 @@ struct SimtLaunch {
     SimtIndex grid, block;
     int64_t shared_bytes;        // dynamic
     int64_t most_static, most;   // of static shared memory, and of both
+    int resident;                // blocks at a time, of a kernel with atomics; else 0
+    int seed;                    // of the order of those blocks; 0: ascending
     int num_tensors, num_scalars;
     SimtTensor* tensors;
     void** scalars;

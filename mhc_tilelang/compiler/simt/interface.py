@@ -19,6 +19,7 @@ class Tensor(ctypes.Structure):
         ("data", ctypes.c_void_p),
         ("bytes", ctypes.c_int64),
         ("element_bytes", ctypes.c_int64),
+        ("read_only", ctypes.c_int64),
         *((name, ctypes.c_int64) for name in ("read_bytes", "written_bytes", "read_sectors", "written_sectors")),
         *((name, ctypes.c_int64) for name in ("read_distinct", "written_distinct")),
     ]
@@ -48,6 +49,8 @@ class Launch(ctypes.Structure):
         ("grid", Index),
         ("block", Index),
         *((name, ctypes.c_int64) for name in ("shared_bytes", "most_static", "most")),
+        ("resident", ctypes.c_int),
+        ("seed", ctypes.c_int),
         ("num_tensors", ctypes.c_int),
         ("num_scalars", ctypes.c_int),
         ("tensors", ctypes.POINTER(Tensor)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,6 +23,7 @@ MAX_GRID = (2**31 - 1, 65_535, 65_535)
 MAX_BLOCK = (1024, 1024, 64)
 MAX_THREADS = 1024
 STATIC_SHARED_BYTES = 48 * 1024
+ATOMICS = re.compile(r"\bAtomic(Add|AddRet|Load|Store)\(")
 NUMBERS: dict[str, Any] = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "float32": ctypes.c_float}
 
 
@@ -106,7 +108,14 @@ class Counts:
     worst: tuple[Conflict, ...]
 
 
-def launch(source: CudaSource, arch: str, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, float]) -> Counts:
+def launch(
+    source: CudaSource,
+    arch: str,
+    tensors: Mapping[str, torch.Tensor],
+    numbers: Mapping[str, float],
+    resident: int = 8,
+    seed: int = 0,
+) -> Counts:
     """Run a kernel on CPU tensors, which it changes in place.
 
     Args:
@@ -114,6 +123,8 @@ def launch(source: CudaSource, arch: str, tensors: Mapping[str, torch.Tensor], n
         arch: whose limit of shared memory holds.
         tensors: the buffers by name, contiguous.
         numbers: run-time sizes and scalars by name.
+        resident: blocks that are on the device at a time, of a kernel with atomics.
+        seed: of the order in which these begin and take turns; 0: ascending.
 
     Raises:
         LaunchError: the launch's sizes are not a GPU's.
@@ -134,6 +145,7 @@ def launch(source: CudaSource, arch: str, tensors: Mapping[str, torch.Tensor], n
         tensor = tensors[name]
         slot.name, slot.data = name.encode(), tensor.data_ptr()
         slot.bytes, slot.element_bytes = tensor.numel() * tensor.element_size(), tensor.element_size()
+        slot.read_only = re.search(rf"const \w+\*(?: __restrict__)? {name}\b", source.code) is not None
     dtypes = dict(zip(source.arguments, source.dtypes, strict=False))
     scalars = [NUMBERS[dtypes.get(name, "int64")](numbers[name]) for name in source.arguments if name not in tensors]
     addresses = (ctypes.c_void_p * len(scalars))(*(ctypes.addressof(scalar) for scalar in scalars))
@@ -143,6 +155,8 @@ def launch(source: CudaSource, arch: str, tensors: Mapping[str, torch.Tensor], n
         shared_bytes=source.shared_bytes,
         most_static=STATIC_SHARED_BYTES,
         most=SHARED_BYTES[arch],
+        resident=resident if ATOMICS.search(source.code) else 0,
+        seed=seed,
         num_tensors=len(tensors),
         num_scalars=len(scalars),
         tensors=ctypes.cast(described, ctypes.POINTER(interface.Tensor)),

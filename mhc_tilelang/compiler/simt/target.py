@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ... import compiler
 from ..cpu.build import kernel_hash
@@ -42,12 +42,22 @@ class Launched:
     counts: Counts
 
 
-_open: list[list[Launched]] = []  # what each `executing` that is entered has seen
+class Entered(NamedTuple):
+    """An `executing` that is entered: what it has seen, and how its kernels with atomics run."""
+
+    launches: list[Launched]
+    resident: int
+    seed: int
+
+
+_open: list[Entered] = []
 
 
 @contextmanager
-def executing(arch: str = ARCH, parallel_blocks: int = PARALLEL_BLOCKS) -> Iterator[list[Launched]]:
+def executing(arch: str = ARCH, parallel_blocks: int = PARALLEL_BLOCKS, seed: int = 0) -> Iterator[list[Launched]]:
     """Execute every kernel for CPU tensors as the CUDA of `arch`; yields the launches, as they come.
+
+    Of kernels that synchronise by atomics, `parallel_blocks` run at a time, in an order that `seed` gives.
 
     Raises SimtError where a kernel is defective, LaunchError where a GPU would refuse the launch.
     """
@@ -57,11 +67,11 @@ def executing(arch: str = ARCH, parallel_blocks: int = PARALLEL_BLOCKS) -> Itera
         raise ValueError(f"executing: parallel_blocks: expected at least 1, got {parallel_blocks}")
     launches: list[Launched] = []
     with compiler.emulating(compiler.Emulator(f"simt-{arch}", partial(load, arch), parallel_blocks)):
-        _open.append(launches)
+        _open.append(Entered(launches, parallel_blocks, seed))
         try:
             yield launches
         finally:
-            del _open[next(k for k, entered in enumerate(_open) if entered is launches)]
+            del _open[next(k for k, entered in enumerate(_open) if entered.launches is launches)]
 
 
 def load(arch: str, family: str, parameters: dict[str, Any]) -> Kernel:
@@ -72,9 +82,10 @@ def load(arch: str, family: str, parameters: dict[str, Any]) -> Kernel:
         named = dict(zip((buffer.name for buffer in signature.buffers), tensors, strict=True))
         numbers = {**sizes, **dict(zip(signature.scalars, scalars, strict=True))}
         used = {name: tensor for name, tensor in named.items() if name in source.arguments}
-        launched = Launched(family, parameters, numbers, launch(source, arch, used, numbers))
-        for launches in _open:
-            launches.append(launched)
+        innermost = _open[-1]
+        counts = launch(source, arch, used, numbers, innermost.resident, innermost.seed)
+        for entered in _open:
+            entered.launches.append(Launched(family, parameters, numbers, counts))
 
     return Kernel(family, signature, run)
 

@@ -10,10 +10,14 @@ namespace simt {
 
 void Executor::meet(const std::vector<uint16_t>& those) {
     Clock joined(num_threads(), 0);
-    for (uint16_t t : those)
+    Knowledge known;
+    for (uint16_t t : those) {
         for (int u = 0; u < num_threads(); ++u) joined[u] = std::max(joined[u], threads[t].clock[u]);
+        known = simt::joined(known, threads[t].known);
+    }
     for (uint16_t t : those) {
         threads[t].clock = joined;
+        threads[t].known = known;
         ++threads[t].clock[t];
         threads[t].state = State::READY;
     }
