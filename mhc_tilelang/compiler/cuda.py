@@ -6,6 +6,7 @@ first use.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,15 +44,33 @@ COMPILE_FLAGS = ["-fmad=false"]
 def load(family: str, parameters: dict[str, Any], arch: str) -> Kernel:
     """The kernel for the GPUs of one architecture."""
     func = trace(family, parameters)
-    jit_kernel = build(func, arch, family, parameters)
+    run = entry_of(build(func, arch, family, parameters))
 
-    def launch(tensors: list[torch.Tensor], _sizes: dict[str, int], scalars: list[float]) -> None:
+    def launch(tensors: Sequence[torch.Tensor], _sizes: dict[str, int], scalars: list[float]) -> None:
         import torch
 
-        with torch.cuda.device(tensors[0].device):
-            jit_kernel(*tensors, *scalars)
+        device = tensors[0].device
+        if device.index == torch.cuda.current_device():
+            run(*tensors, *scalars)
+        else:
+            with torch.cuda.device(device):
+                run(*tensors, *scalars)
 
     return Kernel(family, signature_of(func), launch)
+
+
+def entry_of(jit_kernel: tilelang.JITKernel) -> Callable[..., object]:
+    """A kernel's host code, which checks its tensors and launches on torch's current stream.
+
+    tilelang's adapter in front of it looks for outputs to allocate, of which there are none: 5.5 µs instead of 2.1 with
+    18 tensors.
+    """
+    if not hasattr(jit_kernel.adapter, "get_exportable_executable"):  # another of tilelang's backends
+        return jit_kernel
+    executable = jit_kernel.adapter.get_exportable_executable()
+    module = executable.jit() if hasattr(executable, "jit") else executable  # one from tilelang's cache is a module
+    entry: Callable[..., object] = module.main
+    return entry
 
 
 def build(func: Any, arch: str, family: str, parameters: dict[str, Any]) -> tilelang.JITKernel:
