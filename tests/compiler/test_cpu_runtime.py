@@ -6,6 +6,7 @@ One small library is compiled for all of it, with the flags of the kernels.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 import subprocess
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 from mhc_tilelang.bundle.cpu_target import is_x86
 from mhc_tilelang.compiler.cpu import build
+from mhc_tilelang.perf.measure.machine import CPU_CACHES, parse_size
 
 SOURCE = """
 #include "runtime.h"
@@ -34,6 +36,11 @@ EACH(narrow_float16, float, mhc::float16, mhc::float16)
 EACH(exponential, float, float, mhc::exp)
 ROW(row_bfloat16, mhc::bfloat16)
 ROW(row_float16, mhc::float16)
+extern "C" void past_cache(const mhc::bfloat16* from, mhc::bfloat16* to, int64_t size) {
+  mhc::copy_out(to, from, size, int64_t(1) << 60);
+  mhc::finish_rows();
+}
+extern "C" int64_t cache_bytes() { return mhc::last_level_cache(); }
 GEMM(gemm_float, float, 6, 10, 48)
 GEMM(gemm_bfloat16, mhc::bfloat16, 8, 24, 64)
 GEMM(gemm_float16, mhc::float16, 3, 5, 32)
@@ -211,3 +218,21 @@ def test_products_are_vector_code(tmp_path: Path, march: str, register: str) -> 
     text = compile_tiles(tmp_path, "tiles.s", march, "-S").read_text()
     assert set(re.findall(r"vfmadd\w+\s.*%(.mm)", text)) == {register}
     assert not re.findall(r"vfmadd\w+ss|v(?:insert|extract)ps|vp(?:insr|extr)|call.*fmaf", text)
+
+
+def test_rows_written_past_the_cache(library: ctypes.CDLL) -> None:
+    """From and to any element of a line, of any length: each element arrives, and none beside them is touched."""
+    source = np.random.default_rng(1).integers(1, 2**16, 400).astype(np.uint16)
+    for first, start, size in itertools.product((0, 1, 7), (0, 1, 15, 16, 31), (0, 1, 15, 16, 33, 257)):
+        target = np.zeros(400, np.uint16)
+        call(library.past_cache, source[first : first + size], target[start : start + size])
+        expected = np.zeros_like(target)
+        expected[start : start + size] = source[first : first + size]
+        np.testing.assert_array_equal(target, expected)
+
+
+def test_the_last_level_cache_is_the_one_that_is_flushed(library: ctypes.CDLL) -> None:
+    """What a kernel writes past is what a benchmark empties. Catches another level, and bytes for kilobytes."""
+    library.cache_bytes.restype = ctypes.c_int64
+    level3 = CPU_CACHES / "index3" / "size"
+    assert library.cache_bytes() == (parse_size(level3.read_text()) if level3.exists() else 32 << 20)

@@ -71,6 +71,7 @@ class Emitter:
     views: dict = field(default_factory=dict)
     registers: dict[str, tuple[Array, str]] = field(default_factory=dict)
     in_straight_line: bool = False
+    writes_rows: bool = False
     stack_bytes: int = 0
     nests: list[tuple[int, int]] = field(default_factory=list)
     analyzer: arith.Analyzer = field(default_factory=arith.Analyzer)
@@ -326,6 +327,8 @@ def emit(func: tirx.PrimFunc, checked: bool = False) -> str:
         emitter.bound(loop)
         rest = f"({rest}) / ({extent})"
     emitter.statement(body)
+    if emitter.writes_rows:
+        emitter.line("mhc::finish_rows();")
     emitter.close()
 
     name, functions = func.attrs["global_symbol"], []

@@ -12,7 +12,7 @@
 #include <type_traits>
 #include <utility>
 
-#ifdef __AVX512F__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 
@@ -148,6 +148,44 @@ MHC_INLINE void copy_row(To* to, const From* from, int64_t size) {
 #endif
     for (; k < size; ++k) to[k] = To(from[k]);
   }
+}
+
+// Bytes of the last-level cache that a core sees; 32 MiB where Linux does not tell. (sysconf adds up those of a package.)
+inline int64_t last_level_cache() {
+  static const int64_t found = [] {
+    long kilobytes = 0;
+    if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+      if (std::fscanf(file, "%ldK", &kilobytes) != 1) kilobytes = 0;
+      std::fclose(file);
+    }
+    return int64_t(kilobytes > 0 ? kilobytes : 32 << 10) << 10;
+  }();
+  return found;
+}
+
+// A row of a tensor of `bytes`, written as it is. One that the last-level cache does not hold is written past it: else
+// its lines are read to be overwritten (expand at 20 and 40 MiB: 1.5 times the time). Small ones are left to be read.
+template <typename T>
+MHC_INLINE void copy_out(T* to, const T* from, int64_t size, int64_t bytes) {
+#ifdef __AVX__
+  if (bytes > last_level_cache()) {
+    constexpr int64_t STEP = 32 / sizeof(T);
+    int64_t k = 0;
+    for (; k < size && uintptr_t(to + k) % 32 != 0; ++k) to[k] = from[k];
+    for (; k + STEP <= size; k += STEP)
+      _mm256_stream_si256((__m256i*)(to + k), _mm256_loadu_si256((const __m256i*)(from + k)));
+    for (; k < size; ++k) to[k] = from[k];
+    return;
+  }
+#endif
+  copy_row(to, from, size);
+}
+
+// Behind a block that wrote so: its rows are in memory before whoever waits for the block goes on.
+MHC_INLINE void finish_rows() {
+#ifdef __AVX__
+  _mm_sfence();
+#endif
 }
 
 template <typename To>

@@ -56,7 +56,7 @@ def is_zero(index) -> bool:
 
 
 def copy(emitter, call) -> None:
-    """Row by row: the last axis is contiguous on both sides and goes through `mhc::copy_row`."""
+    """Row by row: the last axis is contiguous on both sides and goes through `mhc::copy_row` or `copy_out`."""
     if call.args[1].args[0].buffer in emitter.views:
         return  # the tile is a view of what would be copied into it
     view = emitter.views.get(call.args[0].args[0].buffer)
@@ -67,6 +67,8 @@ def copy(emitter, call) -> None:
     if not pairs or (pairs[-1][0] + 1, pairs[-1][1] + 1) != (len(source.first), len(target.first)):
         raise LoweringError(f"T.copy whose last axis is not contiguous on both sides: {call}")
     variables: list[str] = []
+    is_written = target.array.is_global and source.array.dtype == target.array.dtype
+    emitter.writes_rows |= is_written
 
     def pointer(region: Region, side: int) -> str:
         return "&" + region.element(emitter, {pair[side]: var for pair, var in zip(pairs, variables, strict=False)})
@@ -86,7 +88,12 @@ def copy(emitter, call) -> None:
         if k + 1 == len(pairs):
             to = pointer(target, 1)
             if inside:
-                emitter.line(f"mhc::copy_row({to}, {pointer(source, 0)}, {limit});")
+                rest = f"{to}, {pointer(source, 0)}, {limit}"
+                if is_written:
+                    sizes = " * ".join(f"int64_t({emitter.expr(extent)})" for extent in target.array.shape)
+                    emitter.line(f"mhc::copy_out({rest}, {sizes} * sizeof({target.array.c_type}));")
+                else:
+                    emitter.line(f"mhc::copy_row({rest});")
             if clear_rest or not inside:
                 skipped = limit if inside else "0"
                 emitter.line(f"mhc::clear_row({to} + {skipped}, {extent} - {skipped});")
