@@ -42,9 +42,11 @@ from .ops_arguments import (
     refuse_for_identity,
     sizes,
 )
+from .ops_prepared import remembered
 from .spec import MHCSpec
 
 
+@remembered
 def expand(h: torch.Tensor, num_streams: int, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """Copy an embedding into n equal streams.
 
@@ -63,6 +65,7 @@ def expand(h: torch.Tensor, num_streams: int, *, out: torch.Tensor | None = None
     return call(arguments, operators.expand, (h,), (num_streams,), (num_streams, hidden_size), out)
 
 
+@remembered
 def collapse(x: torch.Tensor, *, mean: bool = False, out: torch.Tensor | None = None) -> torch.Tensor:
     """Add the streams up: the plainest way from the stream back to one hidden state, and the adjoint of `expand`.
 
@@ -82,6 +85,7 @@ def collapse(x: torch.Tensor, *, mean: bool = False, out: torch.Tensor | None = 
     return call(arguments, operator, (x,), (), (num_streams, hidden_size), out)
 
 
+@remembered
 def aggregate(x: torch.Tensor, h_pre: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """Aggregate the streams with weights that are given (Eq. 3, H_pre x): `pre` without its coefficients.
 
@@ -103,6 +107,7 @@ def aggregate(x: torch.Tensor, h_pre: torch.Tensor, *, out: torch.Tensor | None 
     return call(arguments, operators.aggregate, (x, h_pre), (), (num_streams, hidden_size), out)
 
 
+@remembered
 def sinkhorn(
     logits: torch.Tensor, iters: int = 20, eps: float = 1e-6, *, out: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -131,6 +136,7 @@ def sinkhorn(
     return call(arguments, operators.sinkhorn, (logits,), (iters, float(eps)), (num_streams, 0), out)
 
 
+@remembered
 def coefficients(
     x: torch.Tensor,
     phi: torch.Tensor,
@@ -162,6 +168,7 @@ def coefficients(
     return call(arguments, operator, (x, phi, alpha, bias), constants(spec), sizes(spec), out)
 
 
+@remembered
 def pre(
     x: torch.Tensor,
     phi: torch.Tensor,
@@ -219,6 +226,7 @@ def first_pre(x: torch.Tensor) -> torch.Tensor:
     return h_pre
 
 
+@remembered
 def post(
     x: torch.Tensor,
     layer_output: torch.Tensor,
@@ -250,6 +258,7 @@ def post(
     return call(arguments, operator, (x, layer_output, *mappings), (), (num_streams, hidden_size), out)
 
 
+@remembered
 def post_pre(
     x: torch.Tensor,
     layer_output: torch.Tensor,
@@ -299,6 +308,7 @@ def post_pre(
     return call(arguments, operators.post_pre, (*inputs, rms_norm_weight), (*constants(spec), eps), sizes(spec), out)
 
 
+@remembered
 def head(
     x: torch.Tensor,
     phi: torch.Tensor,
@@ -324,6 +334,7 @@ def head(
     return call(arguments, operators.head, (x, phi, alpha, bias), (spec.pre_eps, spec.rms_eps), sizes(spec), out)
 
 
+@remembered
 def expand_pre(
     h: torch.Tensor,
     phi: torch.Tensor,
@@ -358,6 +369,7 @@ def expand_pre(
     return call(arguments, operators.expand_pre, (h, phi, alpha, bias), constants(spec), sizes(spec), out)
 
 
+@remembered
 def post_head(
     x: torch.Tensor,
     layer_output: torch.Tensor,

@@ -11,6 +11,7 @@ import torch
 
 from .arguments import STREAM_DTYPES, Arguments, check_eps, check_spec, shape_of
 from .operators.declaration import STREAMS, Declaration
+from .ops_prepared import note_passed
 from .spec import MHCSpec
 
 RMS_NORM_EPS = 1e-6
@@ -116,9 +117,9 @@ def call(
     names = operator.public(inputs)
     if out is None:
         results = operator.operator(*inputs, *constants)
-        if not isinstance(results, tuple):
-            return results
-        return results[: len(names)] if len(names) > 1 else results[0]
+        if isinstance(results, tuple):
+            results = results[: len(names)] if len(names) > 1 else results[0]
+        return note_passed(results, operator, inputs, constants, ())
     buffers = (out,) if len(names) == 1 else out
     if not isinstance(buffers, (tuple, list)) or len(buffers) != len(names):
         got = f"{len(buffers)} of them" if isinstance(buffers, (tuple, list)) else type(buffers).__name__
@@ -128,7 +129,7 @@ def call(
         shown = "out" if len(names) == 1 else f"out[{k}] ({name})"
         arguments.buffer(shown, buffer, operator.shape(name, *sizes), dtype)
     operator.write(inputs, constants, buffers)
-    return out if len(names) == 1 else tuple(buffers)
+    return note_passed(out if len(names) == 1 else tuple(buffers), operator, inputs, constants, buffers)
 
 
 def sizes(spec: MHCSpec) -> tuple[int, int]:

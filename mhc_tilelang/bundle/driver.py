@@ -52,7 +52,7 @@ def kernel(name: str, signature: Signature, cubin: bytes, facts: Mapping[str, An
     lock = threading.Lock()
     names = [buffer.name for buffer in signature.buffers]
 
-    def launch(tensors: list[torch.Tensor], sizes: dict[str, int], scalars: list[float]) -> None:
+    def launch(tensors: Sequence[torch.Tensor], sizes: dict[str, int], scalars: list[float]) -> None:
         import torch
 
         numbers = {**sizes, **dict(zip(signature.scalars, scalars, strict=True))}

@@ -77,7 +77,7 @@ class Recorder:
         kernel = self.kernels[key_of(family, parameters)]
         library = compiled(kernel, self.scratch)
 
-        def launch(tensors: list[torch.Tensor], sizes: dict[str, int], scalars: list[float]) -> None:
+        def launch(tensors: Sequence[torch.Tensor], sizes: dict[str, int], scalars: list[float]) -> None:
             numbers = {**sizes, **dict(zip(kernel.signature.scalars, scalars, strict=True))}
             if kernel.name in self.vectors:
                 evaluate(library, kernel, tensors, numbers)
@@ -88,7 +88,7 @@ class Recorder:
         return Kernel(family, kernel.signature, launch)
 
     def record(
-        self, library: ctypes.CDLL, kernel: Described, tensors: list[torch.Tensor], numbers: Mapping[str, float]
+        self, library: ctypes.CDLL, kernel: Described, tensors: Sequence[torch.Tensor], numbers: Mapping[str, float]
     ) -> dict[str, Any]:
         """Compute a call, and keep its arrays."""
         exact = evaluate(library, kernel, tensors, numbers)
@@ -206,7 +206,7 @@ def compiled(kernel: Described, scratch: Path) -> ctypes.CDLL:
 def evaluate(
     library: ctypes.CDLL,
     kernel: Described,
-    tensors: list[torch.Tensor],
+    tensors: Sequence[torch.Tensor],
     numbers: Mapping[str, float],
     amplitude: float = 0.0,
     seed: int = 0,

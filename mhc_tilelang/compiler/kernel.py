@@ -6,7 +6,8 @@ for its types.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from .json_input import fields, strings
 
 if TYPE_CHECKING:
     import torch
+
+    from .tape import Recorder
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,30 @@ class Signature:
         return tuple(dict.fromkeys(d for buffer in self.buffers for d in buffer.shape if isinstance(d, str)))
 
 
+class _Taping(threading.local):
+    """What notes this thread's launches for a tape, if one is recorded."""
+
+    recorder: Recorder | None = None
+
+
+taping = _Taping()
+
+
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled kernel. Call it with its tensors and scalars by name; outputs are tensors it writes."""
+    """A compiled kernel. Call it with its tensors and scalars by name; outputs are tensors it writes.
+
+    Attributes:
+        name: its family.
+        signature: what it takes.
+        launch: runs it on tensors, run-time sizes and scalars, in the signature's order; nothing is checked.
+        native: the same as a ctypes function of addresses, sizes, scalars and a number of threads, where there is one.
+    """
 
     name: str
     signature: Signature
-    launch: Callable[[list[torch.Tensor], dict[str, int], list[float]], None]
+    launch: Callable[[Sequence[torch.Tensor], dict[str, int], list[float]], None]
+    native: Any = None
 
     def __call__(self, **arguments: torch.Tensor | float) -> None:
         """Check every dimension against what was compiled and against each other, then run.
@@ -83,6 +103,8 @@ class Kernel:
         for buffer, tensor in zip(signature.buffers, tensors, strict=True):
             self._check(buffer, tensor, sizes, device)
         if 0 not in sizes.values():
+            if taping.recorder is not None:
+                taping.recorder.launched(self, tensors, sizes, scalars)
             self.launch(tensors, sizes, scalars)
 
     def _check(self, buffer: Buffer, tensor: torch.Tensor, sizes: dict[str, int], device: torch.device) -> None:

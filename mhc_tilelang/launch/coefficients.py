@@ -6,6 +6,8 @@ zero. Sums over tokens are taken in an order that the sizes fix.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .. import compiler
@@ -107,10 +109,12 @@ def coefficients_backward(
     """Gradients of the mappings, projected [M + 1, T], alpha [3], bias [M]
     -> g_projected [M + 1, T], g_alpha [3], g_bias [M].
     """
-    g_projected, g_alpha, g_bias = out or (torch.empty_like(t) for t in (projected, alpha, bias))
+    g_projected = torch.empty_like(projected) if out is None else out[0]
     partial = mappings_backward(g_h_pre, g_h_post, g_h_res, projected, alpha, bias, spec, out=g_projected)
-    split_parameters(partial, g_alpha, g_bias)
-    return g_projected, g_alpha, g_bias
+    g_alpha, g_bias = split_parameters(sum_partials(partial), alpha, bias)
+    if out is None:
+        return g_projected, g_alpha, g_bias
+    return g_projected, out[1].copy_(g_alpha), out[2].copy_(g_bias)
 
 
 def mappings_backward(
@@ -161,10 +165,9 @@ def head_coefficients_backward(
     g_h_pre: torch.Tensor, projected: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor, spec: MHCSpec
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """g_h_pre [T, n], projected [n + 1, T], alpha [1], bias [n] -> g_projected [n + 1, T], g_alpha [1], g_bias [n]."""
-    g_projected, g_alpha, g_bias = (torch.empty_like(t) for t in (projected, alpha, bias))
+    g_projected = torch.empty_like(projected)
     partial = head_mapping_backward(g_h_pre, projected, alpha, bias, spec, out=g_projected)
-    split_parameters(partial, g_alpha, g_bias)
-    return g_projected, g_alpha, g_bias
+    return g_projected, *split_parameters(sum_partials(partial), alpha, bias)
 
 
 def head_mapping_backward(
@@ -206,8 +209,8 @@ def partial_sums(projected: torch.Tensor, block: int, elements: int) -> torch.Te
     return projected.new_empty(num_partials, elements) if num_partials else projected.new_zeros(1, elements)
 
 
-def split_parameters(partial: torch.Tensor, g_alpha: torch.Tensor, g_bias: torch.Tensor) -> None:
-    """The partial sums added up, and shared out."""
-    total = sum_partials(partial)
-    g_alpha.copy_(total[: g_alpha.numel()])
-    g_bias.copy_(total[g_alpha.numel() :])
+def split_parameters(total: torch.Tensor, *like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of alpha and bias, which lie behind one another, each in memory of its own."""
+    split: Any = torch.split_with_sizes_copy
+    g_alpha, g_bias = split(total, [each.numel() for each in like])
+    return g_alpha, g_bias

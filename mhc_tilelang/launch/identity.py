@@ -14,6 +14,7 @@ from ..spec import MHCSpec
 from .aggregate import aggregate
 from .coefficients import partial_sums, split_parameters
 from .operands import Gradient, aligned, by_width, channel_kernel, placeholder_if_none, stream_kernel
+from .partial_sums import sum_partials
 from .post_pre import post_project
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -72,7 +73,7 @@ def gates_backward(
     """g_h_pre, g_h_post [T, n], projected [2n + 1, T], alpha [2], bias [2n]
     -> g_projected [2n + 1, T], g_alpha [2], g_bias [2n].
     """
-    g_projected, g_alpha, g_bias = (torch.empty_like(tensor) for tensor in (projected, alpha, bias))
+    g_projected = torch.empty_like(projected)
     target = compiler.target_of(projected.device)
     block = plans.tokens_per_block(target)
     kernel = compiler.kernel(
@@ -96,8 +97,7 @@ def gates_backward(
         partial=partial,
         post_scale=spec.post_scale,
     )
-    split_parameters(partial, g_alpha, g_bias)
-    return g_projected, g_alpha, g_bias
+    return g_projected, *split_parameters(sum_partials(partial), alpha, bias)
 
 
 def identity_post_pre(

@@ -19,7 +19,7 @@ from ..compiler import platform_of
 from ..kernels import boundary_plans
 from ..spec import MHCSpec
 from .aggregate import aggregate, aggregate_backward
-from .coefficients import head_coefficients, head_coefficients_backward, head_mapping_backward
+from .coefficients import head_coefficients, head_coefficients_backward, head_mapping_backward, split_parameters
 from .post_pre import post_project
 from .post_pre_backward import BoundaryGradients, Gradient, boundary_sums, mixing_backward, separate_backward
 from .projection import projection_plan
@@ -91,5 +91,5 @@ def post_head_backward(
     )
     if x.shape[0] == 0:
         g_phi, g_parameters = torch.zeros_like(phi), torch.zeros_like(g_parameters)
-    g_alpha, g_bias = (part.clone() for part in g_parameters.split([alpha.numel(), bias.numel()]))
+    g_alpha, g_bias = split_parameters(g_parameters, alpha, bias)
     return BoundaryGradients(g_x, g_layer_output, g_post, g_res, g_phi.view(phi.shape), g_alpha, g_bias)

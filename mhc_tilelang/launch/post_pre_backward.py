@@ -20,7 +20,7 @@ from ..compiler.kernel import dtype_name
 from ..kernels import boundary_plans, plans, projection_plans
 from ..spec import MHCSpec
 from .aggregate import aggregate_backward, aggregate_norm_backward
-from .coefficients import coefficients_backward, mappings_backward
+from .coefficients import coefficients_backward, mappings_backward, split_parameters
 from .operands import Gradient, aligned, placeholder_if_none, stream_kernel
 from .post import post_backward
 from .projection import parallel_blocks, project_backward
@@ -111,7 +111,7 @@ def post_pre_backward(
     if num_tokens == 0:
         g_phi, g_parameters = torch.zeros_like(phi), torch.zeros_like(g_parameters)
     g_pre = (g_summed if needs_g_h_pre else g_h_pre) if is_delayed else None
-    g_alpha, g_bias = (part.clone() for part in g_parameters.split([alpha.numel(), bias.numel()]))
+    g_alpha, g_bias = split_parameters(g_parameters, alpha, bias)
     return BoundaryGradients(g_x, g_layer_output, g_post, g_res, g_phi.view(phi.shape), g_alpha, g_bias, g_pre, g_norm)
 
 

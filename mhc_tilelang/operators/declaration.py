@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from . import sharding
+from . import prepared, sharding
 from .library import (
     check_buffers,
     define,
@@ -85,6 +85,7 @@ class Declaration:
         self._named = _tuple_of(self.inputs)
         self._named_results = _tuple_of(self.results)
         self._named_saved = _tuple_of(self.saved)
+        self._saved_places = [(*self.results, *self.kept).index(one) for one in self.saved]
         # The h_pre of the delayed form says whether the optional result is one.
         self._h_pre = self.inputs.index("h_pre") if self.optional else None
 
@@ -111,11 +112,29 @@ class Declaration:
                 self._fake_backward,
             )
             sharding.RESULTS[f"{name}_backward"] = "".join("g" if one in PARAMETERS else "t" for one in self.inputs)
-            differentiate(self.operator, self._differentiate, self._setup_context)
+            self.function = differentiate(self.operator, self._differentiate, self._setup_context)
 
     def __call__(self, *arguments: Any) -> Any:
-        """X: its results, and what it keeps."""
-        return self.operator(*arguments)
+        """X, of one result, as another's backward has it: nothing is left to check."""
+        inputs, constants = arguments[: len(self.inputs)], arguments[len(self.inputs) :]
+        ready = None if torch.is_grad_enabled() else self.prepared(constants, inputs)
+        return self.operator(*arguments) if ready is None else ready(*inputs)[0]
+
+    def prepared(self, constants: tuple, inputs: Optionals) -> prepared.Prepared | None:
+        """What computes X of these, if an operator like it has run."""
+        return prepared.find(prepared.describe((self.name, constants), inputs) if prepared.possible() else None)
+
+    def gradients(self, g_results: Optionals, taken: Optionals, constants: tuple, needs: tuple[bool, ...]) -> Optionals:
+        """X_backward of what it takes, inputs and saved: a gradient an input, None unless needed."""
+        tensors, ready = (*g_results, *taken), None
+        if not torch.is_grad_enabled() and prepared.possible():
+            ready = prepared.find(prepared.describe((self.name, constants, needs), tensors))
+        if ready is not None:
+            found: Optionals = ready(*tensors)
+            return found
+        given = self.operator_backward(*tensors, *constants, *needs)
+        given = given if isinstance(given, tuple) else (given,)
+        return [gradient if need else None for gradient, need in zip(given, needs, strict=True)]
 
     def public(self, inputs: Optionals) -> tuple[str, ...]:
         """The names of the results for these inputs."""
@@ -157,15 +176,24 @@ class Declaration:
         return results[0] if self._single else tuple(results)
 
     def _run(self, *arguments: Any) -> Any:
-        count = len(self.inputs)
-        inputs, constants = arguments[:count], arguments[count:]
+        inputs, constants = arguments[: len(self.inputs)], arguments[len(self.inputs) :]
+        results = prepared.run((self.name, constants), inputs, self.compute, constants)
+        return results[0] if self._single else results
+
+    def compute(self, constants: tuple, *inputs: Any) -> Tensors:
+        """What X returns, as a tuple, from tensors below autograd."""
         results = self._allocate(self.results, inputs, constants)
         kept = self._write(inputs, constants, results)
-        if self._single:
-            return results[0]
         leading = inputs[0].shape[: inputs[0].ndim - len(DIMENSIONS[self.inputs[0]])]
         named = zip(self.kept, kept, strict=True)
         return (*results, *(_unflat(t, (*leading, *t.shape[1:])) if one in DIMENSIONS else t for one, t in named))
+
+    def fill(self, constants: tuple, *tensors: Any) -> Tensors:
+        """Write the results of inputs into the buffers of `public`, which come behind them."""
+        inputs, buffers = tensors[: len(self.inputs)], tensors[len(self.inputs) :]
+        missing = self._allocate(self.results[len(buffers) :], inputs, constants)
+        self._write(inputs, constants, (*buffers, *missing))
+        return ()
 
     def _run_out(self, *arguments: Any, **buffers: torch.Tensor | None) -> None:
         count = len(self.inputs)
@@ -177,80 +205,77 @@ class Declaration:
         given = {key: buffer for key, buffer in shown.items() if buffer is not None}
         operands = {one: t for one, t in zip(self.inputs, inputs, strict=True) if t is not None}
         check_buffers(self.name, given, operands, tuple(key for key in whole if key in given))
-        missing = [one for one in self.results if named[one] is None]
-        named |= dict(zip(missing, self._allocate(missing, inputs, constants), strict=True))
-        self._write(inputs, constants, list(named.values()))
+        self.fill(constants, *inputs, *given.values())
 
     def _write(self, inputs: Optionals, constants: tuple, results: Optionals) -> Tensors:
         out = flatten(self.results, results)
         return self._forward(*flatten(self.inputs, inputs), *constants, out=out[0] if len(out) == 1 else out) or ()
 
-    def _split(self, arguments: tuple) -> tuple[tuple, tuple, tuple, tuple, tuple]:
-        """Arguments of X_backward: gradients of the results, inputs, saved, constants, needs."""
-        given, taken = len(self.results), len(self.inputs)
-        kept, needs = given + taken + len(self.saved), len(arguments) - taken
-        return (
-            arguments[:given],
-            arguments[given : given + taken],
-            arguments[given + taken : kept],
-            arguments[kept:needs],
-            arguments[needs:],
-        )
+    def _split(self, arguments: tuple) -> tuple[tuple, tuple, tuple]:
+        """Arguments of X_backward: tensors, which are gradients of the results, inputs, saved; constants; needs."""
+        needs = len(arguments) - len(self.inputs)
+        tensors = len(self.results) + len(self.inputs) + len(self.saved)
+        return arguments[:tensors], arguments[tensors:needs], arguments[needs:]
 
     def _fake_backward(self, *arguments: Any) -> Any:
-        _, inputs, _, _, needs = self._split(arguments)
+        tensors, _, needs = self._split(arguments)
+        inputs = tensors[len(self.results) :]
         found = tuple(
             _absent(inputs[0] if tensor is None else tensor) if not need else tensor.new_empty(tensor.shape)
-            for tensor, need in zip(inputs, needs, strict=True)
+            for tensor, need in zip(inputs, needs, strict=False)
         )
         return found if len(found) > 1 else found[0]
 
     def _run_backward(self, *arguments: Any) -> Any:
+        tensors, constants, needs = self._split(arguments)
+        inputs, what = tensors[len(self.results) :], (self.name, constants, needs)
+        gradients = prepared.run(what, tensors, self._compute_backward, (constants, needs))
+        found = tuple(
+            _absent(inputs[0] if tensor is None else tensor) if gradient is None else gradient
+            for gradient, tensor in zip(gradients, inputs, strict=False)
+        )
+        return found if len(found) > 1 else found[0]
+
+    def _compute_backward(self, constants_and_needs: tuple[tuple, tuple], *tensors: Any) -> list[torch.Tensor | None]:
+        """X_backward, None for what is not needed, from tensors below autograd."""
         assert self._backward is not None
-        gradients, inputs, saved, constants, needs = self._split(arguments)
+        constants, needs = constants_and_needs
+        first, last = len(self.results), len(self.results) + len(self.inputs)
+        inputs = tensors[first:last]
         found = self._backward(
-            self._named_results(*flatten(self.results, gradients)),
+            self._named_results(*flatten(self.results, tensors[:first])),
             self._named(*flatten(self.inputs, inputs)),
-            self._named_saved(*flatten(self.saved, saved)),
+            self._named_saved(*flatten(self.saved, tensors[last:])),
             constants,
             self._named(*needs),
         )
-        shaped = []
+        shaped: list[torch.Tensor | None] = []
         for gradient, tensor, need in zip(found, inputs, needs, strict=True):
             if not need:
-                shaped.append(_absent(inputs[0] if tensor is None else tensor))
+                shaped.append(None)
             elif gradient is None:
                 shaped.append(tensor.new_zeros(tensor.shape))
             else:
                 shaped.append(_unflat(gradient, tensor.shape))
-        return tuple(shaped) if len(shaped) > 1 else shaped[0]
+        return shaped
 
-    def _setup_context(self, ctx: Any, arguments: tuple, output: Any) -> None:
-        inputs = arguments[: len(self.inputs)]
-        returned = (output,) if self._single else output
-        named = dict(zip((*self.results, *self.kept), returned, strict=True))
-        ctx.constants = arguments[len(self.inputs) :]
-        ctx.set_materialize_grads(False)
-        constant = [*self.kept, *self.results[len(self.public(inputs)) :]]
-        if constant:
-            ctx.mark_non_differentiable(*(named[one] for one in constant))
-        ctx.save_for_backward(*inputs, *(named[one] for one in self.saved))
+    def _setup_context(self, ctx: Any, inputs: Optionals, output: Any) -> None:
+        returned = output if isinstance(output, tuple) else (output,)
+        ctx.mark_non_differentiable(*returned[len(self.public(inputs)) :])
+        ctx.save_for_backward(*inputs, *[returned[place] for place in self._saved_places])
 
-    def _differentiate(self, ctx: Any, *g_returned: torch.Tensor | None) -> tuple:
-        count, constants = len(self.inputs), [None] * len(ctx.constants)
-        gradients, needs = g_returned[: len(self.results)], ctx.needs_input_grad[:count]
+    def _differentiate(self, ctx: Any, *g_returned: torch.Tensor | None) -> Optionals:
+        count = len(self.inputs)
+        gradients, needs = g_returned[: len(self.results)], ctx.needs_input_grad[1:]
         if all(g is None for g in gradients):
-            return (*[None] * count, *constants)
-        found: Any = None
+            return [None] * count
         saved = ctx.saved_tensors  # once: to unpack them again may recompute them again
         if self.shortcut is not None:
             inputs = self._named(*saved[:count])
             found = self.shortcut(self._named_results(*gradients), inputs, self._named(*needs))
-        if found is None:
-            found = self.operator_backward(*gradients, *saved, *ctx.constants, *needs)
-            found = found if count > 1 else (found,)
-        wanted: list[Any] = [g if need else None for g, need in zip(found, needs, strict=True)]
-        return (*wanted, *constants)
+            if found is not None:
+                return [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
+        return self.gradients(gradients, saved, ctx.constants, needs)
 
 
 def flatten(names: Sequence[str], tensors: Optionals) -> list[Any]:

@@ -5,6 +5,7 @@ collapse_mean: x -> h, the mean over streams: the aggregation by a constant h_pr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,23 +33,23 @@ collapse = Declaration("collapse", "x", "h", _collapse)
 collapse_mean = Declaration("collapse_mean", "x", "h", _collapse_mean)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-    ctx.set_materialize_grads(False)
+def _expand_backward(_ctx: Any, g_x: torch.Tensor | None) -> tuple:
+    return (None if g_x is None else collapse(g_x),)
+
+
+def _collapse_backward(ctx: Any, g_h: torch.Tensor | None) -> tuple:
+    return (None if g_h is None else expand(g_h, ctx.num_streams),)
+
+
+def _note_streams(ctx: Any, inputs: Sequence[torch.Tensor], _output: torch.Tensor) -> None:
     ctx.num_streams = inputs[0].shape[-2]
 
 
-def _expand_backward(_ctx: Any, g_x: torch.Tensor | None) -> tuple:
-    return None if g_x is None else collapse(g_x), None
+def _collapse_mean_backward(ctx: Any, g_h: torch.Tensor | None) -> tuple:
+    # One rounding: copies are exact.
+    return (None if g_h is None else expand(g_h / ctx.num_streams, ctx.num_streams),)
 
 
-def _collapse_backward(ctx: Any, g_h: torch.Tensor | None) -> torch.Tensor | None:
-    return None if g_h is None else expand(g_h, ctx.num_streams)
-
-
-def _collapse_mean_backward(ctx: Any, g_h: torch.Tensor | None) -> torch.Tensor | None:
-    return None if g_h is None else expand(g_h / ctx.num_streams, ctx.num_streams)  # one rounding: copies are exact
-
-
-differentiate(expand.operator, _expand_backward, lambda ctx, *_: ctx.set_materialize_grads(False))
-differentiate(collapse.operator, _collapse_backward, _setup_context)
-differentiate(collapse_mean.operator, _collapse_mean_backward, _setup_context)
+expand.function = differentiate(expand.operator, _expand_backward, lambda *_: None)
+collapse.function = differentiate(collapse.operator, _collapse_backward, _note_streams)
+collapse_mean.function = differentiate(collapse_mean.operator, _collapse_mean_backward, _note_streams)

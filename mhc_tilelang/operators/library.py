@@ -5,7 +5,7 @@ Operators are defined by schema and not by `torch.library.custom_op`, which cost
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -51,40 +51,69 @@ def define_backward(schema: str, run: Callable[..., Any], fake: Callable[..., An
 
 def differentiate(
     operator: Operator, backward: Callable[..., Any], setup_context: Callable[[Any, tuple, Any], None]
-) -> None:
-    """Register an operator's autograd.
+) -> Any:
+    """Register an operator's autograd; return its `autograd.Function`. `apply` takes what computes it, which
+    has its `constants`, then its tensors.
 
     Not by `torch.library.register_autograd`, whose operators torch.func.grad refuses, which drops the tangents of
     forward mode without a word, and which takes twice as long per call. `autograd.Function` itself would dispatch
     anew under torch.func; its base class is differentiated where it stands, by the one transform that the dispatcher
-    is at.
+    is at. Where nothing needs a gradient there is none of this.
 
     That base class is private to PyTorch, and the same in 2.10 and 2.13, where the tests pass.
     """
 
-    def forward(*arguments: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            if torch._C._are_functorch_transforms_active():  # an outer transform differentiates what is below
-                with torch.enable_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True):
-                    return operator(*arguments)
-            return operator(*arguments)
+    name = operator._schema.name.partition("::")[2]
+    num_tensors = sum("Tensor" in str(argument.type) for argument in operator._schema.arguments)
 
     def jvp(*_: Any) -> None:
         raise GradientError(f"{name}: no forward-mode gradients; use reverse mode")
 
-    name = operator._schema.name.partition("::")[2]
-    methods = {"forward": forward, "setup_context": setup_context, "backward": backward, "jvp": jvp}
+    def setup(ctx: Any, arguments: tuple, output: Any) -> None:
+        ctx.constants = arguments[0].constants
+        ctx.set_materialize_grads(False)
+        setup_context(ctx, arguments[1:], output)
+
+    methods: dict[str, Any] = {
+        "forward": lambda compute, *inputs: compute(*inputs),
+        "setup_context": setup,
+        "backward": lambda ctx, *gradients: (None, *backward(ctx, *gradients)),
+        "jvp": jvp,
+    }
     base: Any = torch.autograd.function._SingleLevelFunction
     function: Any = type(name, (base,), {key: staticmethod(method) for key, method in methods.items()})
 
     def apply(*arguments: Any) -> Any:
         sharding.register_if_loaded()
+        inputs, compute = arguments[:num_tensors], _Below(operator, arguments[num_tensors:])
         if torch._C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():
-                return function.apply(*arguments)
-        return function.apply(*arguments)
+                return function.apply(compute, *inputs)
+        if torch.autograd.forward_ad._current_level < 0 and not needs_gradient(inputs):
+            return compute(*inputs)
+        return function.apply(compute, *inputs)
 
     LIBRARY.impl(name, apply, "Autograd")
+    return function
+
+
+class _Below:
+    """An operator with its constants, below autograd."""
+
+    def __init__(self, operator: Operator, constants: tuple[Any, ...]) -> None:
+        self._operator, self.constants = operator, constants
+
+    def __call__(self, *inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            if torch._C._are_functorch_transforms_active():  # an outer transform differentiates what is below
+                with torch.enable_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+                    return self._operator(*inputs, *self.constants)
+            return self._operator(*inputs, *self.constants)
+
+
+def needs_gradient(inputs: Sequence[torch.Tensor | None]) -> bool:
+    """Whether autograd has to know of a call with these inputs."""
+    return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in inputs)
 
 
 def flat(tensor: torch.Tensor, trailing: int) -> torch.Tensor:

@@ -32,5 +32,5 @@ def gradients_of_x_next(g: Any, inputs: Any, needs: Any) -> Optionals | None:
     g_x_next, *others = g
     if any(one is not None for one in others):
         return None
-    mixed = post.operator_backward(g_x_next, *inputs[:4], *needs[:4])
+    mixed = post.gradients((g_x_next,), inputs[:4], (), needs[:4])
     return (*mixed, *(None,) * (len(inputs) - 4))

@@ -68,7 +68,14 @@ class Table:
         # Names and widths in characters; a negative width aligns on the left.
         self.columns = [("kernel", -kernel), ("C", 5), ("tokens", 6), ("dtype", -8), ("time, ms", 8)]
         self.columns += [("predicted", 14)] if predicted else []
-        self.columns += [("quartiles", -16), ("stream, MB", 10), ("small, MB", 9), ("GB/s", 6), ("of copy", 7)]
+        self.columns += [
+            ("quartiles", -16),
+            ("host, µs", 8),
+            ("stream, MB", 10),
+            ("small, MB", 9),
+            ("GB/s", 6),
+            ("of copy", 7),
+        ]
         self.columns += [("vs separate", 11)] if self.separate else []
         self.columns += [
             ("vs eager", 8),
@@ -111,6 +118,7 @@ def row(result: Result, compiled: bool, separate: bool, predicted: bool = False)
         milliseconds(time.median),
         *([result.predicted] if predicted else []),
         quartiles,
+        "" if result.host is None else f"{result.host * 1e6:.0f}",
         megabytes(traffic.stream),
         megabytes(traffic.small),
     ]
@@ -141,6 +149,10 @@ def footnotes(results: Sequence[Result]) -> list[str]:
         "of a torch copy of as many bytes, whose half is written; a kernel that mostly reads can exceed it.",
         "vs: the form's time over the kernel's, above 1 where the kernel is faster.",
     ]
+    if any(result.host is not None for result in results):
+        lines.append(
+            "host: of a call of the public function, with kernels that return at once, in thread time (docs/host.md)."
+        )
     if any(result.predicted for result in results):
         lines.append("predicted: by `mhc-tilelang predict` from machine code, in ms; not measured.")
     if any(result.separate for result in results):
@@ -190,6 +202,7 @@ def result_json(result: Result) -> dict[str, Any]:
         "num_tokens": case.shape.num_tokens,
         "dtype": case.dtype,
         "time": asdict(result.kernel),
+        "host": result.host,
         "predicted_ms": result.predicted or None,
         "traffic": {**asdict(result.traffic), "total": result.traffic.total},
         "bandwidth": result.bandwidth,

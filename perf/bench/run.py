@@ -13,6 +13,7 @@ import torch
 from ..calls.cases import BOUNDARY_KERNELS, BOUNDARY_STEP, SUBLAYER_INPUT, Case, Shape
 from ..calls.every_call import Given
 from ..calls.workloads import SEPARATE, Workload, workload
+from ..measure.host import host_seconds
 from ..measure.machine import last_level_cache
 from ..measure.timing import REPLAYED_TOKENS, GraphReplay, Statistics, capturable, clock_for, measure
 from ..peers.prepare import Loaded, PeerResult, compare
@@ -62,7 +63,8 @@ class Result:
     """A case's times. `copy_bytes` are read and written together; `in_cache` when one call's bytes fit the cache.
 
     `replayed` when the calls were replays of CUDA graphs, without launches from Python. `predicted` is what
-    `mhc-tilelang predict` says of a GPU, in ms.
+    `mhc-tilelang predict` says of a GPU, in ms. `host` is the host time of a call of the public function, in seconds,
+    where there is one that runs just this.
     """
 
     case: Case
@@ -76,6 +78,7 @@ class Result:
     separate: SeparateResult | None = None
     replayed: bool = False
     predicted: str = ""
+    host: float | None = None
 
     @property
     def bandwidth(self) -> float:
@@ -171,6 +174,7 @@ def run_shape(
             peer_results,
             SeparateResult(error, times[SEPARATE]) if SEPARATE in times else None,
             replayed,
+            host=host_seconds(case.kernel, given),
         )
 
 

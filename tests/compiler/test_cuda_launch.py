@@ -66,3 +66,4 @@ def test_launches(kind: str, index: int, current: list[int], monkeypatch: pytest
     kernel.launch([tensor], {"T": 3}, [0.5])
     assert launched == [(index, tensor, 0.5)]
     assert current == [0]
+    assert kernel.native is None

@@ -14,6 +14,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache, partial
 from importlib import metadata
@@ -97,11 +98,11 @@ def bind(library: Path, name: str, symbol: str, signature: Signature) -> Kernel:
     function.argtypes = [ctypes.c_void_p] * len(signature.buffers) + numbers + [ctypes.c_int]
     function.restype = None
 
-    def launch(tensors: list[torch.Tensor], sizes: dict[str, int], scalars: list[float]) -> None:
+    def launch(tensors: Sequence[torch.Tensor], sizes: dict[str, int], scalars: list[float]) -> None:
         pointers = [tensor.data_ptr() for tensor in tensors]
         function(*pointers, *sizes.values(), *scalars, torch.get_num_threads())
 
-    return Kernel(name, signature, launch)
+    return Kernel(name, signature, launch, function)
 
 
 def folder() -> str:

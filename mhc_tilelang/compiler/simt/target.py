@@ -9,7 +9,7 @@ Every check, operator and module then runs the kernels that a GPU would run, wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -78,7 +78,7 @@ def load(arch: str, family: str, parameters: dict[str, Any]) -> Kernel:
     """The kernel of a family as one that the executor runs."""
     source, signature = generated(family, parameters, arch)
 
-    def run(tensors: list[torch.Tensor], sizes: dict[str, int], scalars: list[float]) -> None:
+    def run(tensors: Sequence[torch.Tensor], sizes: dict[str, int], scalars: list[float]) -> None:
         named = dict(zip((buffer.name for buffer in signature.buffers), tensors, strict=True))
         numbers = {**sizes, **dict(zip(signature.scalars, scalars, strict=True))}
         used = {name: tensor for name, tensor in named.items() if name in source.arguments}
