@@ -14,10 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from differentiable import IDENTITY
 from helpers import assert_same_bits, numpy64
+from test_operators import check_operators
 
 import mhc_tilelang as mhc
-from mhc_tilelang import MHCSpec, compiler, reference
+from mhc_tilelang import MHCSpec, compiler, operators, reference
 from mhc_tilelang.compiler.simt import executing
 from mhc_tilelang.errors import ConversionError
 
@@ -106,22 +108,31 @@ def test_reference_gradients_are_autograds():
         np.testing.assert_allclose(got, numpy64(exact), rtol=1e-10, atol=1e-12)
 
 
-def test_operators_keep_pytorchs_rules():
-    """Schema, fake, autograd; a token alone has the bits that it has in a batch; x_next's gradient is handed on."""
-    x, layer_output, parameters = inputs()
-    constants = (SPEC.pre_eps, SPEC.rms_eps, SPEC.post_scale, SPEC.post_eps)
-    operators = torch.ops.mhc_tilelang
-    required = [t.clone().requires_grad_() for t in (x, *parameters)]
-    torch.library.opcheck(operators.gates.default, (*required, *constants))
-    for h_pre in (None, torch.rand(T, N, requires_grad=True)):
-        torch.library.opcheck(operators.identity_pre.default, (*required, h_pre, *constants))
-    h_post = torch.rand(T, N, requires_grad=True)
-    torch.library.opcheck(operators.identity_post.default, (required[0], layer_output, h_post))
+@pytest.mark.parametrize(
+    ("name", "is_delayed"), [*((one, False) for one in IDENTITY), ("identity_pre", True), ("identity_post_pre", True)]
+)
+def test_operators_keep_pytorchs_rules(name, is_delayed):
+    """Schemas, fakes, autograd, with and without a given h_pre."""
+    taken = getattr(operators, name).inputs
+    x, layer_output, (phi, alpha, bias) = inputs()
+    named = {"x": x, "layer_output": layer_output, "phi": phi, "alpha": alpha, "bias": bias}
+    named |= {"h_post": torch.rand(T, N), "h_pre": torch.rand(T, N) if is_delayed else None}
+    constants = (SPEC.pre_eps, SPEC.rms_eps, SPEC.post_scale, SPEC.post_eps) if "phi" in taken else ()
+    check_operators(name, [*(named[one] for one in taken), *constants], is_delayed)
+
+
+def test_a_token_alone_has_the_bits_that_it_has_in_a_batch():
+    x, _, parameters = inputs()
     whole, alone = mhc.pre(x, *parameters, SPEC), mhc.pre(x[3:4], *parameters, SPEC)
     assert_same_bits([part[3:4] for part in whole], alone)
-    x_next = mhc.post(required[0], layer_output, h_post)
+
+
+def test_the_gradient_of_x_next_is_handed_on():
+    """As it is: H_res is the identity."""
+    x, layer_output, _ = inputs()
+    x_next = mhc.post(x.requires_grad_(), layer_output, torch.rand(T, N))
     g = torch.randn_like(x_next)
-    (g_x,) = torch.autograd.grad(x_next, required[0], g)
+    (g_x,) = torch.autograd.grad(x_next, x, g)
     assert g_x.data_ptr() == g.data_ptr()
 
 

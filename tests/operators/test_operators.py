@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from differentiable import DELAYED, FORMS, FUNCTIONS, gradients, requiring, upstream
+from differentiable import DELAYED, FORMS, FUNCTIONS, IDENTITY, gradients, requiring, upstream
 from helpers import assert_same_bits
 
 from mhc_tilelang import operators, ops
@@ -20,6 +20,7 @@ from mhc_tilelang.operators import library
 
 BF16 = Case(4, 64, torch.bfloat16, 6)
 ADJOINT = ("expand", "collapse")  # each is the other's backward
+ELSEWHERE = ("collapse_mean", *IDENTITY)  # checked so in test_collapse and test_identity
 every_function = pytest.mark.parametrize("function", FORMS.values(), ids=FORMS)
 
 
@@ -49,10 +50,14 @@ def operator_arguments(function, case):
 
 
 def backward_arguments(function, case):
-    """Positional arguments of X_backward: the upstream gradients, X's tensors, what X kept, constants, needs."""
-    arguments = operator_arguments(function, case)
-    declared = getattr(operators, function.name)
-    outputs = operator(function.name)(*arguments)
+    """Positional arguments of X_backward."""
+    return arguments_behind(function.name, operator_arguments(function, case))
+
+
+def arguments_behind(name, arguments):
+    """From X's arguments to X_backward's: the upstream gradients, X's tensors, what X kept, constants, needs."""
+    declared = getattr(operators, name)
+    outputs = operator(name)(*arguments)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     named = dict(zip((*declared.results, *declared.kept), outputs, strict=True))
     count = len(declared.inputs)
@@ -63,13 +68,25 @@ def backward_arguments(function, case):
     return [*g_outputs, *arguments[:count], *(named[name] for name in declared.saved), *arguments[count:], *needs]
 
 
-def buffers_of(function, outputs):
+def buffers_of(name, outputs, is_delayed):
     """X_out's buffers for these outputs, by name."""
-    declared = getattr(operators, function.name)
+    declared = getattr(operators, name)
     names = ("out",) if len(declared.results) == 1 else declared.results
-    if declared.optional and "h_pre" not in function.arguments:
+    if declared.optional and not is_delayed:
         names = names[:-1]
     return {name: torch.zeros_like(output) for name, output in zip(names, outputs, strict=False)}
+
+
+def check_operators(name, arguments, is_delayed=False):
+    """PyTorch's own checks of X, X_out and, where there is one, X_backward."""
+    arguments = [one.detach() if isinstance(one, torch.Tensor) else one for one in arguments]
+    outputs = operator(name)(*arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.library.opcheck(operator(f"{name}_out"), tuple(arguments), buffers_of(name, outputs, is_delayed))
+    if hasattr(torch.ops.mhc_tilelang, f"{name}_backward"):
+        torch.library.opcheck(operator(f"{name}_backward"), tuple(arguments_behind(name, arguments)))
+    requiring = (one.requires_grad_() if isinstance(one, torch.Tensor) else one for one in arguments)
+    torch.library.opcheck(operator(name), tuple(requiring))
 
 
 @pytest.mark.parametrize("num_tokens", [6, 0], ids=["tokens", "no-token"])
@@ -107,13 +124,18 @@ def test_out_operators(function, num_tokens):
     arguments = operator_arguments(function, Case(4, 64, torch.bfloat16, num_tokens))
     outputs = operator(function.name)(*arguments)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    torch.library.opcheck(operator(f"{function.name}_out"), tuple(arguments), buffers_of(function, outputs))
+    torch.library.opcheck(
+        operator(f"{function.name}_out"),
+        tuple(arguments),
+        buffers_of(function.name, outputs, "h_pre" in function.arguments),
+    )
 
 
 def test_every_operator_is_checked():
     """Tests the tests above: an operator that none of them knows."""
-    known = {f"mhc_tilelang::{name}{kind}" for name in FUNCTIONS for kind in ("", "_out", "_backward")}
-    known -= {f"mhc_tilelang::{name}_backward" for name in ADJOINT}
+    names = (*FUNCTIONS, *ELSEWHERE)
+    known = {f"mhc_tilelang::{name}{kind}" for name in names for kind in ("", "_out", "_backward")}
+    known -= {f"mhc_tilelang::{name}_backward" for name in (*ADJOINT, "collapse_mean")}
     assert library.LIBRARY._op_defs == known
 
 
