@@ -61,9 +61,9 @@ def check_case(kernel: str, case: Case, inputs: Inputs) -> Row:
     return Row(kernel, *sizes, worst.error, worst.tolerance, worst.torch_error, passed)
 
 
-def iterate(device: torch.device, chosen: Iterable[Case], kernels: Iterable[str] = CHECKS) -> Iterator[Row]:
-    """The rows, as they are computed: case by case, kernel by kernel."""
+def iterate(device: torch.device, chosen: Iterable[Case], kernels: Iterable[str] | None = None) -> Iterator[Row]:
+    """The rows, as they are computed: case by case, kernel by kernel; those of all checks unless some are named."""
     for case in chosen:
         inputs = Inputs.of(case, device)
-        for kernel in kernels:
+        for kernel in CHECKS if kernels is None else kernels:
             yield check_case(kernel, case, inputs)
