@@ -100,7 +100,7 @@ def test_gradients_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_on_a_gpus_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same on the code that a GPU runs, where a block of mappings has as many tokens as `pre` has threads."""
-    case = Case(2, 144, FP16, 37)  # of two streams: tilelang makes the kernels of four in 40 s
+    case = Case(4, 144, FP16, 37)
     inputs = Inputs.of(case, CPU)
     with executing() as launched:
         plan = launch.projection_plan(inputs.x, case.spec.num_coefficients)
