@@ -100,6 +100,11 @@ inline void copy_row(To* to, const From* from, int64_t size) {
     else to[k] = To(real(from[k]));
   }
 }
+template <typename T>
+inline void copy_out(T* to, const T* from, int64_t size, int64_t) {
+  copy_row(to, from, size);
+}
+inline void finish_rows() {}
 template <typename To>
 inline void clear_row(To* to, int64_t size) {
   for (int64_t k = 0; k < size; ++k) to[k] = To(real(0));

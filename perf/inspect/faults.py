@@ -15,7 +15,6 @@ MIXED = "16-bit layer"  # beside a float32 stream: a thread has four channels, 1
 # Kernels whose accesses to the stream nvcc may split, and why they are left so. A test drops what is no longer needed.
 SPLIT = {
     "coefficients_aggregate": "no access of the stream: loads of partial sums that the listing has without a line",
-    "post_backward": "no access of the stream: loads of h_post and h_res that the listing has at layer_output's line",
     "expand_project": "stores x from registers, as tiles do",
     "boundary_backward": "stores g_x and g_layer_output from registers; to be rebuilt with a wider layout",
 }

@@ -132,10 +132,15 @@ def test_no_schedule_moves_a_bit(target):
 
 
 def test_schedules_of_a_gpu():
-    """Few tokens: chunks are shared out over most of the device. Many: a block takes a group of chunks of a tile."""
+    """By warps a block takes a group of chunks of a tile, of few tokens too. By tiles few tokens' chunks are shared out
+    over the device.
+    """
+    of_float32 = boundary_plans.post_project_plan(24, 4, 2560, "float32", "cuda")
     plan = boundary_plans.post_project_plan(24, 4, 2560, "bfloat16", "cuda")
     for num_tokens in (1, 16, 128):
         schedule = boundary_plans.boundary_schedule(num_tokens, 2560, plan, 264)
+        assert (schedule.regime, schedule.chunks_per_split, schedule.splits) == ("channels", 5, 8)
+        schedule = boundary_plans.boundary_schedule(num_tokens, 2560, of_float32, 264)
         assert schedule.regime == "channels"
         assert schedule.token_blocks * schedule.splits >= 20
     schedule = boundary_plans.boundary_schedule(16384, 2560, plan, 264)
