@@ -22,10 +22,15 @@ from .coefficients import coefficients
 _asked = threading.local()
 
 
+def asked() -> torch.cuda.Stream | None:
+    """The stream that this thread's coefficients are launched on within `coefficients_on`; None without."""
+    return getattr(_asked, "stream", None)
+
+
 @contextmanager
 def coefficients_on(stream: torch.cuda.Stream) -> Iterator[None]:
     """Launch the coefficients of delayed forms on this stream, within the block and this thread."""
-    before = getattr(_asked, "stream", None)
+    before = asked()
     _asked.stream = stream
     try:
         yield
@@ -37,7 +42,7 @@ def coefficients_beside(
     partial: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor, *rest: object, out: tuple[torch.Tensor, ...]
 ) -> torch.Tensor:
     """`coefficients` of a delayed form, into `out` -> projected; beside what follows where that was asked for."""
-    stream: torch.cuda.Stream | None = getattr(_asked, "stream", None)
+    stream = asked()
     if stream is None:
         return coefficients(partial, alpha, bias, *rest, out=out)[3]  # type: ignore[arg-type]
     current = torch.cuda.current_stream(stream.device)

@@ -24,6 +24,7 @@ from torch.autograd import forward_ad
 from .. import compiler, kernels, launch
 from ..compiler.tape import Tape, record
 from ..kernels.plans import MAX_ACCESS_BYTES
+from ..launch import beside
 
 MOST = 512
 _KERNEL = compiler.kernel
@@ -57,7 +58,7 @@ def possible() -> bool:
     """Whether nothing has to see the operator of a call, or its kernels.
 
     That is a compiler or tracer, a transform of torch.func, a dual level of forward mode, a mode, a profiler; an
-    emulator, or what notes launches.
+    emulator, or what notes launches; a stream beside the current one, which a tape would not launch on.
     """
     return not (
         torch.compiler.is_compiling()
@@ -69,6 +70,7 @@ def possible() -> bool:
         or torch.autograd._profiler_enabled()
         or compiler._emulators
         or compiler.kernel is not _KERNEL
+        or beside.asked() is not None
     )
 
 

@@ -215,6 +215,29 @@ def test_coefficients_are_made_beside_the_layer(events: list[str], monkeypatch: 
     assert all(map(torch.equal, *results))
 
 
+def test_a_prepared_call_has_its_coefficients_beside_too(events: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tape of calls on one stream is not replayed where another stream was asked for, nor kept of such a call."""
+    made = beside.coefficients
+
+    def coefficients(*tensors: object, **out: object) -> object:
+        events.append(torch.cuda.current_stream(None).name)
+        return made(*tensors, **out)
+
+    monkeypatch.setattr(beside, "coefficients", coefficients)
+    module, h = delayed_connections()[0], torch.randn(3, 64)
+
+    def launches(**options: bool) -> list[str]:
+        events.clear()
+        with torch.no_grad():
+            mhc.ResidualStream(h, **options).read(module)
+        return [one for one in events if one in ("main", "side")]
+
+    assert [launches() for _ in range(4)] == [["main"], ["main"], [], []]  # checked, recorded, replayed twice
+    for _ in range(4):
+        assert launches(overlap_coefficients=True) == ["side"]
+    assert launches() == []
+
+
 def test_what_the_coefficients_cannot_run_beside() -> None:
     """A layer that waits for them, a recorder, another type; on a CPU nothing changes."""
     connection, delayed = connections()[0], delayed_connections()[0]
