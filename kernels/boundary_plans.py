@@ -10,6 +10,7 @@ from .plans import BYTES, MAX_ACCESS_BYTES, MAX_THREADS, WARP, ChannelTile, chan
 from .projection_plans import (
     LARGE_SHARED_BYTES,
     MAX_PARTIALS,
+    ProjectionBackwardPlan,
     ProjectionPlan,
     WarpProjectionPlan,
     WarpsPlan,
@@ -198,20 +199,8 @@ def boundary_schedule(
 
 
 @dataclass(frozen=True)
-class BoundaryBackwardPlan:
-    """What is compiled into `boundary_backward`: as `ProjectionBackwardPlan`, for some channels of all streams."""
-
-    rows: int
-    split: bool
-    operand_dtype: str
-    tokens: int
-    channels: int
-    threads: int
-
-    @property
-    def padded_rows(self) -> int:
-        """Rows of phi in a tile, padded to the tensor core's 16."""
-        return -(-self.rows // 16) * 16 if self.split else self.rows
+class BoundaryBackwardPlan(ProjectionBackwardPlan):
+    """What is compiled into `boundary_backward`: the same, for some channels of all streams."""
 
 
 def backward_is_fused(num_streams: int, platform: str) -> bool:

@@ -280,9 +280,7 @@ def projection_backward_plan(
     return ProjectionBackwardPlan(rows, True, "float32", tokens=64 if rows <= 32 else 32, channels=64, threads=256)
 
 
-TOKENS_PER_PARTIAL = (
-    512  # a partial g_phi costs 4·M·K bytes of traffic to write: 0.75C a token at 512 (n = 4, bfloat16)
-)
+TOKENS_PER_PARTIAL = 512  # a partial g_phi costs 4·M·K bytes to write: 0.75C a token at 512 (n = 4, bfloat16)
 MAX_PARTIALS = 8
 
 

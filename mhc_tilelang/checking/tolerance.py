@@ -13,7 +13,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.boundary_plans import BoundaryBackwardPlan
 from ..kernels.projection_plans import ProjectionBackwardPlan, ProjectionPlan, WarpsPlan
 
 Array = NDArray[np.float64]
@@ -30,7 +29,7 @@ def combination(magnitude: Array, num_terms: int, dtype: str) -> Array:
     return magnitude * (UNIT_ROUNDOFF[dtype] + (num_terms + 1) * U32) + SMALLEST[dtype]
 
 
-def split_error(plan: ProjectionPlan | ProjectionBackwardPlan | BoundaryBackwardPlan | WarpsPlan) -> float:
+def split_error(plan: ProjectionPlan | ProjectionBackwardPlan | WarpsPlan) -> float:
     """What is left of a product's operand after phi = high + low, relative to the root of the sum of squares.
 
     bfloat16 halves leave at most 2^-18 of each element, TF32 halves 2^-21 (x is split as well: 2^-20); the

@@ -14,7 +14,6 @@ from typing import Any
 
 from ...kernels.boundary_plans import (
     AggregateMappingsPlan,
-    BoundaryBackwardPlan,
     CoefficientsAggregatePlan,
     ExpandProjectPlan,
     PostProjectPlan,
@@ -88,7 +87,7 @@ def plans_like(plan: Any, parameters: Parameters, target: str) -> Iterator[Any]:
     elif isinstance(plan, WarpsPlan):
         for stages, blocks in product((1, 2), room(target)):
             yield replace(plan, stages=stages, blocks_per_sm=blocks)
-    elif isinstance(plan, ProjectionBackwardPlan | BoundaryBackwardPlan):
+    elif isinstance(plan, ProjectionBackwardPlan):
         sizes = ((16, 24, 48), (128, 256), (1,)) if target == "cpu" else ((16, 32, 64), (64, 128, 256), (128, 256))
         for tokens, channels, threads in product(*sizes):
             yield replace(plan, tokens=tokens, channels=channels, threads=threads)
