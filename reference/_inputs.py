@@ -39,6 +39,9 @@ class Spec(Protocol):
     @property
     def post_scale(self) -> float: ...
 
+    @property
+    def post_eps(self) -> float: ...  # of an identity connection; 0 else
+
 
 def as_float64(name: str, value: ArrayLike, shape: Sequence[int | str | EllipsisType]) -> Array:
     """`value` in float64; a ValueError that quotes `name` if it does not have this shape.

@@ -44,7 +44,7 @@ def gates(
         norm_weight: of the RMS norm over x⃗, [n·C], if phi has not absorbed it.
     """
     logits_pre, logits_post = _logits(x, phi, alpha, bias, spec, norm_weight)[0]
-    return gate_pre(logits_pre, spec.pre_eps), gate_post(logits_post, spec.post_scale) + _post_eps(spec)
+    return gate_pre(logits_pre, spec.pre_eps), gate_post(logits_post, spec.post_scale) + spec.post_eps
 
 
 def gates_backward(
@@ -137,7 +137,3 @@ def _logits(
 
 def _rows(alpha: ArrayLike, num_streams: int) -> Array:
     return np.repeat(as_float64("alpha", alpha, (2,)), num_streams)
-
-
-def _post_eps(spec: Spec) -> float:
-    return getattr(spec, "post_eps", 0.0)
