@@ -39,6 +39,7 @@ from .ops_arguments import (
     check_projected,
     check_rms_norm,
     constants,
+    of_stream,
     refuse_for_identity,
     sizes,
 )
@@ -77,12 +78,9 @@ def collapse(x: torch.Tensor, *, mean: bool = False, out: torch.Tensor | None = 
     Returns:
         [..., C] in x's dtype: Σ_i x[i], or Σ_i x[i]/n, added in float32 and rounded once.
     """
-    num_streams, hidden_size = sizes_of("collapse", "x", x, ("n", "C"))
-    check_streams("collapse", "x", num_streams)
-    arguments = Arguments("collapse")
-    arguments.tensor("x", x, (num_streams, hidden_size), batched=True)
+    arguments, of_x = of_stream("collapse", x)
     operator = operators.collapse_mean if mean else operators.collapse
-    return call(arguments, operator, (x,), (), (num_streams, hidden_size), out)
+    return call(arguments, operator, (x,), (), of_x, out)
 
 
 @remembered
@@ -92,19 +90,15 @@ def aggregate(x: torch.Tensor, h_pre: torch.Tensor, *, out: torch.Tensor | None 
     What a draft head, or code with coefficients of its own, needs.
 
     Args:
-        x: [..., n, C], stream dtype.
-        h_pre: [..., n].
+        x: [..., n, C], stream dtype. h_pre: [..., n].
         out: the result's buffer.
 
     Returns:
         layer_input [..., C] in x's dtype: Σ_i h_pre[i] · x[i], added in float32, streams ascending, rounded once.
     """
-    num_streams, hidden_size = sizes_of("aggregate", "x", x, ("n", "C"))
-    check_streams("aggregate", "x", num_streams)
-    arguments = Arguments("aggregate")
-    arguments.tensor("x", x, (num_streams, hidden_size), batched=True)
-    h_pre = arguments.widened("h_pre", h_pre, (num_streams,), batched=True)
-    return call(arguments, operators.aggregate, (x, h_pre), (), (num_streams, hidden_size), out)
+    arguments, of_x = of_stream("aggregate", x)
+    h_pre = arguments.widened("h_pre", h_pre, of_x[:1], batched=True)
+    return call(arguments, operators.aggregate, (x, h_pre), (), of_x, out)
 
 
 @remembered
@@ -153,8 +147,7 @@ def coefficients(
         x: [..., n, C], stream dtype. Σx² is summed in float32: beyond about 1e19/√K it overflows, and the
             logits become their biases.
         phi: [M, K]; rows pre n, post n, res n·n as [out, in] row-major. The columns are x flattened.
-        alpha: [3], for the pre, post and res rows.
-        bias: [M], not scaled by the RMS norm.
+        alpha: [3], for the pre, post and res rows. bias: [M], not scaled by the RMS norm.
         spec: sizes and constants.
         norm_weight: [K], the RMS norm's weight; multiplied into phi unless it is absorbed there already.
         out: the results' three buffers, in their order.
@@ -243,19 +236,16 @@ def post(
         x: [..., n, C], stream dtype.
         layer_output: [..., C], x's dtype or float32. With a float32 stream any stream dtype, since that is what
             autocast gives. It is read as it is; of float32 beside a 16-bit stream that is 2·C elements instead of C.
-        h_post: [..., n].
-        h_res: [..., n, n], as [out, in]. DeepSeek's `comb` is its transpose. None is the identity, one fma.
+        h_post: [..., n]. h_res: [..., n, n], as [out, in]: DeepSeek's `comb` is its transpose. None is the identity.
         out: the result's buffer.
 
     Returns:
         x_next [..., n, C] in x's dtype, combined in float32 and rounded once.
     """
-    num_streams, hidden_size = sizes_of("post", "x", x, ("n", "C"))
-    check_streams("post", "x", num_streams)
-    (arguments := Arguments("post")).tensor("x", x, (num_streams, hidden_size), batched=True)
+    arguments, of_x = of_stream("post", x)
     mappings = check_mixed(arguments, x, layer_output, h_post, h_res)
-    operator = operators.post if len(mappings) == 2 else operators.identity_post
-    return call(arguments, operator, (x, layer_output, *mappings), (), (num_streams, hidden_size), out)
+    operator = operators.identity_post if h_res is None else operators.post
+    return call(arguments, operator, (x, layer_output, *mappings), (), of_x, out)
 
 
 @remembered

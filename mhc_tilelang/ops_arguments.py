@@ -9,12 +9,21 @@ from typing import Any
 
 import torch
 
-from .arguments import STREAM_DTYPES, Arguments, check_eps, check_spec, shape_of
+from .arguments import STREAM_DTYPES, Arguments, check_eps, check_spec, check_streams, shape_of, sizes_of
 from .operators.declaration import STREAMS, Declaration
 from .ops_prepared import note_passed
 from .spec import MHCSpec
 
 RMS_NORM_EPS = 1e-6
+
+
+def of_stream(function: str, x: torch.Tensor) -> tuple[Arguments, tuple[int, int]]:
+    """The arguments of a function of a stream x [..., n, C], which is checked; n and C."""
+    num_streams, hidden_size = sizes_of(function, "x", x, ("n", "C"))
+    check_streams(function, "x", num_streams)
+    arguments = Arguments(function)
+    arguments.tensor("x", x, (num_streams, hidden_size), batched=True)
+    return arguments, (num_streams, hidden_size)
 
 
 def check_projected(
