@@ -1,4 +1,4 @@
-"""What the options of all measurements have in common. Imports no torch."""
+"""Argument types shared by the options of all measurements. Imports no torch."""
 
 from __future__ import annotations
 

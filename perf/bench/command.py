@@ -152,14 +152,14 @@ def measure_kernels(args: argparse.Namespace) -> int:
 
 
 def gpu_name(device: torch.device) -> str:
-    """What torch calls a GPU; empty for a CPU."""
+    """Return the name torch gives a GPU, an empty string for a CPU."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 def beside(case: cases.Case, gpu: str) -> str:
-    """What is predicted of a case from a cold L2, in ms as the table has it; empty where nothing is."""
+    """Return a case's predicted time from a cold L2, in ms as the table prints it; empty where there is none."""
     from ..predict.devices import named
     from ..predict.predicted import predict
 

@@ -1,4 +1,4 @@
-"""What happens before a shape is measured: its kernels are compiled, on all cores, and compared with float64.
+"""Preparation before a shape is measured: compile its kernels on all cores and compare them with float64.
 
 Nothing of it runs while something is measured. The kernels are those that are measured, at the very width, and those
 that they are made of; `verify` (in `baselines`) compares them again at the very number of tokens, with plain torch.
@@ -35,7 +35,7 @@ class FailedCheckError(MHCError):
 
 
 class Preparation:
-    """What is ready so far. Holds processes that compile, asleep while there is nothing to compile."""
+    """Kernels compiled and checked so far. Holds compiler processes, which sleep while nothing is to be compiled."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.processes = device, os.cpu_count() or 1
@@ -71,7 +71,7 @@ class Preparation:
 
 
 def identity(call: Case) -> tuple[object, ...]:
-    """What tells checks apart."""
+    """Return the key that tells checks apart: kernel, streams, hidden size, dtype."""
     return call.kernel, call.shape.num_streams, call.hidden_size, call.shape.dtype
 
 

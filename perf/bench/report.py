@@ -1,4 +1,4 @@
-"""What is printed and written: the header, the table, the JSON. Imports no torch."""
+"""The output of `bench`: header, table, footnotes and JSON. Imports no torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ METHOD = {
 def method(
     device_type: str, rounds: dict[str, Any], baselines: str, peers: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
-    """How the numbers came about, for the header and the JSON."""
+    """Describe the measuring method (clock, order, rounds, baselines, peers) for the header and the JSON."""
     some = any(not peer["skipped"] for peer in peers)
     interleaved = "kernel, copy, torch forms and peers" if some else "kernel, copy and torch forms"
     return {
@@ -102,7 +102,7 @@ class Table:
 
 
 def below(results: Sequence[Result]) -> str:
-    """What the columns and marks mean, and the peers."""
+    """Return the text below the table: the legend of its columns and marks, and the peers' table."""
     peers = peer_report.table(results)
     return "\n".join((*footnotes(results), *(["", *peers] if peers else [])))
 
@@ -143,7 +143,7 @@ def is_doubtful(result: Result) -> bool:
 
 
 def footnotes(results: Sequence[Result]) -> list[str]:
-    """How to read the columns; the marks, where there are any."""
+    """Return the legend of the columns and of the marks that occur."""
     lines = [
         "time: of one call. GB/s: stream and small bytes, each counted once, over the time. of copy: that in units",
         "of a torch copy of as many bytes, whose half is written; a kernel that mostly reads can exceed it.",

@@ -52,7 +52,7 @@ class FormResult:
 
 @dataclass(frozen=True)
 class SeparateResult:
-    """Of a fused kernel, the separate ones: their time, and their relative distance from its output."""
+    """Time of the separate kernels beside a fused one, and their relative error against its output."""
 
     error: float
     time: Statistics
@@ -191,7 +191,7 @@ def torch_forms(case: Case, load: Workload, selection: boundary_parts.Selection)
 
 
 def verify_separate(case: Case, load: Workload) -> float:
-    """How far the separate kernels are from the fused one. Raises MHCError where that is too far to time them."""
+    """Return the separate kernels' relative error against the fused one. Raises MHCError above what is allowed."""
     if load.separate is None:
         return 0.0
     run, outputs = load.separate
@@ -208,7 +208,7 @@ def verify_separate(case: Case, load: Workload) -> float:
 
 
 def form_result(baseline: Baseline, times: dict[str, Statistics]) -> FormResult:
-    """What is reported of a baseline."""
+    """Return a baseline's result: form, mode, error, time, parts."""
     return FormResult(baseline.form, baseline.mode, baseline.error, times[baseline.name], baseline.parts)
 
 

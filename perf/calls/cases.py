@@ -1,4 +1,4 @@
-"""Which kernels are measured at which sizes.
+"""Kernels and sizes that are measured.
 
 Imports no torch: the options' defaults come from here.
 """
@@ -62,7 +62,7 @@ class Case:
 
     @property
     def calls(self) -> tuple[str, ...]:
-        """What is run to measure it: itself, where it is one call, and what it is made of."""
+        """Names of the calls that measuring this case runs: itself, if it is one call, and its parts."""
         itself = () if self.kernel in (SUBLAYER_INPUT, BOUNDARY_STEP) else (self.kernel,)
         return (*itself, *MADE_OF.get(self.kernel, ()))
 

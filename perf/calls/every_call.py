@@ -52,7 +52,7 @@ class Given:
         return getattr(self.gradients if name.startswith("g_") else self.inputs, name)
 
     def arguments(self, name: str, **replaced: Any) -> dict[str, Any]:
-        """What a call takes; what is `replaced` is not computed."""
+        """Return a call's arguments by name, those in `replaced` taken from there and not computed."""
         sources = CALLS[name].sources
         return {p: replaced[p] if p in replaced else attrgetter(source)(self) for p, source in sources.items()}
 
@@ -67,7 +67,7 @@ class Given:
 
     @cached_property
     def weight(self) -> torch.Tensor:
-        """Of the layer's norm."""
+        """Weight of the layer's RMSNorm, [C]."""
         return rms_norm_weight(self.case, self.inputs.x.device)
 
     @cached_property
@@ -81,7 +81,7 @@ class Given:
 
     @cached_property
     def projected(self) -> torch.Tensor:
-        """What a backward keeps of the projection, [M + 1, T]: s·(x·phi), and s."""
+        """Projection kept for the backward, [M + 1, T]: s·(x·phi), and s."""
         return self.run("coefficients")()[3]
 
     @cached_property
@@ -110,7 +110,7 @@ class Given:
 
     @cached_property
     def written(self) -> list[launch.Written]:
-        """What the sublayers of a replayed block wrote, and with which mappings."""
+        """Layer outputs and mappings of a replayed block's sublayers, one `Written` each."""
         return [launch.Written(self.inputs.layer_output, self.inputs.h_post, self.inputs.h_res)] * (REPLAYED - 1)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What a call launches on a target, from sizes alone: the call itself is run, on meta tensors.
+"""Launches of a call on a target, from sizes alone: the call itself runs, on meta tensors.
 
 So what `launch` decides here is what it decides on a device, for tensors that start on 16 bytes. Loads torch when
 `launches` is called, not before.

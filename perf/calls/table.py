@@ -24,7 +24,7 @@ UPSTREAM = "g_x_next=g_x g_layer_input=g_h g_h_post_next=g_h_post g_h_res_next=g
 
 
 def saved(forward: str) -> str:
-    """What a boundary's backward takes of the forward that `Given` has under this name."""
+    """Return the sources of what a boundary's backward takes from the forward named `forward` in `Given`."""
     return f"x_next={forward}.x_next h_pre={forward}.h_pre projected={forward}.projected"
 
 
@@ -59,7 +59,7 @@ class Call:
 
 
 def no_stream(_: int) -> tuple[int, int]:
-    """What calls move that never see the stream."""
+    """Return the stream elements, read and written, of a call that never touches the stream: none."""
     return 0, 0
 
 

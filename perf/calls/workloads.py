@@ -35,7 +35,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Timed(NamedTuple):
-    """What is run, writing into the same outputs at every call, and what it wrote, as forms of plain torch write it."""
+    """A timed call: `run` writes the same outputs every time, `outputs` returns them as plain torch's forms do."""
 
     run: Callable[[], object]
     outputs: Callable[[], Tensors]
@@ -76,7 +76,7 @@ class Buffered:
         self.latest = found if isinstance(found, tuple) else (found,)
 
     def outputs(self) -> Tensors:
-        """What the last run gave."""
+        """Return the results of the last run, by name."""
         return dict(zip(CALLS[self.name].results, self.latest, strict=False))
 
 
@@ -213,5 +213,5 @@ class Trained:
         self.latest = (*(result.detach() for result in results), *gradients)
 
     def outputs(self) -> Tensors:
-        """What the last call returned."""
+        """Return the outputs and gradients of the last run, by name."""
         return dict(zip((*FORWARD_RESULTS, *GRADIENTS), self.latest, strict=True))

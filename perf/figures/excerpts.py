@@ -1,4 +1,4 @@
-"""What pages take from elsewhere; `python -m mhc_tilelang.perf.figures.excerpts .` takes it again for README and docs.
+"""Excerpts in the pages; `python -m mhc_tilelang.perf.figures.excerpts .` renews them in README and docs.
 
 A page names its source in a comment, which a browser of the repository hides. What is taken follows; a number precedes:
 
@@ -48,7 +48,7 @@ def refreshed(page: str, root: Path) -> str:
 
 
 def fact(expression: str) -> str:
-    """What a call of `facts` gives. Raises LookupError for an expression that is none."""
+    """Return the result of a call of `facts`, as text. Raises LookupError for an expression that is not one."""
     from . import facts
 
     try:

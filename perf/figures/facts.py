@@ -76,7 +76,7 @@ def timings(name: str, width: int | None = None, only: str = "", columns: str = 
 
 
 def speedup(name: str, kernel: str, over: str) -> str:
-    """How many times the time of a kernel that of what it is compared with is: `separate` kernels or `torch`."""
+    """Return the time of `over` (`separate` kernels or `torch`) divided by a kernel's own, as "1.23×"."""
     [one] = [one for one in kernels(name).measurements if one.kernel == kernel]
     other = one.separate if over == "separate" else one.fastest and one.fastest.time
     assert other, f"{name}: {kernel} has no {over}"
@@ -90,7 +90,7 @@ def layers(columns: str = "") -> str:
 
 
 def layer_overhead(mode: str = TRAINING, connection: str = OURS_MEASURED) -> str:
-    """What a connection added to the stored layer."""
+    """Return the measured overhead of a connection in the stored layer, in percent."""
     names = LABELS[connection], IN_MODE[mode]
     [row] = [row for row in layer_results().rows if (row.connection, row.mode) == names]
     assert row.overhead
@@ -135,13 +135,13 @@ def built_table() -> str:
 
 
 def predicted(name: str = "3b", form: str = OURS, mode: str = TRAINING, device: str = "H200") -> str:
-    """What `bench overhead` predicts for a layer of a model."""
+    """Return the overhead that `bench overhead` predicts for a layer of a model, in percent."""
     found = model.predict(MODELS[name], DEVICES[device], mode, sequence=SEQUENCE)
     return percent(found.overhead[form])
 
 
 def simulated(name: str = "27b", **assumed: object) -> str:
-    """What `simulate` gives for a stage's steady state, with assumptions other than its own."""
+    """Return the overhead that `simulate` gives for a stage's steady state under changed assumptions, in percent."""
     from ..simulation.costs import Assumptions
     from ..simulation.overhead import overhead
 
@@ -149,7 +149,7 @@ def simulated(name: str = "27b", **assumed: object) -> str:
 
 
 def simulated_step(name: str = "27b", **assumed: object) -> str:
-    """The same of a whole 1F1B step."""
+    """Return the overhead that `simulate` gives for a whole 1F1B step under changed assumptions, in percent."""
     from ..simulation.costs import Assumptions
     from ..simulation.overhead import step_overhead
 

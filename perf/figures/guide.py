@@ -39,7 +39,7 @@ class Box:
 
     @property
     def total(self) -> tuple[int, int]:
-        """What it reads and writes, in units of C."""
+        """Reads and writes, in units of C."""
         return sum(size for _, size in self.reads), sum(size for _, size in self.writes)
 
 

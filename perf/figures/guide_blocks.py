@@ -68,7 +68,7 @@ def draw_chunk(axes: Axes, x: float, y: float, width: float, group: int, lit: bo
 
 
 def draw_slabs(axes: Axes, plan: ProjectionPlan) -> None:
-    """What reaches memory with one split, with a group a split, and with half a group a split."""
+    """Draw the slabs that reach memory with one split, with a group a split, and with half a group a split."""
     chunks, size = plan.num_chunks(HIDDEN_SIZE), plan.chunks_per_group
     groups = -(-chunks // size)
     left, width = 4.2, 10.6

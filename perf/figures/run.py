@@ -1,4 +1,4 @@
-"""What all pictures of `bench report` share: style, layout in inches, horizontal bars, files. Needs matplotlib.
+"""Shared parts of all pictures of `bench report`: style, layout in inches, bars, files. Needs matplotlib.
 
     figures_kernels    roofline, share of the copy's bandwidth, speed-up against plain torch
     figures_sublayer   overhead of whole models, traffic of a sublayer

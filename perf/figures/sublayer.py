@@ -88,7 +88,7 @@ class Stage:
 
 
 def stages(num_streams: int) -> list[Stage]:
-    """From unfused hyper-connections to the least that any kernel can move, then the plain residual.
+    """Return the stages of fusion: unfused hyper-connections to the least traffic possible, then the plain residual.
 
     The first is the paper's Table 2, operation by operation; the rest are the kernels of `traffic`, with less and less
     of what crosses from one to the next. The third is what these kernels do.

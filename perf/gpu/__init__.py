@@ -1,1 +1,1 @@
-"""What `perf/on_gpu.sh` runs on a GPU: builds ahead of time, every call once, counters, the tuner."""
+"""The steps of `perf/on_gpu.sh`: builds ahead of time, every call once, hardware counters, the tuner."""

@@ -36,13 +36,13 @@ class Job:
 
     @property
     def seconds(self) -> float:
-        """How long it takes, roughly."""
+        """Rough compile time in seconds."""
         return SECONDS.get(self.family, USUAL_SECONDS)
 
 
 @dataclass(frozen=True)
 class Built:
-    """What came of a job; `error` is empty where it compiled."""
+    """Outcome of a job: seconds, and an error that is empty where it compiled."""
 
     job: Job
     seconds: float

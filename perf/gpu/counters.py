@@ -78,7 +78,7 @@ class Compared:
 
     @property
     def stall(self) -> str:
-        """What most warps waited for between two instructions, and how many of them."""
+        """The stall reason of most warps between two instructions, and how many; empty where none is known."""
         known = {name: self.metrics[STALL.format(name)] for name in STALLS if STALL.format(name) in self.metrics}
         name = max(known, key=lambda one: known[one], default="")
         return f"{name} {known[name]:.1f}" if name else ""

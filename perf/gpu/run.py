@@ -98,7 +98,7 @@ def launch_every_call(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Step:
-    """What is recorded of a step; `result` is the JSON that it wrote, `last` the last line that it printed."""
+    """Record of a step; `result` is the JSON that it wrote, `last` the last line that it printed."""
 
     name: str
     status: str
@@ -121,7 +121,7 @@ def read_steps(folder: Path) -> list[Step]:
 
 
 def read_json(path: Path) -> Any:
-    """What a step wrote; None where it wrote nothing, or was stopped while it did."""
+    """Return the JSON a step wrote; None if it wrote none, or was stopped while writing."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -173,7 +173,7 @@ def adapted(one: Recorded, parameters: Mapping[str, Any], written: Sequence[str]
 
 
 def compare(got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], written: Sequence[str]) -> str:
-    """What became of the outputs. Those whose number of partial sums differs are added up first."""
+    """Compare outputs with the expected ones: a verdict. Partial sums in different numbers are added up first."""
     import torch
 
     verdict = SAME
@@ -207,7 +207,7 @@ def flat(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tuned_fields(fields: Mapping[str, Any]) -> list[str]:
-    """What a heuristic's plan is described by."""
+    """Return the names of a plan's fields that describe the heuristic's choice."""
     names = ("channels", "tokens", "threads", "stages", "rows", "blocks_per_sm", "lanes", "width", "kept", "block")
     return [name for name in names if name in fields]
 

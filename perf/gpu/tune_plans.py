@@ -51,7 +51,7 @@ def tiles(tile: ChannelTile | ReductionTile, hidden_size: int, target: str) -> I
 
 
 def channel_tiles(tile: ChannelTile, hidden_size: int, target: str) -> Iterator[ChannelTile]:
-    """Those of the kernels that sum nothing over channels."""
+    """Yield candidate tiles for the kernels that sum nothing over channels."""
     if target == "cpu":
         yield from (ChannelTile(min(channels, hidden_size), 1) for channels in (256, 512, 1024, 2048, hidden_size))
     else:

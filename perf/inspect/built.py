@@ -58,7 +58,7 @@ def renamed(row: Row, subject: Subject) -> Row:
 
 
 def entry_name(func: Any, subject: Subject, arch: str) -> str:
-    """What a kernel's row is kept under: a hash of what it is made from."""
+    """Return the name a kernel's row is cached under: a hash of everything it is made from."""
     from ...compiler import cuda_source
     from ...compiler.cpu.build import digest
     from ...compiler.cuda import configs_of

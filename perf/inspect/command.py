@@ -157,7 +157,7 @@ def inspect_kernels(wanted: Builds, args: argparse.Namespace) -> int:
 
 
 def estimate(wanted: Builds) -> str:
-    """How long builds take at most, in words."""
+    """Return an upper bound of the build time, in words."""
     from ..gpu.building import Job
 
     cores = os.cpu_count() or 1

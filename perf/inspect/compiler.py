@@ -1,4 +1,4 @@
-"""From generated CUDA source to a listing of its machine code: nvcc as tilelang calls it, then nvdisasm.
+"""Compile generated CUDA source to a listing of its machine code: nvcc as tilelang calls it, then nvdisasm.
 
 No GPU is needed. The flags are tilelang's (`tilelang.contrib.nvcc`, `tilelang.cuda.backend`) and the package's own,
 plus ptxas's report, which alone tells what was spilled, and line numbers, which change no instruction.
@@ -21,7 +21,7 @@ from .sass import SOURCE
 
 @dataclass(frozen=True)
 class Compiled:
-    """What ptxas and nvdisasm say of a kernel.
+    """Resources and machine code of a kernel, as ptxas and nvdisasm report them.
 
     Attributes:
         registers: of a thread.
@@ -73,7 +73,7 @@ def nvdisasm() -> Tool:
 
 @cache
 def versions() -> dict[str, str]:
-    """What the machine code depends on besides the source, and what reads it."""
+    """Return the versions of nvcc, nvdisasm and tilelang: the machine code depends on them besides the source."""
     from importlib.metadata import version
 
     tools = {"nvcc": version_of(nvcc()), "nvdisasm": version_of(nvdisasm())}
@@ -87,7 +87,7 @@ def release(line: str) -> str:
 
 
 def output(command: list[str]) -> str:
-    """What a command prints on both channels. Raises CompilerError with it when the command fails."""
+    """Run a command and return what it prints on stdout and stderr. Raises CompilerError with that when it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise CompilerError(f"{' '.join(command)} failed:\n{(done.stderr or done.stdout).strip()}")

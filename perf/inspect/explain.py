@@ -168,7 +168,7 @@ def resource_table(rows: Iterable[Row]) -> str:
 
 
 def stream_table(rows: Iterable[Row]) -> str:
-    """How wide the machine code accesses each tensor that is as wide as the stream, and what nvcc splits.
+    """Tabulate access widths of the stream's tensors in the machine code, and the accesses that nvcc splits.
 
     Empty where no tensor is; builds that were stored before this was counted are named.
     """
@@ -192,7 +192,7 @@ def stream_table(rows: Iterable[Row]) -> str:
 
 
 def limits(rows: Iterable[Row]) -> str:
-    """How the resources of the main architecture limit occupancy, in words."""
+    """Say in words which resource of the main architecture limits occupancy, a line for each row."""
     return "\n".join(limit(row) for row in rows if row.arch == MAIN)
 
 

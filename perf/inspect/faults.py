@@ -31,7 +31,7 @@ def known_splits(row: Row) -> list[str]:
 
 
 def place(row: Row) -> str:
-    """Which build it is: the kernel, the sizes that it depends on, the architecture."""
+    """Name a build: the kernel, the sizes that it depends on, the architecture."""
     named = {"n = ": row.num_streams, "C = ": row.hidden_size, "": row.dtype}
     return ", ".join([row.label, *(f"{name}{size}" for name, size in named.items() if size), row.arch])
 
@@ -98,7 +98,7 @@ def splits(row: Row) -> list[str]:
 
 
 def split_of(name: str, how: str, machine: dict[str, int], bytes_wide: int) -> str | None:
-    """What is split of the accesses to a tensor, if any is; that there are none is as bad: their widths went unseen."""
+    """Describe split accesses to a tensor; None if there are none. No access at all is a fault too: it went unseen."""
     narrow_ones = {bits: number for bits, number in machine.items() if is_narrow(bits, bytes_wide)}
     if machine and not narrow_ones:
         return None

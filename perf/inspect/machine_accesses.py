@@ -1,4 +1,4 @@
-"""How wide each tensor is accessed in the machine code: what nvcc makes of the accesses of the source.
+"""Access widths of each tensor in the machine code: what nvcc makes of the accesses of the source.
 
 Machine code does not tell which tensor an instruction accesses. The line of the source that it comes from does, as
 nvdisasm lists it and `source_accesses` reads it. Where a line reads several tensors, an instruction goes to those that

@@ -1,4 +1,4 @@
-"""Which kernels are built: those that calls launch, at which sizes, for which architectures.
+"""The builds: kernels that calls launch, their sizes and architectures.
 
 `calls.launches` says what a call launches, so nothing is built here that does not ship. A subject is one of its
 kernels, named by its family and, where a family is compiled in more than one way at the same sizes, a variant. Loads
@@ -89,7 +89,7 @@ class Subject:
         return f"{self.kernel} ({self.variant})" if self.variant else self.kernel
 
     def parameters(self, arch: str) -> dict[str, Any]:
-        """What it is compiled with for an architecture: where shared memory is small, with fewer stages."""
+        """Return the compile-time parameters for an architecture; fewer stages where shared memory is small."""
         parameters = self.launch.parameters
         if self.kernel != "boundary_backward" or not isinstance(plan := parameters["plan"], projection_plans.WarpsPlan):
             return parameters
@@ -99,7 +99,7 @@ class Subject:
         return {**parameters, "plan": fitting}
 
     def key(self, arch: str) -> tuple[str, str, str, int | None, int | None, str | None]:
-        """What tells the rows of all builds apart."""
+        """Return the key that tells the rows of all builds apart."""
         return self.kernel, self.variant, arch, self.num_streams, self.hidden_size, self.dtype
 
 
@@ -128,7 +128,7 @@ def subject_of(launch: Recorded, shape: Shape, variant: str) -> Subject:
 
 
 def variant_of(launch: Recorded) -> str:
-    """What tells a launch from others of its family at the same sizes."""
+    """Return the variant that tells a launch from others of its family at the same sizes; empty if there is none."""
     for flag, form in FORMS.items():
         if launch.parameters.get(flag):
             return form
@@ -172,7 +172,7 @@ def full(kernels: Sequence[str]) -> list[Subject]:
 
 
 def telling(subjects: Iterable[Subject]) -> list[Subject]:
-    """Without the coefficients of all dtypes but one."""
+    """Drop the coefficients' kernels of all dtypes but bfloat16, whose code the dtype does not change."""
     return [each for each in subjects if each.dtype in (None, "bfloat16") or each.kernel not in COEFFICIENTS]
 
 
@@ -182,7 +182,7 @@ def studied(kernel: str) -> Shape:
 
 
 def representative(kernels: Sequence[str] = tuple(FAMILIES)) -> list[tuple[Subject, str]]:
-    """What CI builds: all at n = 4 in bfloat16 everywhere; the rest, one of a kind, on the main architecture."""
+    """Return CI's builds: n = 4 in bfloat16 on every architecture; the rest, one of a kind, on the main one."""
     width = [STUDIED.hidden_size]
     here = [one for kernel in kernels for one in subjects(studied(kernel), [kernel])]
     heavy = [kernel for kernel in kernels if kernel in HEAVY]

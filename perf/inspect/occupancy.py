@@ -21,7 +21,7 @@ SHARED_UNIT = 128
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a multiprocessor has.
+    """Resources of a multiprocessor.
 
     Attributes:
         warps: that can be resident.
@@ -58,7 +58,7 @@ class Occupancy(NamedTuple):
 
 
 def occupancy(arch: str, threads: int, registers: int, shared_bytes: int, barriers: int = 0) -> Occupancy:
-    """Of blocks of `threads` threads.
+    """Compute the occupancy of blocks of `threads` threads.
 
     Args:
         arch: one of ARCHITECTURES.

@@ -86,7 +86,7 @@ def renamed(peer: Row) -> Row:
 
 
 def built(rows: list[Row]) -> str:
-    """How many builds are stored, and a line for each kernel and architecture of which some have faults."""
+    """Return the number of stored builds, and a table row for each kernel and architecture that has faulty ones."""
     counts = [f"{sum(row.arch == arch for row in rows)} for {arch}" for arch in matrix.ARCHITECTURES]
     text = f"{len(rows)} builds are stored: {', '.join(counts)}.\n\n{widths(rows)}"
     found: dict[tuple[str, str], list[Row]] = {}
@@ -103,7 +103,7 @@ def built(rows: list[Row]) -> str:
 
 
 def widths(rows: list[Row]) -> str:
-    """What nvcc splits, and in how many of the builds that is known by tensor."""
+    """List the accesses that nvcc splits, and say how many builds were counted tensor by tensor."""
     found = Counter(row.kernel for row in rows if known_splits(row))
     counted = sum(row.machine_reads is not None for row in rows)
     text = (

@@ -60,7 +60,7 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, str, int | None, int | None, str | None]:
-        """What tells rows apart."""
+        """Key that tells rows apart."""
         return self.kernel, self.variant, self.arch, self.num_streams, self.hidden_size, self.dtype
 
     @property

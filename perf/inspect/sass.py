@@ -1,4 +1,4 @@
-"""What a kernel's machine code (SASS) consists of, counted from nvdisasm's listing.
+"""Instruction counts of a kernel's machine code (SASS), from nvdisasm's listing.
 
 Counted are instructions as they stand, each once, wherever they lie: a loop counts as long as it is written, and the
 routines that a kernel calls (a division's slow path) are in. Left out are NOPs, which pad the code.
@@ -77,7 +77,7 @@ def width_of(instruction: str, kinds: tuple[str, ...], bulk: tuple[str, ...]) ->
 
 
 def by_width(widths: Iterable[str]) -> dict[str, int]:
-    """How many of each width, the widest first."""
+    """Count accesses by width, the widest first."""
     found = Counter(widths)
     return dict(sorted(found.items(), key=lambda item: (item[0] != "bulk", -int(item[0].replace("bulk", "0")))))
 

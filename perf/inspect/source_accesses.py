@@ -1,4 +1,4 @@
-"""How wide each global buffer is accessed in the CUDA source that tilelang generates.
+"""Access widths of each global buffer in the CUDA source that tilelang generates.
 
 Machine code does not tell which tensor an instruction reads; the source does, in four spellings:
 
@@ -46,7 +46,7 @@ class Use(NamedTuple):
 
 
 def accesses(code: str) -> dict[str, Widths]:
-    """How wide the kernel reads and writes every buffer. Raises MHCError as `uses`."""
+    """Return the widths in bytes by which the kernel reads and writes each buffer. Raises MHCError as `uses` does."""
     return {
         name: Widths(*(sorted({use.width for use in found if use.writes == side}) for side in (False, True)))
         for name, found in uses(code).items()
@@ -71,7 +71,7 @@ def uses(code: str) -> dict[str, list[Use]]:
 
 
 def places(body: str, name: str) -> list[re.Match[str]]:
-    """Where a buffer's name stands; not as a member, as in threadIdx.x."""
+    """Find the places of a buffer's name, members as in threadIdx.x excluded."""
     return list(re.finditer(rf"(?<![\w.]){name}\b", body))
 
 

@@ -80,7 +80,7 @@ def source_of(name: str, hidden_size: int, arch: str) -> tuple[CudaSource, tuple
 
 
 def parameters(name: str, hidden_size: int) -> tuple[Any, ...]:
-    """What the package's operators compile a kernel with."""
+    """Return the parameters that the package's operators compile a kernel with."""
     n, spec = NUM_STREAMS, MHCSpec(hidden_size, NUM_STREAMS)
     rows, constants = spec.num_coefficients, (spec.sinkhorn_iters, spec.sinkhorn_eps)
     epsilons = (spec.rms_eps, spec.pre_eps, spec.sinkhorn_eps)
@@ -104,7 +104,7 @@ def parameters(name: str, hidden_size: int) -> tuple[Any, ...]:
 
 
 def factories() -> Any:
-    """What imports a module of the package."""
+    """Return the importer of the package's modules. Raises MHCError if the package is unsupported."""
     from ..peers.deepseek import import_factories
     from ..peers.peer import UnsupportedError
 

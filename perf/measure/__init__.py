@@ -1,1 +1,1 @@
-"""How time is taken: interleaved rounds, clocks, quartiles; the caches of the machine."""
+"""Timing: interleaved rounds, clocks, quartiles; the machine's caches."""

@@ -36,7 +36,7 @@ PUBLIC: Calls = {
 
 
 def host_seconds(kernel: str, given: Given) -> float | None:
-    """Of one call, the median of rounds; None where no public function runs just this."""
+    """Return the host time of one call in seconds, the median of rounds; None if no public function runs just this."""
     call = PUBLIC.get(kernel)
     if call is None:
         return None

@@ -1,4 +1,4 @@
-"""What a measurement has to know about the machine: the cache that memory traffic must miss, the clock it ran at."""
+"""Facts about the machine that a measurement needs: the last-level cache that traffic must miss, the clock."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of several samples, in seconds, or of their ratios; `disturbed` were left out, unless that was more than half."""
+    """Median and quartiles of samples in seconds, or of ratios; `disturbed` ones are left out unless over half."""
 
     median: float
     lower_quartile: float
@@ -110,7 +110,7 @@ def ratios(samples: Sequence[Sample], baseline: Sequence[Sample]) -> Statistics:
 
 
 def quartiles(values: Sequence[tuple[float, bool]]) -> Statistics:
-    """Of values that are disturbed or not."""
+    """Compute the statistics of (value, disturbed) pairs."""
     undisturbed = [value for value, disturbed in values if not disturbed]
     kept = undisturbed if 2 * len(undisturbed) >= len(values) else [value for value, _ in values]
     if len(kept) == 1:
@@ -144,7 +144,7 @@ class CpuClock:
 
 
 def waiting_nanoseconds() -> int:
-    """How long this process's threads have been runnable without a core so far; 0 where Linux does not tell."""
+    """Return how long this process's threads have been runnable without a core so far; 0 if not on Linux."""
     total = 0
     with suppress(OSError):  # not Linux, or a thread that has just ended
         for thread in THREADS.iterdir():
@@ -222,7 +222,7 @@ class GraphReplay:
 
 
 def capturable(candidates: Mapping[str, Run], clock: Clock, needed: Sequence[str] = ()) -> dict[str, Run]:
-    """Those that a clock which replays graphs can capture; what it cannot is said and left out, unless it is `needed`.
+    """Return the candidates that a graph-replaying clock can capture; others are reported, raised if `needed`.
 
     Autograd that was recorded outside of a graph cannot be captured, nor can what waits for the GPU. Other clocks take
     everything.

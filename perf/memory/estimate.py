@@ -1,4 +1,4 @@
-"""What a model keeps for its backward, per token, with and without recomputation: arithmetic, no measurement.
+"""Memory that a model keeps for its backward, per token, with and without recomputation: arithmetic only.
 
 C channels, n streams, M = n² + 2n, L sublayers (attention and FFN count one each), blocks of L_r of them. In elements
 of the stream's dtype, in units of C:
@@ -49,20 +49,20 @@ class Stage:
 
     @property
     def plain(self) -> int:
-        """Of a plain residual, in units of C, of one micro-batch."""
+        """Elements kept by a plain residual, in units of C, for one micro-batch."""
         return self.num_sublayers
 
     @property
     def all_kept(self) -> int:
-        """Of mHC without recomputation."""
+        """Elements kept by mHC without recomputation, in units of C."""
         return (self.num_streams + 2) * self.num_sublayers + EMBEDDING
 
     def kept(self, length: int) -> int:
-        """Of mHC with blocks of `length` sublayers."""
+        """Return the elements mHC keeps with blocks of `length` sublayers, in units of C."""
         return self.num_streams * -(-self.num_sublayers // length) + self.num_sublayers + EMBEDDING
 
     def recomputed(self, length: int) -> int:
-        """What there is besides while the backward is in a block."""
+        """Return the additional elements alive while the backward is in a block, in units of C."""
         length = min(length, self.num_sublayers)
         return self.num_streams * (length - 1) + length
 
@@ -71,7 +71,7 @@ class Stage:
         return self.in_flight * self.kept(length) + self.recomputed(length)
 
     def objective(self, length: int) -> int:
-        """What the paper minimises over L_r (20)."""
+        """Return the paper's objective over L_r (20), in units of C."""
         return self.num_streams * -(-self.num_sublayers // length) + (self.num_streams + 2) * length
 
     @property
@@ -96,12 +96,12 @@ class Stage:
 
 
 def coefficient_bytes(num_streams: int) -> int:
-    """Of a sublayer, per token."""
+    """Return the bytes of a sublayer's coefficients per token."""
     return FLOAT32 * (2 * (num_streams**2 + 2 * num_streams) + 1)
 
 
 def layer_bytes(sizes: LayerSizes, itemsize: int = ITEMSIZE) -> int:
-    """What attention and FFN of `layers` keep per token besides their inputs.
+    """Return the bytes that attention and FFN of `layers` keep per token besides their inputs.
 
     Each norm keeps its float32 1/rms, its input normalised, and the product with the weight; attention q, k, v, the
     result, and a float32 number a head; the FFN gate, up, silu(gate) and the product. No routing. That is what torch

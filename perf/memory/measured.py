@@ -53,7 +53,7 @@ def count(stage: Stage, lengths: Sequence[int]) -> list[Count]:
 
 
 def bytes_per_token(layers: Sequence[Layer], stage: Stage, kind: str, length: int) -> int:
-    """What the sublayers' graph keeps for one token more; the layers take turns. `length` 0: without recomputation."""
+    """Return the bytes a token adds to the sublayers' graph; layers take turns. `length` 0: no recomputation."""
     spec = MHCSpec.deepseek_v4(SIZES.hidden_size, num_streams=stage.num_streams)
     connection: Connection = HyperConnection(spec) if kind == "mhc" else ResidualConnection()
 

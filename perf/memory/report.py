@@ -1,4 +1,4 @@
-"""What `mhc-tilelang memory` prints and writes: the tables, what they count, the JSON. Imports no torch."""
+"""The output of `mhc-tilelang memory`: tables, legend, JSON. Imports no torch."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def lengths_table(sizes: LayerSizes, stage: Stage) -> str:
 
 
 def counted(counts: Sequence[Count]) -> str:
-    """What the forward pass was found to keep."""
+    """Tabulate the bytes counted in the graph of a forward pass beside the formula's."""
     from tabulate import tabulate
 
     from .measured import SIZES
@@ -111,7 +111,7 @@ def counted(counts: Sequence[Count]) -> str:
 
 
 def kilobytes(value: int) -> str:
-    """In units of 10³; empty for none."""
+    """Format bytes in units of 10³; empty for zero."""
     return f"{value / 1e3:,.1f}" if value else ""
 
 

@@ -120,7 +120,7 @@ class Layer:
         return torch.autograd.grad(self.forward(), list(self.leaves().values()), self.upstream)
 
     def leaves(self) -> dict[str, torch.Tensor]:
-        """What training has gradients of: what the layer takes, every weight."""
+        """Return the tensors that training computes gradients of: the layer's inputs and every weight."""
         return {"x": self.x, **dict(zip(WAITING, self.waiting, strict=False)), **self.weights()}
 
     def weights(self) -> dict[str, torch.Tensor]:

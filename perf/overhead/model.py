@@ -1,4 +1,4 @@
-"""What a layer's overhead comes to on a device, from FLOPs and traffic alone: arithmetic, no measurement.
+"""A layer's overhead on a device from FLOPs and traffic alone: arithmetic, no measurement.
 
 Per token, C channels, A of all heads, F of the FFN, S tokens in a sequence:
 

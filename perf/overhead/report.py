@@ -1,4 +1,4 @@
-"""What `mhc-tilelang bench overhead` prints and writes: the model's table, the measured one, the JSON. No torch.
+"""The output of `mhc-tilelang bench overhead`: the model's table, the measured one, the JSON. No torch.
 
 The model says that it is one, and a CPU's figures that they are not comparable with the paper's.
 """
@@ -88,7 +88,7 @@ def model_table(predictions: Sequence[Prediction], devices: Sequence[Device], as
 
 
 def predicted_kernels(predictions: Sequence[Prediction], sizes: LayerSizes, num_streams: int) -> str:
-    """What our kernels add by the times that `mhc-tilelang predict` gives them, or why it gives none."""
+    """Return our kernels' overhead by the times of `mhc-tilelang predict`, or the reason why there is none."""
     from ..predict.stored import TOKENS, connection
 
     lines = [PREDICTED_KERNELS]
@@ -135,7 +135,7 @@ def cells(kind: str, timing: Timing) -> list[str]:
 
 
 def quartiles(ratio: Statistics) -> str:
-    """Those of an overhead, from those of a ratio."""
+    """Format the quartiles of an overhead, from those of a time ratio."""
     return f"{percent(ratio.lower_quartile - 1)} to {percent(ratio.upper_quartile - 1)}"
 
 
@@ -161,7 +161,7 @@ def kernel_table(measured: Measurement) -> str:
 
 
 def notes(measured: Measurement, device_type: str, predicted: bool) -> str:
-    """How to read the tables."""
+    """Return the legend of the tables."""
     lines = ["overhead: additional time over the plain residual, median and quartiles of the ratios within each round."]
     if measured.memory:
         meaning = {

@@ -47,7 +47,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured.
+    """Results of one measured layer.
 
     Attributes:
         errors: of the check, by tensor.
@@ -69,7 +69,7 @@ class Measurement:
 
 
 def tolerance(name: str, dtype: torch.dtype) -> float:
-    """How far two mHC layers may be apart that are both right, relative to the norm.
+    """Return the largest relative difference between two correct mHC layers, relative to the norm.
 
     Both compute in float32 and round where the contract says so, but sums differ in their last bits, a few values
     round the other way, and from there on every rounding of the layers inside falls differently: some 24 forward and
@@ -183,7 +183,7 @@ def fused_backward(given: Given) -> dict[str, Run]:
 
 
 def separate_backward(given: Given) -> dict[str, Run]:
-    """What runs in their place where the backward is not fused; with the aggregation's share of g_x."""
+    """Return the separate backward kernels that run where none is fused, the sum of both g_x included."""
     one, other = torch.ones_like(given.inputs.x), torch.ones_like(given.inputs.x)
     return {
         "coefficients_backward": Buffered(given, "coefficients_backward").run,
@@ -194,7 +194,7 @@ def separate_backward(given: Given) -> dict[str, Run]:
 
 
 def memory_of(device: torch.device) -> tuple[str, Callable[[Layer], int]]:
-    """What can be asked about memory on this device, and how."""
+    """Return the kind of memory figure a device gives, and the function that measures it."""
     return (PEAK, peak_memory) if device.type == "cuda" else (SAVED, saved_for_backward)
 
 

@@ -63,7 +63,7 @@ def papers() -> list[list[str]]:
 
 
 def layer() -> list[list[str]]:
-    """What `bench overhead` predicts of one layer."""
+    """Return the table's rows of one layer, as `bench overhead` predicts it."""
     found = {
         name: model.predict(sizes, DEVICES["H200"], TRAINING, sequence=SEQUENCE).overhead
         for name, sizes in MODELS.items()
@@ -90,7 +90,7 @@ def predicted() -> list[list[str]]:
 
 
 def stage() -> list[list[str]]:
-    """What `simulate` gives."""
+    """Return the table's rows of pipeline stages and of a whole step, as `simulate` gives them."""
     whole = f"one of eight pipeline stages, micro-batches of {SEQUENCE} tokens, streams recomputed, links overlapped"
 
     def steady(form: str, **assumed: bool) -> Callable[[str], float]:

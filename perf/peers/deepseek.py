@@ -47,7 +47,7 @@ def load(device: torch.device) -> Peer:
 
 
 def import_factories() -> Callable[[str], ModuleType]:
-    """What imports a module of `tile_kernels.mhc`; the package itself is replaced by an empty one if it fails."""
+    """Return an importer of `tile_kernels.mhc` modules; if the package itself fails, an empty one takes its place."""
     try:
         import_module(PACKAGE)
     except Exception:  # of parts that are not needed here

@@ -1,4 +1,4 @@
-"""How TileKernels' kernels are called, one function of ours after the other; `deepseek` declares them.
+"""Calls of TileKernels' kernels, one function of ours after the other; `deepseek` declares them.
 
 The launches, block sizes and roundings are those of the package's own operators (`tile_kernels.modeling.mhc.ops`).
 `kernels(module, factory, *parameters)` makes a kernel, which takes its tensors in order. Each function raises
@@ -27,7 +27,7 @@ def stream_sizes(x: torch.Tensor) -> tuple[int, int, int]:
 
 
 def require_product(x: torch.Tensor, multiple: int, block: int) -> None:
-    """What its product takes: 24 rows, widths of whole tiles, and on a CPU whole blocks of tokens."""
+    """Require shapes the product supports: 24 rows, widths of whole tiles, on a CPU whole blocks of tokens."""
     tokens, n, size = stream_sizes(x)
     require(n == 4, f"n = 4, got {n}")
     require(n * size % multiple == 0, f"n·C a multiple of {multiple}, got {n * size}")
@@ -35,7 +35,7 @@ def require_product(x: torch.Tensor, multiple: int, block: int) -> None:
 
 
 def to_tf32(tensor: torch.Tensor) -> torch.Tensor:
-    """As its operators round before a product; tensor cores drop the bits that remain, a CPU has to be told."""
+    """Round to TF32 as its operators do before a product: tensor cores drop the other bits, a CPU masks them here."""
     rounded = tensor.view(torch.int32) + 0x1000
     return (rounded if tensor.is_cuda else rounded & TF32_MASK).view(torch.float32)
 

@@ -86,7 +86,7 @@ def post(inputs: Inputs, outputs: Outputs) -> Call:
 
 
 def post_backward(inputs: Inputs, outputs: Outputs) -> Call:
-    """What autograd recorded of the same line."""
+    """Return the call of autograd's backward through `post`'s line."""
     backward = recorded_backward(mix, batched(inputs), inputs["g_x_next"].unsqueeze(0))
 
     def run() -> tuple[torch.Tensor, ...]:

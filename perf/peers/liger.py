@@ -127,7 +127,7 @@ def post(ops: Any, inputs: Inputs, outputs: Outputs) -> Call:
 
 
 def post_backward(ops: Any, inputs: Inputs, outputs: Outputs) -> Call:
-    """What its autograd function does with g_x_next."""
+    """Return the call of its autograd function's backward on g_x_next."""
     backward = recorded_backward(ops.LigerMHCPostResFunction.apply, stream_tensors(inputs), inputs["g_x_next"])
     return Call(backward, copy_to(outputs, "g_x", "g_layer_output", "g_h_post", "g_h_res"))
 

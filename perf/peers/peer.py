@@ -1,4 +1,4 @@
-"""What a peer declares: which of our functions it has, under which name, and how a call is made.
+"""The interface of a peer: which of our functions it has, under which name, and how a call is made.
 
 A `Function` binds a kernel's arguments, named as in `calls.table`. What is converted on the way in is converted once,
 untimed; what is timed is the peer's own call, in its own layout; what comes out is converted back for the comparison,

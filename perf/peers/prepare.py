@@ -55,7 +55,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class PeerResult:
-    """What is reported of a call; `time` is None where it was skipped or differs."""
+    """Result of a peer's call; `time` is None where it was skipped or differs."""
 
     call: Compared
     time: Statistics | None

@@ -1,4 +1,4 @@
-"""What is printed and written about peers. Imports no torch."""
+"""Text and JSON about the peers. Imports no torch."""
 
 from __future__ import annotations
 

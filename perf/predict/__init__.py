@@ -1,4 +1,4 @@
-"""What a kernel takes on a GPU that is not here, with a known error: `mhc-tilelang predict`.
+"""Kernel times on a GPU that is not here, with a known error: `mhc-tilelang predict`.
 
 A block is walked through the machine code; its integer registers are computed at the sizes of the call, so trip
 counts, guards and addresses are facts. The control bits give its own cycles and the round trips to memory that nothing

@@ -47,7 +47,7 @@ def count_barriers(source: CudaSource, sizes: Mapping[str, float], block: tuple[
 
 
 def attempt(value: Callable[[], int]) -> int | None:
-    """What a name stands for, if it can be told."""
+    """Return an expression's value, None if it cannot be evaluated."""
     try:
         return value()
     except (NameError, TypeError):
@@ -85,7 +85,7 @@ def indented(lines: list[str]) -> list[str]:
 
 
 def opening(line: str) -> str:
-    """What opens a block, as Python; a name that does not exist for what is not understood."""
+    """Translate a line that opens a block to Python; what is not understood becomes an undefined name."""
     if loop := FOR.match(line):
         return f"for {loop[1]} in range({python(loop[2])}, {python(loop[3])}):"
     guard = IF.match(line)

@@ -1,4 +1,4 @@
-"""What one block of a kernel does, from the walk of its warps: the model's features that the machine code gives."""
+"""Work of one block of a kernel, from the walk of its warps: the model's features that the machine code gives."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def counts_of(code: Sequence[Instruction], steps: Sequence[Step]) -> Counter[str
 
 
 def pipe_of(step: Instruction) -> tuple[str, float]:
-    """Which pipe one instruction takes, and how much of it."""
+    """Return the pipe that an instruction takes, and how much of it."""
     kind = step.kind
     if kind in PIPES:
         return PIPES[kind], 1

@@ -1,4 +1,4 @@
-"""What the model knows of each device: its constants, from where each is, and how sure it is; files hold them.
+"""Constants of each device for the model, with source and certainty of each; files hold them.
 
 B200's are fitted on the published times (`fit`); SMs and clock are not. Nothing of an H100 or H200 is fitted: their
 memory is scaled as B200's asymptote stands to its copy (7.963 to 7.36 TB/s), the rest is B200's or assumed, and every

@@ -72,7 +72,7 @@ def following(name: str, places: int) -> str:
 
 
 def results(step: Instruction, registers: Registers, names: Sequence[str] = ()) -> dict[str, Value]:
-    """What an instruction writes, by name (from `destinations`, if at hand); None for values that are not known."""
+    """Evaluate an instruction: return the values it writes, by name (`destinations` if at hand); None if unknown."""
     names = names or destinations(step.opcode, step.operands)
     found: dict[str, Value] = dict.fromkeys(names)
     if step.kind in STEPS:

@@ -53,7 +53,7 @@ class Built:
     resident: int
 
     def entry(self, sizes: Mapping[str, float]) -> Entry:
-        """How it is launched at these run-time sizes and scalars."""
+        """Return the launch at these run-time sizes and scalars: arguments, grid, threads."""
         head = self.source.code[self.source.code.rindex("__global__") :]
         head = head[: head.index("{")]
         arguments = []
@@ -152,7 +152,7 @@ def walk_grid(built: Built, entry: Entry) -> Walked:
 
 
 def blocks_of(grid: tuple[int, int, int]) -> list[tuple[tuple[int, int, int], float]]:
-    """Which blocks are walked, and the share of the grid that each stands for."""
+    """Return the blocks to walk, and the share of the grid that each stands for."""
     x, y, z = grid
     places = product(positions(y), positions(z))
     return [((x // 2, at_y, at_z), of_y * of_z / (y * z)) for (at_y, of_y), (at_z, of_z) in places]
@@ -178,14 +178,14 @@ def kinds_along_x(built: Built, entry: Entry) -> list[tuple[int, float]]:
 
 
 def positions(extent: int) -> list[tuple[int, int]]:
-    """Which blocks along an axis are walked, and how many each stands for."""
+    """Return the blocks to walk along an axis, and how many each stands for."""
     if extent <= FEW_BLOCKS:
         return [(place, 1) for place in range(extent)]
     return [(0, 1), (extent // 2, extent - 2), (extent - 1, 1)]
 
 
 def not_modelled(code: Sequence[Instruction], walked: Walked) -> list[str]:
-    """What the walk could not decide, or what the machine code does that no published kernel resembles."""
+    """List what the walk could not decide, and machine code that no published kernel resembles."""
     found, others = [], walked.others
     if walked.undecided:
         found.append(f"the path depends on data: {', '.join(walked.undecided[:3])}")
@@ -210,7 +210,7 @@ def differ(executed: float, expected: float, edge: float) -> bool:
 def bytes_differ(
     moved: Mapping[tuple[str, str], float], audited: Mapping[str, Any], streams: Sequence[str], edge: float
 ) -> list[str]:
-    """Where the walk's bytes are not the audit's; `moved` of the whole launch, by buffer and side."""
+    """List differences between the walk's bytes and the audit's; `moved` is the whole launch, by buffer and side."""
     found = []
     if unknown := sum(amount for (name, _), amount in moved.items() if not name):
         found.append(f"{unknown / 1e6:.1f} MB of accesses whose buffer is not known")
@@ -224,21 +224,21 @@ def bytes_differ(
 
 
 def barriers_differ(executed: float, expected: float) -> list[str]:
-    """Where the walk does not meet as often as the source says; NaN where that cannot be counted."""
+    """Report barriers a block that differ between walk and source; NaN, a failed count, differs too."""
     if abs(executed - expected) < 0.5:
         return []
     return [f"barriers differ: {executed:.0f} a block executed, {expected:.0f} in the source"]
 
 
 def products_differ(executed: float, expected: int, edge: float) -> list[str]:
-    """Where tensor instructions do not do what T.gemm asks for; padding of a tile counts on both sides."""
+    """Report tensor products that differ from T.gemm's; padding of a tile counts on both sides."""
     if not differ(executed, expected, edge):
         return []
     return [f"products differ: {executed / 1e9:.2f} G multiply-adds executed, {expected / 1e9:.2f} G in the TIR"]
 
 
 def multiply_adds(code: Sequence[Instruction], walked: Walked) -> float:
-    """Of one block's tensor instructions; NaN unless all have one shape, and that is known."""
+    """Return the multiply-adds of one block's tensor instructions; NaN unless all have one known shape."""
     kinds = {tuple(SHAPES[m] for m in step.modifiers if m in SHAPES) for step in code if step.kind in ("HMMA", "IMMA")}
     if not walked.block.tensor:
         return 0

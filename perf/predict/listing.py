@@ -55,7 +55,7 @@ class Instruction:
 
     @cached_property
     def modifiers(self) -> tuple[str, ...]:
-        """What follows it."""
+        """Modifiers after the opcode's first word."""
         return tuple(self.opcode.split(".")[1:])
 
     @cached_property

@@ -1,4 +1,4 @@
-"""How long a kernel takes, from what one block does, how many there are, and the constants of the device.
+"""A kernel's time from one block's work, the number of blocks and the device's constants.
 
     alone      own cycles of the slowest warp · κ + round trips · latency + barriers · cost · (warps a scheduler − 1)
     network    n resident blocks share an SM: a closed queueing network, solved by mean value analysis, with
@@ -35,7 +35,7 @@ LARGE_SHARE = 2.5  # of the largest gain of a tenth: a quarter of that thing, wh
 
 
 class Constants(NamedTuple):
-    """What the model knows of a device."""
+    """Constants of a device."""
 
     sms: float  # streaming multiprocessors
     clock_ghz: float  # under load
@@ -66,7 +66,7 @@ def rows_of(works: Sequence[Work]) -> Any:
 
 
 def terms(rows: Any, device: Constants) -> Any:
-    """Where the time goes, in µs; arrays over rows.
+    """Split the predicted time into terms, in µs; arrays over rows.
 
     Returns:
         us: the prediction; memory: bytes over bandwidth; sm: all waves on the SMs, as if memory were infinitely fast.
@@ -123,7 +123,7 @@ def network(demands: Sequence[np.ndarray], delay: np.ndarray, customers: np.ndar
 
 
 def regime(us: float, memory: float, sm: float) -> str:
-    """What limits a kernel, in words."""
+    """Name the limit of a kernel."""
     if us < SHORT_US:
         return "launch and latency"
     if memory > REGIME_RATIO * sm:
@@ -137,7 +137,7 @@ def time(work: Work, device: Constants) -> float:
 
 
 def advice(work: Work, device: Constants) -> str:
-    """What to change first."""
+    """Return the first change to make."""
     now, gains, block = time(work, device), {}, work.block
     for sentence, names in {
         f"move fewer bytes: {work.bytes / 1e6:.0f} MB go through memory": ("bytes",),

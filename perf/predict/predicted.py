@@ -167,7 +167,7 @@ def scaled(one: Prediction, factor: float | None) -> Prediction:
 
 
 def compare(one: Prediction, other: Prediction) -> str:
-    """Which of two is predicted to be faster, or that it cannot be said."""
+    """Say which of two predictions is faster, or that it cannot be said."""
     pair = f"{one.name} against {other.name}: cannot say; "
     for each in (one, other):
         if each.us is None:

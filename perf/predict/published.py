@@ -73,7 +73,7 @@ class Point(NamedTuple):
 
     @property
     def key(self) -> Key:
-        """What its work depends on."""
+        """Key of the point's work: kernel, tokens, hidden size, architecture."""
         return self.kernel, self.tokens, self.hidden_size, self.arch
 
     @property
@@ -106,7 +106,7 @@ def works() -> dict[Key, Work]:
 
 
 def measure(point: Point) -> Work:
-    """What a block of the kernel of a point does, and how many there are."""
+    """Return the work of a point's kernel: one block's, and the number of blocks."""
     built, few, block = walked(point.kernel, point.hidden_size if point.kernel in WIDE else NARROW, point.arch)
     if point.kernel in LONG:  # every iteration is alike: two lengths give any
         share = (point.tokens - LONG_TOKENS[0]) / (LONG_TOKENS[1] - LONG_TOKENS[0])
@@ -127,7 +127,7 @@ def walked(kernel: str, width: int, arch: str) -> tuple[Built, Block, Block]:
 
 
 def entry(built: Built, tokens: int) -> Entry:
-    """How one is launched: every argument that is a number is the number of tokens."""
+    """Return the launch of a build; every numeric argument is the number of tokens."""
     return built.entry(dict.fromkeys(built.source.arguments, tokens))
 
 

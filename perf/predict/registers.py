@@ -63,7 +63,7 @@ def taken_apart(text: str) -> Operand:
 
 @cache
 def terms(text: str) -> tuple[tuple[Operand, bool], ...]:
-    """What is added up between the last brackets, and which of it has 64 bits. Raises UnknownError."""
+    """Split the address in the last brackets into its terms, each with whether it has 64 bits. Raises UnknownError."""
     inside = text[text.rindex("[") + 1 : text.rindex("]")].replace("+-", "-").replace("-", "+-")
     wide, parts = ".64" in inside or ".U32" in inside, []
     for part in filter(None, inside.split("+")):
@@ -92,7 +92,7 @@ def inverted(predicate: Value) -> Value:
 
 @dataclass
 class Registers:
-    """What is known of them: `lanes` execute the instruction at hand, `partly` says which lanes know a value."""
+    """Known values; `lanes` execute the current instruction, `partly` says which lanes know a value."""
 
     constant: Callable[[int], Value]
     values: dict[str, Value] = field(default_factory=dict)
@@ -106,7 +106,7 @@ class Registers:
         return self.values.get(name)
 
     def known(self, name: str) -> Value:
-        """The same; 0 for RZ. Raises UnknownError."""
+        """Return a register or predicate, 0 for RZ. Raises UnknownError where a lane does not know it."""
         return needed(self.value(name)) if name else 0
 
     def word(self, text: str) -> Value:
@@ -136,7 +136,7 @@ class Registers:
         return self.pair(taken_apart(text)) & PAIR
 
     def pair(self, operand: Operand) -> Value:
-        """The same of an operand taken apart."""
+        """Return the 64 bits of an operand taken apart. Raises UnknownError."""
         if operand.form == "immediate":
             return operand.number
         if operand.form == "constant" and not (operand.sign or operand.name):
@@ -189,7 +189,7 @@ def of_lane(value: Value, lane: int) -> Value:
 
 
 def exact(value: Value) -> Value:
-    """The same as Python's ints, which do not overflow."""
+    """Convert to Python's ints, which do not overflow."""
     return value.astype(object) if isinstance(value, np.ndarray) else value
 
 

@@ -1,4 +1,4 @@
-"""What `predict --validate` and `--peers` say, as text, JSON and the generated part of docs/predict.md.
+"""The output of `predict --validate` and `--peers`: text, JSON and the generated part of docs/predict.md.
 
 `python -m mhc_tilelang.perf.predict.report docs/predict.md docs/tuning.md` writes both anew; tests compare. The bad
 rows are in all of them. Peers are TileKernels' kernels at the published shapes, each predicted by constants that were

@@ -1,4 +1,4 @@
-"""When a lone warp issues each instruction of its walk: in order, as the control bits say; and one steady iteration.
+"""Issue times of a lone warp's instructions, in order, by the control bits; and one steady iteration.
 
 An instruction waits for the scoreboards that it names and for the groups of cp.async that DEPBAR asks for; then the
 warp stalls as long as its encoding says. Arithmetic of fixed latency is inside the stall counts; what has a varying one
@@ -85,7 +85,7 @@ def schedule(code: Sequence[Instruction], steps: Sequence[Step], memory_cycles: 
 
 
 def cycles(code: Sequence[Instruction], steps: Sequence[Step], memory_cycles: float) -> float:
-    """What a lone warp takes for its walk."""
+    """Return the cycles a lone warp takes for its walk."""
     index, _, time, _ = deque(schedule(code, steps, memory_cycles), maxlen=1).pop()
     return time + max(1, code[index].stall)
 
@@ -129,7 +129,7 @@ def steady(code: Sequence[Instruction], steps: Sequence[Step], memory_cycles: fl
 
 
 def borders(code: Sequence[Instruction], order: Sequence[int]) -> tuple[int, int, int]:
-    """Where the iteration starts and ends in a walk, and how many there are."""
+    """Return the first and last step of the iteration in a walk, and the number of iterations."""
     jumps = Counter((other, one) for one, other in pairwise(order) if other <= one)
     over_memory = {
         head: number
@@ -145,7 +145,7 @@ def borders(code: Sequence[Instruction], order: Sequence[int]) -> tuple[int, int
 
 
 def events_of(step: Instruction, turn: float, time: float, ready: float) -> Iterator[Event]:
-    """What an instruction shows: its wait, its issue, what it has in flight."""
+    """Yield an instruction's events: its wait, its issue, what it has in flight."""
     yield Event("issue", time, time + 1)
     if time > turn:
         yield Event("wait for memory" if time - turn > LONG_WAIT else "wait for another result", turn, time)

@@ -32,13 +32,13 @@ CALLS = (
 
 
 def cases(width: int) -> list[Case]:
-    """What is predicted at a width: the fused boundary at those of all models, every call at one."""
+    """Return the cases predicted at a width: every call at WIDTH, the fused boundary alone at other models' widths."""
     calls = CALLS if width == WIDTH else BOUNDARY
     return [Case(call, Shape(TOKENS, STREAMS, width, DTYPE)) for call in calls]
 
 
 def digest(case: Case, device: Device) -> str:
-    """Of what a prediction is made from, but for the tools and the model. Loads tilelang."""
+    """Hash the inputs of a prediction, except for the tools and the model. Loads tilelang."""
     from ...compiler.tracing import trace
     from .predicted import launches_of
 
@@ -49,7 +49,7 @@ def digest(case: Case, device: Device) -> str:
 
 @cache
 def rows() -> dict[tuple[str, str, int], dict[str, Any]]:
-    """What is stored, by device, call and width."""
+    """Load the stored predictions, by device, call and width."""
     stored = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else []
     return {(row["gpu"], row["name"], row["hidden_size"]): row for row in stored}
 
@@ -62,7 +62,7 @@ class Connection(NamedTuple):
 
 
 def connection(device: str, hidden_size: int, num_streams: int) -> Connection | str:
-    """What is stored of the fused boundary, or why there is no time of it."""
+    """Return the stored times of the fused boundary, or the reason why there are none."""
     found = []
     for call in BOUNDARY:
         row = rows().get((device.lower(), call, hidden_size)) if num_streams == STREAMS else None

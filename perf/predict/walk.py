@@ -51,7 +51,7 @@ class Argument(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """How a kernel is launched: what its registers start from."""
+    """A kernel's launch: architecture, arguments, grid and threads, from which its registers start."""
 
     arch: str
     arguments: tuple[Argument, ...]
@@ -60,7 +60,7 @@ class Entry:
 
     @property
     def warps(self) -> int:
-        """Of a block."""
+        """Warps of a block."""
         return -(-prod(self.threads) // WARP)
 
     @property
@@ -86,7 +86,7 @@ class Entry:
 
 
 class Access(NamedTuple):
-    """What a global access touches: the argument's number, -1 if not known, lanes, bytes a lane, lines of 128 bytes."""
+    """A global access: the argument's number (-1: not known), lanes, bytes a lane, lines of 128 bytes."""
 
     buffer: int
     lanes: int
@@ -107,7 +107,7 @@ class Walk:
     undecided: Counter[int] = field(default_factory=Counter)
 
     def of_warp(self, warp: int) -> list[Step]:
-        """What one warp issued, in order."""
+        """Return the steps of one warp, in order."""
         return [(index, accesses.get(warp)) for index, warps, accesses in self.steps if warp in warps]
 
 
@@ -148,7 +148,7 @@ class Walker:
         return self.found
 
     def warps_of(self, lanes: np.ndarray) -> tuple[int, ...]:
-        """Those that have lanes in a group."""
+        """Return the warps that have lanes in a group."""
         key = lanes.tobytes()
         if key not in self.known_warps:
             self.known_warps[key] = tuple(np.flatnonzero(lanes.reshape(-1, WARP).any(axis=1)).tolist())
@@ -250,7 +250,7 @@ class Walker:
         return dict.fromkeys(names) if is_load else {}
 
     def next(self, index: int, step: Instruction, guard: Value, lanes: np.ndarray) -> Groups:
-        """Where the lanes go on."""
+        """Return the groups of lanes after an instruction, each with the index where it continues."""
         if step.kind == "EXIT":
             return self.parted(index, None, guard, lanes)
         if step.kind == "RET":

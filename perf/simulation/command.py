@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def assumptions(args: argparse.Namespace) -> Assumptions:
-    """What the options say. Raises MHCError for options that contradict each other."""
+    """Return the assumptions that the options state. Raises MHCError for options that contradict each other."""
     if args.stages > NUM_LAYERS[args.model]:
         raise MHCError(
             f"--stages: expected at most the {NUM_LAYERS[args.model]} layers of {args.model}, got {args.stages}"

@@ -62,7 +62,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What goes in.
+    """Inputs of the simulation.
 
     Attributes:
         model, device: names in `sizes.MODELS` and `model.DEVICES`.
@@ -102,7 +102,7 @@ class Assumptions:
 
     @property
     def layers(self) -> int:
-        """Of the largest stage, which the others wait for."""
+        """Layers of the largest stage, which the others wait for."""
         return -(-NUM_LAYERS[self.model] // self.stages)
 
 
@@ -148,7 +148,7 @@ class Costs:
 
 
 def costs(given: Assumptions, *, plain: bool) -> Costs:
-    """What a micro-batch of one sequence costs: under mHC, or with a plain residual."""
+    """Compute the costs of a micro-batch of one sequence: under mHC, or with a plain residual."""
     sizes, device = given.sizes, DEVICES[given.device]
     C, A, F, n = sizes.hidden_size, sizes.attention_width, sizes.ffn_width, given.num_streams
     scores = 2.0 * A * (SEQUENCE + 1)

@@ -1,4 +1,4 @@
-"""What a connection takes on a GPU, from what `bench --json FILE` stored, in place of the bytes of its form.
+"""A connection's time on a GPU, from a file of `bench --json FILE`, in place of the bytes of its form.
 
 The fused boundary's rows where the file has both, else the kernels one by one and, by bytes, the sum of two gradients
 of the stream that autograd makes between them.

@@ -21,12 +21,12 @@ STEPS = 10  # of bisection; between the last two values the overhead is taken fo
 
 
 def overhead(given: Assumptions) -> float:
-    """What mHC adds to a stage's steady state, as a share of the plain residual's."""
+    """Return the overhead of mHC in a stage's steady state, as a share of the plain residual's period."""
     return stage_of(given, plain=False).period() / stage_of(given, plain=True).period() - 1
 
 
 def step_overhead(given: Assumptions) -> float:
-    """What it adds to a 1F1B step of the whole pipeline, in which the experts' communication is not overlapped."""
+    """Return the overhead of mHC in a whole 1F1B step, where the experts' communication is not overlapped."""
     mhc, plain = (makespan(pipeline_of(given, plain=plain).spans()) for plain in (False, True))
     return mhc / plain - 1
 

@@ -31,7 +31,7 @@ class Pipeline:
         return self.micro_batches * (self.forward + self.backward)
 
     def spans(self) -> list[Span]:
-        """When each task of a step runs."""
+        """Schedule all tasks of a step."""
         return run([task for stage in range(self.stages) for task in self._tasks(stage)])
 
     def _tasks(self, stage: int) -> list[Task]:

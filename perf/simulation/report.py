@@ -1,4 +1,4 @@
-"""What `mhc-tilelang simulate` prints and writes: every assumption, the tables, the JSON."""
+"""The output of `mhc-tilelang simulate`: every assumption, the tables, the JSON."""
 
 from __future__ import annotations
 

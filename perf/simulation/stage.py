@@ -50,7 +50,7 @@ class Stage:
         return (ends[-1] - ends[-1 - LAG]) / LAG
 
     def spans(self, pairs: int) -> list[Span]:
-        """When each task of the first so many pairs runs."""
+        """Schedule the tasks of the first `pairs` pairs."""
         return run([task for j in range(pairs) for task in self._pair(j)])
 
     def _pair(self, j: int) -> Iterator[Task]:
@@ -116,7 +116,7 @@ class Stage:
         return chunk.tasks
 
     def streams(self, kind: str, direction: str) -> tuple[str, ...]:
-        """What a kind of task occupies."""
+        """Return the streams that a kind of task occupies."""
         if kind in (EXPERT, SEND):
             link = EXPERTS if kind == EXPERT else SENDS[direction]
             return (link,) if self.overlapped else (COMPUTE, link)

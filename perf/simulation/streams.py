@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Task:
-    """What is to run. `after` names tasks that come first, issued before or later; `kind` is for pictures."""
+    """A task to run. `after` names tasks that come first, issued before or later; `kind` is for pictures."""
 
     name: str
     streams: tuple[str, ...]
@@ -32,7 +32,7 @@ class Span:
 
 
 def run(tasks: Sequence[Task]) -> list[Span]:
-    """When each task runs, in the order of their issue.
+    """Schedule tasks in the order of their issue.
 
     Raises ValueError for two tasks of one name, and where tasks wait for each other or for one that is not there.
     """
@@ -66,7 +66,7 @@ def run(tasks: Sequence[Task]) -> list[Span]:
 
 
 def makespan(spans: Iterable[Span]) -> float:
-    """When the last one ends."""
+    """Return the time at which the last span ends."""
     return max(span.end for span in spans)
 
 

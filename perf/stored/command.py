@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def prefixes(paths: Sequence[Path]) -> list[str]:
-    """How the pictures of each file are called: after the file, with its folder and a number as far as needed."""
+    """Return a name for each file's pictures: the file's, with its folder and a number as far as needed."""
     names = [path.stem for path in paths]
     if len(set(names)) < len(names):
         names = [f"{path.resolve().parent.name}-{path.stem}" for path in paths]
@@ -134,12 +134,12 @@ def kernel_row(one: Measurement) -> list[str]:
 
 
 def quartiles(time: Spread) -> str:
-    """In milliseconds."""
+    """Format quartiles in milliseconds."""
     return f"{milliseconds(time.lower_quartile)} to {milliseconds(time.upper_quartile)}"
 
 
 def kernel_notes(results: KernelResults) -> str:
-    """How to read the columns."""
+    """Return the legend of the columns."""
     copy = results.copy_bytes / results.copy_time.median / 1e9
     lines = [
         "time: of one call. GB/s: every tensor's bytes once, over the time. of copy: that in units of a torch copy of "

@@ -28,7 +28,7 @@ SLOWER, FASTER = "slower", "faster"
 
 @dataclass(frozen=True)
 class Change:
-    """What both files measured; `copy` is the ratio of the copies' medians, None where none was timed."""
+    """A time in both files; `copy` is the ratio of the copies' medians, None where none was timed."""
 
     name: Name
     before: Spread
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def compare(before: Results, after: Results) -> list[Change]:
-    """What both measured, in A's order.
+    """Return the changes of all times that both files have, in A's order.
 
     Raises MHCError when the files are of different kinds, or have nothing in common.
     """
@@ -104,7 +104,7 @@ def copy_medians(results: Results) -> dict[Name, float]:
 
 
 def differences(before: Results, after: Results) -> dict[str, tuple[str, str]]:
-    """What else differs between the runs, the dates apart: A's and B's, empty where one does not say."""
+    """Return other differences between the runs, dates excluded: A's and B's, empty where one does not say."""
     old, new = labels(before), labels(after)
     keys = [*old, *(key for key in new if key not in old)]
     return {key: (old.get(key, ""), new.get(key, "")) for key in keys if old.get(key) != new.get(key)}

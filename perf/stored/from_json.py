@@ -43,7 +43,7 @@ class Entry:
         self.file, self.place, self.value = file, place, value
 
     def error(self, expected: str) -> MHCError:
-        """What is wrong, in words; the value in at most 60 characters."""
+        """Return the error for an unexpected value, quoted in at most 60 characters."""
         got = json.dumps(self.value)
         where = f"{self.file}: {self.place}" if self.place else self.file
         return MHCError(f"{where}: expected {expected}, got {got if len(got) <= 60 else got[:57] + '...'}")
@@ -164,7 +164,7 @@ def overhead_results(path: Path, entry: Entry) -> OverheadResults:
 
 
 def layer(entry: Entry) -> str:
-    """What was measured, in a line."""
+    """Describe the measured layer in a line."""
     sizes = entry["layer"]
     widths = f"C {sizes['hidden_size'].count()}, FFN {sizes['ffn_width'].count()}, n {sizes['num_streams'].count()}"
     return f"{sizes['model'].text()}: {widths}, {sizes['dtype'].text()}, {entry['num_tokens'].count()} tokens"

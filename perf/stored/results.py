@@ -34,13 +34,13 @@ class Spread:
         )
 
     def times(self, factor: float) -> Spread:
-        """In another unit; `factor` is positive."""
+        """Convert to another unit by a positive factor."""
         return Spread(factor * self.median, factor * self.lower_quartile, factor * self.upper_quartile, self.doubtful)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Where and when a file's numbers were taken. `threads` is empty where the file does not say."""
+    """Place and date of a file's measurements. `threads` is empty where the file does not say."""
 
     path: Path
     device: str
@@ -89,7 +89,7 @@ class Measurement:
 
     @property
     def name(self) -> tuple[str, ...]:
-        """What identifies it in a file: kernel, shape, dtype."""
+        """Name in a file: kernel, shape, dtype."""
         return (self.kernel, self.shape, self.dtype)
 
     @property

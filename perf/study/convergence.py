@@ -1,4 +1,4 @@
-"""How close to doubly stochastic Sinkhorn comes, by iterations and by the size of logits; numpy float64."""
+"""Sinkhorn's distance from doubly stochastic, by iterations and by the size of logits; numpy float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Sinkhorn's iterations cost on a device: the kernels timed at several iteration counts against each other."""
+"""Cost of Sinkhorn's iterations on a device: the kernels timed at several iteration counts against each other."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def draw(runs: Sequence[Run], about: dict[str, Any]) -> Picture:
 
 
 def ratio(one: Evaluation) -> float:
-    """Of activations."""
+    """Return the ratio of activations."""
     return one.activation_ratio
 
 

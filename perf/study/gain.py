@@ -107,7 +107,7 @@ def by_iterations(curves: list[Curve], mark: int) -> str:
 
 
 def conclusion(curves: list[Curve], iters: int, mark: int, num_streams: int) -> str:
-    """What the numbers say, from the numbers."""
+    """Summarise the curves' numbers in words."""
     largest = max(max(one.forward[mark - 1], one.backward[mark - 1]) for one in curves if one.iters == iters)
     lines = [f"After {mark} sublayers mHC at {iters} iterations has gained {largest:.4g} at most, at any of these a."]
     for structure in dict.fromkeys(one.structure for one in curves):

@@ -23,7 +23,7 @@ from .convergence import Matrices
 
 @dataclass(frozen=True)
 class Error:
-    """Of a method: ‖difference‖ / ‖exact‖, over matrices."""
+    """Relative error of a method's gradient, ‖difference‖ / ‖exact‖: median and 99th percentile over matrices."""
 
     scale: float
     iters: int

@@ -1,4 +1,4 @@
-"""What every study prints and writes: where and with what it ran, tables, and a folder of pictures and CSVs."""
+"""Output shared by all studies: where and with what it ran, tables, and a folder of pictures and CSVs."""
 
 from __future__ import annotations
 

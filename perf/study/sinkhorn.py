@@ -90,7 +90,7 @@ percentile, for random upstream gradients. "unrolled": the backward kernel, floa
 
 
 def cost_text(matrices: int, repeats: int) -> str:
-    """How the times were taken."""
+    """Describe the measuring method."""
     return (
         f"Time of one call for {matrices} matrices, medians of {repeats} interleaved rounds from a cold cache, and "
         "what\nan iteration adds over the shorter run above it."

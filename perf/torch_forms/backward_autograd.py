@@ -1,4 +1,4 @@
-"""What torch's autograd makes of the forward formulas, the backward pass alone.
+"""Backwards by torch's autograd from the forward formulas, the backward pass alone.
 
     recorded    eager. The forward runs and is recorded once, untimed; a call runs the recorded backward.
     vjp         compiled. The forward is traced with its backward, and the compiler drops what no gradient needs;
@@ -58,7 +58,7 @@ def post_backward_recorded(
     g_x_next: Tensor, x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor,
     g_x: Tensor, g_layer_output: Tensor, g_h_post: Tensor, g_h_res: Tensor,
 ) -> Callable[[], None]:  # fmt: skip
-    """Of `post` as a batch of matrix products."""
+    """Record `post` as a batch of matrix products; return what runs its backward."""
     outputs = (g_x, g_layer_output, g_h_post, g_h_res)
     return recorded(post_einsum, (x, layer_output, h_post, h_res), (g_x_next,), outputs)
 
@@ -67,7 +67,7 @@ def post_backward_vjp(
     g_x_next: Tensor, x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor,
     g_x: Tensor, g_layer_output: Tensor, g_h_post: Tensor, g_h_res: Tensor,
 ) -> None:  # fmt: skip
-    """Of `post` as sums of broadcast products."""
+    """Compute the backward of `post` as sums of broadcast products."""
     outputs = (g_x, g_layer_output, g_h_post, g_h_res)
     write(outputs, gradients(plain_torch.post, (x, layer_output, h_post, h_res), g_x_next))
 
@@ -75,13 +75,13 @@ def post_backward_vjp(
 def project_backward_recorded(
     g_projected: Tensor, x: Tensor, phi: Tensor, g_x: Tensor, g_phi: Tensor
 ) -> Callable[[], None]:
-    """Of x·phi and Σx²; the gradient of the latter is ρ/2."""
+    """Record x·phi and Σx²; return what runs their backward. The gradient of Σx² is ρ/2."""
     upstream = (g_projected[:-1].T, g_projected[-1] / 2)
     return recorded(plain_torch.project, (x, phi), upstream, (g_x, g_phi))
 
 
 def project_backward_vjp(g_projected: Tensor, x: Tensor, phi: Tensor, g_x: Tensor, g_phi: Tensor) -> None:
-    """Of x·phi and Σx²; the gradient of the latter is ρ/2."""
+    """Compute the backward of x·phi and Σx²; the gradient of the latter is ρ/2."""
     upstream = (g_projected[:-1].T, g_projected[-1] / 2)
     write((g_x, g_phi), gradients(plain_torch.project, (x, phi), upstream))
 
@@ -89,12 +89,12 @@ def project_backward_vjp(g_projected: Tensor, x: Tensor, phi: Tensor, g_x: Tenso
 def sinkhorn_backward_recorded(
     g_h_res: Tensor, logits: Tensor, iters: int, eps: float, g_logits: Tensor
 ) -> Callable[[], None]:
-    """Of the formula on [T, n, n]."""
+    """Record Sinkhorn's formula on [T, n, n]; return what runs its backward."""
     return recorded(lambda z: plain_torch.sinkhorn(z, iters, eps), (logits,), (g_h_res,), (g_logits,))
 
 
 def sinkhorn_backward_vjp(g_h_res: Tensor, logits: Tensor, iters: int, eps: float, g_logits: Tensor) -> None:
-    """Of the formula on [T, n, n]."""
+    """Compute the backward of Sinkhorn's formula on [T, n, n]."""
     write((g_logits,), gradients(lambda z: plain_torch.sinkhorn(z, iters, eps), (logits,), g_h_res))
 
 
@@ -117,7 +117,7 @@ def coefficients_backward_recorded(
     g_h_pre: Tensor, g_h_post: Tensor, g_h_res: Tensor, projected: Tensor, alpha: Tensor, bias: Tensor,
     spec: MHCSpec, g_projected: Tensor, g_alpha: Tensor, g_bias: Tensor,
 ) -> Callable[[], None]:  # fmt: skip
-    """Of the formula on [T, M]."""
+    """Record the coefficients' formula on [T, M]; return what runs its backward."""
     s, g_s = projected[-1], torch.empty_like(projected[-1])
     inputs = ((projected[:-1] / s).T, s, alpha, bias)
     outputs = (g_projected[:-1].T, g_s, g_alpha, g_bias)
@@ -134,7 +134,7 @@ def coefficients_backward_vjp(
     g_h_pre: Tensor, g_h_post: Tensor, g_h_res: Tensor, projected: Tensor, alpha: Tensor, bias: Tensor,
     spec: MHCSpec, g_projected: Tensor, g_alpha: Tensor, g_bias: Tensor,
 ) -> None:  # fmt: skip
-    """Of the formula on [T, M]."""
+    """Compute the backward of the coefficients' formula on [T, M]."""
     s = projected[-1]
     inputs = ((projected[:-1] / s).T, s, alpha, bias)
     g_dots, g_s, *sums = gradients(coefficients_of(spec), inputs, (g_h_pre, g_h_post, g_h_res))

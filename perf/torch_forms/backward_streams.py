@@ -127,7 +127,7 @@ def halves(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def project_backward_halves(g_projected: Tensor, x: Tensor, phi: Tensor, g_x: Tensor, g_phi: Tensor) -> None:
-    """On tensor cores: float32 factors in 16-bit halves, of which only the product of the low ones is left out.
+    """Multiply on tensor cores: float32 factors in 16-bit halves, the product of the low halves left out.
 
     In g_phi, x is exact. Rows of g_dots are scaled to 2¹⁴, else their low halves underflow in float16.
     """

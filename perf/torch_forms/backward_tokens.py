@@ -39,7 +39,7 @@ def logits_gradient(G: Tensor, logits: Tensor, iters: int, eps: float, columns: 
 
 
 def sinkhorn_backward_as_written(g_h_res: Tensor, logits: Tensor, iters: int, eps: float, g_logits: Tensor) -> None:
-    """On [T, n, n]."""
+    """Compute Sinkhorn's backward on [T, n, n]."""
     g_logits.copy_(logits_gradient(g_h_res.clone(), logits, iters, eps, -2, -1))
 
 

@@ -56,7 +56,7 @@ def boundary_of(spec: MHCSpec, given: Tensor | None = None) -> Callable[..., tup
 
 
 def chosen(tensors: dict[str, Any], names: tuple[str, ...]) -> tuple[Tensor, ...]:
-    """Those of these names, in their order."""
+    """Select tensors by name, in the order of the names."""
     return tuple(tensors[name] for name in names)
 
 
@@ -67,7 +67,7 @@ def post_pre(spec: MHCSpec, h_pre: Tensor | None = None, **tensors: Tensor) -> N
 
 
 def backward_recorded(spec: MHCSpec, **tensors: Tensor) -> Callable[[], None]:
-    """What autograd recorded of the formulas as written."""
+    """Record the formulas as written; return what runs their backward."""
     upstream, outputs = chosen(tensors, UPSTREAM), chosen(tensors, GRADIENTS)
     return recorded(boundary_of(spec), chosen(tensors, TAKEN), upstream, outputs)
 
@@ -110,7 +110,7 @@ def step_compiled(spec: MHCSpec, **tensors: Tensor) -> Callable[[], None]:
 
 
 def allowed(kernel: str, dtype: torch.dtype) -> dict[str, float]:
-    """By output, the relative difference that a right result may have from the fused kernels', beyond `TOLERANCE`.
+    """Return the relative difference allowed from the fused kernels' outputs beyond `TOLERANCE`, by output.
 
     Forward, a few elements of x_next are rounded the other way, 2e-5 of it in bfloat16, and the mappings follow by as
     much: δ is half of TOLERANCE, which still tells phi in TF32. A layer_input that was off by δ before it is rounded is

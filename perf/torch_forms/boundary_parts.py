@@ -45,7 +45,7 @@ Part = tuple[Form, str]  # and its mode
 
 
 def sum_as_written(g_x: Tensor, g_x_next: Tensor, h_pre: Tensor, g_layer_input: Tensor, total: Tensor) -> None:
-    """In float32, rounded once."""
+    """Sum the three shares in float32 and round once."""
     total.copy_(g_x.float() + g_x_next.float() + h_pre.unsqueeze(-1) * g_layer_input.float().unsqueeze(1))
 
 
@@ -108,7 +108,7 @@ class Selection:
         return [(forms[one.form], one.mode) for one in timed]
 
     def case(self, part: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What a part takes, and what it is to write: what its kernel does, the sum what the first form does."""
+        """Return a part's arguments and its expected outputs: its kernel's; the sum's from its first form."""
         if part != SUM:
             load = workload(Case(part, self.shape), self.given)
             load.run()
@@ -129,7 +129,7 @@ def parts_of(case: Case) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Buffers:
-    """What the parts of a forward leave for each other: dots [T, M], squares [T], h_pre [T, n]."""
+    """Buffers between the parts of a forward: dots [T, M], squares [T], h_pre [T, n]."""
 
     dots: Tensor
     squares: Tensor
@@ -137,7 +137,7 @@ class Buffers:
 
     @classmethod
     def of(cls, stream: Given) -> Buffers:
-        """Not yet written."""
+        """Allocate the buffers, uninitialised."""
         h_pre = stream.inputs.h_pre
         rows = stream.spec.num_coefficients
         return cls(h_pre.new_empty(len(h_pre), rows), h_pre.new_empty(len(h_pre)), torch.empty_like(h_pre))
@@ -185,7 +185,7 @@ def backward_parts(given: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> l
 
 
 def keep(buffers: Buffers, spec: Any, projected: Tensor) -> Run:
-    """What writes the `projected` of a backward from what a forward left."""
+    """Return a function that writes a backward's `projected` from a forward's buffers."""
 
     def run() -> None:
         torch.rsqrt(buffers.squares / spec.stream_size + spec.rms_eps, out=projected[-1])

@@ -124,7 +124,7 @@ def small_bytes(case: Case, plan: ProjectionPlan, num_slabs: int) -> int:
 
 
 def split_phi_bytes(case: Case, plan: ProjectionPlan) -> int:
-    """Of phi's halves, written and then read; by warps in whole chunks of channels."""
+    """Return the bytes of phi's halves, written and then read; by warps in whole chunks of channels."""
     if not plan.split:
         return 0
     hidden_size = case.shape.hidden_size
@@ -134,7 +134,7 @@ def split_phi_bytes(case: Case, plan: ProjectionPlan) -> int:
 
 
 def boundary_backward_bytes(case: Case, plan: ProjectionPlan) -> int:
-    """Of `post_pre_backward`, four kernels: h_pre's gradient, the mappings', the mixing's and phi's, then the sums."""
+    """Return the small bytes of `post_pre_backward`: four kernels, of h_pre, mappings, mixing with phi, sums."""
     shape, rows = case.shape, plan.rows
     n, tokens, mixing = shape.num_streams, shape.num_tokens, shape.num_streams * (shape.num_streams + 1)
     backward = boundary_plans.boundary_backward_plan(rows, n, shape.hidden_size, shape.dtype, target_of(plan))
@@ -151,7 +151,7 @@ def boundary_backward_bytes(case: Case, plan: ProjectionPlan) -> int:
 
 
 def separate_backward(case: Case, plan: ProjectionPlan) -> Traffic:
-    """Of `post_pre_backward` where the separate kernels run it: theirs, and g_layer_input and h_pre on the way."""
+    """Return the traffic of `post_pre_backward` as separate kernels: theirs, and g_layer_input and h_pre in between."""
     shape = case.shape
     n, unit = shape.num_streams, shape.num_tokens * shape.hidden_size * shape.itemsize
     kernels = ("aggregate_backward", "coefficients_backward", "project_backward", "post_backward")

@@ -1,4 +1,4 @@
-"""What `mhc-tilelang traffic` prints and writes: a row a kernel, then the sums of a sublayer, in units of C.
+"""The output of `mhc-tilelang traffic`: a row a kernel, then the sums of a sublayer, in units of C.
 
 A unit is C elements of the stream's dtype a token, so that a plain residual, which reads two vectors and writes one,
 is 3. The paper's numbers are those of its fused kernels (Section 4.3.1) and of Table 2, which has the same operations
@@ -132,7 +132,7 @@ def forward_sums(shape: Shape, calls: Mapping[str, Audited]) -> list[list[str]]:
 
 
 def backward_sums(shape: Shape, calls: Mapping[str, Audited]) -> list[list[str]]:
-    """The same for the backward.
+    """Return the rows of a sublayer's backward, in units of C.
 
     `pre` and `post` each give a gradient of x. The released kernels add the second to the first as they go, which
     their 9n + 3 contains; ours, one by one, leave it to autograd. Fused, the boundary's two passes have it, 4n + 4.

@@ -1,4 +1,4 @@
-"""What `mhc-tilelang traffic --schedule` prints: how the fused boundary is shared out over blocks, batch by batch.
+"""The output of `mhc-tilelang traffic --schedule`: how blocks share the fused boundary, batch by batch.
 
 The choice is `boundary_plans.boundary_schedule`'s, from sizes alone; `launch.boundary_schedule(x, rows)` is the same
 for a tensor on its device, and takes another number of chunks a split. Imports no torch.

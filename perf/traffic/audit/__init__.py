@@ -41,7 +41,7 @@ class Movement:
 
 @dataclass(frozen=True)
 class BufferTraffic:
-    """What one global buffer's elements go through in one launch."""
+    """Elements of one global buffer moved in one launch, each way."""
 
     read: Movement
     written: Movement

@@ -22,7 +22,7 @@ Item = TypeVar("Item", bound=Hashable)
 
 
 def executions(access: Access, values: Values) -> int:
-    """How often the place runs."""
+    """Count how often the place runs."""
     groups = loop_groups(access, values, ())
     return prod(int(allowed(access, values, group).sum()) for group in groups) * is_reached(access, values)
 
@@ -33,7 +33,7 @@ def is_reached(access: Access, values: Values) -> bool:
 
 
 def allowed(access: Access, values: Values, group: Sequence[tirx.Var]) -> np.ndarray:
-    """Which combinations of the group's loops the guards allow; the guards that depend on other loops are left out."""
+    """Return the mask of the group's loop combinations that guards allow; guards over other loops are left out."""
     mask = np.ones([values.length(loop) for loop in group], dtype=bool)
     for guard in access.guards:
         loops = values.loops_of(guard)
@@ -43,7 +43,7 @@ def allowed(access: Access, values: Values, group: Sequence[tirx.Var]) -> np.nda
 
 
 def distinct(accesses: Sequence[Access], values: Values, grid: Sequence[tirx.Var]) -> int:
-    """How many elements of their one buffer the places touch; with the grid's loops, how many in each block, summed.
+    """Count the elements of one buffer that the places touch; with the grid's loops, per block, summed.
 
     What a place touches is a product over groups of axes that no loop links. In each group every point is marked with
     the places that reach it, one bit a place; an element is touched when one bit is set in all its groups.
@@ -104,7 +104,7 @@ def ascending(numbers: np.ndarray) -> np.ndarray:
 
 
 def marks(reached: Sequence[np.ndarray]) -> Counter[int]:
-    """How many points each set of places reaches together; a set is a number with a bit a place."""
+    """Count the points that each set of places reaches together; a set is a number with a bit a place."""
     if len(reached) == 1:
         return Counter({1: len(reached[0])})
     points = ascending(np.concatenate(reached))

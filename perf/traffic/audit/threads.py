@@ -41,7 +41,7 @@ VECTOR_BYTES = {"tl.ldg32": 4, "tl.ldg64": 8, "tl.ldg128": 16, "tl.stg32": 4, "t
 
 @dataclass
 class Touched:
-    """What is known of one buffer in one direction: elements asked for, and which, in each block and at all."""
+    """Accesses to one buffer in one direction: elements requested, and which, in each block and in all."""
 
     size: int
     accessed: int = 0
@@ -286,7 +286,7 @@ class Threads:
     def pointed(
         self, pointer: Any, is_write: bool, size: int, inside: Any, counts_elements: bool = False
     ) -> Callable[[], None] | None:
-        """What a pointer leads to: `size` bytes, or elements, where `inside` holds."""
+        """Return the access through a pointer, `size` bytes or elements where `inside` holds; None if not global."""
         load = pointer.args[0]
         if isinstance(load, tirx.BufferLoad):
             buffer, indices = load.buffer, load.indices
@@ -362,7 +362,7 @@ class Threads:
 
 
 def operands(node: Any) -> tuple[Any, ...]:
-    """What an expression is made of."""
+    """Return the operands of an expression."""
     kind = type(node).__name__
     if kind in BINARY or kind in ("Div", "Mod"):
         return node.a, node.b
@@ -384,5 +384,5 @@ def is_thread_level(func: Any) -> bool:
 
 @lru_cache(maxsize=4)
 def run_threads(func: Any, sizes: tuple[tuple[str, float], ...]) -> Threads:
-    """What the threads of a function do at these sizes."""
+    """Run the threads of a function at these sizes."""
     return Threads(func, dict(sizes))

@@ -1,4 +1,4 @@
-"""What an index or a guard is worth, over the loops that it depends on.
+"""Values of indices and guards over the loops that they depend on.
 
 A loop is an axis of a numpy array. An expression is evaluated over the axes it needs and no others: `first + c < C`
 over the two loops that `first` and `c` come from, whatever else is around it.
@@ -52,7 +52,7 @@ class Loop:
 
 @dataclass
 class Values:
-    """What the variables of a function stand for: sizes, loops, names given to expressions."""
+    """Values of a function's variables: sizes, loops, names given to expressions."""
 
     sizes: Mapping[tirx.Var, float]
     loops: dict[tirx.Var, Loop] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Values:
     lengths: dict[tirx.Var, int] = field(default_factory=dict)
 
     def length(self, loop: tirx.Var) -> int:
-        """How often a loop runs, at most: its axis. Where it runs less often, `accesses` adds a guard."""
+        """Return the most iterations a loop has, its axis. Where it has fewer, `accesses` adds a guard."""
         if loop not in self.lengths:
             extent = self.loops[loop].extent
             self.lengths[loop] = max(0, int(self.evaluate(extent, self.loops_of(extent)).max(initial=0)))
