@@ -1,4 +1,4 @@
-"""What the public functions check of more than one argument: what is projected, mixed, normalised, written into.
+"""Checks of the public functions across arguments: what is projected, mixed, normalised, written into.
 
 `ops` calls these; `arguments` checks a tensor at a time.
 """

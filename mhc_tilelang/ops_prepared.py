@@ -72,7 +72,7 @@ def _remember(
     constants: tuple[float, ...],
     buffers: Sequence[Any],
 ) -> None:
-    """What passed, by the places of its tensors among what was given; unless it has others, or one is there twice."""
+    """Remember a call that passed, by its tensors' places in `given`; not if it has others, or one is there twice."""
     ids = [id(one) for one in given if isinstance(one, torch.Tensor)]
     places = [_place(one, given) for one in (*inputs, *buffers)]
     if len({*ids}) == len(ids) and -1 not in places:
@@ -111,7 +111,7 @@ class _Ready:
 
 
 def _place(tensor: Any, given: Sequence[Any]) -> int | None:
-    """Where a tensor is among those given: -1 for nowhere, None for None."""
+    """Return a tensor's index among those given: -1 for nowhere, None for None."""
     return None if tensor is None else next((k for k, one in enumerate(given) if one is tensor), -1)
 
 

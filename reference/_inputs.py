@@ -1,4 +1,4 @@
-"""What every function here does first: take its arguments as float64, refuse shapes that disagree.
+"""Argument checks of every function here: convert to float64, refuse shapes that disagree.
 
 `Spec` names the attributes that are read from a spec; any object that has them will do.
 """

@@ -185,7 +185,7 @@ def coefficients_backward(
     spec: Spec,
     norm_weight: ArrayLike | None = None,
 ) -> ProjectionGradients:
-    """From the gradients of the three mappings to those of what they are computed from; derived above.
+    """Compute the gradients of the projection's inputs from those of the three mappings; derived above.
 
     Args:
         g_h_pre, g_h_post: [..., n], or None.

@@ -1,4 +1,4 @@
-"""From an embedding to the wide stream, n equal streams, and back by their sum. The other way back is `head`.
+"""The ends of the stream: expand an embedding into n equal streams, collapse them by their sum; also see `head`.
 
 Backward: h[c] is read n times, so its gradient is the sum of n; each of the two is the other's backward.
 """

@@ -46,7 +46,7 @@ class Sublayer(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one sublayer read, computed and wrote; n is 1 for a plain residual."""
+    """Tensors that one sublayer read, computed and wrote; n is 1 for a plain residual."""
 
     x: Array  # [..., n, C]
     h_pre: Array  # [..., n]; what layer_input was aggregated with, in the delayed form the one of the sublayer before

@@ -70,7 +70,7 @@ endif()
 
 
 def default_march() -> str:
-    """What a bundle is built for unless told: x86-64-v3, AVX2 and FMA, which processors have since 2013 to 2015."""
+    """Return the default -march: x86-64-v3 (AVX2 and FMA, processors since 2013 to 2015), native off x86."""
     return "x86-64-v3" if is_x86() else "native"
 
 

@@ -76,7 +76,7 @@ def write(kernels: Sequence[Described], arch: str, folder: Path, tick: Callable[
 
 
 def launch_of(source: CudaSource, cubin: str) -> dict[str, Any]:
-    """How a kernel is launched, as the manifest has it."""
+    """Return a kernel's launch in the manifest's form."""
     return {
         "cubin": cubin,
         "function": source.entry,

@@ -67,7 +67,7 @@ def describe(family: str, parameters: dict[str, Any], common: dict[str, Any]) ->
 
 
 def prefix_of(num_streams: int, hidden_size: int, dtype: str) -> str:
-    """What the C functions of a bundle have in common, so that two models can be linked into one program."""
+    """Return the common prefix of a bundle's C functions, so that two models can be linked into one program."""
     return f"mhc_n{num_streams}_c{hidden_size}_{dtype}_"
 
 
@@ -94,7 +94,7 @@ def name_of(family: str, parameters: dict[str, Any], common: dict[str, Any]) -> 
 
 
 def unique_names(kernels: list[Described]) -> list[Described]:
-    """The same kernels; those that would share a name get a digest of their parameters."""
+    """Return the kernels with unique names; those that would share one get a digest of their parameters."""
     names = [kernel.name for kernel in kernels]
     found = []
     for kernel in kernels:

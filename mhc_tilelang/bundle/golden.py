@@ -164,7 +164,7 @@ def write(folder: Path, arrays: Mapping[str, Any], vectors: Mapping[str, Sequenc
 
 
 def offsets_in(path: Path) -> dict[str, int]:
-    """Where the bytes of each array begin in an uncompressed .npz file."""
+    """Return the offset of each array's bytes in an uncompressed .npz file."""
     offsets = {}
     with path.open("rb") as file, zipfile.ZipFile(path) as members:
         for member in members.infolist():

@@ -100,7 +100,7 @@ struct mhc_entry {
 
 
 def row_of(kernel: Described) -> str:
-    """What both tables say of a kernel first."""
+    """Return the leading fields of a kernel's row in both tables: name, counts, buffers, numbers."""
     buffers = " ".join(buffer.name for buffer in kernel.signature.buffers)
     counts = f"{len(kernel.signature.buffers)}, {len(kernel.numbers)}"
     return f'"{kernel.name}", {counts}, "{buffers}", "{" ".join(kernel.numbers)}"'

@@ -51,7 +51,7 @@ def c_of(expression: str) -> str:
 
 
 def walked(expression: str, walk: Callable[[ast.AST], Value]) -> Value:
-    """What a walk makes of the expression; its errors named."""
+    """Apply a walk to the parsed expression. Raises BundleError that names the expression."""
     try:
         return walk(parsed(expression))
     except (KeyError, TypeError, ValueError, SyntaxError, ZeroDivisionError) as error:

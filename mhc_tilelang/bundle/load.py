@@ -60,7 +60,7 @@ class Bundle:
 
 
 def signature_of(entry: dict[str, Any]) -> Signature:
-    """What a kernel of the manifest is called with."""
+    """Return the signature of a kernel of the manifest."""
     return Signature.from_json(entry, entry["name"])
 
 
@@ -92,7 +92,7 @@ def kernel(named: str, family: str, target: str, parameters: dict[str, Any]) -> 
 
 
 def missing(bundles: Sequence[Bundle], family: str, target: str, parameters: dict[str, Any]) -> str:
-    """Which kernel was wanted, and what there is instead."""
+    """Describe the kernel that was wanted, and the closest ones that the bundles have."""
     wanted = encoded_parameters(parameters)
     lines = [f"no bundle has the kernel {family} for {target} with {in_words(wanted)}"]
     for bundle in bundles:

@@ -126,7 +126,7 @@ def content_of(folder: Path, manifest: dict[str, Any], name: str) -> bytes:
 
 
 def others(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """What lies in a bundle's folder that the manifest does not name; folders count where nothing named is in them."""
+    """List files in a bundle's folder that the manifest does not name; folders count where nothing named is in them."""
     named = {MANIFEST, SEAL, *manifest["files"]}
     named |= {parent.as_posix() for name in manifest["files"] for parent in Path(name).parents}
     found = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
@@ -134,7 +134,7 @@ def others(folder: Path, manifest: dict[str, Any]) -> list[str]:
 
 
 def facts_of(path: Path) -> dict[str, Any]:
-    """What the manifest says of a file."""
+    """Return the manifest's entry for a file: its size and its hash."""
     content = path.read_bytes()
     return {"bytes": len(content), "sha256": sha256(content)}
 

@@ -1,4 +1,4 @@
-"""Which kernels a model needs: the package's functions are called, and what they launch is written down.
+"""Kernels that a model needs: the package's functions are called, and their launches are recorded.
 
 Nothing is decided here a second time: `compile.emulating` takes every launch, so the kernels are those that a model
 asks for. They are the ones of a `ResidualStream` with each reduction, plain and delayed, and of every public
@@ -51,7 +51,7 @@ def kernels_of(
 
 
 def emulator(target: str, load: Any) -> compiler.Emulator:
-    """What takes every launch on CPU tensors as the target's."""
+    """Return an emulator that takes every launch on CPU tensors as the target's."""
     return compiler.Emulator(target, load, GPU_BLOCKS, "cpu" if target == "cpu" else "cuda", {})
 
 

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def as_table(rows: list[Row]) -> str:
-    """For every kernel and dtype the case that comes closest to its tolerance; every case that failed.
+    """Tabulate, for every kernel and dtype, the case closest to its tolerance, and every case that failed.
 
     Errors are relative to the output's scale; `torch's error` is plain torch's at the same case.
     """
@@ -81,7 +81,7 @@ def as_table(rows: list[Row]) -> str:
 
 
 def share(row: Row) -> float:
-    """How much of its tolerance an error takes."""
+    """Return the share of its tolerance that an error takes."""
     return row.error / row.tolerance if row.tolerance else row.error
 
 

@@ -1,4 +1,4 @@
-"""What a check is: what a kernel computed, what it should have computed, and how far off it may be.
+"""Checks and comparisons: a kernel's result, the expected one, and the bound of their difference.
 
 A check returns `Comparison`s, one per output. `compare` reduces one to numbers: an output passes when every
 element is within its bound, and what is reported is the element that comes closest to its bound or exceeds

@@ -109,5 +109,5 @@ class Gradients:
 
 
 def drawing_device(device: torch.device) -> torch.device:
-    """Where the numbers of a device are drawn."""
+    """Return the device on which a device's random numbers are drawn."""
     return device if device.type == "meta" else torch.device("cpu")

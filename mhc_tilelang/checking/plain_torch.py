@@ -68,7 +68,7 @@ def aggregate_normed(x: torch.Tensor, h_pre: torch.Tensor, weight: torch.Tensor,
 def pre(
     x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor, spec: MHCSpec
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `coefficients`, but layer_input [T, C] in place of h_pre."""
+    """Return layer_input [T, C], h_post and h_res: `coefficients`, then the aggregation."""
     h_pre, h_post, h_res = coefficients(x, phi, alpha, bias, spec)
     return aggregate(x, h_pre), h_post, h_res
 

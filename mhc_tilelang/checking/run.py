@@ -1,4 +1,4 @@
-"""Which cases are run, and the rows that come of them."""
+"""Cases of a check, and the rows of their results."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def cases() -> list[Case]:
 
 
 def small_cases() -> list[Case]:
-    """What an executor takes that runs a thread at a time: every n and dtype, odd and single-channel streams."""
+    """Return cases for an executor that runs a thread at a time: every n and dtype, odd and single-channel streams."""
     everywhere = [Case(n, 144, dtype, 37) for n in STREAM_COUNTS for dtype in STREAM_DTYPES]
     return everywhere + [
         Case(4, size, torch.bfloat16, tokens) for size, tokens in [(33, 3), (1, 130), (64, 1), (64, 0)]

@@ -1,4 +1,4 @@
-"""How far a kernel may be from float64: bounds per element, derived from what it rounds.
+"""Error bounds of kernels against float64, per element, derived from what they round.
 
 u = 2^-24 is the unit roundoff of float32, U that of the stream's dtype: rounding y once changes it by at
 most u·|y| or U·|y|. A *magnitude* is the sum of the absolute values of what was added up: every partial sum
@@ -30,7 +30,7 @@ def combination(magnitude: Array, num_terms: int, dtype: str) -> Array:
 
 
 def split_error(plan: ProjectionPlan | ProjectionBackwardPlan | WarpsPlan) -> float:
-    """What is left of a product's operand after phi = high + low, relative to the root of the sum of squares.
+    """Return the error of a product's operand after phi = high + low, relative to the root of the sum of squares.
 
     bfloat16 halves leave at most 2^-18 of each element, TF32 halves 2^-21 (x is split as well: 2^-20); the
     leftovers have random signs, and five standard deviations cover the largest of a million sums.

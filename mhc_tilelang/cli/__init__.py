@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def executor(args: argparse.Namespace) -> AbstractContextManager[object]:
-    """What a command runs within: the SIMT executor where `--device` asks for it."""
+    """Return the context a command runs within: the SIMT executor where `--device` asks for it."""
     from mhc_tilelang.cli.device import EXECUTOR
 
     if getattr(args, "device", None) != EXECUTOR:

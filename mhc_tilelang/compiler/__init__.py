@@ -1,4 +1,4 @@
-"""From (kernel family, sizes, target) to something that can be called: the one place that hands out kernels.
+"""Compiled kernels by (kernel family, sizes, target): the one place that hands them out.
 
     kernel = compile.kernel("post", target, num_streams=4, hidden_size=2560, dtype="bfloat16", tile=tile)
     kernel(x=x, layer_output=layer_output, h_post=h_post, h_res=h_res, x_next=x_next)

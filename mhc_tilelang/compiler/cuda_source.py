@@ -53,7 +53,7 @@ def generate(family: str, parameters: dict[str, Any], arch: str) -> CudaSource:
 
 
 def generate_from(func: Any, arch: str, configs: Mapping[Any, Any] | None = None) -> CudaSource:
-    """The same for any TIR function that launches one kernel, under these passes, its own by default."""
+    """Generate CUDA for any TIR function that launches one kernel, under these passes, its own by default."""
     target = Target({"kind": "cuda", "arch": arch})
     config = {getattr(key, "value", key): value for key, value in (configs or configs_of(func)).items()}
     with target, transform.PassContext(opt_level=3, config=config):

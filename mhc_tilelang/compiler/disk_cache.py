@@ -1,4 +1,4 @@
-"""What is made once and kept on disk, in $MHC_TILELANG_CACHE: compiled kernels, generated sources.
+"""The disk cache in $MHC_TILELANG_CACHE: compiled kernels and generated sources.
 
     FOLDER/NAME.json   {"format", "name", "facts", "file": {"bytes", "sha256"} or {}, "seal": a hash of the others}
     FOLDER/NAME.so     the file that belongs to the record, if one does
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 def location() -> Path:
-    """Where things are kept: $MHC_TILELANG_CACHE, else mhc-tilelang in the user's cache.
+    """Return the cache's folder: $MHC_TILELANG_CACHE, else mhc-tilelang in the user's cache.
 
     What tilelang itself compiles for CUDA, it keeps in $TILELANG_CACHE_DIR.
     """
@@ -50,7 +50,7 @@ def kept(
     use: Callable[[dict[str, Any], Path], T],
     suffix: str = ".so",
 ) -> T:
-    """What `use` makes of an entry, which is made if it is not there, not as it was written, or of no use.
+    """Return `use` of an entry, which is made first if it is missing, damaged or of no use.
 
     Args:
         folder: within the cache.

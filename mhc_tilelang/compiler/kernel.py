@@ -1,4 +1,4 @@
-"""What a compiled kernel is: a signature, and a call that checks its tensors against it.
+"""Compiled kernels: a signature, and a call that checks its tensors against it.
 
 A target's `load` makes one (`cpu.build`, `cuda`), `compile` hands it out, `launch` calls it. Imports torch only
 for its types.
@@ -31,7 +31,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Signature:
-    """What a kernel is called with: buffers in TileLang's order, then the scalars, names with their dtypes."""
+    """Arguments of a kernel: buffers in TileLang's order, then the scalars, names with their dtypes."""
 
     buffers: tuple[Buffer, ...]
     scalars: dict[str, str]
@@ -61,7 +61,7 @@ class Signature:
 
 
 class _Taping(threading.local):
-    """What notes this thread's launches for a tape, if one is recorded."""
+    """The recorder of this thread's launches, if a tape is recorded."""
 
     recorder: Recorder | None = None
 

@@ -1,4 +1,4 @@
-"""What a call launches, noted while it runs: kernel families, what they are compiled with, their arguments.
+"""Records of the launches of a call while it runs: kernel families, compile-time parameters, arguments.
 
     recording   on meta tensors: the call takes every decision that it takes on a device, and nothing is computed
     launched    on the tensors of a device, where the kernels run as well
@@ -42,7 +42,7 @@ class Recorded:
 
     @cached_property
     def signature(self) -> Signature:
-        """Its signature. Loads tilelang."""
+        """Signature of the kernel. Loads tilelang."""
         from .tracing import signature_of, trace
 
         return signature_of(trace(self.family, self.parameters))

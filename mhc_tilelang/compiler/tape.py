@@ -1,4 +1,4 @@
-"""What a call does to memory, taped while it runs, and replayed on other tensors of the same description.
+"""Tapes: operations of a call on memory, recorded while it runs and replayed on other tensors of the same description.
 
     results, tape = record(run, tensors)     run(*tensors), as ever; allocations, launches and operations are noted
     results = tape.replay(tensors)           the same ones once more: nothing is checked, planned or looked up
@@ -268,13 +268,13 @@ def _share_memory(first: Any = None, *others: Any) -> bool:
 
 
 def _viewing(seen: _Seen) -> Callable[[Slots], torch.Tensor]:
-    """What makes a view of a slot's root."""
+    """Return a function that makes a view of a slot's root."""
     shape, stride, root, start = seen.tensor.shape, seen.tensor.stride(), seen.root, seen.start
     return lambda slots: slots[root].as_strided(shape, stride, slots[root].storage_offset() + start)
 
 
 def _making(call: Callable[..., Any], picked: Callable[[Slots], Any], made: tuple[int, ...]) -> list[Any]:
-    """What makes the tensors that an operation returns: the first, and with it the others."""
+    """Return steps that make the tensors of an operation: the first, and with it the others."""
 
     def make(slots: Slots) -> torch.Tensor:
         returned = call(picked(slots))
@@ -287,13 +287,13 @@ def _making(call: Callable[..., Any], picked: Callable[[Slots], Any], made: tupl
 
 
 def _reshaping(seen: _Seen) -> Callable[[Slots], torch.Tensor]:
-    """What gives a slot's root another shape, and is no view to autograd."""
+    """Return a function that gives a slot's root another shape without a view in autograd's sense."""
     shape, root = seen.tensor.shape, seen.root
     return lambda slots: aten._unsafe_view.default(slots[root], shape)
 
 
 def _pick(places: Sequence[tuple[int, int]]) -> Callable[[Slots], Any]:
-    """What picks slots, and adds to each; a tuple or list."""
+    """Return a function that picks slots and adds to each; it returns a tuple or list."""
     slots = [slot for slot, _ in places]
     if len(slots) < 2 or any(start for _, start in places):
         return lambda given: [given[slot] + start if start else given[slot] for slot, start in places]

@@ -1,4 +1,4 @@
-"""Where the compilers are: a C++ compiler for the CPU target, nvcc for the CUDA target, nvdisasm to read its code.
+"""The compilers: C++ for the CPU target, nvcc for the CUDA target, nvdisasm to read its code.
 
 Looks in the places where TileLang looks, in its order, without importing it. Imports nothing of the package.
 """

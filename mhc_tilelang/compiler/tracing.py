@@ -1,4 +1,4 @@
-"""From a kernel family and its sizes to TIR, before any target sees it. What both targets start from.
+"""TIR of a kernel family at given sizes, before any target sees it: the start of both targets.
 
 Loads tilelang when a function is called, not before.
 """
@@ -70,7 +70,7 @@ def progress(family: str, target: str, parameters: dict[str, Any]) -> Iterator[N
 
 
 def sizes_of(parameters: dict[str, Any]) -> str:
-    """What a kernel is compiled with, in a line, a plan's fields among it; what is off is left out.
+    """Describe a kernel's compile-time parameters in a line, the plan's fields among them; what is off is left out.
 
     Two kernels of a family never have the same.
     """

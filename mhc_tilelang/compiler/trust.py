@@ -1,4 +1,4 @@
-"""Who can change what this process loads from disk: kernel caches and bundles. The one place that decides it.
+"""Trust in files that this process loads, kernel caches and bundles: who can change them. Decided here alone.
 
 A compiled kernel runs with all rights of the user, so whoever can write it, or a folder on the way to it, can run code
 as the user. Before anything is loaded, the file and its folder must be
@@ -58,7 +58,7 @@ def exempt() -> list[Path]:
 
 
 def why_not(place: Path, above: bool = False) -> str:
-    """How others can change a place; empty where they cannot. `above`: it is a folder on the way to the code."""
+    """Describe how others can change a place; empty where they cannot. `above`: a folder on the way to the code."""
     facts = place.stat()
     mode = f"mode {stat.S_IMODE(facts.st_mode):04o}"
     ours = facts.st_uid in (os.geteuid(), 0) or (above and facts.st_uid == Path("/").stat().st_uid)

@@ -1,4 +1,4 @@
-"""In what implementations of mHC differ, and who does what.
+"""Conventions of mHC implementations: what differs, and which implementation does what.
 
 All but the first of these raise no error and change no shape when they are taken for one another.
 
@@ -21,7 +21,7 @@ INNERMOST = "innermost"
 
 @dataclass(frozen=True)
 class Convention:
-    """What an implementation does with its streams and its residual mapping.
+    """An implementation's convention for its streams and its residual mapping.
 
     Attributes:
         streams: "outermost" for x [..., n, C], "innermost" for x [..., C, n].

@@ -62,7 +62,7 @@ def import_model(state: State) -> dict[str, Converted]:
 
 
 def export_model(connections: Mapping[str, State]) -> Converted:
-    """What `import_model` gives -> the checkpoint's keys for it."""
+    """Convert the result of `import_model` back: the checkpoint's keys and tensors."""
     return checks.export_model("deepseek.export_model", connections, "_", _EXPORTS)
 
 

@@ -38,13 +38,13 @@ HC_OURS = ("theta", "alpha", "bias")
 
 
 def spec(hidden_size: int, num_streams: int = 4, **changes: float) -> MHCSpec:
-    """Its mHC's constants: no eps, 20 iterations. With phi = 0 the RMS norm's eps has no effect."""
+    """Return the constants of its mHC: no eps, 20 iterations. With phi = 0 the RMS norm's eps has no effect."""
     constants = {"num_streams": num_streams, "sinkhorn_eps": 0.0, "pre_eps": 0.0}
     return MHCSpec(hidden_size, **{**constants, **changes})  # type: ignore[arg-type]
 
 
 def unconstrained_spec(hidden_size: int, num_streams: int = 4) -> MHCSpec:
-    """What an `UnconstrainedHyperConnection` needs to equal its `HyperConnections`."""
+    """Return the spec with which an `UnconstrainedHyperConnection` equals its `HyperConnections`."""
     return MHCSpec(hidden_size, num_streams=num_streams, rms_eps=0.0)
 
 
@@ -138,7 +138,7 @@ def export_unconstrained(state: State) -> Converted:
 
 
 def import_stream(residuals: torch.Tensor, num_streams: int) -> torch.Tensor:
-    """Its [(b n), ..., C] -> ours [b, ..., n, C], contiguous."""
+    """Convert its [(b n), ..., C] to our [b, ..., n, C], contiguous."""
     function = "lucidrains.import_stream"
     check_streams(function, "num_streams", num_streams)
     if residuals.ndim < 2 or residuals.shape[0] % num_streams:

@@ -74,7 +74,7 @@ def import_model(state: State, convention: Convention = MAIN) -> dict[str, Conve
 
 
 def export_model(connections: Mapping[str, State], convention: Convention = MAIN) -> Converted:
-    """What `import_model` gives -> the model's keys for it."""
+    """Convert the result of `import_model` back: the model's keys and tensors."""
     converters = dict.fromkeys(SITES, lambda ours: export_state(ours, convention))
     return checks.export_model("megatron.export_model", connections, ".", converters)
 

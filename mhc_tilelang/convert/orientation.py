@@ -1,4 +1,4 @@
-"""Which convention foreign code follows, told by what it computes.
+"""Detection of the convention that foreign code follows, from what it computes.
 
     probe = mhc.convert.probe(num_streams=4, hidden_size=64)
     mhc.convert.orientation(foreign, probe)                    # a Convention
@@ -89,7 +89,7 @@ def probe(num_streams: int = 4, hidden_size: int = 64, sinkhorn_iters: int = 2, 
 
 
 def orientation(foreign: Callable[[Probe], torch.Tensor], probe: Probe, expected: str | None = None) -> Convention:
-    """What a foreign implementation does with its streams and its residual mapping.
+    """Detect the convention of a foreign implementation's streams and residual mapping.
 
     Args:
         foreign: probe -> x_next, any dtype: [tokens, n, C] or, for streams innermost, [tokens, C, n]; packed
@@ -144,7 +144,7 @@ def _candidates(x_next: torch.Tensor, probe: Probe) -> list[Convention]:
 
 
 def _error(x_next: torch.Tensor, convention: Convention, probe: Probe) -> float:
-    """How far x_next is from what the convention gives, relative to what mixing contributes; the better of two eps."""
+    """Return x_next's error against the convention's, relative to what mixing contributes; the better of two eps."""
     got = x_next.detach().to("cpu", torch.float64)
     errors = []
     for eps in EPSILONS:

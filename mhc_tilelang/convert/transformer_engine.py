@@ -25,7 +25,7 @@ ROWS = NUM_STREAMS**2 + 2 * NUM_STREAMS
 
 
 def spec(hidden_size: int, **changes: float) -> MHCSpec:
-    """Its constants: 4 streams, 20 iterations, rms_eps 2^-23 and no other eps."""
+    """Return its constants: 4 streams, 20 iterations, rms_eps 2^-23 and no other eps."""
     constants = {"sinkhorn_eps": 0.0, "pre_eps": 0.0, "rms_eps": 2.0**-23}
     return MHCSpec(hidden_size, NUM_STREAMS, **{**constants, **changes})  # type: ignore[arg-type]
 

@@ -87,7 +87,7 @@ def import_model(state: State) -> dict[str, Converted]:
 
 
 def export_model(connections: Mapping[str, State]) -> Converted:
-    """What `import_model` gives -> the model's keys for it."""
+    """Convert the result of `import_model` back: the model's keys and tensors."""
     return checks.export_model("transformers.export_model", connections, ".", _EXPORTS)
 
 

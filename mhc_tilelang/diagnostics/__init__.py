@@ -1,4 +1,4 @@
-"""How healthy the mappings of a model are: numbers of tensors, and a watch over a model that runs.
+"""Health of a model's mappings: measures of tensors, and a watch over a model that runs.
 
 with mhc.diagnostics.watch(model, every=10, warn=mhc.diagnostics.Thresholds(composite_gain=10)) as report:
     train(model)

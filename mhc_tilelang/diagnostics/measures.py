@@ -80,7 +80,7 @@ def composite_gains(h_res: torch.Tensor) -> Gain:
 
 
 def sum_deviation(h_res: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How far each matrix is from doubly stochastic: h_res [..., n, n] -> rows [...], columns [...].
+    """Return each matrix's distance from doubly stochastic: h_res [..., n, n] -> rows [...], columns [...].
 
     rows: max over j of |Σ_i h_res[j, i] − 1|, which Sinkhorn leaves at its eps. columns: the same over i of Σ_j.
     """

@@ -1,4 +1,4 @@
-"""What a watch has seen: a row per step and connection, as a dict, a CSV, and warnings where limits are crossed.
+"""The report of a watch: a row per step and connection, as a dict, a CSV, and warnings where limits are crossed.
 
 A step's numbers are one small table on the model's device. On a GPU its copy to the host waits for nothing, and is
 read once it has arrived: at a later step, or on request.
@@ -75,7 +75,7 @@ class Finding:
 
 
 class Call(NamedTuple):
-    """What is kept of one call of a connection: of a sample of its tokens, T."""
+    """Record of one call of a connection, for a sample of its tokens, T."""
 
     name: str
     kind: str

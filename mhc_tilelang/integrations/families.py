@@ -130,7 +130,7 @@ KNOWN: dict[str, dict[str, Any]] = {
 
 
 def loaded() -> list[Family]:
-    """Those of which a model can exist: transformers loads a family's classes with its first model."""
+    """Return the families of which a model can exist: transformers loads a family's classes with its first model."""
     modules = {name: sys.modules.get(f"transformers.models.{name}.modeling_{name}") for name in KNOWN}
     return [Family(eager, **KNOWN[name]) for name, eager in modules.items() if eager is not None]
 

@@ -197,7 +197,7 @@ def _projection(module: Any, name: str) -> tuple[torch.Tensor, torch.Tensor, tor
 def _ours(
     layer_output: torch.Tensor, post: torch.Tensor, comb: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """What `post` takes; of our own comb, a view of h_res, nothing is copied."""
+    """Return the arguments of `post`; our own comb is a view of h_res and not copied."""
     return layer_output.contiguous(), post.contiguous(), None if comb is None else comb.mT.contiguous()
 
 
@@ -224,7 +224,7 @@ def _kind(module: nn.Module) -> type[nn.Module]:
 
 
 def _forward_of(module: nn.Module) -> Callable[..., Any]:
-    """What a replaced module runs."""
+    """Return the forward of a replaced module."""
     family, kind = families.of_module(module)  # type: ignore[misc]
     return {family.connection: _connection, family.head: _head, family.layer: _layer}[kind]
 

@@ -1,4 +1,4 @@
-"""Where a launch is decided: which kernel, by which plan, into which buffers. A family a file, both directions.
+"""Launch decisions: which kernel, by which plan, into which buffers. A family a file, both directions.
 
     operands       alignment, views by vector width, placeholders for absent operands
     expand         expand_backward is collapse

@@ -1,4 +1,4 @@
-"""From partial sums of a projection to the mappings, of a sublayer and of the head, and their backward.
+"""The mappings from a projection's partial sums, of a sublayer and of the head, and their backward.
 
 Tensors come flat and contiguous, [T, …]; `operators` sees to that. A gradient that is not given is None and counts as
 zero. Sums over tokens are taken in an order that the sizes fix.

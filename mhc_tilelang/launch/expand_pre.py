@@ -26,7 +26,7 @@ from .projection import parallel_blocks, project_backward
 
 
 class FirstBoundary(NamedTuple):
-    """What the first boundary returns, and what its backward needs besides the inputs: h_pre and `projected`."""
+    """Results of the first boundary, and what its backward needs besides the inputs: h_pre and `projected`."""
 
     x: torch.Tensor
     layer_input: torch.Tensor
@@ -37,7 +37,7 @@ class FirstBoundary(NamedTuple):
 
 
 class FirstGradients(NamedTuple):
-    """Of what the first boundary takes; the first two are None where they are not needed."""
+    """Gradients of the first boundary's inputs; the first two are None where they are not needed."""
 
     g_h: Gradient
     g_phi: Gradient

@@ -1,4 +1,4 @@
-"""What an identity hyper-connection (H_res = I) launches in place of `coefficients` and `post`, both directions.
+"""Launches of an identity hyper-connection (H_res = I), in place of `coefficients` and `post`, both directions.
 
 Tensors come flat and contiguous, [T, …]; `operators` sees to that. Gradients that are not needed are skipped.
 """

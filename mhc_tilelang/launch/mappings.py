@@ -1,4 +1,4 @@
-"""From a projection to the layer's input, launched, and to the mappings that are needed only after the layer.
+"""The layer's input from a projection, launched, and the mappings that are needed only after the layer.
 
     coefficients_and_aggregate   both, with h_post and h_res made where the plan says
     coefficients_aggregate       in one launch, where warps projected
@@ -58,7 +58,7 @@ def coefficients_aggregate(
     *,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
-    """The same in one launch: x and layer_input start on 16 bytes."""
+    """Launch coefficients and aggregation as one kernel; x and layer_input start on 16 bytes."""
     layer_input, h_pre, h_post, h_res = out
     num_tokens, _, hidden_size = x.shape
     projected = partial.new_empty(spec.num_coefficients + 1, num_tokens)

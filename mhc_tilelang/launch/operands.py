@@ -1,4 +1,4 @@
-"""What every launch does to its operands: vector alignment, views by vector width, placeholders for absent ones."""
+"""Preparation of operands for every launch: vector alignment, views by vector width, placeholders for absent ones."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from .projection import projection_plan
 
 
 class LastBoundary(NamedTuple):
-    """What the last boundary returns, and what its backward needs besides the inputs: x_next, h_pre, `projected`."""
+    """Results of the last boundary, and what its backward needs besides the inputs: x_next, h_pre, `projected`."""
 
     x_next: torch.Tensor
     output: torch.Tensor

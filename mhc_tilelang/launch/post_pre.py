@@ -28,7 +28,7 @@ from .projection import parallel_blocks, projection_plan, split_phi
 
 
 class Boundary(NamedTuple):
-    """What a boundary returns, and what its backward needs besides the inputs: h_pre and `projected`."""
+    """Results of a boundary, and what its backward needs besides the inputs: h_pre and `projected`."""
 
     x_next: torch.Tensor
     layer_input: torch.Tensor
@@ -157,7 +157,7 @@ def post_project_plan(x: torch.Tensor, rows: int, has_h_pre: bool = False) -> bo
 def boundary_schedule(
     x: torch.Tensor, rows: int, chunks_per_split: int | None = None
 ) -> boundary_plans.BoundarySchedule:
-    """How the boundary of a stream x [T, n, C] is shared out on its device, for a phi of `rows` rows; `print` tells.
+    """Return, for `print`, how blocks share a stream x [T, n, C]'s boundary on its device; phi has `rows` rows.
 
     With `chunks_per_split`, from 1 to all, every block takes so many chunks of channels instead.
 

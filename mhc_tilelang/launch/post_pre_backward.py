@@ -27,7 +27,7 @@ from .projection import parallel_blocks, project_backward
 
 
 class BoundaryGradients(NamedTuple):
-    """Of what the boundary takes: the sublayer that ends, then the parameters of the one that begins.
+    """Gradients of the boundary's inputs: the sublayer that ends, then the parameters of the one that begins.
 
     g_h_pre is the gradient of a given h_pre, g_rms_norm that of a norm's weight; None where there is none, or it is
     zero.
@@ -129,8 +129,10 @@ def separate_backward(
     *,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """As `mixing_backward` and its sums, by the separate kernels: the gradients of x, layer_output, h_post and h_res,
-    then of phi. `out` has the first two.
+    """Run separate kernels for `mixing_backward` and its sums: gradients of x, layer_output, h_post, h_res, then of
+    phi.
+
+    `out` has the first two.
     """
     g_next, g_phi = torch.empty_like(x), torch.empty_like(phi)
     weights = None if g_layer_input is None else h_pre

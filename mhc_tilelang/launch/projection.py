@@ -68,7 +68,7 @@ def projection_plan(x: torch.Tensor, rows: int) -> projection_plans.ProjectionPl
 
 
 def parallel_blocks(device: torch.device) -> int:
-    """How many blocks of a projection the device runs at a time: two on every multiprocessor, or its threads."""
+    """Return how many of a projection's blocks the device runs at a time: two a multiprocessor, or its threads."""
     if emulator := compiler.emulator_of(device):
         return emulator.parallel_blocks
     if device.type == "cpu":

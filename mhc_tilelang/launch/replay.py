@@ -17,7 +17,7 @@ from .operands import aligned, channel_kernel
 
 
 class Written(NamedTuple):
-    """What `post` added to a stream, and how: layer_output [T, C], h_post [T, n], h_res [T, n, n]."""
+    """A write that `post` merged into a stream: layer_output [T, C], h_post [T, n], h_res [T, n, n]."""
 
     layer_output: torch.Tensor
     h_post: torch.Tensor

@@ -28,7 +28,7 @@ Key = tuple[str, int]  # ("x" or "u", sublayer of the block)
 
 @dataclass(frozen=True)
 class Handle:
-    """What is packed for a saved tensor that is recomputed: which, and how it lay in it."""
+    """Packed form of a saved tensor that is recomputed: which one, and its view of it."""
 
     block: Block
     key: Key
@@ -56,12 +56,12 @@ class Watched:
 
     @property
     def storage(self) -> int:
-        """Where it lies; 0 for a tensor of no elements."""
+        """Address of its storage; 0 for a tensor of no elements."""
         return self.tensor.untyped_storage().data_ptr()
 
 
 class Workspace:
-    """What was recomputed of a stream, of one block at a time, until its users have had it."""
+    """Recomputed tensors of a stream, one block at a time, until their users have had them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -41,7 +41,7 @@ IDENTITY_STD = 0.006  # of phi at first, Hy4's
 
 
 class Connection(Protocol):
-    """What `ResidualStream` asks of a connection: its kind, its sizes, a call, and the merge that goes with it."""
+    """Interface of a connection for `ResidualStream`: its kind, its sizes, a call, and the merge that goes with it."""
 
     @property
     def kind(self) -> str:
@@ -179,7 +179,7 @@ class HyperConnection(SublayerModule):
         return ops.post_pre(x, layer_output, h_post, res, *parameters, h_pre=h_pre, **self.rms_norm())
 
     def rms_norm(self) -> dict[str, Any]:
-        """What `pre` and `post_pre` are told of the layer's norm: nothing without one."""
+        """Return the arguments of `pre` and `post_pre` for the layer's norm: none without one."""
         if self.rms_norm_eps is None:
             return {}
         return {"rms_norm_weight": self.rms_norm_weight, "rms_norm_eps": self.rms_norm_eps}

@@ -23,7 +23,7 @@ from ..operators.sharding import is_dtensor
 
 
 class SideStream:
-    """Where a stream's writes are merged."""
+    """The CUDA stream on which a stream's writes are merged."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self.stream = stream
@@ -64,7 +64,7 @@ class SideStream:
         torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
     def wait_for(self, merged: torch.Tensor) -> torch.Tensor:
-        """What `run` returned, for the current stream, which waits for it."""
+        """Make the current stream wait for a result of `run`, and return it."""
         self.join()
         _record(merged, torch.cuda.current_stream(self.stream.device))
         return merged

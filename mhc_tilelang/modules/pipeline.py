@@ -1,4 +1,4 @@
-"""What crosses between pipeline stages: the wide stream, n times as much as a plain residual's.
+"""Traffic between pipeline stages: the wide stream, n times as much as a plain residual's.
 
 `ResidualStream.hand_over` and `ResidualStream.from_streams` are the two ends of it.
 """

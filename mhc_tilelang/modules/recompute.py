@@ -69,7 +69,7 @@ def recompute_length(num_sublayers: int, num_streams: int = 4) -> int:
 
 
 def make_recorder(recompute: int | None, h: torch.Tensor, kind: str) -> Recorder | None:
-    """What a ResidualStream of h is followed by; nothing unless `recompute` has a block's length.
+    """Return the recorder of a ResidualStream of h; None unless `recompute` is a block's length.
 
     Raises ValueError, TypeError, RuntimeError where it cannot be.
     """

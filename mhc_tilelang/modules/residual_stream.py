@@ -311,7 +311,7 @@ class ResidualStream:
         return self._x
 
     def _given_pre(self) -> tuple[torch.Tensor, ...]:
-        """What a delayed connection aggregates with; nothing for others."""
+        """Return the h_pre that a delayed connection aggregates with; nothing for others."""
         if not self._delayed:
             return ()
         return (ops.first_pre(self._x) if self._h_pre is None else self._h_pre,)

@@ -1,4 +1,4 @@
-"""What an autograd graph keeps for its backward: its nodes, the tensors that they saved, and how many bytes those are.
+"""Tensors that an autograd graph keeps for its backward: its nodes, the tensors they saved, and how many bytes.
 
 PyTorch shows what a node saved as `_raw_saved_…` attributes, `SavedTensor`s, on which hooks can be registered after the
 fact (`torch.autograd.graph`, "hooks for saved tensors"). Nothing is unpacked here: `data` is looked at, which is the
@@ -60,7 +60,7 @@ def nodes(outputs: Iterable[torch.Tensor], since: int = 0) -> Iterator[Any]:
 
 
 def saved_by(node: Any) -> Iterator[Any]:
-    """What a node saved, as `SavedTensor`s; nothing of one that was freed, or of a C++ extension's."""
+    """Yield a node's saved tensors as `SavedTensor`s; none of one that was freed, or of a C++ extension's."""
     node_type: Any = type(node)
     for name in _names(node_type):
         try:

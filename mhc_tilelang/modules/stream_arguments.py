@@ -1,4 +1,4 @@
-"""What a ResidualStream checks of what it is given: dtypes, shapes, kinds. Errors name the method and the argument."""
+"""Argument checks of ResidualStream: dtypes, shapes, kinds. Errors name the method and the argument."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the modules with streams share: a spec, and parameters that are float32 and stay so.
+"""Base of the modules with streams: a spec, and parameters that are float32 and stay so.
 
 `model.to(torch.bfloat16)`, `.half()` and `.double()` move these parameters and leave their dtype, since
 coefficients are float32 from end to end. `connections` has the modules.

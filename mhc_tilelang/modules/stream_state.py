@@ -1,4 +1,4 @@
-"""What a ResidualStream remembers of a call: grad mode, tensor versions, the backward pass; and whose methods run.
+"""State of a ResidualStream's call: grad mode, tensor versions, the backward pass; and whose methods run.
 
 `residual_stream` asks these; `diagnostics` asks in which backward pass it is called.
 """
@@ -44,7 +44,7 @@ def in_modes(wanted: tuple[bool, bool], call: Callable[..., torch.Tensor], *argu
 
 
 def version(tensor: torch.Tensor) -> int:
-    """How often a tensor was changed in place; traced code and inference tensors do not count."""
+    """Return the number of in-place changes of a tensor; 0 in traced code and for inference tensors."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 

@@ -121,7 +121,7 @@ class Declaration:
         return self.operator(*arguments) if ready is None else ready(*inputs)[0]
 
     def prepared(self, constants: tuple, inputs: Optionals) -> prepared.Prepared | None:
-        """What computes X of these, if an operator like it has run."""
+        """Return the prepared call for X of these, None if no operator like it has run."""
         return prepared.find(prepared.describe((self.name, constants), inputs) if prepared.possible() else None)
 
     def gradients(self, g_results: Optionals, taken: Optionals, constants: tuple, needs: tuple[bool, ...]) -> Optionals:
@@ -181,7 +181,7 @@ class Declaration:
         return results[0] if self._single else results
 
     def compute(self, constants: tuple, *inputs: Any) -> Tensors:
-        """What X returns, as a tuple, from tensors below autograd."""
+        """Compute the results of X, as a tuple, from tensors below autograd."""
         results = self._allocate(self.results, inputs, constants)
         kept = self._write(inputs, constants, results)
         leading = inputs[0].shape[: inputs[0].ndim - len(DIMENSIONS[self.inputs[0]])]

@@ -38,7 +38,7 @@ def _backward(g: Any, inputs: Any, saved: Any, constants: tuple, needs: Any) -> 
 
 
 def _gradients_of_x(g: Any, _inputs: Any, _needs: Any) -> Optionals | None:
-    """Where only x was used: phi, alpha and bias have no gradient."""
+    """Return the gradients if only x was used, else None; phi, alpha and bias have none then."""
     g_x, *others = g
     return None if any(one is not None for one in others) else (collapse(g_x), None, None, None)
 

@@ -157,7 +157,7 @@ identity_post = Declaration(
 
 
 def _of_x_next(g: Any, inputs: Any, needs: Any) -> Optionals | None:
-    """Where of a boundary only x_next was used, `identity_post` alone has a gradient."""
+    """Return `identity_post`'s gradients if only x_next of a boundary was used, else None."""
     if any(one is not None for one in g[1:]):
         return None
     _, *rest = identity_post.operator_backward(g.x_next, *inputs[:3], False, *needs[1:3])

@@ -1,4 +1,4 @@
-"""How an operator is registered, and the few things that all families do to their tensors.
+"""Registration of operators, and helpers that all families apply to their tensors.
 
 Operators are defined by schema and not by `torch.library.custom_op`, which costs a quarter more per call.
 """
@@ -155,7 +155,7 @@ def spec_of(x: torch.Tensor, *constants: float, **named: Any) -> MHCSpec:
 
 @cache
 def spec_of_sizes(hidden_size: int, num_streams: int, *constants: float, **named: Any) -> MHCSpec:
-    """The same from the stream's sizes."""
+    """Return a spec of the stream's sizes and constants, cached."""
     return MHCSpec(hidden_size, num_streams, *constants, **named)  # type: ignore[arg-type]
 
 

@@ -28,7 +28,7 @@ post = Declaration("post", "x layer_output h_post h_res", "x_next", _forward, _b
 
 
 def gradients_of_x_next(g: Any, inputs: Any, needs: Any) -> Optionals | None:
-    """Where of a boundary only x_next was used, what begins there has no gradient: `post` alone has."""
+    """Return `post`'s gradients if only x_next of a boundary was used, else None; what begins there has none."""
     g_x_next, *others = g
     if any(one is not None for one in others):
         return None

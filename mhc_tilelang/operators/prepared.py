@@ -35,7 +35,7 @@ Key = tuple[Any, ...]
 
 
 class Prepared:
-    """What computes results from tensors: first by `run` of constants and tensors, then by the tape of that."""
+    """A call that computes results from tensors: first by `run` of constants and tensors, then by its tape."""
 
     def __init__(self, run: Callable[..., Sequence[Any]], constants: tuple[Any, ...]) -> None:
         self.constants = constants
@@ -96,7 +96,7 @@ def describe(what: tuple[Any, ...], given: Sequence[Any]) -> Key | None:
 def run(
     what: tuple[Any, ...], tensors: Sequence[Any], compute: Callable[..., Sequence[Any]], constants: tuple[Any, ...]
 ) -> Sequence[Any]:
-    """What `compute` gives of the constants and the tensors, prepared if it was: an operator, below autograd."""
+    """Compute from the constants and tensors, by the prepared call if there is one: an operator, below autograd."""
     key = describe(what, tensors) if possible() else None
     ready = find(key)
     if ready is not None:
@@ -109,7 +109,7 @@ def run(
 
 
 def find(key: Key | None) -> Any:
-    """What was remembered of a key, None if nothing was."""
+    """Return the call remembered for a key, None if there is none."""
     try:
         return None if key is None else _ready.get(key)
     except TypeError:  # a list given for a number

@@ -15,7 +15,7 @@ from ..inputs import Case, Inputs
 
 @check("h_pre", "h_post", "h_res")
 def check_coefficients(case: Case, inputs: Inputs) -> list[Comparison]:
-    """From the stream to the three mappings: projection and coefficients together."""
+    """Check the three mappings from the stream: projection and coefficients together."""
     arguments = (inputs.x, inputs.phi, inputs.alpha, inputs.bias)
     got = ops.coefficients(*arguments, case.spec)
     return compare_mappings(case, inputs, got, plain_torch.coefficients(*arguments, case.spec))

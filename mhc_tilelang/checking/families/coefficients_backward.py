@@ -24,7 +24,7 @@ Mappings = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
 
 @dataclass(frozen=True)
 class Logits:
-    """What one backward through the logits starts from: upstream gradients in the groups' order, and the forward's."""
+    """Inputs of one backward through the logits: upstream gradients in the groups' order, and the forward's tensors."""
 
     upstream: tuple[torch.Tensor, ...]
     projected: torch.Tensor
@@ -41,7 +41,7 @@ class Logits:
 
 @check(*OUTPUTS)
 def check_coefficients_backward(case: Case, inputs: Inputs) -> list[Comparison]:
-    """From the three mappings to the projection's rows, ρ, alpha and bias."""
+    """Check the gradients of the projection's rows, ρ, alpha and bias from those of the three mappings."""
     spec, gradients, alpha, bias = case.spec, Gradients.of(case, inputs.x.device), inputs.alpha, inputs.bias
     plan = launch.projection_plan(inputs.x, spec.num_coefficients)
     *_, projected = launch.coefficients(launch.project(inputs.x, inputs.phi, plan), alpha, bias, spec, plan)
@@ -64,7 +64,7 @@ def sublayer_mappings(spec: MHCSpec) -> Mappings:
 
 @check(*OUTPUTS)
 def check_head_coefficients_backward(case: Case, inputs: Inputs) -> list[Comparison]:
-    """From h_pre to the projection's rows, ρ, alpha and bias of a head, which has the pre group alone."""
+    """Check a head's gradients, of the projection's rows, ρ, alpha and bias, from h_pre's, its only group."""
     n, spec = case.num_streams, case.spec
     phi, alpha, bias = inputs.phi[:n].contiguous(), inputs.alpha[:1], inputs.bias[:n]
     plan = launch.projection_plan(inputs.x, n)
@@ -77,7 +77,7 @@ def check_head_coefficients_backward(case: Case, inputs: Inputs) -> list[Compari
 def comparisons(
     at: Logits, got: tuple[torch.Tensor, torch.Tensor, torch.Tensor], mappings: Mappings
 ) -> list[Comparison]:
-    """What the kernel made of `at`; `mappings` is plain torch's way from z [T, rows] to what the gradients are of."""
+    """Compare the kernel's gradients at `at`; `mappings` maps z [T, rows] to the mappings in plain torch."""
     m, s = numpy64(at.projected[:-1]), numpy64(at.projected[-1])
     alpha = np.repeat(numpy64(at.alpha), at.sizes)[:, None]
     z = alpha * m + numpy64(at.bias)[:, None]

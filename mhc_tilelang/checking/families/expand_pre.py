@@ -25,7 +25,7 @@ Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def parameters(inputs: Inputs) -> Three:
-    """Of the sublayer that begins."""
+    """Return the parameters of the sublayer that begins."""
     return inputs.phi, inputs.alpha, inputs.bias
 
 

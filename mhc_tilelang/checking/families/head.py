@@ -15,7 +15,7 @@ from .coefficients import logits_of
 
 @check("h")
 def check_head(case: Case, inputs: Inputs) -> list[Comparison]:
-    """From the stream to the model's output: projection, coefficients and aggregation together."""
+    """Check the model's output from the stream: projection, coefficients and aggregation together."""
     n, spec = case.num_streams, case.spec
     phi, alpha, bias = inputs.phi[:n].contiguous(), inputs.alpha[:1], inputs.bias[:n]
     got = ops.head(inputs.x, phi, alpha, bias, spec)

@@ -28,7 +28,7 @@ Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def mixed(inputs: Inputs) -> Four:
-    """What post takes."""
+    """Return the inputs of `post`."""
     return inputs.x, inputs.layer_output, inputs.h_post, inputs.h_res
 
 

@@ -59,7 +59,7 @@ def load(family: str, parameters: dict[str, Any], checked: bool = False) -> Kern
 
 
 def entry_name(family: str, parameters: dict[str, Any], checked: bool = False) -> str:
-    """What the cache has a kernel under."""
+    """Return the name of a kernel's cache entry."""
     return f"{family}-{kernel_hash(family, parameters, checked)}"
 
 
@@ -106,7 +106,7 @@ def bind(library: Path, name: str, symbol: str, signature: Signature) -> Kernel:
 
 
 def folder() -> str:
-    """Where the cache has this processor's kernels."""
+    """Return the cache folder of this processor's kernels."""
     return f"cpu-{processor_hash()}"
 
 

@@ -27,7 +27,7 @@ DECLARED = re.compile(r"^\s*(?:for \()?(?:const )?([\w:]+) (\w+)(?: = |;)")
 
 
 def elements(stmt: Any) -> int:
-    """How many elements a T.Parallel runs over, or a tile operation's first region; 0 of anything else."""
+    """Count the elements of a T.Parallel, or of a tile operation's first region; 0 for anything else."""
     if isinstance(stmt, tirx.For):
         if stmt.kind != tirx.ForKind.PARALLEL:
             return 0

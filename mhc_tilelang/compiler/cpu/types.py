@@ -1,4 +1,4 @@
-"""What TIR's buffers, dtypes and operators are called in C++. Used by the rest of the lowering."""
+"""C++ names of TIR's buffers, dtypes and operators. Used by the rest of the lowering."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def views_of(block, analyzer: arith.Analyzer) -> dict[tirx.Buffer, View]:
 
 
 def views_in(body, everywhere: list[Access], analyzer: arith.Analyzer) -> dict[tirx.Buffer, View]:
-    """Those whose copy stands in the sequence `body`, or in a serial loop in it; `everywhere`: the block's accesses."""
+    """Find views whose copy is in the sequence `body` or a serial loop in it; `everywhere`: the block's accesses."""
     statements = list(body.seq) if isinstance(body, tirx.SeqStmt) else [body]
     accesses = [accesses_of(statement) for statement in statements]
     views: dict[tirx.Buffer, View] = {}
@@ -79,7 +79,7 @@ def views_in(body, everywhere: list[Access], analyzer: arith.Analyzer) -> dict[t
 
 
 def operands_in(body) -> set[tirx.Buffer]:
-    """What reductions and products take: they address a tile by its own shape, a view has its buffer's."""
+    """Return the operands of reductions and products: they address a tile by its own shape, a view has its buffer's."""
     operands: set[tirx.Buffer] = set()
 
     def visit(node) -> None:
@@ -91,7 +91,7 @@ def operands_in(body) -> set[tirx.Buffer]:
 
 
 def count(buffer: tirx.Buffer, accesses: list[Access]) -> int:
-    """How many of the accesses are to this buffer."""
+    """Count the accesses to this buffer."""
     return sum(access.buffer.same_as(buffer) for access in accesses)
 
 
@@ -141,7 +141,7 @@ def accesses_of(statement) -> list[Access]:
 
 
 def paired_axes(source, target) -> list[tuple[int, int]]:
-    """Which axis of a copy's source goes with which of its target.
+    """Pair the axes of a copy's source with those of its target.
 
     The last with the last where all extents agree so; else, in order, those of extent other than one.
     """

@@ -1,4 +1,4 @@
-"""From generated CUDA to a library that runs it on the CPU: the kernel's code and the executor, compiled and linked.
+"""Libraries that run generated CUDA on the CPU: the kernel's code and the executor, compiled and linked.
 
 The kernel's code is compiled with the compiler's thread sanitizer, whose calls before every load and store the
 executor answers in place of the sanitizer's own runtime. Libraries are kept beside the CPU target's kernels.
@@ -59,7 +59,7 @@ def where(_facts: dict[str, Any], file: Path) -> Path:
 
 
 def folder() -> str:
-    """Where the cache has this processor's libraries."""
+    """Return the cache folder of this processor's libraries."""
     return f"simt-{processor_hash()}"
 
 
@@ -106,7 +106,7 @@ def run(arguments: list[str], folder: Path | None = None) -> None:
 
 @cache
 def poison() -> tuple[str, ...]:
-    """What makes registers that nothing wrote start as garbage, where the compiler can."""
+    """Return the flags that fill uninitialised registers with garbage, none where the compiler cannot."""
     tool = cxx()
     command = [tool.path, *tool.arguments, POISON, "-fsyntax-only", "-x", "c++", os.devnull]
     return (POISON,) if subprocess.run(command, capture_output=True, check=False).returncode == 0 else ()

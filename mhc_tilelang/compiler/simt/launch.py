@@ -32,7 +32,7 @@ class LaunchError(MHCError):
 
 
 class SimtError(MHCError):
-    """What the executor found in a launch; `findings` has it in parts."""
+    """Faults that the executor found in a launch; `findings` has them one by one."""
 
     def __init__(self, entry: str, findings: tuple[Finding, ...], left_out: int = 0) -> None:
         lines = [f"{entry}:", *(f"  {finding}" for finding in findings)]
@@ -89,7 +89,7 @@ class Conflict:
 
 @dataclass(frozen=True)
 class Counts:
-    """What one launch did.
+    """Counters of one launch.
 
     Attributes:
         tensors: traffic by the tensor's name.

@@ -1,4 +1,4 @@
-"""From an instruction of a compiled kernel to its line of the generated source."""
+"""Lines of the generated source that instructions of a compiled kernel come from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def line_at(site: int | None, loaded: ctypes.CDLL, path: Path) -> str:
 
 @cache
 def offset_of(path: Path, symbol: str) -> int | None:
-    """Where a symbol lies in a library; None where there is no nm to ask."""
+    """Return a symbol's offset in a library; None where there is no nm to ask."""
     for line in output_of(["nm", "-D", str(path)]).splitlines():
         if line.endswith(f" {symbol}"):
             return int(line.split()[0], 16)
