@@ -1,4 +1,4 @@
-"""What every test shares: the markers `gpu` and `nvcc` skip where the machine lacks what they name.
+"""Fixtures and markers of all tests: `gpu` and `nvcc` skip where the machine lacks what they name.
 
 With MHC_REQUIRE_NVCC=1, as in CI, a missing nvcc is a failure instead of a skip.
 """

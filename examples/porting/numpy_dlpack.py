@@ -19,7 +19,7 @@ random = np.random.default_rng(0)
 
 
 def tensor_of(array: np.ndarray) -> torch.Tensor:
-    """The same memory as a tensor."""
+    """Return a tensor on the array's memory."""
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_dlpack(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_dlpack(array)

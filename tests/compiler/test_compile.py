@@ -1,4 +1,4 @@
-"""From a family and sizes to a callable: what is checked at the last door, what is compiled and how often.
+"""Compiled kernels by family and sizes: their last argument checks, what is compiled, how often, what is kept on disk.
 
 Would catch: an index out of bounds by a wrong size, a compilation per batch size, a cache that needs what it
 spares, two processes that read each other's half-written files.
@@ -95,7 +95,7 @@ def test_kernel_refuses_other_arguments():
 
 
 def test_one_compilation_for_all_token_counts(cold, monkeypatch):
-    """For every kernel that the functions use. Catches a token or split count that is compiled in."""
+    """Every kernel of the functions compiles once. Catches a token or split count that is compiled in."""
     built = []
     monkeypatch.setattr(build, "build", lambda *args, build=build.build: (built.append(args[0]), build(*args))[1])
     for num_tokens in (1, 0, 3, 64, 127, 1000):
@@ -111,7 +111,7 @@ def test_one_compilation_for_all_token_counts(cold, monkeypatch):
 
 
 def test_one_compilation_for_all_token_counts_of_a_backward(cold, monkeypatch):
-    """As above; sums of up to 16 blocks of tokens have one lane and those of more 16, which are two kernels."""
+    """Backward kernels too; sums of up to 16 blocks of tokens have one lane, those of more 16: two kernels."""
     built = []
     monkeypatch.setattr(build, "build", lambda *args, build=build.build: (built.append(args[0]), build(*args))[1])
     for num_tokens in (1, 0, 3, 64, 127, 1100):
@@ -122,7 +122,7 @@ def test_one_compilation_for_all_token_counts_of_a_backward(cold, monkeypatch):
 
 
 def test_second_process_needs_neither_tilelang_nor_compiler(cold):
-    """What is on disk is enough: no import of seconds, no g++ on the machine."""
+    """The files on disk suffice: no import of seconds, no g++ on the machine."""
     first = run_python(CALL)
     assert first.returncode == 0, first.stderr
     assert "compil" in first.stderr
@@ -159,7 +159,7 @@ def test_no_compiler(cold, monkeypatch):
 
 
 def test_compiler_that_fails(cold, monkeypatch, tmp_path):
-    """Its own words are shown, and nothing half-built is left where the next call would find it."""
+    """The compiler's own words are shown, and nothing half-built is left for the next call to find."""
     script = tmp_path / "broken-g++"
     script.write_text("#!/bin/sh\necho 'out of cheese' >&2\nexit 1\n")
     script.chmod(0o755)

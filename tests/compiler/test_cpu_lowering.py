@@ -215,7 +215,7 @@ def test_no_kernel_leaves_its_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_variant_of_a_backward_leaves_its_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is not wanted or not given is a tensor of one element: an access to it is out of bounds."""
+    """An absent operand is a one-element placeholder: an access to it is out of bounds."""
     from helpers_backward import BACKWARD
 
     from mhc_tilelang.checking.inputs import Case
@@ -260,7 +260,7 @@ def test_no_stream_is_cast_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_word_to_nvcc_is_passed_over(run) -> None:
-    """How many blocks shall share a multiprocessor says nothing on a CPU. Catches a body that is dropped with it."""
+    """The annotation of blocks a multiprocessor means nothing on a CPU. Catches a body that is dropped with it."""
 
     @T.prim_func
     def copy(values: T.Tensor[(40,), T.float32], copied: T.Tensor[(40,), T.float32]):

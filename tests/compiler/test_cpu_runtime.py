@@ -221,7 +221,7 @@ def test_products_are_vector_code(tmp_path: Path, march: str, register: str) -> 
 
 
 def test_rows_written_past_the_cache(library: ctypes.CDLL) -> None:
-    """From and to any element of a line, of any length: each element arrives, and none beside them is touched."""
+    """Rows of any length, from and to any element of a line: each element arrives, none beside them changes."""
     source = np.random.default_rng(1).integers(1, 2**16, 400).astype(np.uint16)
     for first, start, size in itertools.product((0, 1, 7), (0, 1, 15, 16, 31), (0, 1, 15, 16, 33, 257)):
         target = np.zeros(400, np.uint16)
@@ -232,7 +232,7 @@ def test_rows_written_past_the_cache(library: ctypes.CDLL) -> None:
 
 
 def test_the_last_level_cache_is_the_one_that_is_flushed(library: ctypes.CDLL) -> None:
-    """What a kernel writes past is what a benchmark empties. Catches another level, and bytes for kilobytes."""
+    """Kernels write past the cache that benchmarks flush. Catches another level, and bytes for kilobytes."""
     library.cache_bytes.restype = ctypes.c_int64
     level3 = CPU_CACHES / "index3" / "size"
     assert library.cache_bytes() == (parse_size(level3.read_text()) if level3.exists() else 32 << 20)

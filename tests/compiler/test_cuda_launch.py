@@ -1,4 +1,4 @@
-"""How a CUDA kernel is launched, with stand-ins for tilelang and the driver: nothing here has run on a GPU.
+"""Launches of CUDA kernels, with stand-ins for tilelang and the driver: nothing here has run on a GPU.
 
 Would catch: tilelang's Python wrapper in front of every launch, a kernel found in tilelang's cache that is called
 otherwise, a launch on another device than that of its tensors, a current device left changed.

@@ -59,7 +59,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def call(library: Path) -> tuple[list[str], str]:
-    """What a fresh process prints: "made" if it made the entry, then the answer; and its stderr."""
+    """Return what a fresh process prints, "made" if it made the entry, then the answer; and its stderr."""
     command = [sys.executable, "-c", CODE, str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.returncode, done.stderr)
@@ -114,7 +114,7 @@ DAMAGE_OF_LIBRARY: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE_OF_LIBRARY.values(), ids=DAMAGE_OF_LIBRARY)
 def test_a_damaged_library_is_made_anew(cache: Path, library: Path, damage: Callable[[Path], object]) -> None:
-    """In a process that neither crashes nor fails, with one line that names the file; the next one finds it whole."""
+    """The process neither crashes nor fails and names the file in one line; the next one finds it whole."""
     assert call(library) == (["made", "42"], "")
     path = cache / "place" / "entry.so"
     damage(path)
@@ -174,7 +174,7 @@ def test_a_damaged_record_is_made_anew(
     ],
 )
 def test_a_signature_that_is_none_is_refused(change: Callable[[dict], object], message: str) -> None:
-    """By the field, wherever one is read from a disk: the cache makes it anew, a bundle raises a BundleError."""
+    """The error names the field, wherever a signature is read: the cache recompiles, a bundle raises a BundleError."""
     facts = {"buffers": [{"name": "x", "dtype": "float32", "shape": ["num_tokens", 4]}], "scalars": {"splits": "int32"}}
     assert Signature.from_json(facts, "post").names == ("x", "splits")
     change(facts)
@@ -183,7 +183,7 @@ def test_a_signature_that_is_none_is_refused(change: Callable[[dict], object], m
 
 
 def test_facts_of_no_use_are_made_anew_once(cache: Path) -> None:
-    """What `use` cannot take of a kept entry is recomputed; of a new one, its error is the caller's."""
+    """A kept entry that `use` refuses is recomputed; for a new one, the error is the caller's."""
     entry()
     made = []
 
@@ -270,7 +270,7 @@ PLACES = {"above": "..", "the cache": ".", "its folder": "place", "the record": 
 def test_what_others_can_write_is_refused(
     cache: Path, monkeypatch: pytest.MonkeyPatch, place: str, let: Callable, message: str
 ) -> None:
-    """By name, with the variable that takes it all the same; nothing is used or made anew."""
+    """The error names the path, and the variable that allows it all the same; nothing is used or recompiled."""
     entry()
     path = (cache / place).resolve()
     let(path, monkeypatch)
@@ -319,7 +319,7 @@ def test_our_group_and_sticky_folders_are_taken(cache: Path, monkeypatch: pytest
 
 
 def test_a_link_is_followed_once(cache: Path, tmp_path: Path) -> None:
-    """What is behind it is what is checked, and what is used."""
+    """The link's target is what is checked, and what is used."""
     (tmp_path / "real").mkdir()
     cache.symlink_to(tmp_path / "real")
     assert entry().exists()
@@ -337,7 +337,7 @@ def test_a_switch_is_no_folder(cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_default_is_for_this_user_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With no umask at all: 0700 for what is made of ~/.cache/mhc-tilelang, and nothing that others can write."""
+    """Without a umask: 0700 for created folders of ~/.cache/mhc-tilelang, and nothing that others can write."""
     monkeypatch.delenv(disk_cache.VARIABLE, raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))

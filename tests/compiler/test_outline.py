@@ -111,7 +111,7 @@ def launch_library(library: Path, func: Any, given: dict[str, Any], signature: A
 
 
 def test_shared_macros_change_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a kernel with reductions of several kinds: the TIR is that of macros that are parsed at every use."""
+    """A kernel with several kinds of reductions has the TIR of macros that are parsed at every use."""
     from tilelang.language import reduce_op
 
     shared = [tracing.trace(*each).script(show_meta=True) for each in reducing()]
@@ -128,7 +128,7 @@ def reducing() -> list[tuple[str, dict[str, Any]]]:
 
 
 def test_progress_lines_tell_kernels_apart() -> None:
-    """Of all that a model compiles, for either target: the rows of phi, what is left out, the tile."""
+    """Lines of all kernels of a model differ, for either target: the rows of phi, what is left out, the tile."""
     for target in ("cpu", "sm_90a"):
         kernels = kernels_of(MHCSpec(2560), "bfloat16", target)
         lines = [f"{family} {tracing.sizes_of(parameters)}" for family, parameters in kernels]

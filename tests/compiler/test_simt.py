@@ -38,7 +38,7 @@ def test_its_twin_is_clean(name: str) -> None:
 
 
 def test_a_finding_quotes_thread_tensor_and_line() -> None:
-    """What a developer needs to find it."""
+    """A finding says enough to locate the fault."""
     with pytest.raises(SimtError) as raised:
         PLANTED["tail not masked"].run(wrong=True)
     text = str(raised.value)
@@ -56,7 +56,7 @@ def test_a_launch_that_was_stopped_changes_nothing() -> None:
 
 
 def test_a_damaged_library_is_made_anew(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the byte, so that of two processes that make it at once neither takes the other's for damaged."""
+    """The rebuilt file has the same bytes: of two processes that build at once, neither finds the other's damaged."""
     kernel = PLANTED["tail not masked"].twin(wrong=False)
     kernel = replace(kernel, code=f"{kernel.code}\n// damaged by a test\n")
     path = build.library(kernel)
@@ -236,7 +236,7 @@ def test_lanes_are_counted_through_a_block_of_two_dimensions() -> None:
 
 
 def test_a_block_need_not_be_whole_warps() -> None:
-    """For __syncthreads and __syncwarp; only named barriers count in warps."""
+    """__syncthreads and __syncwarp need no whole warps; only named barriers count in warps."""
     body = SHARED + f"tile[{T}] = x[{T}];\n__syncwarp();\n__syncthreads();\ny[{T}] = tile[47 - {T}];"
     kernel = source(body, "const float* x, float* y", threads=48, shared_bytes=1024)
     x, y = torch.arange(48.0), torch.zeros(48)
@@ -263,7 +263,7 @@ def test_what_ended_a_launch_is_told_however_much_came_before() -> None:
 
 
 def test_inputs_may_be_read_only(tmp_path) -> None:
-    """What a kernel only reads is not written back."""
+    """Memory that a kernel only reads is not written back."""
     np.zeros(64, np.float32).tofile(tmp_path / "x")
     x = torch.from_numpy(np.memmap(tmp_path / "x", np.float32, "c"))
     mapped = np.memmap(tmp_path / "x", np.float32, "r")

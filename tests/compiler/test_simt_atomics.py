@@ -115,7 +115,7 @@ def test_a_wait_for_a_block_that_has_no_room_is_a_deadlock() -> None:
 
 
 def test_the_barrier_passes_on_what_one_thread_acquired() -> None:
-    """Without it the other threads have no order, though they run later."""
+    """Without the barrier the other threads have no order, though they run later."""
     body = GIVE.replace("{ }\n  __syncthreads();", "{ }\n")
     assert body != GIVE
     with pytest.raises(SimtError, match="race between blocks"):

@@ -105,7 +105,7 @@ def test_every_family_is_executed(all_launches: list[Launched]) -> None:
 @pytest.mark.parametrize("family", STREAMS)
 @in_one_process
 def test_traffic_is_as_audited(family: str, all_launches: list[Launched]) -> None:
-    """What threads asked for of the stream is what the audit counts in the TIR, in whole sectors."""
+    """Threads request the stream's bytes that the audit counts in the TIR, in whole sectors."""
     for launched in (launched for launched in all_launches if launched.family == family):
         audited = audit(family, launched.parameters, launched.numbers)
         for name in STREAMS[family]:
@@ -125,7 +125,7 @@ def test_traffic_is_as_audited(family: str, all_launches: list[Launched]) -> Non
 
 
 def test_the_same_bits_as_on_the_cpu_target() -> None:
-    """Where the order of operations is the same, so is every bit: the kernels that mix streams, Sinkhorn's sums."""
+    """Equal orders of operations give equal bits: the kernels that mix streams, Sinkhorn's sums."""
     inputs = Inputs.of(MAIN, CPU)
     x, h, h_pre, h_post, h_res = inputs.x, inputs.h, inputs.h_pre, inputs.h_post, inputs.h_res
     g = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(BF16)

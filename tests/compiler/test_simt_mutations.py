@@ -32,7 +32,7 @@ CHECKED_BY = {
 
 
 def outcome(family: str, mutate: Mutation, case: Case = MAIN, parallel_blocks: int = 8) -> str:
-    """What the check of a kernel says when its source is damaged: "passed", "wrong", or the executor's findings."""
+    """Return what a kernel's check says of its damaged source: "passed", "wrong", or the executor's findings."""
     try:
         with damaged(family, mutate), executing(parallel_blocks=parallel_blocks):
             row = check_case(CHECKED_BY.get(family, family), case, Inputs.of(case, torch.device("cpu")))

@@ -41,7 +41,7 @@ def test_each_channel_counts_once(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_subset_of_gradients(dtype):
-    """What is needed alone has the bits of both, and g_h_pre those of the kernel that computes it alone."""
+    """A gradient needed alone has the bits of both together; g_h_pre has those of its kernel alone."""
     inputs, g = Inputs.of(replace(CASE, dtype=dtype), CPU), Gradients.of(replace(CASE, dtype=dtype), CPU).g_h
     g_x, g_h_pre = launch.aggregate_gradients(g, inputs.x, inputs.h_pre)
     alone, absent = launch.aggregate_gradients(g, inputs.x, inputs.h_pre, needs_g_h_pre=False)

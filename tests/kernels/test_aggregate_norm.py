@@ -98,7 +98,7 @@ def test_weight_and_eps_count():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_row_has_a_mean_square_of_one(dtype):
-    """With a weight of one and no eps; the mean is over channels alone, whatever the other tokens and streams hold."""
+    """A weight of one and no eps give a mean square of 1; the mean is over channels alone, not tokens or streams."""
     case = replace(CASE, dtype=dtype)
     inputs = Inputs.of(case, CPU)
     inputs = replace(inputs, h_pre=inputs.h_pre * torch.logspace(-3, 3, case.num_tokens).unsqueeze(-1))

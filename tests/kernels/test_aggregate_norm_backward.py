@@ -67,7 +67,7 @@ def test_each_token_adds_to_the_weights_gradient_once():
 
 
 def test_a_gradient_along_the_result_is_none():
-    """With a weight of one and no eps the norm ignores the size of u: what pulls along u has no gradient.
+    """A gradient along u vanishes: with a weight of one and no eps the norm ignores the size of u.
 
     Catches an r that is held constant: r·g would be left.
     """
@@ -115,7 +115,7 @@ def test_frozen_and_unused():
 
 
 def test_the_aggregations_share_is_of_the_rounded_g_u():
-    """What follows the norm's backward takes g_u as the kernel wrote it: the chain of launches, to the bit."""
+    """Kernels after the norm's backward take g_u as it was written: the chain of launches, to the bit."""
     inputs, g, spec = Inputs.of(CASE, CPU), Gradients.of(CASE, CPU).g_h, CASE.spec
     arguments = FUNCTION.arguments(CASE)
     leaves = requiring({name: getattr(inputs, name) for name in ("x", "phi", "alpha", "bias")})

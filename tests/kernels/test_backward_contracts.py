@@ -1,4 +1,4 @@
-"""What every backward kernel owes, whatever it computes: NaN stays where it belongs, and nothing else is read.
+"""The contract of every backward kernel: NaN stays in its token, and nothing else is read.
 
 Would catch: a masked lane or a row of padding that is multiplied into a sum, a maximum that swallows NaN, a token whose
 bits depend on another, a row read beyond the last token, an aligned vector load of a tensor that starts elsewhere.
@@ -31,7 +31,7 @@ def fields_of(name: str) -> list[str]:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(("name", "field"), [(name, field) for name in BACKWARD for field in fields_of(name)])
 def test_special_values(name, field, value):
-    """In one token's gradients, and in the sums over tokens that its non-finite terms belong to."""
+    """Non-finite values stay in one token's gradients, and in the sums over tokens that have its terms."""
     assert_special_values_stay(BACKWARD[name], case_of(name), field, value)
 
 

@@ -91,7 +91,7 @@ def test_same_call_twice(case, function):
 
 @every_function_and_case
 def test_token_alone_and_in_batches(case, function):
-    """In batches of 1 to 70 tokens, then at random places, many times over, in batches of 127 to 4097."""
+    """A token has equal bits in batches of 1 to 70, then repeatedly at random places, in batches of 127 to 4097."""
     inputs = Inputs.of(case, CPU)
     alone = each_alone(function, inputs, case)
     for size in range(1, NUM_TOKENS + 1):
@@ -183,7 +183,7 @@ def test_given_total_of_partial_sums_is_written():
 
 
 def test_sinkhorn_backward_is_the_one_in_coefficients():
-    """With alpha 0 of the res group the logits are the bias; g_bias of one token is its gradient."""
+    """Dots of zero make the bias the logits; g_bias of one token is its gradient."""
     function = BACKWARD["coefficients_backward"]
     arguments = take_tokens(function.arguments(CASES["n4-bfloat16"]), torch.arange(1))
     arguments["projected"][8:24] = 0.0
@@ -211,7 +211,7 @@ def test_pre_is_coefficients_and_aggregation(case):
 
 
 def test_sinkhorn_is_the_one_in_coefficients():
-    """On logits that are the bias alone. Catches two copies of the iteration that drift apart."""
+    """Equal bits on logits that are the bias alone. Catches two copies of the iteration that drift apart."""
     case = CASES["n4-bfloat16"]
     inputs = Inputs.of(case, CPU)
     _, _, h_res = ops.coefficients(torch.zeros_like(inputs.x), *projected(inputs)[1:], case.spec)

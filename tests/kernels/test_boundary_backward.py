@@ -63,7 +63,7 @@ class Drawn:
         return dict(zip(NAMES, got, strict=False))
 
     def separate(self):
-        """By one kernel each; autograd would add the two gradients of x_next in the stream's dtype."""
+        """Return the gradients of the separate kernels; autograd would add the two of x_next in the stream's dtype."""
         i, f, (g_x, g_input, g_post, g_res) = self.inputs, self.forward, self.upstream.values()
         g_pre = launch.aggregate_backward(g_input, f.x_next)
         g_projected, g_alpha, g_bias = launch.coefficients_backward(
@@ -74,7 +74,7 @@ class Drawn:
         return dict(zip(NAMES, values, strict=True))
 
     def float64(self, **changes):
-        """From the x_next that was rounded: its rounding is the forward's, not an error of the backward.
+        """Return float64 gradients from the rounded x_next: its rounding is the forward's, no error of the backward.
 
         Through post as it is, then through pre at that x_next.
         """
@@ -191,7 +191,7 @@ def test_reads_nothing_else():
 
 @pytest.mark.parametrize("field", ["x", "layer_output", "h_post", "h_res"])
 def test_nan_stays_in_its_token(field):
-    """In the last token, whose weights rows beyond it take: no bit of another token's gradients moves."""
+    """NaN in the last token, whose weights padding rows take, changes no bit of another token's gradients."""
     drawn, spoilt = Drawn(SMALL), Drawn(SMALL)
     tensor = getattr(spoilt.inputs, field).clone()
     tensor[-1].view(-1)[0] = torch.nan
@@ -248,7 +248,7 @@ def test_no_token_gives_zero_gradients_of_parameters():
 @pytest.mark.parametrize("dtype", [pytest.param(d, marks=[pytest.mark.full] * (d != torch.bfloat16)) for d in DTYPES])
 @pytest.mark.parametrize("delayed", [pytest.param(False, marks=pytest.mark.full), True])
 def test_separate_kernels_at_8_streams(delayed, dtype, monkeypatch):
-    """What a GPU runs at n = 8: the same gradients, of which the stream's g is rounded twice before it is mixed."""
+    """The form of GPUs at n = 8: the same gradients, but the stream's g is rounded twice before it is mixed."""
     drawn = Drawn(Case(8, 72, dtype, 67))
     i, f = drawn.inputs, drawn.forward
     forms = {"is_delayed": True, "g_h_pre_next": drawn.g_h_pre} if delayed else {}

@@ -51,7 +51,7 @@ class Drawn:
         self.phi = 0.3 * normal(rows, n * hidden_size)
 
     def run(self, arch="sm_90a", parallel_blocks=8):
-        """As generated CUDA."""
+        """Run as generated CUDA."""
         arguments = (self.g_x_next, self.g_layer_input, self.g_projected, self.x, self.layer_output)
         with executing(arch, parallel_blocks=parallel_blocks) as launches:
             g_x, g_layer_output, phi, mixing = mixing_backward(
@@ -65,7 +65,7 @@ class Drawn:
         return found | ({"g_h_pre": sums[..., self.n + 1]} if self.delayed else {})
 
     def float64(self):
-        """From the x_next that is rounded, as the kernel's."""
+        """Return float64 gradients from an x_next that is rounded as the kernel's."""
         x, layer, h_post, h_res, phi = (
             t.double() for t in (self.x, self.layer_output, self.h_post, self.h_res, self.phi)
         )
@@ -134,7 +134,7 @@ def test_any_number_of_tokens(num_tokens):
 
 
 def test_how_ranges_are_cut_moves_no_token():
-    """As many ranges as tiles, and one of all, which takes both stages in turn: per token no bit moves."""
+    """A range a tile, and one of all tiles, which takes both stages in turn, have equal bits per token."""
     drawn = Drawn(4, 200, BF16, 129)
     several, one = drawn.run(parallel_blocks=4 * 5), drawn.run(parallel_blocks=4)
     assert drawn.launched.numbers["num_ranges"] == 1
@@ -225,14 +225,14 @@ def test_which_form_is_for_what():
 
 @pytest.mark.parametrize(("multiprocessors", "ranges"), [(132, 13), (148, 22), (1, 1)])
 def test_ranges_follow_the_device(multiprocessors, ranges):
-    """At 4096 tokens, C = 2560: whole waves of 40 blocks a range."""
+    """Ranges fill whole waves of 40 blocks a range, at 4096 tokens and C = 2560."""
     plan = boundary_plans.boundary_backward_plan(24, 4, 2560, "bfloat16", "cuda")
     per_range = boundary_plans.tiles_per_range(4096, plan, 2560, 2 * multiprocessors)
     assert -(-4096 // (per_range * plan.tokens)) == ranges
 
 
 def test_shared_bytes_are_what_the_kernel_takes():
-    """Of the largest form: what the plan counts is what tilelang allocates, but for alignment."""
+    """The plan counts what tilelang allocates for the largest form, but for alignment."""
     drawn = Drawn(4, 72, BF16, 1, delayed=True)
     drawn.run()
     source, _ = generated("boundary_backward", drawn.launched.parameters, "sm_80")

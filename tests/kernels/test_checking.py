@@ -155,7 +155,7 @@ def test_json(tiny, capsys):
 
 
 def test_broken_kernel_fails_the_command(tiny, transposing_post, capsys):
-    """In the exit status, in the table, in the last line by name, and in the JSON."""
+    """The exit status, the table, the last line by name, and the JSON all show the failure."""
     options, file = tiny
     assert main(options) == 1
     report = json.loads(file.read_text())
@@ -180,7 +180,7 @@ def test_kernel_that_returns_nan_fails(monkeypatch):
 
 
 def test_zero_is_a_right_answer():
-    """Where the exact result, its bound and its scale are 0, as of a zero stream, a result of 0 is no error."""
+    """A result of 0 is no error where exact result, bound and scale are 0, as for a zero stream."""
     zero = np.zeros((2, 3))
     assert compare(Comparison("x_next", zero, zero, zero, zero, zero)).passed
     assert not compare(Comparison("x_next", zero + 1, zero, zero, zero, zero)).passed

@@ -51,7 +51,7 @@ def call(inputs, case):
 
 @pytest.mark.parametrize("factor", [1e-3, 300.0])
 def test_small_and_large_streams(factor):
-    """At 1e-3 the mean square is rms_eps, so a scale without it is off by √2; at 300, Σx² is above 65504."""
+    """Scale 1e-3 has a mean square of rms_eps, √2 off without it; scale 300 has Σx² above 65504."""
     case = Case(4, 333, torch.bfloat16, 127)
     inputs = Inputs.of(case, CPU)
     assert_matches_float64("coefficients", case, replace(inputs, x=inputs.x * factor))
@@ -107,7 +107,7 @@ def test_norm_weight_is_multiplied_into_phi():
 
 
 def test_phi_may_change_between_calls():
-    """In place, as an optimizer does it. Catches anything made of phi that outlives a call."""
+    """Optimizers change phi in place. Catches anything made of phi that outlives a call."""
     inputs = Inputs.of(CASE, CPU)
     before = call(inputs, CASE)
     inputs.phi.neg_()

@@ -110,7 +110,7 @@ def test_alpha_of_each_row():
 
 
 def test_partial_sums_have_a_row_per_block():
-    """As many as the kernel writes, and a row of zeros where there is no token."""
+    """There are as many rows as the kernel writes, and a row of zeros where there is no token."""
     for num_tokens, rows in ((0, 1), (1, 1), (64, 1), (65, 2), (4097, 65)):
         partial = partial_sums(torch.empty(25, num_tokens), 64, 27)
         assert partial.shape == (rows, 27)

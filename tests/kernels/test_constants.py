@@ -127,7 +127,7 @@ def test_iterations_up_to_the_capacity_are_one_kernel(loads):
     ],
 )
 def test_generated_cuda_code(kernel):
-    """As a GPU would be handed them: a float where a float is declared."""
+    """Generated CUDA gets a float where a float is declared, as a GPU would."""
     with simt.executing() as launches:
         assert_matches_float64(kernel, Changed(*EXECUTED))
     assert any("sinkhorn_eps" in launched.numbers for launched in launches)

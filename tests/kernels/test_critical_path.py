@@ -36,7 +36,7 @@ CASES = [
 
 
 def in_both_places(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> tuple[Any, Any]:
-    """What a call returns when the mappings are made before the aggregation, and beside it."""
+    """Return the results of a call with the mappings computed before the aggregation, and beside it."""
     found = []
     for deferred in (False, True):
         monkeypatch.setattr(boundary_plans, "defers_mappings", lambda _, answer=deferred: answer)
@@ -99,7 +99,7 @@ def test_gradients_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_on_a_gpus_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same on the code that a GPU runs, where a block of mappings has as many tokens as `pre` has threads."""
+    """Generated CUDA has equal bits too; there a block of mappings has as many tokens as `pre` has threads."""
     case = Case(4, 144, FP16, 37)
     inputs = Inputs.of(case, CPU)
     with executing() as launched:
@@ -124,8 +124,9 @@ def test_on_a_gpus_code(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_where_it_is_done() -> None:
-    """On a GPU in as many launches as before, and only where the h_pre of this sublayer is what is aggregated with; in
-    one launch less where warps project, whose phi is split first.
+    """Only GPUs do it, without a further launch, and only where this sublayer's own h_pre aggregates.
+
+    Where warps project, whose phi is split first, it is one launch less.
     """
 
     def families(kernel: str, target: str, dtype: str = "float16") -> list[str]:

@@ -51,7 +51,7 @@ def test_matches_float64(case):
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 @pytest.mark.parametrize("case", CASES)
 def test_is_the_projection_of_one_stream(case, target):
-    """On phi summed over streams, to the bit, squares n times: by the CPU's plan, and by the GPU's run on the CPU."""
+    """Equal bits to a projection by phi summed over streams, squares n times: by the CPU's plan and the GPU's."""
     inputs, plan = Inputs.of(case, CPU), plan_of(case, target)
     x, partial = launch.expand_project(inputs.h, inputs.phi, plan)
     assert_same_bits([x], [launch.expand(inputs.h, case.num_streams)])
@@ -106,7 +106,7 @@ def test_reads_nothing_else(target):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_special_values_stay_in_their_token(value):
-    """In one token: that token's outputs have it, and no bit of another token moves."""
+    """A special value in one token is in that token's outputs, and no bit of another token changes."""
     inputs = Inputs.of(SMALL, CPU)
     parameters = (inputs.phi, inputs.alpha, inputs.bias, SMALL.spec)
     spoilt = inputs.h.clone()

@@ -1,4 +1,4 @@
-"""What every function owes: tokens of their own, any leading dimensions, views that start anywhere.
+"""The contract of every function: tokens of their own, any leading dimensions, views that start anywhere.
 
 Would catch: a leading axis that is lost or hard-wired, an aligned vector load of a tensor that starts elsewhere, a
 masked or padded lane multiplied into a neighbour, a maximum or a clamp that swallows NaN or infinity.

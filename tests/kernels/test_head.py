@@ -42,7 +42,7 @@ def test_one_stream_chosen():
 
 
 def test_pre_eps():
-    """With gates closed, pre_eps of the sum of the streams. Catches an eps that is left out."""
+    """Closed gates leave pre_eps times the sum of the streams. Catches an eps that is left out."""
     inputs = Inputs.of(CASE, CPU)
     spec = replace(CASE.spec, pre_eps=0.5)
     h = ops.head(inputs.x, torch.zeros(4, 4 * 333), torch.ones(1), torch.full((4,), -1e4), spec)

@@ -28,7 +28,7 @@ def test_saturated_gates_keep_their_slope():
 
 @pytest.mark.parametrize("n", STREAMS)
 def test_is_the_pre_group_of_coefficients(n):
-    """The same rows, alpha and ρ, to the bit. Catches two copies of the gate that drift apart."""
+    """Rows, alpha and ρ are equal to the bit. Catches two copies of the gate that drift apart."""
     case = Case(n, 333, torch.bfloat16, 67)
     whole = BACKWARD["coefficients_backward"]
     arguments = FUNCTION.arguments(case)

@@ -39,7 +39,7 @@ def test_the_last_token_of_a_huge_stream() -> None:
 
 @pytest.mark.full
 def test_the_backward_of_the_last_token_of_a_huge_stream() -> None:
-    """The same, of every backward kernel that reads or writes a stream; one that is as large as the other is both.
+    """Every backward kernel that reads or writes a stream reaches its last token; one of two equal streams is both.
 
     g_projected is zero but for the last three tokens, so that g_phi is theirs alone, to the bit.
     """
@@ -76,7 +76,7 @@ LONG = {
 
 @pytest.mark.parametrize("family", ["aggregate_backward", "post_backward", "expand_backward", LONG["project_backward"]])
 def test_cuda_indexes_streams_of_a_backward_in_64_bits(family: str) -> None:
-    """As below; `project_backward` has the number of a token in a variable."""
+    """Indices of backward kernels are 64-bit too; `project_backward` has a token's number in a variable."""
     *_, subject = matrix.subjects(Shape(4096, 4, 1280, "bfloat16"), [family])
     source = generate(family, subject.launch.parameters, "sm_90a").code
     token = 4 * 1280

@@ -179,7 +179,7 @@ def test_mixing_in_the_streams_dtype_is_rejected(case):
 @pytest.mark.parametrize("n", STREAMS)
 @pytest.mark.parametrize("std", [2.0, 6.0])
 def test_rows_first_is_rejected(n, std):
-    """At the 20 iterations of the checks. That fewer show it even better is in test_sinkhorn."""
+    """Rows first is rejected at the checks' 20 iterations; test_sinkhorn has fewer, which show it better."""
     case = Case(n, 192, torch.float32, 63, logit_std=std)
     logits = numpy64(Inputs.of(case, CPU).logits)
     rows_first = transposed(reference.sinkhorn(transposed(logits)))

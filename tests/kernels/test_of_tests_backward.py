@@ -156,7 +156,7 @@ def test_narrow_g_dots_are_rejected_in_g_phi(size, dtype):
 
 @every_case
 def test_a_missing_term_of_g_x_is_rejected(case):
-    """Without ρ·x; without the aggregation's share; with one row of phi less."""
+    """Rejected are a missing ρ·x, a missing share of the aggregation, and a missing row of phi."""
     arguments = exact_arguments("project_backward_aggregated", case)
     without_rho, without_row = arguments["g_projected"].copy(), arguments["g_projected"].copy()
     without_rho[-1], without_row[-2] = 0, 0
@@ -173,7 +173,7 @@ def test_a_missing_term_of_g_x_is_rejected(case):
 @pytest.mark.parametrize("size", [64, 333, 2560])
 @pytest.mark.parametrize("kernel", ["aggregate_backward", "post_backward"])
 def test_last_channels_left_out_are_rejected(kernel, size):
-    """As few as a tile of the CPU has for float32: 16, or what hangs over."""
+    """Rejected are as few channels as a CPU's float32 tile has: 16, or what hangs over."""
     case = Case(4, size, torch.bfloat16, 63)
     function, arguments = BACKWARD[kernel], BACKWARD[kernel].arguments(case)
     for name in ("x", "layer_output", "g_layer_input"):

@@ -71,7 +71,7 @@ def test_reads_nothing_else(blocks):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("blocks", [3, 17])
 def test_special_values(blocks, value):
-    """In their own element and in no other."""
+    """A special value stays in its own element and in no other."""
     partial = drawn(blocks, 27)
     partial[2, 5] = value
     expected = torch.arange(27) != 5

@@ -57,15 +57,16 @@ def assert_contract(x, layer_output, h_post, h_res):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", STREAMS)
 def test_bits_of_the_contract(n, dtype):
-    """On 24-bit coefficients, where an unfused product or another order moves bits."""
+    """Coefficients have 24 bits, where an unfused product or another order moves bits."""
     inputs = Inputs.of(Case(n, 192, dtype, 127), CPU)
     assert_contract(*arguments(inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_float32_layer_is_rounded_once(dtype):
-    """With the stream, not before: within half an ulp of float64, and float32's own errors. A layer's output that is
-    rounded first, as the last lines show, is off by more and has other bits.
+    """It is rounded with the stream, not before: within half an ulp of float64, and float32's own errors.
+
+    A layer's output that is rounded first, as the last lines show, is off by more and has other bits.
     """
     case = Case(4, 192, dtype, 127, layer_dtype=torch.float32)
     x, layer_output, h_post, h_res = arguments(Inputs.of(case, CPU))

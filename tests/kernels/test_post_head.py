@@ -76,7 +76,7 @@ def test_gpu_plan_matches_float64(case):
 
 @pytest.mark.parametrize("outside", [True, False])
 def test_separate_kernels_give_the_same(outside, monkeypatch):
-    """What a GPU runs at n = 8, with a gradient of x_next and without: within its two roundings more."""
+    """The form of GPUs at n = 8, with a gradient of x_next and without: within its two additional roundings."""
     inputs, upstream = Inputs.of(SMALL, CPU), Gradients.of(SMALL, CPU)
     last, forward = of_head(SMALL, inputs), fused(inputs, SMALL)
     left = (forward.x_next, forward.h_pre, forward.projected, SMALL.spec)

@@ -132,9 +132,7 @@ def test_no_schedule_moves_a_bit(target):
 
 
 def test_schedules_of_a_gpu():
-    """By warps a block takes a group of chunks of a tile, of few tokens too. By tiles few tokens' chunks are shared out
-    over the device.
-    """
+    """Warps take a group of chunks of a tile, of few tokens too. Tiles share few tokens' chunks over the device."""
     of_float32 = boundary_plans.post_project_plan(24, 4, 2560, "float32", "cuda")
     plan = boundary_plans.post_project_plan(24, 4, 2560, "bfloat16", "cuda")
     for num_tokens in (1, 16, 128):

@@ -131,7 +131,7 @@ def test_each_gradient_alone(num_tokens):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_without_the_aggregation(dtype):
-    """The same as with weights of zero: one more fma, of zero."""
+    """Absent weights give the bits of zero weights: one more fma, of zero."""
     arguments = FUNCTION.arguments(replace(CASE, dtype=dtype))
     zero = FUNCTION({**arguments, "h_pre": torch.zeros_like(arguments["h_pre"])})
     without = FUNCTION({name: arguments[name] for name in ("g_projected", "x", "phi")})

@@ -34,8 +34,9 @@ QUICK = ("aggregated", "float16", "eight streams", "one stream", "g_phi only")
 @pytest.mark.parametrize("form", [pytest.param(f, marks=[pytest.mark.full] * (f not in QUICK)) for f in FORMS])
 @pytest.mark.parametrize("parallel_blocks", [1, 64])
 def test_matches_float64(form, parallel_blocks):
-    """Where a block walks over all tokens, and where each has one tile. g_x rounds once, 0.41 U in the mean square;
-    g_phi has split operands: 2^-17 of a term at most.
+    """A block walks over all tokens, or each has one tile.
+
+    g_x rounds once, 0.41 U in the mean square; g_phi has split operands: 2^-17 of a term at most.
     """
     (n, hidden_size, dtype, num_tokens), rows, options, arch = FORMS[form]
     aggregated, needs = options["aggregated"], {key: value for key, value in options.items() if key != "aggregated"}

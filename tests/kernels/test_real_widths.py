@@ -39,9 +39,7 @@ def group_count(hidden_size: int) -> int:
 
 
 def shares(hidden_size: int) -> dict[str, int]:
-    """How partial sums are shared out where not as one slab: the blocks that the device runs at a time, which two tiles
-    of tokens share.
-    """
+    """Return how many blocks run at a time, by regime other than one slab; two tiles of tokens share them."""
     return {
         "a slab a group, two splits": 2 * 2,
         "a slab a chunk, several a split": 2 * (2 * group_count(hidden_size) + 2),
@@ -51,7 +49,7 @@ def shares(hidden_size: int) -> dict[str, int]:
 
 @contextmanager
 def a_range_for_each_tile() -> Iterator[None]:
-    """As many ranges of tokens, whose sums are partial, as there are tiles: otherwise hundreds of tokens share one."""
+    """Patch plans to a range of tokens, with partial sums, for each tile: otherwise hundreds of tokens share one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(projection_plans, "TOKENS_PER_PARTIAL", 1)
         patch.setattr(projection_plans, "MAX_PARTIALS", TOKENS)
@@ -77,7 +75,7 @@ def projection_of(one: Recorded) -> projection_plans.ProjectionPlan | None:
 
 
 def slab_counts_of(launches: list[Recorded]) -> set[int]:
-    """How many slabs there were."""
+    """Return the numbers of slabs of all projections."""
     return {len(one.arguments["partial"]) for one in launches if projection_of(one)}
 
 

@@ -41,7 +41,7 @@ def block(case: Case, sublayers: int) -> tuple[torch.Tensor, list[Written], dict
 
 
 def one_by_one(x, written, h_pre):
-    """The same by the kernels of the forward."""
+    """Return the streams and layer inputs by the kernels of the forward."""
     streams = [x]
     for one in written:
         streams.append(launch.post(streams[-1], *one))
@@ -67,7 +67,7 @@ def test_blocks_of_any_length(sublayers):
 
 
 def test_some_layer_inputs():
-    """Those that are not needed are not written; the last one of a chain's launch is none of the next one's."""
+    """Layer inputs that are not needed are not written; the last of one launch is none of the next one's."""
     x, written, h_pre = block(Case(4, 40, torch.bfloat16, 5), 10)
     assert_replayed(x, written, {k: h_pre[k] for k in (1, 8)})
     assert_replayed(x, written, {})
@@ -75,7 +75,7 @@ def test_some_layer_inputs():
 
 @pytest.mark.parametrize(("dtype", "layer_dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
 def test_layers_of_several_dtypes(dtype, layer_dtype):
-    """As autocast leaves them: a launch for each run of the same."""
+    """Layers under autocast have several dtypes: a launch for each run of the same."""
     x, written, h_pre = block(Case(4, 40, dtype, 5), 3)
     written[1] = written[1]._replace(layer_output=written[1].layer_output.to(layer_dtype))
     assert [(first, len(part)) for first, part in launch.replay_parts(written)] == [(0, 1), (1, 1), (2, 1)]

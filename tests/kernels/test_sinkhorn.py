@@ -40,7 +40,7 @@ def transposed(matrices):
 
 
 def verdict(got, expected, logits, iters):
-    """By the bound of `checking`, which holds for any eps: it comes from the number of steps and the logits."""
+    """Compare by the bound of `checking`, which holds for any eps: it comes from the number of steps and the logits."""
     bound = tolerance.sinkhorn(np.zeros(logits.shape), numpy64(logits), iters)
     return compare(Comparison("h_res", numpy64(got), numpy64(got), expected, bound, np.ones_like(expected)))
 

@@ -29,7 +29,7 @@ def drawn(n=4, std=3.0, num_tokens=127):
 
 
 def passes(got, expected, g_h_res, logits, iters):
-    """By the bound of `checking`, which holds for any eps."""
+    """Return whether the result is within the bound of `checking`, which holds for any eps."""
     bound = tolerance.sinkhorn_backward(numpy64(g_h_res), np.zeros(logits.shape), numpy64(logits), iters)
     exact = np.asarray(expected)
     return compare(Comparison("g_logits", numpy64(got), exact, exact, bound, np.ones_like(bound))).passed
@@ -139,7 +139,7 @@ def test_coefficients_have_the_same_limit(iters):
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("n", STREAMS)
 def test_denominators_fit(n, kind):
-    """At every count: room for the denominators, whole vectors or warps, never more bytes than there are; few kernels.
+    """Denominators fit at every count: whole vectors or warps, never more bytes than there are; few kernels.
 
     Never more tokens for more iterations.
     """

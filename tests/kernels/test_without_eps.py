@@ -60,7 +60,7 @@ def far_row(n, below):
 @pytest.mark.parametrize("below", [105.0, 745.0, 800.0, 1e6, 1e38])
 @pytest.mark.parametrize("n", STREAMS)
 def test_a_row_far_below_counts_as_any_other(n, below):
-    """Its ratios are those of the other rows: everything is 1/n, to the bit, in float64 and in plain torch as well."""
+    """Its ratios are those of the other rows: everything is 1/n, to the bit, also in float64 and in plain torch."""
     logits, even = far_row(n, below), torch.full((1, n, n), 1 / n)
     assert_same_bits([ops.sinkhorn(logits, 20, 0.0)], [even])
     np.testing.assert_array_equal(reference.sinkhorn(numpy64(logits), 20, 0.0), numpy64(even))
@@ -121,7 +121,7 @@ def phi_of_one(n, hidden_size, dtype):
     "function", ["coefficients", "aggregate_mappings", "post_pre", "coefficients_backward", "post_pre_backward"]
 )
 def test_phi_of_standard_deviation_one(function):
-    """Of logits like these, 3.6 % have a row that exp alone makes NaN."""
+    """Logits like these have, in 3.6 % of cases, a row that exp alone makes NaN."""
     assert_matches_float64(function, phi_of_one(4, 1280, torch.bfloat16))
 
 

@@ -58,7 +58,7 @@ def test_hyper_connection_starts_as_documented(n, sublayer):
 @pytest.mark.parametrize("n", STREAMS)
 @pytest.mark.parametrize("sublayer", [0, 3, 9])
 def test_unconstrained_starts_as_the_plain_residual(n, sublayer):
-    """To the bit: the layer reads stream `sublayer % n`, and every stream becomes x + layer_output."""
+    """Initially the layer reads stream `sublayer % n`, and every stream becomes x + layer_output, to the bit."""
     module = mhc.UnconstrainedHyperConnection(mhc.MHCSpec.deepseek_v4(7, num_streams=n), sublayer)
     assert module.theta.shape == (n + 2, 7)
     x, layer_output = normal(3, n, 7), normal(3, 7, seed=2)
@@ -80,7 +80,7 @@ def test_head_starts_as_the_mean(n):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_modules_are_the_functions(dtype):
-    """To the bit: catches parameters handed over in another order."""
+    """Modules have the bits of the functions. Catches parameters handed over in another order."""
     connection, head = randomize(MODULES["mhc"]()), randomize(MODULES["head"]())
     x, layer_output = normal(*TOKENS, 4, 24, dtype=dtype), normal(*TOKENS, 24, dtype=dtype, seed=2)
     got = connection(x)
@@ -126,7 +126,7 @@ def test_unconstrained_matches_float64(n):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_unconstrained_rounds_once(dtype):
-    """To the bit what float32 gives, rounded; catches mappings or sums in 16 bits, under autocast too."""
+    """Results are float32's, rounded, to the bit. Catches mappings or sums in 16 bits, under autocast too."""
     module = randomize(MODULES["hc"]())
     x, layer_output = normal(*TOKENS, 4, 24, dtype=dtype), normal(*TOKENS, 24, dtype=dtype, seed=2)
     wide = module(x.float())
@@ -285,7 +285,7 @@ def test_errors_name_what_was_expected():
 
 @pytest.mark.parametrize("factor", [1e-3, 0.0])
 def test_unconstrained_at_small_streams(factor):
-    """At 1e-3 rms_eps is as large as the mean square, and a stream of zeros has no other scale."""
+    """Scale 1e-3 has a mean square as large as rms_eps, and a stream of zeros has no other scale."""
     spec = mhc.MHCSpec.deepseek_v4(24)
     module, x = randomize(mhc.UnconstrainedHyperConnection(spec)), factor * normal(*TOKENS, 4, 24)
     expected = reference.hc_pre(numpy64(x), *(numpy64(getattr(module, name).detach()) for name in HC_PARAMETERS), spec)

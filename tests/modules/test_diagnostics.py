@@ -21,7 +21,7 @@ SPEC = mhc.MHCSpec.deepseek_v4(hidden_size=24)
 
 
 def test_gains_are_not_swapped():
-    """By hand: rows sum to 3 and −7, columns to −2 and −2; then one whose signs cancel."""
+    """Computed by hand: rows sum to 3 and −7, columns to −2 and −2; then a matrix whose signs cancel."""
     gain = diagnostics.amax_gain(torch.tensor([[[1.0, 2.0], [-3.0, -4.0]], [[1.0, -1.0], [0.0, 0.5]]]))
     assert gain.forward.tolist() == [7.0, 0.5]
     assert gain.backward.tolist() == [2.0, 1.0]
@@ -115,7 +115,7 @@ def test_bad_arguments(call, error, message):
 
 
 def test_res_logits_of_small_streams():
-    """At 1e-3 rms_eps is as large as the mean square: logits without it give another h_res than the operator's."""
+    """Scale 1e-3 has a mean square of rms_eps: logits without it give another h_res than the operator's."""
     connection, x = randomize(mhc.HyperConnection(SPEC)), 1e-3 * normal(5, 4, 24)
     parameters = connection.phi.detach(), connection.alpha.detach(), connection.bias.detach()
     h_res = mhc.coefficients(x, *parameters, SPEC)[2]

@@ -71,7 +71,7 @@ def test_watching_changes_nothing(kind, fused):
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("kind", ["mhc", "hc"])
 def test_rows_are_what_passed(kind, fused):
-    """By hand, one connection after the other. Catches x_next or the waiting write's h_res in the wrong place."""
+    """Rows equal those computed by hand. Catches x_next or the waiting write's h_res in the wrong place."""
     model, h = Model(kind, fused), embeddings()
     with watch(model, tokens=10) as report, torch.no_grad():
         model(h)
@@ -298,7 +298,7 @@ def test_an_exploding_model_warns_once_until_it_recovers():
 
 
 def test_a_callback_takes_the_place_of_warnings():
-    """Of the quantities that have a limit."""
+    """The callback gets the quantities that have a limit."""
     model, found = exploding(), []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -330,7 +330,7 @@ def test_initial_mhc_gives_no_warning():
 
 
 def test_csv_and_dict(tmp_path):
-    """As many lines as rows, the same numbers; an error by name."""
+    """The CSV has a line a row, with the dict's numbers; an error names the file."""
     model = Model("hc")
     with watch(model) as report:
         model(embeddings())

@@ -1,4 +1,4 @@
-"""On a GPU: writes merged on a stream of their own. tests/modules/test_overlap.py has the order of what happens."""
+"""Writes merged on a CUDA stream of their own, on a GPU; tests/modules/test_overlap.py has the order of events."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def layer(u: torch.Tensor) -> torch.Tensor:
 
 
 def other_work() -> None:
-    """What runs between a write and the next read: it takes freed memory and overwrites it."""
+    """Run work between a write and the next read: it takes freed memory and overwrites it."""
     for _ in range(8):
         torch.empty(TOKENS, 4, 1280, dtype=torch.bfloat16, device=CUDA).fill_(float("nan"))
 
 
 def through_stream(made: list[mhc.HyperConnection], h: torch.Tensor, overlap: torch.cuda.Stream | bool) -> torch.Tensor:
-    """Without overlap each write is merged at once too, on the one stream there is."""
+    """Run a ResidualStream; without overlap each write is merged at once too, on the one CUDA stream there is."""
     stream = mhc.ResidualStream(h, overlap=overlap)
     for connection in made:
         stream.write(layer(stream.read(connection)))

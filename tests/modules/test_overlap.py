@@ -20,7 +20,7 @@ SPEC = mhc.MHCSpec.deepseek_v4(64)
 
 
 class Stream(torch.cuda.Stream):
-    """What a torch.cuda.Stream is asked, as a list of what happened."""
+    """A stand-in for torch.cuda.Stream that lists what it is asked."""
 
     def __new__(cls, *_: object) -> Stream:  # not torch.cuda's, which needs a GPU
         return object.__new__(cls)
@@ -84,7 +84,7 @@ def connections() -> list[mhc.HyperConnection]:
 
 
 def test_a_write_is_merged_beside_and_waited_for_at_the_next_read(events: list[str]) -> None:
-    """In this order, for every way to read; nothing is left to wait for afterwards."""
+    """Events come in this order for every way to read; nothing is left to wait for afterwards."""
     first, second, *_ = connections()
     stream = mhc.ResidualStream(torch.randn(3, 64), overlap=True)
     stream.write(torch.tanh(stream.read(first)))
@@ -97,7 +97,7 @@ def test_a_write_is_merged_beside_and_waited_for_at_the_next_read(events: list[s
 
 
 def test_a_write_can_be_left_to_the_next_read(events: list[str]) -> None:
-    """Which then merges it in its own operator; a stream without overlap does so always."""
+    """The next read then merges it in its own operator; a stream without overlap does so always."""
     for stream, left in ((mhc.ResidualStream(torch.randn(3, 64), overlap=True), False), (None, True)):
         stream = stream or mhc.ResidualStream(torch.randn(3, 64))
         for connection in connections():
@@ -164,7 +164,7 @@ def test_overlap_and_recomputation_exclude_each_other() -> None:
 
 
 def test_a_stream_that_goes_on_merges_beside_too(events: list[str]) -> None:
-    """What `from_streams` is told is what a stream from an embedding is told."""
+    """`from_streams` passes overlap on, as a stream from an embedding does."""
     first, *_ = connections()
     stream = mhc.ResidualStream.from_streams(torch.randn(3, 4, 64), overlap=True)
     stream.write(torch.tanh(stream.read(first)))

@@ -60,7 +60,7 @@ def batch(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def micro_batches(stages: int) -> int:
-    """At least one per stage, which DualPipeV asks for."""
+    """Return the number of micro-batches: at least one per stage, as DualPipeV requires."""
     return max(4, stages)
 
 
@@ -149,7 +149,7 @@ MORE = (
     ids=["2 ranks", "2 ranks, more", "4 ranks, more"],
 )
 def test_stages_give_the_gradients_of_one_process(ranks: int, schedules: tuple[tuple, ...], tmp_path: Path) -> None:
-    """To the bit; and what crosses is what `wire_bytes` says."""
+    """Gradients are equal to the bit, and the bytes that cross are `wire_bytes`."""
     schedules = tuple(s for s in schedules if hasattr(pipelining.schedules, s[0]))  # an older torch lacks the V
     for kind, dtype in {(kind, dtype) for _, kind, dtype, _ in schedules}:
         alone(kind, dtype, 2)  # compiles the kernels once

@@ -77,7 +77,7 @@ def test_normalised_layer_inputs(delayed):
 
 
 def test_a_stream_that_goes_on():
-    """What `from_streams` is told is what a stream from an embedding is told; its first x is a block's start."""
+    """`from_streams` passes recompute on, as a stream from an embedding does; its first x is a block's start."""
     model, h = Model(), normal(*TOKENS, C)
     model.stream = lambda h: mhc.ResidualStream.from_streams(mhc.expand(h, 4), recompute=model.recompute)
     assert_same(model, h)
@@ -201,8 +201,9 @@ class Stream:
 
 
 def test_another_stream_waits_for_the_replay(monkeypatch):
-    """Of the branches of a layer one may run beside the other. Would catch a tensor that is read while it is made, or
-    whose memory is given away while it is read.
+    """Branches of a layer may run beside each other.
+
+    Would catch a tensor that is read while it is made, or whose memory is given away while it is read.
     """
     events, calls, take = [], [], Workspace.take
     streams = [Stream("main", events), Stream("side", events)]
@@ -235,7 +236,7 @@ def test_the_default_length_is_the_argmin():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu(dtype):
-    """The same bits there, and the allocator has less to hold after the forward."""
+    """Bits are the same there, and the allocator holds less after the forward."""
     model = Model(dtype=dtype).cuda()
     h = normal(256, C, dtype=dtype).cuda().requires_grad_()
     found, held = [], []

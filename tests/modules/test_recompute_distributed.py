@@ -41,6 +41,6 @@ def train_sharded(rank: int, ranks: int, eps: float | None) -> None:
 
 @pytest.mark.parametrize("eps", [None, pytest.param(1e-5, marks=pytest.mark.full)])
 def test_sharded_models_train_the_same(eps: float | None, tmp_path: Path) -> None:
-    """With norms of the connections, inputs are kept: their weights are not there when a layer asks for its input."""
+    """Norms of connections keep their inputs: their weights are not there when a layer asks for its input."""
     Model(eps=eps)(normal(*TOKENS, C)).sum().backward()  # compiles the kernels once
     run_ranks(train_sharded, 2, tmp_path, eps)

@@ -92,7 +92,7 @@ def replace_given_pre(_module, args):
 )
 @pytest.mark.parametrize("looks", [False, True])
 def test_hooks_of_connections_may_replace_what_goes_through(hook, delayed, looks):
-    """What a hook has replaced is no operator's result, or not of the stream, and is not recomputed as if it were.
+    """A hook's tensor is no operator's result, or not of the stream, and is not recomputed as if it were.
 
     In fused boundaries, and with looks at the stream, which part them. Would catch gradients of values that no layer
     was given.
@@ -116,7 +116,7 @@ def test_backward_hooks_of_connections():
 
 @pytest.mark.parametrize("sublayer", [0, 1, 2, 3])
 def test_looks_and_reductions_between_sublayers(sublayer):
-    """At the start of a block, within it and at its end, with a gradient of their own, of the stream and of a head."""
+    """Reads at a block's start, inside and at its end have gradients of their own, of the stream and of a head."""
     model = Model()
     head, found = randomize(mhc.HyperHead(model.spec)), []
 

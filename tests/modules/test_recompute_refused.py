@@ -16,7 +16,7 @@ import mhc_tilelang as mhc
 
 
 def test_a_layer_that_raises_leaves_nothing_behind():
-    """In mid-block; the stream goes on where it was, and another one is not disturbed."""
+    """An exception in mid-block leaves the stream where it was, and another stream undisturbed."""
     model, h = Model(), normal(*TOKENS, C)
 
     def run(h):

@@ -42,7 +42,7 @@ class Model(torch.nn.Module):
 
 
 def by_hand(model, h):
-    """The same model by the functions; sums in the order of the stream's own."""
+    """Run the model by the functions; sums in the order of the stream's own."""
     x, waiting = ops.expand(h, SPEC.num_streams) if model.kind == "hc" else h, None
     for connection, layer in zip(model.connections, model.layers, strict=True):
         if model.kind == "residual":
@@ -141,7 +141,7 @@ def test_x_shows_the_stream_and_changes_nothing():
 
 
 def test_a_write_waits(monkeypatch):
-    """For the next read or a head, which take it up as one operator, or for the reduction; catches an eager merge.
+    """It waits for the next read or a head, which fuse it into one operator, or the reduction; catches an eager merge.
 
     So does the embedding for the first read.
     """
@@ -201,7 +201,7 @@ def test_a_reduction_by_a_head_leaves_the_stream():
 
 
 def test_an_embedding_that_changed_meanwhile_is_refused():
-    """Its streams would be those of another embedding."""
+    """The streams would be those of another embedding."""
     h = normal(*TOKENS, C)
     stream = mhc.ResidualStream(h)
     h.zero_()
@@ -247,7 +247,7 @@ def test_a_connection_of_yours_reads_the_stream():
 
 
 def test_a_fused_boundary_changes_no_value():
-    """The same stream with a look at x after every sublayer, which merges by `post`: equal to the bit."""
+    """A stream with a look at x after every sublayer, which merges by `post`, is equal to the bit."""
     model, h = Model("mhc", "head"), normal(*TOKENS, C)
     expected = model(h)
     model.run_sublayer = lambda stream, *sublayer: (Model.run_sublayer(stream, *sublayer), stream.x)

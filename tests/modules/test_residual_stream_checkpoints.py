@@ -67,8 +67,11 @@ def test_checkpointed_function_of_x(kind):
 @pytest.mark.parametrize("region", [checkpointed_read, checkpointed_read_and_write, checkpointed_look])
 @pytest.mark.parametrize("sublayers", [1, DEPTH])
 def test_recomputation_may_not_use_the_stream(kind, region, sublayers):
-    """By then the stream has moved on. torch notices some such regions by the number of tensors that they save; of
-    the first sublayer alone, gradients would be wrong by more than half in silence."""
+    """The stream has moved on by then.
+
+    torch notices some such regions by the number of tensors that they save; of the first sublayer alone, gradients
+    would be wrong by more than half in silence.
+    """
     model = Model(kind)
     regions = [region] * sublayers + [Model.run_sublayer] * (DEPTH - sublayers)
     model.run_sublayer = lambda *arguments: regions.pop(0)(*arguments)

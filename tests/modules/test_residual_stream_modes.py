@@ -56,7 +56,7 @@ def test_looking_changes_no_gradient(kind: str, look) -> None:
 
 @every_kind
 def test_a_sublayer_without_grad_stays_without(kind: str) -> None:
-    """As the functions called one after the other: nothing before it has a gradient."""
+    """It behaves as the functions called one after the other: nothing before it has a gradient."""
     connections, layers, h = make(kind, 2)
     h.requires_grad_()
     stream = mhc.ResidualStream(h, 2, kind)
@@ -83,7 +83,7 @@ def test_a_layer_output_that_changed_meanwhile_is_refused(kind: str) -> None:
 
 @every_kind
 def test_strided_layer_outputs_are_refused_at_once(kind: str) -> None:
-    """By every kind, and the write can be recomputed."""
+    """Every kind refuses them, and the write can be repeated."""
     [connection], [layer], h = make(kind, 1)
     stream = mhc.ResidualStream(h, 2, kind)
     layer_output = layer(stream.read(connection))

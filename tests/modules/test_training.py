@@ -92,7 +92,7 @@ def plain_losses(gpt):
 
 
 def test_losses_agree_with_plain_torch(gpt, plain_losses):
-    """At every step, while the loss falls. Catches a gradient that is wrong in the place where a model needs it."""
+    """Losses agree at every step, while they fall. Catches a gradient that is wrong where a model needs it."""
     losses = train(gpt)
     assert losses[-5:].mean() < losses[0] - 1.5
     assert (losses - plain_losses).abs().max() < TOLERANCE

@@ -68,7 +68,7 @@ def test_sixteen_bits_reach_a_kernel(function, argument, dtype):
 
 @pytest.mark.parametrize("function", ["post", "post_pre", "post_head"])
 def test_a_layer_of_the_other_sixteen_bits(function):
-    """What x is or float32: nothing is converted from one 16-bit format to the other."""
+    """A layer's dtype is x's or float32: nothing is converted from one 16-bit format to the other."""
     changed = {"x": arguments_of(function)["x"].bfloat16(), "layer_output": torch.zeros(T, C).half()}
     parts = ["expected dtype torch.bfloat16 or torch.float32, got torch.float16"]
     assert_refused(TypeError, function, "layer_output", parts, **changed)

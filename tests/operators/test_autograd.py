@@ -22,7 +22,7 @@ every_function = pytest.mark.parametrize("function", FORMS.values(), ids=FORMS)
 
 @pytest.mark.parametrize("case", [CASE, BF16], ids=["float32", "bfloat16"])
 def test_gradients_are_the_kernels(case):
-    """What autograd returns is, to the bit, what the launches return. Catches arguments that change places."""
+    """Autograd returns, to the bit, the launches' results. Catches arguments that change places."""
     spec = case.spec
     tensors = {name: function.tensors(case) for name, function in FUNCTIONS.items()}
 

@@ -62,7 +62,7 @@ def buffers_of(function, **changed):
 
 @pytest.mark.parametrize("function", ["pre", "post_pre"])
 def test_the_delayed_form(function):
-    """Its h_pre is looked at like any other argument, needs a buffer, and a spec may insist on it."""
+    """h_pre is checked like any other argument, needs a buffer, and a spec may insist on it."""
     assert_refused(ValueError, function, "h_pre", ["[..., 4]", "[6, 5]"], h_pre=torch.zeros(T, 5))
     assert_refused(ValueError, function, "h_pre", [f"[{T}]", "[5]"], h_pre=torch.zeros(5, n))
     assert_refused(TypeError, function, "h_pre", ["float32", "float64"], h_pre=torch.zeros(T, n).double())

@@ -50,7 +50,7 @@ class Model(torch.nn.Module):
 
 
 def by_hand(model, h):
-    """The same model by the functions."""
+    """Run the model by the functions."""
     x, waiting = ops.expand(h, 4), None
     h_pre = ops.first_pre(x)
     for connection, layer in zip(model.connections, model.layers, strict=True):
@@ -134,7 +134,7 @@ def run_reference(model, h, spec=SPEC):
 
 @pytest.mark.parametrize("name", DELAYED)
 def test_gradients_match_float64(name):
-    """Of all outputs together, the h_pre that is returned included, for the h_pre that is given too."""
+    """Gradients of all outputs together, the returned h_pre included, for the given h_pre too."""
     function, case = DELAYED[name], Case(4, 64, torch.float32, 63)
     tensors = requiring(function.tensors(case, (7, 9)))
     outputs = function.call(tensors, case.spec)
@@ -142,7 +142,7 @@ def test_gradients_match_float64(name):
 
 
 def test_results_are_the_functions_one_after_the_other():
-    """To the bit: `coefficients`, and `post`. Catches results in another order."""
+    """Results have the bits of `coefficients` and `post`. Catches results in another order."""
     connection = randomize(mhc.HyperConnection(SPEC))
     parameters = (connection.phi, connection.alpha, connection.bias, SPEC)
     x, output, h_pre = normal(*TOKENS, 4, C), normal(*TOKENS, C, seed=2), normal(*TOKENS, 4, seed=3)
@@ -160,7 +160,7 @@ def test_results_are_the_functions_one_after_the_other():
 
 
 def test_the_first_h_pre_takes_stream_0():
-    """To the bit: the layer's input is that stream. Zero tokens, and no leading dimension, included."""
+    """The layer's input is that stream, to the bit, for zero tokens and no leading dimension too."""
     for leading in (TOKENS, (0, 3), ()):
         for dtype in (torch.bfloat16, torch.float32):
             x = normal(*leading, 4, C, dtype=dtype)
@@ -245,7 +245,7 @@ def test_a_class_of_ones_own_is_handed_the_h_pre():
 
 
 def test_a_sublayer_without_grad():
-    """Its h_pre is a constant to the sublayer after: no gradient reaches it, and values are the same."""
+    """Its h_pre is a constant to the next sublayer: no gradient reaches it, and values are the same."""
     model, h = Model(), normal(*TOKENS, C)
     modes = [torch.no_grad, torch.enable_grad, torch.no_grad, torch.enable_grad]
 

@@ -29,7 +29,7 @@ def narrowed(name: str, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], di
 @every_form
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_as_their_float32_values(name, dtype):
-    """To the bit: outputs, and gradients once these are rounded. Those of float32 are held to float64 elsewhere."""
+    """Outputs have float32's bits, and gradients once these are rounded; tests elsewhere hold those to float64."""
     results = []
     for tensors in narrowed(name, dtype):
         given = requiring(tensors)
@@ -96,7 +96,7 @@ def test_an_h_pre_that_crosses_stages():
 
 @pytest.mark.parametrize("kind", ["mhc", "hc", "residual"])
 def test_a_stream_with_float32_layers(kind):
-    """In bfloat16: merged as written, by whatever reads next; and the layer gets a float32 gradient."""
+    """A bfloat16 stream merges their output unrounded, by whatever reads next; the layer gets a float32 gradient."""
     torch.manual_seed(0)
     connections = [mhc.connection(kind, CASE.spec, k) for k in range(2)]
     stream = mhc.ResidualStream(torch.randn(6, 64).bfloat16(), connection=kind)

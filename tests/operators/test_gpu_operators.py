@@ -1,4 +1,4 @@
-"""On a GPU: the fused operators in CUDA graphs, on other streams and devices, and in the threads of a backward pass.
+"""Fused operators on a GPU: CUDA graphs, other streams and devices, the threads of a backward pass.
 
 What a kernel computes is `test_gpu`'s; here is what only a device can get wrong: a launch on the default stream, a
 buffer of a graph that is freed, a wait that the host makes, the current device left changed.
@@ -123,7 +123,7 @@ def test_the_same_call_gives_the_same_bits(name: str, every: dict) -> None:
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.usefixtures("poisoned")
 def test_every_element_is_written(name: str, every: dict) -> None:
-    """Of outputs that start as NaN."""
+    """No NaN is left in outputs that start as NaN."""
     assert not any(tensor.isnan().any() for tensor in tensors_in(every[name]()))
 
 
@@ -144,7 +144,7 @@ def sublayers(device: torch.device) -> tuple[list[mhc.HyperConnection], mhc.Hype
 
 
 def gradients(device: torch.device, embedding: torch.Tensor, upstream: torch.Tensor) -> Tensors:
-    """Of the embedding and every parameter, through a stream with all of its fused ends."""
+    """Return the gradients of the embedding and every parameter, through a stream with all of its fused ends."""
     connections, head = sublayers(device)
     h = embedding.clone().requires_grad_()
     stream = mhc.ResidualStream(h, N)

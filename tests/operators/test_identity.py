@@ -47,9 +47,11 @@ def relative(got, expected):
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)])
 def test_values_and_gradients(dtype):
-    """Of `pre` and `post` with random upstream gradients. A norm of float32 roundings is below 2^-20 here: dots of 768
-    products are off by 3e-7 of theirs; gradients of phi, alpha and bias are sums over seven tokens. Streams are rounded
-    once more, to their dtype, which is U at most of each element.
+    """Values and gradients of `pre` and `post` are near float64's, with random upstream gradients.
+
+    A norm of float32 roundings is below 2^-20 here: dots of 768 products are off by 3e-7 of theirs; gradients of phi,
+    alpha and bias are sums over seven tokens. Streams are rounded once more, to their dtype, which is U at most of each
+    element.
     """
     x, layer_output, parameters = inputs(dtype)
     given = [t.detach().requires_grad_() for t in (x, layer_output, *parameters)]
@@ -128,7 +130,7 @@ def test_a_token_alone_has_the_bits_that_it_has_in_a_batch():
 
 
 def test_the_gradient_of_x_next_is_handed_on():
-    """As it is: H_res is the identity."""
+    """g_x is g_x_next itself: H_res is the identity."""
     x, layer_output, _ = inputs()
     x_next = mhc.post(x.requires_grad_(), layer_output, torch.rand(T, N))
     g = torch.randn_like(x_next)
@@ -164,7 +166,7 @@ def test_streams(delayed):
 
 
 def test_refusals():
-    """By name, before a kernel starts."""
+    """Errors name the argument, before a kernel starts."""
     x, layer_output, parameters = inputs()
     h_post, h_res = torch.rand(T, N), torch.rand(T, N, N)
     with pytest.raises(TypeError, match=r"post_pre: h_res: expected None, got a tensor .*'identity'"):
@@ -253,7 +255,7 @@ def test_boundary(delayed):
 
 
 def launches(x, layer_output, h_post, phi, alpha, bias, keywords):
-    """What a boundary launches."""
+    """Return the kernels that a boundary launches."""
     seen = []
     kernel = compiler.kernel
     with pytest.MonkeyPatch.context() as patch:

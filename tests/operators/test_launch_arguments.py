@@ -1,4 +1,4 @@
-"""What launches hand to kernels, on both platforms: no kernel is built, and none runs.
+"""Arguments that launches hand to kernels, on both platforms: no kernel is built, and none runs.
 
 Would catch: a constant of the spec in another's place, which equal defaults hide; a tensor that starts where a GPU's
 vectors cannot, which only a GPU would notice; a buffer that overlaps an argument; a gradient that one combination of
@@ -36,7 +36,7 @@ SPEC = MHCSpec(64, 4, sinkhorn_iters=3, sinkhorn_eps=0.01, pre_eps=0.02, rms_eps
 
 @contextmanager
 def recording(platform: str) -> Iterator[list[Recorded]]:
-    """As `mhc_tilelang.recording`, of tensors on the CPU, which have addresses. Results hold no values."""
+    """Record launches like `mhc_tilelang.recording`, on CPU tensors, which have addresses. Results have no values."""
     found: list[Recorded] = []
 
     def load(family: str, parameters: dict[str, Any]) -> Kernel:
@@ -56,7 +56,7 @@ def call(function: Function, tensors: dict[str, torch.Tensor], spec: MHCSpec = C
 @pytest.mark.parametrize("num_streams", [4, 8])  # a GPU's boundary backward has another form at 8
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 def test_every_constant_goes_where_it_belongs(platform: str, num_streams: int) -> None:
-    """Of every function, forward and backward. Catches an eps in another's place: presets have them equal."""
+    """Every function, forward and backward. Catches an eps in another's place: presets have them equal."""
     spec, case = replace(SPEC, num_streams=num_streams), replace(CASE, num_streams=num_streams)
     expected = {"iters": spec.sinkhorn_iters, **{name: getattr(spec, name) for name in CONSTANTS}}
     seen: dict[str, set[str]] = {}
@@ -212,7 +212,7 @@ def as_allocated(operator: torch._ops.OpOverload, arguments: list[object]) -> li
 @pytest.mark.parametrize("layer_dtype", [torch.bfloat16, torch.float32])
 @every_form
 def test_fakes_lie_as_results_do(name: str, layer_dtype: torch.dtype) -> None:
-    """Of strided arguments, forward and backward, with a layer's output of another dtype.
+    """Fakes have the results' strides for strided arguments, forward and backward, and a layer of another dtype.
 
     Compilers hand operators what they like, and read the results as the fakes say. Catches an allocation that follows
     an argument's strides, or takes another's dtype.

@@ -78,7 +78,7 @@ def test_functions_on_meta(name, dtype):
 @every_form
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_functions_of_fake_tensors(name, device):
-    """As compilers have them."""
+    """Fake tensors are those of compilers."""
     real = tensors_of(name, torch.bfloat16)
     with FakeTensorMode():
         fake = {key: torch.empty(value.shape, dtype=value.dtype, device=device) for key, value in real.items()}
@@ -137,7 +137,7 @@ def test_recompute_on_meta_makes_nothing_again():
 
 
 def test_saved_bytes_on_meta():
-    """What a graph keeps, from shapes alone. Catches tensors told apart by where their data lie, all at 0 here."""
+    """Saved bytes follow from shapes alone. Catches tensors told apart by data addresses, all 0 here."""
     kept = []
     for device in ("meta", "cpu"):
         x = torch.randn(2, 3, device=device, requires_grad=True)

@@ -29,7 +29,7 @@ def operator(name):
 
 
 def constants_of(function, spec):
-    """What the operators of a function take after its tensors."""
+    """Return the arguments of a function's operators after its tensors."""
     of_spec = (spec.sinkhorn_iters, spec.sinkhorn_eps, spec.pre_eps, spec.rms_eps, spec.post_scale)
     given = {
         "expand": (spec.num_streams,),
@@ -55,7 +55,7 @@ def backward_arguments(function, case):
 
 
 def arguments_behind(name, arguments):
-    """From X's arguments to X_backward's: the upstream gradients, X's tensors, what X kept, constants, needs."""
+    """Convert X's arguments to X_backward's: upstream gradients, X's tensors, what X kept, constants, needs."""
     declared = getattr(operators, name)
     outputs = operator(name)(*arguments)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -103,7 +103,7 @@ def test_forward_operators(function, num_tokens):
 @pytest.mark.parametrize("num_tokens", [6, 0], ids=["tokens", "no-token"])
 @pytest.mark.parametrize("function", [f for f in FORMS.values() if f.name not in ADJOINT], ids=lambda f: f.name)
 def test_backward_operators(function, num_tokens):
-    """The same checks; nothing needed and all of it, no upstream gradient but the last and all of them."""
+    """Backward operators too; nothing needed and all of it, no upstream gradient but the last and all of them."""
     arguments = backward_arguments(function, Case(4, 64, torch.bfloat16, num_tokens))
     check = operator(f"{function.name}_backward")
     torch.library.opcheck(check, tuple(arguments))
@@ -120,7 +120,7 @@ def test_backward_operators(function, num_tokens):
 @pytest.mark.parametrize("num_tokens", [6, 0], ids=["tokens", "no-token"])
 @every_function
 def test_out_operators(function, num_tokens):
-    """The same checks. Catches a buffer that the schema does not call written."""
+    """Operators with `out` too. Catches a buffer that the schema does not call written."""
     arguments = operator_arguments(function, Case(4, 64, torch.bfloat16, num_tokens))
     outputs = operator(function.name)(*arguments)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)

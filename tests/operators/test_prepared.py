@@ -42,7 +42,7 @@ class Marked(torch.Tensor):
 
 
 def tapes() -> list[object]:
-    """Of every call that is remembered, None for one that was not recorded or not followed."""
+    """Return the tapes of all remembered calls, None for one that was not recorded or not followed."""
     found = [(getattr(ready, "_compute", ready), getattr(ready, "_fill", None)) for ready in prepared._ready.values()]
     return [compute._tape or (fill and fill._tape) for compute, fill in found]
 
@@ -67,7 +67,7 @@ def ordinarily(run: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tenso
 @every_form
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "backward"])
 def test_replays_have_the_bits_of_ordinary_calls(name: str, grad: bool) -> None:
-    """With other values each time: recorded, replayed and replayed again; none writes into what another returned."""
+    """Values differ each time: recorded, replayed, replayed; none writes into what another returned."""
     function = EVERY[name]
 
     def run(seed: int) -> tuple[torch.Tensor, ...]:
@@ -129,7 +129,7 @@ def test_one_tensor_given_twice() -> None:
     ("wanted", "absent"), [(("x", "h_res"), (1, 2, 3)), (("phi",), (0,)), (("alpha", "layer_output"), (0,))], ids=str
 )
 def test_absent_gradients(wanted: tuple[str, ...], absent: tuple[int, ...]) -> None:
-    """Which gradients come and which are needed is part of the key; a tape of all of them stands ready here."""
+    """The key includes which gradients come and which are needed; a tape of all of them stands ready here."""
     function = FUNCTIONS["post_pre"]
 
     def run(wanted: tuple[str, ...] | None, absent: tuple[int, ...]) -> list[torch.Tensor | None]:
@@ -272,7 +272,7 @@ def test_a_plan_that_is_replaced_is_asked(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_inference_mode() -> None:
-    """What is prepared outside gives inference tensors inside, and ordinary ones after it."""
+    """A call prepared outside gives inference tensors inside, and ordinary ones after it."""
     tensors = replayed(drawn(POST, 0))
     with torch.inference_mode():
         assert all(ops.post(**tensors).is_inference() for _ in range(4))
@@ -380,7 +380,7 @@ def test_grad_mode_is_told_apart() -> None:
 
 
 def test_an_operator_alone_is_prepared() -> None:
-    """As compiled code calls it, without our checks: with strides that have no tape as well."""
+    """Compiled code calls it so, without our checks; strides that have no tape work as well."""
     tensors = list(drawn(POST, 0).values())
     expected = torch.ops.mhc_tilelang.post(*tensors)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Who has to see the operator of a call, or its launches, sees them, prepared or not.
+"""Observers of operators and launches see a call's, prepared or not.
 
 Would catch: a mode, profiler, trace, transform, tracer of launches or emulator that a replay passes by; a tangent or a
 second derivative that is lost in silence; a subclass whose class a replay changes.
@@ -65,7 +65,7 @@ def test_a_trace_records_the_operator() -> None:
 
 
 def test_transforms_are_not_passed_by() -> None:
-    """Of torch.func: a tensor inside one is of the plain type, and has a plain tensor's description."""
+    """torch.func sees the call: a tensor inside is of the plain type, and has a plain tensor's description."""
     tensors = replayed(drawn(FUNCTIONS["post"], 0))
 
     def total(x: torch.Tensor) -> torch.Tensor:
@@ -105,7 +105,7 @@ def test_other_kinds_of_tensors_take_the_ordinary_way() -> None:
 
 
 def test_every_launch_is_noted() -> None:
-    """Where a call's launches are listed, of all calls of a kind."""
+    """A list of launches has those of every call, replayed or not."""
     tensors = replayed(drawn(POST, 0))
     found = recording.launched(lambda: [ops.post(**tensors) for _ in range(4)])
     assert [one.family for one in found] == ["post"] * 4

@@ -166,14 +166,14 @@ def check_two(rank: int, ranks: int) -> None:
 
 
 def check_a_rank_without_tokens(mesh: dist.DeviceMesh) -> None:
-    """Its part of a parameter's gradient is zero, and not what memory held."""
+    """Check that its part of a parameter's gradient is zero, not uninitialised memory."""
     expected = gradients(inputs(batch=1))
     for name, gradient in gradients(shard(mesh, Shard(0), batch=1)).items():
         assert close(gradient, expected[name]), name
 
 
 def check_other_placements(mesh: dist.DeviceMesh, expected: dict[str, torch.Tensor]) -> None:
-    """What lies otherwise is brought to the stream: parameters, upstream gradients, an embedding that is a sum."""
+    """Check that other placements are redistributed: parameters, upstream gradients, an embedding that is a sum."""
     given = shard(mesh, Shard(1))
     given["phi"] = given["phi"].redistribute(placements=[Shard(0)])
     upstream = given["g"]
@@ -227,7 +227,7 @@ def mesh() -> Iterator[dist.DeviceMesh]:
 
 @pytest.mark.parametrize("dim", [2, 3])
 def test_a_stream_sharded_otherwise_is_refused(mesh: dist.DeviceMesh, dim: int) -> None:
-    """By the functions, and by the operators beneath them: streams, then channels."""
+    """Functions and the operators beneath them refuse shards of streams, then of channels."""
     x = distribute_tensor(torch.randn(2, 3, 4, 64), mesh, [Shard(dim)])
     with pytest.raises(ValueError, match=r"collapse: x: expected a DTensor sharded over tokens \(Shard of .* 0 to 1\)"):
         mhc.collapse(x)
@@ -312,7 +312,7 @@ def test_two_dimensions_of_a_mesh(mesh: dist.DeviceMesh, placements: tuple[Shard
 
 
 def test_first_pre_lies_as_tokens_do(mesh: dist.DeviceMesh) -> None:
-    """Of a stream that is a sum as well: the ones of a first h_pre are not to be added up over ranks."""
+    """A stream may be a sum as well: the ones of a first h_pre are not to be added up over ranks."""
     local = torch.randn(2, 3, 4, 64)
     for placement, expected in ((Shard(1), Shard(1)), (Replicate(), Replicate()), (Partial(), Replicate())):
         h_pre = mhc.first_pre(DTensor.from_local(local, mesh, [placement]))

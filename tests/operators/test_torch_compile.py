@@ -26,7 +26,7 @@ def nothing_compiled():
 
 
 def graphs():
-    """How many graphs were compiled since the test began."""
+    """Return the number of graphs compiled since the test began."""
     return counters["stats"]["unique_graphs"]
 
 
@@ -99,7 +99,7 @@ def test_inductor():
 
 
 def test_inference():
-    """Without gradients, and under inference mode."""
+    """Compiled functions have the bits of eager ones without gradients, and under inference mode."""
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             given = [tensor.detach() for tensor in arguments(17)]

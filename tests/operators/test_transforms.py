@@ -1,4 +1,4 @@
-"""What PyTorch does around a function: checkpointing, torch.func, autocast, accumulation; and what it must not do.
+"""PyTorch's transforms of a function: checkpointing, torch.func, autocast, accumulation; and those it refuses.
 
 Would catch: a gradient that is lost, doubled or silently zero under one of them.
 """
@@ -128,7 +128,7 @@ def test_narrower_layer_output(name, dtype):
 
 @every_function
 def test_second_derivatives_are_refused(function):
-    """By both ways to ask. Catches a gradient of a gradient that is zero and says nothing."""
+    """Both ways to ask are refused. Catches a gradient of a gradient that is zero and says nothing."""
     tensors = requiring(function.tensors(CASE))
     outputs = function.call(tensors, SPEC)
     first = torch.autograd.grad(outputs, list(tensors.values()), upstream(outputs), create_graph=True)

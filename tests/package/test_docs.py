@@ -1,4 +1,4 @@
-"""What the README, the pages and the examples show must run as it stands, and lead somewhere.
+"""Documentation under test: README, pages and examples run as they stand, and their links lead somewhere.
 
 Would catch: a snippet that fails; an exercise of the guide whose answer is wrong; an excerpt, a table, a number or a
 picture that is not what its source says now; a measured number that no source holds; a file or a heading that was
@@ -149,7 +149,7 @@ def test_the_stored_report_is_that_of_the_stored_results(name: str) -> None:
 
 
 def test_figures_are_fresh(tmp_path: Path) -> None:
-    """The same bytes, where matplotlib is the version that drew them."""
+    """Figures have the same bytes, where matplotlib is the version that drew them."""
     matplotlib = pytest.importorskip("matplotlib")
     from mhc_tilelang.perf.figures import guide as figures_guide
 

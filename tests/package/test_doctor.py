@@ -136,7 +136,7 @@ def test_nvcc_is_required_only_with_a_gpu(required: bool, status: str, monkeypat
 
 
 def test_nvcc_search_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As TileLang's: $CUDA_HOME wins over the PATH, and nothing else is tried when it has no nvcc."""
+    """TileLang's order: $CUDA_HOME wins over the PATH, and nothing else is tried when it has no nvcc."""
     for variable in SEARCHED:
         monkeypatch.delenv(variable, raising=False)
     (tmp_path / "home" / "bin").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""On a GPU: the checks, views that start anywhere, and bits that do not depend on the batch."""
+"""Kernels on a GPU: the checks, views that start anywhere, and bits that do not depend on the batch."""
 
 from __future__ import annotations
 

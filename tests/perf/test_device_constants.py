@@ -74,7 +74,7 @@ SPEEDS = {(1, 1): 4.5, (2, 1): 4.6, (4, 1): 4.8}
 
 
 def printed():
-    """What the program prints on a device with the constants above."""
+    """Return the program's output for a device with the constants above."""
     to_us = 1 / (CLOCK * 1e3)
     copies = [
         {"reads": r, "writes": w, "bytes": size, "us": 3.0 + size / speed / 1e6}

@@ -182,7 +182,7 @@ def test_variants_differ_from_the_kernel() -> None:
 @pytest.mark.parametrize("dtype", plans.BYTES)
 @pytest.mark.parametrize("n", matrix.STREAMS)
 def test_shared_memory_fits_every_architecture(n: int, dtype: str) -> None:
-    """Of every plan of `project_backward`; float32 at n = 4 takes 96.5 of the 99 KB that sm_120 has."""
+    """Every plan of `project_backward` fits; float32 at n = 4 takes 96.5 of the 99 KB that sm_120 has."""
     from mhc_tilelang.compiler.tracing import trace
     from mhc_tilelang.perf.inspect.fragments import shared_bytes
 
@@ -315,7 +315,7 @@ def test_options_that_would_be_ignored(arguments, message, capsys):
 
 @pytest.mark.parametrize("kernel", FAMILIES)
 def test_every_family_is_built(kernel: str) -> None:
-    """By `inspect`, at the studied shape: some call launches it."""
+    """`inspect` builds it at the studied shape: some call launches it."""
     assert matrix.subjects(matrix.studied(kernel), [kernel])
 
 
@@ -329,7 +329,7 @@ def test_a_family_that_no_call_launches_is_named(
 
 
 def test_a_family_that_these_sizes_lack_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    """At n = 8 no GPU's boundary is fused backward."""
+    """The error names it: at n = 8 no GPU's boundary is fused backward."""
     assert cli.main(["inspect", "post", "boundary_backward", "--streams", "8"]) == 1
     assert "boundary_backward: expected a call that launches it, got none at these sizes" in capsys.readouterr().err
 

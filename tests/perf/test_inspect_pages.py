@@ -51,7 +51,7 @@ def test_stored_peers_are_built_at_the_studied_shape() -> None:
 
 
 def test_explain_prints_the_page(capsys: pytest.CaptureFixture[str]) -> None:
-    """As a terminal shows it."""
+    """The page is printed as fitted to a terminal."""
     assert cli.main(["inspect", "aggregate", "--explain"]) == 0
     page = explain.page("aggregate")
     assert terminal.fitted(page, terminal.width()).rstrip() in capsys.readouterr().out

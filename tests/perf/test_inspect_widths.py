@@ -1,4 +1,4 @@
-"""How wide the machine code accesses each tensor: in listings written by hand, planted kernels, the stored builds.
+"""Access widths of tensors in the machine code: in listings written by hand, planted kernels, the stored builds.
 
 Would catch: a 16-byte access that nvcc splits and that passes for a wide one, a small tensor's 4 bytes taken for the
 stream's, an access whose tensor goes unseen, a kernel that is excused and needs it no longer.
@@ -162,7 +162,7 @@ def test_a_store_that_is_split_is_seen() -> None:
 @pytest.mark.nvcc
 @pytest.mark.parametrize("kernel", ["aggregate", pytest.param("post_project", marks=pytest.mark.full)])
 def test_line_numbers_change_no_instruction(kernel: str, tmp_path) -> None:
-    """What is looked at is what ships."""
+    """The code that is inspected is the code that ships."""
     from mhc_tilelang.compiler.cuda_source import generate
     from mhc_tilelang.perf.inspect import matrix
     from mhc_tilelang.perf.inspect.compiler import COMPILE_FLAGS, compile_source, nvcc_command, nvdisasm, output

@@ -50,7 +50,7 @@ def test_the_optimum_is_the_packages(model: str, stages: int) -> None:
 
 
 def test_micro_batches_in_flight_ask_for_longer_blocks() -> None:
-    """What is kept is there for each of them, what is recomputed once."""
+    """Kept tensors exist once a micro-batch, recomputed ones once."""
     assert Stage(8, 4, 1).least_length <= Stage(8, 4, 4).least_length <= Stage(8, 4, 64).least_length == 8
 
 
@@ -64,7 +64,7 @@ def test_stages_round_up() -> None:
     [(4, 6), pytest.param(2, 5, marks=pytest.mark.full), pytest.param(8, 12, marks=pytest.mark.full)],
 )
 def test_formulas_are_what_a_graph_keeps(num_streams: int, sublayers: int) -> None:
-    """To the byte: plain, all kept, and every length."""
+    """Formulas hold to the byte: plain, all kept, and every length."""
     stage = Stage(sublayers - sublayers % 2, num_streams)
     counts = memory_measured.count(stage, stage.lengths)
     assert [(one.connection, one.length) for one in counts[:2]] == [("residual", 0), ("mhc", 0)]

@@ -60,7 +60,7 @@ class Machine:
         self.path = f"{folder / 'bin'}:{os.environ['PATH']}"
 
     def run(self, *options: str, failing: str = "", slow: str = "") -> tuple[str, dict[str, str]]:
-        """What the script printed, and the status of every step by name."""
+        """Run the script; return what it printed, and the status of every step by name."""
         more = {"PATH": self.path, "PYTHON": "python", "REAL": sys.executable, "CALLS": str(self.calls)}
         command = [str(self.root / "perf" / "on_gpu.sh"), "--out", str(self.out), *options]
         env = {**os.environ, **more, "FAILING": failing, "SLOW": slow}
@@ -104,7 +104,7 @@ def test_what_is_done_is_not_done_again(machine: Machine) -> None:
 
 
 def test_a_step_is_stopped_when_the_time_is_up(machine: Machine) -> None:
-    """At what is left of the whole where that is less than its limit; and it is begun again the next time."""
+    """The time left caps a step's limit; the step is begun again the next time."""
     printed, status = machine.run("--part", "correctness", "--seconds", "3", slow="doctor")
     assert (status.pop("machine"), set(status.values())) == ("timeout", {"left"})
     assert "machine: timeout after" in printed
@@ -175,7 +175,7 @@ HEAD = ["ID", "Kernel Name", counters.READ, counters.WRITTEN, counters.TIME, cou
 
 
 def ncu_says(*rows: tuple[str, ...]) -> str:
-    """What `ncu --csv --page raw` prints around the rows: its own lines, names, units."""
+    """Return the output of `ncu --csv --page raw` around the rows: its own lines, names, units."""
     lines = [",".join(f'"{cell}"' for cell in row) for row in (HEAD, ("", "", "byte", "byte", "ns", "byte"), *rows)]
     return "\n".join(["==PROF== Connected to process 7", *lines, "==PROF== Disconnected"])
 

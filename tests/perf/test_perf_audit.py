@@ -223,7 +223,7 @@ def test_sizes_are_named() -> None:
 
 
 def test_a_word_to_nvcc_is_passed_over() -> None:
-    """How many blocks shall share a multiprocessor moves nothing; what follows it counts."""
+    """The annotation of blocks a multiprocessor moves nothing; what follows it counts."""
 
     @T.prim_func
     def copy(values: T.Tensor[(40,), T.float32], copied: T.Tensor[(40,), T.float32]):

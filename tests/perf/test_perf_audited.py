@@ -66,7 +66,7 @@ def stream_blocks(shape: Shape, target: str) -> int:
 @pytest.mark.parametrize("kernel", CALLS)
 @pytest.mark.parametrize(("target", "shape"), SHAPES)
 def test_every_stream_tensor_moves_once(kernel: str, target: str, shape: Shape) -> None:
-    """As the formulas say: but for g_layer_input, which the projection's backward reads for each block of streams."""
+    """Traffic is the formula's, but for g_layer_input, which the projection's backward reads per block of streams."""
     mixes = kernel.startswith(("post_pre", "post_head")) and kernel.endswith("_backward")
     if mixes and shape.num_streams == 8 and target == "cuda":
         pytest.skip("separate kernels, which have cases of their own")
@@ -94,7 +94,7 @@ def test_formulas_are_what_the_code_does(kernel: str, target: str, shape: Shape)
 
 
 def num_slabs(kernel: str, shape: Shape, target: str) -> int:
-    """Of partial sums, that the projection of a call leaves."""
+    """Return the number of slabs of partial sums that the projection of a call writes."""
     [found] = {
         one.arguments["partial"].shape[0]
         for one in launches(Case(kernel, shape), target, BLOCKS[target])
@@ -148,9 +148,12 @@ def test_a_sublayer_is_no_worse_than_the_papers_kernels() -> None:
 def test_a_boundary_stays_within_its_limits(
     call: str, most_launches: int, most_stream: float, most_small: float
 ) -> None:
-    """At the paper's 27B width: launches, vectors of C a token (3n + 2, 2n + 2, 4n + 5, n + 3, n + 6), and everything
-    small. Of the forward's, one launch splits phi, whose halves are 0.1C, and 8 slabs of partial sums are 0.3C; of the
-    backward's, sums over 64 channels are 1.25C, and the partial g_phi of 13 ranges, which fill the last wave, 1.2C."""
+    """Limits at the paper's 27B width: launches, vectors of C a token (3n + 2, 2n + 2, 4n + 5, n + 3, n + 6), small
+    bytes.
+
+    Of the forward's small ones, one launch splits phi, whose halves are 0.1C, and 8 slabs of partial sums are 0.3C; of
+    the backward's, sums over 64 channels are 1.25C, and the partial g_phi of 13 ranges, which fill the last wave, 1.2C.
+    """
     shape = Shape(4096, 4, 2560, "bfloat16")
     unit = shape.num_tokens * shape.hidden_size * shape.itemsize
     counted = audited(Case(call, shape), "cuda", BLOCKS["cuda"])
@@ -162,7 +165,7 @@ def test_a_boundary_stays_within_its_limits(
 @pytest.mark.parametrize("kernel", CALLS)
 @pytest.mark.parametrize("shape", [Shape(1100, 2, 80, "bfloat16"), Shape(3, 4, 600, "float32")])
 def test_recorded_calls_are_those_on_tensors(kernel: str, shape: Shape, every_kernel_idle: None) -> None:
-    """The same families, parameters and scalars with tensors of the same shapes, whether or not they hold anything.
+    """Meta tensors give the families, parameters and scalars of real tensors of the same shapes.
 
     Catches a decision that looks at something that meta tensors lack.
     """
@@ -182,8 +185,10 @@ def every_kernel_idle(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_streams_are_told_from_small_tensors() -> None:
-    """Where a stream has as many tokens as phi has rows, and as few channels as there are coefficients; in whatever
-    parts a kernel sees its channels."""
+    """A stream may have as many tokens as phi has rows, and as few channels as there are coefficients.
+
+    They are told apart in whatever parts a kernel sees the stream's channels.
+    """
     for shape in (Shape(24, 4, 24, "float32"), Shape(1, 4, 1, "bfloat16"), Shape(4096, 4, 2560, "bfloat16")):
         for target in BLOCKS:
 

@@ -86,7 +86,7 @@ def float64(kernel: str, arguments: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def float64_backward(kernel: str, exact: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The same of a backward kernel, composed of the reference's steps."""
+    """Return a backward kernel's outputs in float64, composed of the reference's steps."""
     if kernel == "expand_backward":
         return {"g_h": reference.expand_backward(exact["g_x"], exact["g_x"][:, 0], exact["g_x"].shape[1])}
     if kernel == "sinkhorn_backward":
@@ -120,7 +120,7 @@ def float64_backward(kernel: str, exact: dict[str, Any]) -> dict[str, np.ndarray
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("kernel", EVERY_KERNEL)
 def test_eager_forms_match_float64(kernel: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To rounding: half a unit of the output's dtype, and a few of float32 on the way."""
+    """Forms match to rounding: half a unit of the output's dtype, and a few of float32 on the way."""
     monkeypatch.setattr(stream_forms, "BLOCK_BYTES", 10 * 4 * 48 * 4)  # 10 tokens: three blocks and a tail
     monkeypatch.setattr(token_forms, "BLOCK_TOKENS", 10)
     load = make(kernel, dtype=dtype)
@@ -249,7 +249,7 @@ def test_every_kernel_has_an_eager_and_a_compiled_form_everywhere() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("kernel", ["project_backward", "aggregate_backward", "post_backward"])
 def test_tensor_core_forms_are_exact_enough(kernel: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With their products taken in float32, which a CPU lacks for operands of 16 bits."""
+    """Their products are taken in float32, which a CPU lacks for operands of 16 bits."""
 
     def in_float32(name: str) -> None:
         product = getattr(torch, name)
@@ -280,7 +280,7 @@ def test_relative_error() -> None:
 
 
 def test_beaten_forms_are_those_that_never_came_near_the_fastest() -> None:
-    """In every stored run on a CPU, by the median; `beaten_on` says it of every eager form."""
+    """The ratio of medians in every stored CPU run decides; `beaten_on` says it of every eager form."""
     if not STORED.is_dir():
         pytest.skip("a wheel has no results")
     closest: dict[tuple[str, str], float] = {}

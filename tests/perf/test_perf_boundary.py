@@ -86,7 +86,7 @@ def test_every_form_passes_its_guard(kernel: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("kernel", EVERY)
 def test_eager_forms_of_the_whole_pass_the_guard(kernel: str) -> None:
-    """Which a CPU does not time: they are for GPUs."""
+    """They are for GPUs: a CPU does not time them."""
     _, _, load = make(kernel)
     [form] = [form for form in boundary_forms.FORMS[kernel] if EAGER in form.modes]
     allowed = boundary_forms.allowed(kernel, torch.bfloat16)
@@ -198,7 +198,7 @@ def test_wrong_separate_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_fastest_part_of_each_mode_is_taken() -> None:
-    """Of made-up times: a form takes the less, the later it is timed for the first time."""
+    """Times are made up: a form takes the less, the later it is timed for the first time."""
     case, stream, _ = make(POST_PRE)
     seconds: dict[Run, float] = {}
     selection = boundary_parts.Selection(

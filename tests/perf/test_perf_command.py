@@ -93,7 +93,7 @@ def test_a_failed_check_ends_it_without_a_number(
 def test_a_kernel_that_torch_contradicts_ends_it_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At the very sizes that are measured, which the check does not visit."""
+    """The fault is at the very sizes that are measured, which the check does not visit."""
     aggregate = launch.aggregate
 
     def ones(x: torch.Tensor, h_pre: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -155,7 +155,7 @@ def test_forms_that_are_beaten_run_when_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("clock")
 def test_what_is_measured_is_checked_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the width that is measured, once for several batches; nothing else is compiled, nor loaded."""
+    """The measured width is checked once for several batches; nothing else is compiled, nor loaded."""
     loaded, real, checked = set(), compiler._load, []
     real_check = checks.check_case
 
@@ -242,7 +242,7 @@ def test_table_shows_the_fastest_form(
 def test_a_prediction_stands_beside_what_is_measured_on_a_gpu(
     checked, clock: list[float], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a clock and a GPU's name that are stand-ins: a number, an interval where that is all, why there is none."""
+    """Clock and GPU are stand-ins: a number, an interval where that is all, why there is none."""
     from mhc_tilelang.perf.predict import predicted
 
     shape = ("h200", 16, 64, "float32")

@@ -65,7 +65,7 @@ def test_a_kernel_that_changed(tmp_path: Path, factor: float, verdict: str) -> N
 
 
 def test_ratio_of_spreads() -> None:
-    """By hand: 2 (1 to 4) over 10 (5 to 20)."""
+    """Computed by hand: 2 (1 to 4) over 10 (5 to 20)."""
     ratio = Spread(2, 1, 4).over(Spread(10, 5, 20))
     assert (ratio.median, ratio.lower_quartile, ratio.upper_quartile) == (0.2, 0.05, 0.8)
 

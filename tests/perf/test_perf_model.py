@@ -25,7 +25,7 @@ from mhc_tilelang.perf.traffic.formulas import stream_elements
 
 
 def test_3b_forward_on_an_h200_by_hand() -> None:
-    """Of one token: 20,971,520 FLOPs of the attention's projections, 55,050,240 of the FFN, 16,781,312 of scores."""
+    """A token takes 20,971,520 FLOPs of attention's projections, 55,050,240 of the FFN, 16,781,312 of scores."""
     work = layer_work(MODELS["3b"], 4096, "forward")
     assert work.flops == 20_971_520 + 55_050_240 + 16_781_312
     assert work.elements == 4 * 1280 + 3 * 7168

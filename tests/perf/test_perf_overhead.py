@@ -80,7 +80,7 @@ def test_the_kernels_part_counts_both_sublayers() -> None:
 
 
 def test_where_the_backward_is_not_fused_the_separate_kernels_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with eight streams on a GPU; every call runs."""
+    """Eight streams on a GPU are such a case; every call runs."""
     monkeypatch.setattr(overhead.boundary_plans, "backward_is_fused", lambda *_: False)
     alone = overhead.kernels_alone(layers()[KERNELS].x, training=True)
     assert set(alone) == {*overhead.FORWARD_KERNELS, *overhead.SEPARATE_BACKWARD}
@@ -130,7 +130,7 @@ def recorded(calls: list[str], name: str, function: Callable[..., Any]) -> Calla
 
 
 def test_the_kernels_layer_is_what_a_residual_stream_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the bit, and each of its sublayers one boundary: no merge and no read of its own."""
+    """Bits are equal, and each sublayer is one boundary: no merge and no read of its own."""
     made = layers()[KERNELS]
     (attention, ffn), (one, other) = made.sublayers, made.connections
     h = made.x[..., 0, :].detach().contiguous()
@@ -240,7 +240,7 @@ def run_json(tmp_path: Path, *options: str) -> dict[str, Any]:
 
 
 def test_a_tiny_layer_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With the real clock: the table, the JSON, and what a CPU's output says about itself."""
+    """The real clock: the table, the JSON, and what a CPU's output says about itself."""
     got = run_json(tmp_path)
     out = capsys.readouterr().out
     order = ("\nmeasured: mHC with our", "\nmeasured ", "MODEL, not a measurement: on an H200", "docs/overhead.md")

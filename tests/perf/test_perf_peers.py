@@ -177,7 +177,7 @@ def test_only_the_part_that_is_needed_is_imported(tmp_path: Path, monkeypatch: p
 
 
 def test_a_tilelang_kernel_of_someone_else_runs_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its tensors in order, any token count, and a second time from disk."""
+    """It takes its tensors in order and any token count, and loads from disk a second time."""
     import tilelang.language as T
 
     monkeypatch.setenv("MHC_TILELANG_CACHE", str(tmp_path))
@@ -204,7 +204,7 @@ def test_a_tilelang_kernel_of_someone_else_runs_on_the_cpu(tmp_path: Path, monke
 
 
 def test_the_sublayer_input_is_the_three_kernels() -> None:
-    """Its outputs against float64, its bytes against theirs."""
+    """Its outputs are float64's, its bytes theirs."""
     made = make(SUBLAYER_INPUT, dtype="float32", tokens=37)
     a = made.arguments
     exact = {name: numpy64(a[name]) for name in ("x", "phi", "alpha", "bias")}

@@ -52,7 +52,7 @@ def nbytes(values: Any) -> int:
 @pytest.mark.parametrize("dtype", STREAM_DTYPES)
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_bytes_are_those_of_the_tensors(kernel: str, dtype: str, n: int) -> None:
-    """What goes in and comes out, tensor by tensor; for the projection's partial sums, the tensor itself.
+    """Bytes are counted tensor by tensor, in and out; for the projection's partial sums, the tensor itself.
 
     What `out` does not have: the rows that `coefficients` keeps for its backward, and the backward's workspace of two
     blocks of tokens, written and read.
@@ -73,7 +73,7 @@ def test_bytes_are_those_of_the_tensors(kernel: str, dtype: str, n: int) -> None
 
 
 def test_split_phi_counts_its_halves() -> None:
-    """On a GPU phi is read once, and its two bfloat16 halves, 48 rows, are written and read."""
+    """GPUs read phi once, and write and read its two bfloat16 halves, 48 rows."""
     shape = Shape(num_tokens=4096, num_streams=4, hidden_size=2560, dtype="bfloat16")
     plan = projection_plans.projection_plan(24, 2560, "bfloat16", "cuda")
     phi, halves, partial = 24 * 10240 * 4, 48 * 10240 * 2, (24 + 1) * 4096 * 4

@@ -25,7 +25,7 @@ def schedules(tmp_path: Path, *options: str) -> list[dict[str, Any]]:
 
 
 def test_schedule_of_every_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From decoding to thousands of tokens; the splits take every chunk, and none is without one."""
+    """Batches from decoding to thousands of tokens; the splits take every chunk, and none is without one."""
     rows = schedules(tmp_path)
     out = capsys.readouterr().out
     assert [row["num_tokens"] for row in rows] == [1 << k for k in range(15)]

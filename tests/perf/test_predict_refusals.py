@@ -1,4 +1,4 @@
-"""What `predict` refuses, each with code or a shape that provokes it, and what it says where it answers.
+"""Refusals of `predict`, each with code or a shape that provokes it, and its words where it answers.
 
 Would catch: a number for a kernel whose path depends on data, that spills in a loop, counts with atomics or uses tensor
 instructions that the model does not know; for bytes, products or barriers that are not those of TIR and source; for a

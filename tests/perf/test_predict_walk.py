@@ -186,7 +186,7 @@ def test_packed_predicates_come_back():
 
 @pytest.mark.parametrize(("a", "b"), [(20, 7), (1000003, 128), (4096, 4096), (5, 9), (0xFFFFFFF0, 3)])
 def test_a_division_of_runtime_sizes(a, b):
-    """As nvcc writes it: by a float's reciprocal, one step of Newton's, then corrections."""
+    """nvcc divides so: by a float's reciprocal, one step of Newton's, then corrections."""
     registers = Registers({}.get, {"R4": a, "R5": b})
     steps = """
         I2F.U32.RP R6, R5

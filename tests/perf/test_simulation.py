@@ -84,7 +84,7 @@ def test_one_stage_without_overlap_is_the_sum_of_the_parts(model: str) -> None:
 
 
 def test_forms_are_those_of_the_kernels() -> None:
-    """At n = 4, forward and backward; three of them are `model`'s."""
+    """Forms move the kernels' vectors at n = 4, forward and backward; three of them are `model`'s."""
     found = {name: (form.forward(4), form.backward(4)) for name, form in forms().items()}
     assert (found["fused boundary"], found["kernel by kernel"]) == ((14, 20), (18, 40))
     assert len(FORMS.keys() & found.keys()) == 3
@@ -112,7 +112,7 @@ def test_blocks_end_where_a_stage_ends() -> None:
 @pytest.mark.parametrize("layers", [1, 2, 5])
 @pytest.mark.parametrize("own_stream", [False, True])
 def test_every_task_runs_once_in_either_order(layers: int, own_stream: bool) -> None:
-    """The same work, overlapped or not; catches a task that one of the orders forgets."""
+    """Both orders do the same work, overlapped or not; catches a task that one of them forgets."""
     waits, overlaps = (Stage(layers, COSTS, overlapped, own_stream).spans(1) for overlapped in (False, True))
     assert {s.task.name: s.task.seconds for s in waits} == {s.task.name: s.task.seconds for s in overlaps}
     whole = COSTS.forward(layers) + COSTS.backward(layers) + 2 * COSTS.send

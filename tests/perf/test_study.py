@@ -50,7 +50,7 @@ def lines_of(path):
 
 
 def test_gain_command(tmp_path, capsys):
-    """At 20 iterations mHC stays below 2 and HC passes 100, which it also prints."""
+    """mHC stays below 2 at 20 iterations and HC passes 100, which it also prints."""
     arguments = ["--depth", "64", "--tokens", "16", "--scales", "0.01", "1", "--iters", "2", "20"]
     out, stored = tmp_path / "out", tmp_path / "gain.json"
     assert cli.main(["study", "gain", *arguments, "--out", str(out), "--json", str(stored)]) == 0
@@ -102,7 +102,7 @@ def test_sinkhorn_command(tmp_path, capsys):
 
 
 def test_iterations_are_the_references():
-    """To the bit, and the other order is its transpose on transposed logits."""
+    """Bits are the reference's, and the other order is its transpose on transposed logits."""
     logits = 3 * convergence.draw(7, 4, 0)
     found = convergence.after(logits, [1, 5, 20], EPS)
     for iters, h_res in found.items():
@@ -152,7 +152,7 @@ def test_train_command(tmp_path, capsys):
 
 
 def test_runs_of_a_seed_are_equal():
-    """To the bit, evaluations apart or not; another seed gives other losses."""
+    """Runs are equal to the bit, evaluations apart or not; another seed gives other losses."""
     text = read_text(None, SIZES.context)
     one, same, other = (
         runs.train("mhc", seed, SIZES, text, CPU, every=every) for seed, every in ((0, 1), (0, 3), (1, 3))
@@ -205,7 +205,7 @@ def test_page_shows_what_is_stored():
 
 
 def stored_curves():
-    """Those of gain.csv: by index, as lists that begin with the first sublayer are."""
+    """Return the curves of gain.csv: by index, as lists that begin with the first sublayer are."""
     found = {}
     for line in lines_of(ROOT / "docs" / "study" / "gain.csv"):
         iters = int(line["iterations"]) if line["iterations"] else None
@@ -228,7 +228,7 @@ def stored_numbers(name, whole=()):
 
 
 def stored_tables():
-    """What the commands print of the stored numbers, name by name."""
+    """Return what the commands print of the stored numbers, by name."""
     curves = stored_curves()
     names = ("sinkhorn-convergence", "sinkhorn-gradients", "sinkhorn-cost")
     rows = {name: stored_numbers(name, ("iters", "samples", "disturbed")) for name in names}
@@ -247,7 +247,7 @@ def stored_tables():
 
 
 def words(text):
-    """Without what alignment and line breaks do."""
+    """Return the text without alignment and line breaks."""
     return " ".join(re.sub(r"-{3,}", "", text).split())
 
 

@@ -57,7 +57,7 @@ def test_plans_are_compared_and_timed(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_what_a_compiler_refuses_is_reported() -> None:
-    """By itself: the other job compiles."""
+    """Only the refused job fails: the other compiles."""
     good = {"num_streams": 2, "block": 16}
     built = build_all([Job("sinkhorn", good), Job("sinkhorn", {**good, "num_streams": -1})], "cpu", 1)
     assert {one.job.parameters["num_streams"]: bool(one.error) for one in built} == {2: False, -1: True}

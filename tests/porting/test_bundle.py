@@ -47,7 +47,7 @@ def cut(path: Path, left: int) -> None:
 
 
 def test_no_compiler_is_needed(tmp_path: Path) -> None:
-    """With no PATH, a bogus CXX, no cache and tilelang blocked, a fresh process returns the bits of compiled kernels.
+    """A fresh process with no PATH, a bogus CXX, no cache and tilelang blocked returns the compiled kernels' bits.
 
     The bundle's library is for x86-64-v3 and the compiled one for this processor: vector width moves no bit.
     """
@@ -72,7 +72,7 @@ def test_no_compiler_is_needed(tmp_path: Path) -> None:
 
 
 def test_a_missing_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was wanted, what the bundle has instead; nothing is compiled or kept."""
+    """The error says what was wanted and what the bundle has instead; nothing is compiled or kept."""
     use(monkeypatch, small_bundle())
     with pytest.raises(BundleError, match=r"no bundle has the kernel post for cpu with .*hidden_size=128") as error:
         mhc.post(torch.randn(2, 4, 128), torch.randn(2, 128), torch.rand(2, 4), torch.rand(2, 4, 4))

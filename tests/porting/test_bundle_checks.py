@@ -1,4 +1,4 @@
-"""What a bundle's checks rest on: vectors of every kernel, a verification that can fail, hashes of all that matters.
+"""Foundations of a bundle's checks: vectors of every kernel, a verification that can fail, hashes of all that matters.
 
 Would catch: golden vectors that a form of the model is left out of, or that no second export gives again; a `--verify`
 that compares a vector with itself; sources that change the meaning of a bundle and not its hash; a cubin that one
@@ -31,7 +31,7 @@ EPS = 1e-6
 
 
 def test_every_form_has_vectors_and_a_second_export_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of connections with a norm, in training: kernels with run-time scalars, and one that few tokens do not need."""
+    """Norms in training have vectors: kernels with run-time scalars, and one that few tokens do not need."""
 
     def normed(spec: MHCSpec, inputs: Inputs, eps: float | None) -> Iterator[list[torch.Tensor]]:
         if eps is not None:
@@ -61,7 +61,7 @@ def test_every_form_has_vectors_and_a_second_export_the_same(monkeypatch: pytest
 
 
 def test_what_a_kernel_does_not_touch_is_unused() -> None:
-    """Of the gradients that were not asked for: a host passes anything there, and no vector has them."""
+    """Gradients that are not asked for: a host passes anything there, and no vector has them."""
     x, layer_output, h_post, h_res = (torch.empty(3, *shape, device="meta") for shape in ((4, 64), (64,), (4,), (4, 4)))
     with recording("cpu", 1) as noted:
         launch.post_backward(x, x, layer_output, h_post, h_res, needs_g_x=False, needs_g_layer_output=False)
@@ -114,7 +114,7 @@ def test_verify_names_a_wrong_kernel(
 
 
 def test_a_share_is_of_the_elements_that_were_kept() -> None:
-    """Of an output of many elements every step-th: one of them that is off counts, and is compared with its own."""
+    """Large outputs keep every step-th element: one of them that is off counts, and is compared with its own."""
     got = torch.randn(5, golden.MANY)
     step = golden.step_of(got.numel())
     assert step > 1
@@ -125,7 +125,7 @@ def test_a_share_is_of_the_elements_that_were_kept() -> None:
 
 
 def test_all_that_gives_a_kernel_its_meaning_is_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is launched and how, the kernels and their plans, the CPU's lowering and its header."""
+    """Hashed are launches, the kernels and their plans, the CPU's lowering and its header."""
     hashed: set[Path] = set()
     facts_of = manifest.facts_of
     monkeypatch.setattr(manifest, "facts_of", lambda path: (hashed.add(path.resolve()), facts_of(path))[1])

@@ -30,7 +30,7 @@ from mhc_tilelang.errors import BundleError
     ],
 )
 def test_expressions(expression: str, value: int, text: str) -> None:
-    """In Python and in C alike."""
+    """Values are equal in Python and in C."""
     assert launch_size.value_of(expression, {"num_tokens": 65, "splits": 2}) == value
     assert launch_size.c_of(expression) == text
 
@@ -88,7 +88,7 @@ def test_the_driver_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_without_a_driver_the_error_says_so() -> None:
-    """On a machine without a GPU's driver, as here."""
+    """Machines without a GPU's driver, as here, get this error."""
     if torch.cuda.is_available():
         pytest.skip("there is a driver")
     with pytest.raises(BundleError, match=r"expected the CUDA driver's libcuda\.so\.1"):

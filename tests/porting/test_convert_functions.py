@@ -156,7 +156,7 @@ def test_rows_first_in_a_stream():
 
 
 def test_rows_first_delayed():
-    """The same mappings with the h_pre of the sublayer before; its own comes last."""
+    """Mappings are the same with the h_pre of the sublayer before; its own comes last."""
     _, plain, _ = imported("liger")
     connection = convert.RowsFirstConnection(replace(plain.spec, delayed_pre=True))
     connection.load_state_dict(plain.state_dict())
@@ -205,8 +205,9 @@ def test_hyper_connections_package():
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_same_function_of_small_streams(framework):
-    """At 1e-3 an rms_eps of 1e-6 is as large as the mean square. Catches that of another framework, which elsewhere
-    is nothing beside 1; a mean square that forgets it is √2 off.
+    """Scale 1e-3 has a mean square of 1e-6, as large as rms_eps.
+
+    Catches that of another framework, which elsewhere is nothing beside 1; a mean square that forgets it is √2 off.
     """
     theirs, connection, sublayer = imported(framework)
     x, layer_output = (1e-3 * tensor for tensor in streams(4))
@@ -215,7 +216,7 @@ def test_same_function_of_small_streams(framework):
 
 
 def test_unconstrained_of_small_streams():
-    """The same of lucidrains' plain hyper-connections, whose norm has no eps."""
+    """lucidrains' plain hyper-connections are the same at small streams: their norm has no eps."""
     theirs = states("unconstrained")
     connection = mhc.UnconstrainedHyperConnection(convert.lucidrains.unconstrained_spec(C))
     connection.load_state_dict(convert.lucidrains.import_unconstrained(theirs))

@@ -42,7 +42,7 @@ def foreign(name, eps=1e-6, dtype=torch.float32):
 @pytest.mark.parametrize("iters", [1, 2, 20])
 @pytest.mark.parametrize("name", FOREIGN)
 def test_conventions_are_told_apart(name, iters, n):
-    """At few iterations and at 20, with an eps and without."""
+    """Few iterations and 20 suffice, with an eps and without."""
     probe = mhc.convert.probe(n, 16, iters)
     for eps in (0.0, 1e-6):
         assert orientation(foreign(name, eps), probe) == CONVENTIONS[name]

@@ -40,7 +40,7 @@ def arrays(folder: Path, kernel: str) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("target", ["cpu", "sm_90a"])
 @pytest.mark.parametrize("num_streams", [2, 4, 8])
 def test_every_launch_of_the_audit_is_exported(num_streams: int, target: str) -> None:
-    """What `perf.calls.launches` says a model launches, at any number of tokens, is in the bundle.
+    """The bundle has every launch of `perf.calls.launches`, at any number of tokens.
 
     Catches a workload that does not reach a function, a reduction or a form, or a token count that compiles anew.
     Recomputation is left out: a kernel for every length of block.

@@ -41,7 +41,7 @@ def c_host(bundle: Path, build: Path) -> Path:
 
 
 def test_each_host_has_a_build_folder_of_its_own() -> None:
-    """In the pages and the heads of CMakeLists.txt: cmake refuses a folder that another source was built in."""
+    """Pages and heads of CMakeLists.txt name it: cmake refuses a folder that another source was built in."""
     pages = [*PORTING.glob("*/*.*"), *(PORTING.parents[1] / "docs" / "porting").glob("*.md")]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     said = set(re.findall(r"cmake -S (\S+) -B (\S+)", text))

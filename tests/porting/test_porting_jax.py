@@ -47,7 +47,7 @@ every_function = pytest.mark.parametrize("function", [FUNCTIONS["pre"], FUNCTION
 
 
 def sublayer_functions(spec: MHCSpec, inputs: Inputs) -> Iterator[list[torch.Tensor]]:
-    """What JAX calls of a bundle."""
+    """Yield the results of the functions that JAX calls in a bundle."""
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in vars(inputs).items()}
     yield [*ops.pre(*(leaves[name] for name in ARGUMENTS["pre"]), spec)]
     yield [ops.post(*(leaves[name] for name in ARGUMENTS["post"]))]
@@ -55,7 +55,7 @@ def sublayer_functions(spec: MHCSpec, inputs: Inputs) -> Iterator[list[torch.Ten
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Path]:
-    """By dtype, a folder with a bundle and its build. cmake compiles the sources, so the export need not.
+    """Build a bundle in a folder for each dtype. cmake compiles the sources, so the export need not.
 
     With -O1: less than half the time, and the same bits.
     """
@@ -82,12 +82,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Path]
 
 @pytest.fixture(scope="module")
 def sublayers(folders: dict[torch.dtype, Path]) -> dict[torch.dtype, Sublayer]:
-    """By dtype, the functions."""
+    """Return the functions of each dtype's build."""
     return {dtype: Sublayer(place / "bundle", place / "build/jax/libmhc_jax.so") for dtype, place in folders.items()}
 
 
 def arrays(tensors: list[torch.Tensor]) -> list[jax.Array]:
-    """The same numbers in JAX."""
+    """Convert tensors to JAX arrays."""
     return [jnp.from_dlpack(tensor.detach().contiguous()) for tensor in tensors]
 
 
@@ -123,7 +123,7 @@ def tolerance(name: str, dtype: torch.dtype) -> float:
 
 
 def assert_near(got: torch.Tensor, exact: np.ndarray, name: str, dtype: torch.dtype, scale: float | None = None):
-    """By the norm; `scale` is that of what was summed where a sum may nearly cancel."""
+    """Assert closeness in the norm; `scale` is that of what was summed where a sum may nearly cancel."""
     assert got.shape == exact.shape, name
     assert got.dtype == (dtype if name in STREAMS else torch.float32), name
     scale = np.linalg.norm(exact) if scale is None else scale

@@ -30,7 +30,7 @@ def replaced(eager):
 
 
 def test_logits_and_gradients(eager, replaced):
-    """The same logits, the same hidden states after each layer, the same gradient of every parameter."""
+    """Logits, hidden states after each layer, and the gradient of every parameter are the same."""
     upstream = torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(2))
     results = []
     for model in (eager, replaced):
@@ -58,7 +58,7 @@ def test_a_transposed_comb_would_show(eager, replaced, monkeypatch):
 
 
 def test_every_connection_is_replaced_and_restored():
-    """In place, parameters and buffers the same objects; `restore` gives the bits back."""
+    """Modules are replaced in place, parameters and buffers the same objects; `restore` gives the bits back."""
     model = tiny()
     with torch.no_grad():
         before = model(input_ids=tokens(1, 5), use_cache=False).logits
@@ -80,7 +80,7 @@ def test_every_connection_is_replaced_and_restored():
 
 
 def test_checkpoints_are_transformers_own(eager, replaced, tmp_path):
-    """What a replaced model saves, an eager one loads, and the other way round."""
+    """An eager model loads what a replaced one saves, and the other way round."""
     replaced.save_pretrained(tmp_path)
     loaded = transformers.DeepseekV4ForCausalLM.from_pretrained(tmp_path)
     assert {type(module) for module in loaded.modules()} == {type(module) for module in eager.modules()}
@@ -93,7 +93,7 @@ def test_checkpoints_are_transformers_own(eager, replaced, tmp_path):
 
 
 def test_generation(eager, replaced):
-    """With its cache, one token at a time, greedily."""
+    """Greedy generation with the cache, one token at a time, gives the same tokens."""
     prompt = tokens(2, 6)
     results = [model.generate(prompt, max_new_tokens=4, do_sample=False) for model in (eager, replaced)]
     assert torch.equal(*results)

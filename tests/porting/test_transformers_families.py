@@ -49,7 +49,7 @@ def hy_v4():
 
 
 def hy_v4_vl():
-    """The same under images."""
+    """Build Hy4 under its multimodal wrapper."""
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
     text = HY_V4 | {"qk_rope_head_dim": 8, "head_dim": 12, "rope_parameters": rope}
     vision = {"hidden_size": 32, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
@@ -84,7 +84,7 @@ def replaced(eager):
 
 
 def test_logits_and_gradients(eager, replaced):
-    """The same logits, hidden states and gradient of every parameter, by our operators; `restore` gives bits back."""
+    """Logits, hidden states and every parameter's gradient agree, by our operators; `restore` gives bits back."""
     upstream = torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(2))
     results = []
     for model in (eager[0], replaced):

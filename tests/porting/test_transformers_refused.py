@@ -1,4 +1,4 @@
-"""What `replace` and `restore` refuse, by the module's name and with nothing changed; copies; what hooks may do.
+"""Refusals of `replace` and `restore`, by the module's name and with nothing changed; copies; what hooks may do.
 
 Would catch: a forward of the user's that is dropped without a word, one that `restore` leaves over ours or loses, a
 hook that is never called, a half-replaced model, copies that run the original's parameters.
@@ -153,7 +153,7 @@ def test_a_forward_over_ours(model, eager, name):
 @pytest.mark.parametrize("method", HOOKS)
 @pytest.mark.parametrize("name", [NORM, "model.layers.0.attn_hc.input_norm", "model.hc_head.input_norm"])
 def test_a_later_hook_on_a_norm_is_refused(model, name, method):
-    """At the call, for it would never run."""
+    """The call refuses it, for it would never run."""
     replace(model)
     hook(method, model.get_submodule(name))
     with pytest.raises(ConversionError, match=f"{name}: expected a DeepseekV4UnweightedRMSNorm without hooks"):
@@ -161,7 +161,7 @@ def test_a_later_hook_on_a_norm_is_refused(model, name, method):
 
 
 def test_hooks_may_change_what_they_see(model, eager):
-    """In place and by what they return, on both sites: what a layer goes on with, as in transformers."""
+    """A layer goes on with their changes, in place or returned, on both sites, as in transformers."""
 
     def halved(_module, _args, output):
         output[1].mul_(0.5)
@@ -202,7 +202,7 @@ def test_a_hook_of_accelerates_is_called(model, eager):
 
 
 def test_global_hooks_see_every_connection(model, eager):
-    """As in transformers, but for the norms within, which are part of the kernels."""
+    """They see what transformers' do, but for the norms within, which are part of the kernels."""
     replace(model)
     seen = [[], []]
     for each, calls in zip((eager, model), seen, strict=True):
@@ -230,7 +230,7 @@ def pickled(model):
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
 def test_copies_run_their_own_parameters(model, eager, copied):
-    """By our operators, and can be restored on their own."""
+    """Copies run by our operators, and can be restored on their own."""
     replace(model)
     other = copied(model)
     with torch.no_grad():
@@ -259,7 +259,7 @@ def test_parts(model, eager, part):
 
 
 def test_checkpointing_drops_the_cache(model, eager):
-    """As transformers does: a layer that ran again would write its cache again."""
+    """transformers drops it too: a layer that ran again would write its cache again."""
     results = []
     upstream = torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(2))
     replace(model)

@@ -212,7 +212,7 @@ def watched(model, record):
 
 @pytest.fixture(scope="module")
 def eager(tmp_path_factory):
-    """Of a way, what transformers gives, never replaced: logits, gradients, what hooks see."""
+    """Return a function of a way: transformers' own logits, gradients and what hooks see, never replaced."""
 
     @functools.cache
     def measured(name):
@@ -232,7 +232,7 @@ def eager(tmp_path_factory):
 
 
 def forward_operators(fused, layers=2):
-    """Of a model: the boundary of a layer that is not fused is post and pre."""
+    """Count a model's operators: the boundary of a layer that is not fused is post and pre."""
     apart = layers - fused
     return +Counter(pre=layers + apart, post_pre=fused, post=layers + apart, head=1)
 
@@ -245,7 +245,7 @@ def runs_ours(model, name, expected, fused=None):
 
 @cells
 def test_values_gradients_and_operators(name, order, tmp_path, eager):
-    """Those of eager transformers, by our operators alone; the same again after a second `replace`."""
+    """They are eager transformers', by our operators alone; the same again after a second `replace`."""
     way, (expected, expected_gradients, _) = WAYS[name], eager(name)
     model, names = made(name, order, tmp_path)
     assert len(names) == len(set(names)) >= 7
@@ -303,7 +303,7 @@ def test_restored(name, order, tmp_path, eager):
 @pytest.mark.parametrize(("name", "order"), [cell for cell in CELLS if WAYS[cell[0]].off])
 @pytest.mark.parametrize("first", ["restored", "taken off"])
 def test_taken_off(name, order, first, tmp_path, eager):
-    """What was put on comes off again, before `restore` or after it."""
+    """The wrapping comes off again, before `restore` or after it."""
     expected, *_ = eager(name)
     if name == "LoRA":
         expected, *_ = eager("nothing")

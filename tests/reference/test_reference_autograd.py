@@ -161,7 +161,7 @@ def make_tensors(n, std, seed=0):
 
 
 def assert_gradients_close(actual, expected, names):
-    """To 1e-12 of the largest entry: some hundred roundings of 1e-16 each. The worst of all the cases here is 2e-14."""
+    """Assert 1e-12 of the largest entry: some hundred roundings of 1e-16 each. The worst case here is 2e-14."""
     for name, a, e in zip(names, actual, expected, strict=True):
         assert e.abs().max() > 0, name
         np.testing.assert_allclose(a, e.numpy(), rtol=0, atol=1e-12 * float(e.abs().max()), err_msg=name)

@@ -154,7 +154,7 @@ class Differences:
 @every_shape
 @every_function
 def test_gradients_are_central_differences(name, n, std):
-    """Of every output alone and of all together, by every argument."""
+    """They agree for every output alone and all together, by every argument."""
     case = Case(name, n, std)
     choices = [(upstream, case.gradients(upstream)) for upstream in case.choices_of_upstream()]
     for key in case.arrays:
@@ -229,7 +229,7 @@ def test_absent_upstream_gradients_are_zeros(name):
 
 @pytest.mark.parametrize("name", [name for name, dims in CASES.items() if "norm_weight" in dims])
 def test_without_a_norm_weight(name):
-    """Its gradient is None, the others are those at a weight of 1."""
+    """The weight's gradient is None, the others are those at a weight of 1."""
     case = Case(name)
     absent = case.gradients(norm_weight=None)
     ones = case.gradients(norm_weight=np.ones_like(case.arrays["norm_weight"]))

@@ -1,4 +1,4 @@
-"""What holds for every function alike: leading dimensions, zero tokens, float dtypes, named shape errors."""
+"""The contract of every reference function: leading dimensions, zero tokens, float dtypes, named shape errors."""
 
 import ast
 import sys

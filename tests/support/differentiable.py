@@ -133,7 +133,7 @@ def requiring(tensors: dict[str, torch.Tensor], names: tuple[str, ...] | None = 
 def gradients(
     outputs: tuple[torch.Tensor, ...], tensors: dict[str, torch.Tensor], g_outputs: list[torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """By argument, those that require one and that the outputs depend on."""
+    """Return the gradients, by argument, of those that require one and that the outputs depend on."""
     inputs = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
     found = torch.autograd.grad(outputs, list(inputs.values()), g_outputs, allow_unused=True)
     return {name: gradient for name, gradient in zip(inputs, found, strict=True) if gradient is not None}

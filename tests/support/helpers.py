@@ -1,4 +1,4 @@
-"""What the kernel tests share: cases named by the path they take, and checks that every function must pass.
+"""Shared parts of the kernel tests: cases named by the path they take, and checks that every function must pass.
 
 The comparisons with float64 and their bounds are those of `mhc_tilelang.checking`; nothing is derived twice.
 A `call` maps (Inputs, Case) to a tuple of outputs.

@@ -40,7 +40,7 @@ class Backward:
         return CALLS[self.name].results
 
     def arguments(self, case):
-        """By name; `spec` is one of them where the function takes it. What a forward left is drawn."""
+        """Return the arguments by name, `spec` where the function takes it. Tensors kept by a forward are drawn."""
         given = Given(case, Inputs.of(case, CPU), Gradients.of(case, CPU), eps=EPS)
         rows = case.num_streams if self.name.startswith("head") else case.spec.num_coefficients
         return given.arguments(self.name, projected=projected_of(case, rows))
@@ -67,7 +67,7 @@ def project_backward64(g_projected, x, phi, h_pre=None, g_layer_input=None):
 
 
 def through_logits(g_z, projected, alpha_rows, spec):
-    """From g_z [M, T] to g_projected [M + 1, T], g_alpha of every row, and g_bias."""
+    """Map g_z [M, T] to g_projected [M + 1, T], g_alpha of every row, and g_bias."""
     m, s = projected[:-1], projected[-1]
     through = g_z * alpha_rows[:, None]
     rho = -(s**2) / spec.stream_size * (through * m).sum(0)
@@ -94,7 +94,7 @@ def coefficients_backward64(g_h_pre, g_h_post, g_h_res, projected, alpha, bias, 
 
 
 def head_coefficients_backward64(g_h_pre, projected, alpha, bias, spec):
-    """The same of the pre group alone."""
+    """Compute the coefficients' backward of the pre group alone, in float64."""
     z = alpha * projected[:-1] + bias[:, None]
     rows = np.repeat(alpha, spec.num_streams)
     g_projected, g_alpha_rows, g_bias = through_logits(g_h_pre.T * slope(z), projected, rows, spec)
@@ -152,7 +152,7 @@ def take(name, value, places):
 
 
 def in_nan(tensor, offset):
-    """The same values, contiguous, with NaN in the memory before and after them."""
+    """Copy a tensor, contiguous, with NaN in the memory before and after it."""
     buffer = torch.full((2 * PADDING + offset + tensor.numel(),), torch.nan, dtype=tensor.dtype)
     view = buffer[PADDING + offset : PADDING + offset + tensor.numel()].view(tensor.shape)
     return view.copy_(tensor)

@@ -1,4 +1,4 @@
-"""What tests of models share: parameters that are far from their start, inputs, gradients and their comparison."""
+"""Shared parts of tests of models: parameters far from their start, inputs, gradients and their comparison."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of several processes share: how ranks start, end, and fail in finite time."""
+"""Helpers for tests of several processes: ranks start, end, and fail in finite time."""
 
 from __future__ import annotations
 

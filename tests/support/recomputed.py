@@ -1,4 +1,4 @@
-"""What the tests of recomputation share: a model, its gradients with and without, and what its graph keeps."""
+"""Shared parts of the tests of recomputation: a model, its gradients with and without, and what its graph keeps."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def gradients(model, h, recompute, run=None):
 
 
 def assert_same(model, h, length=3, run=None):
-    """With and without recomputation, to the bit."""
+    """Assert equal bits with and without recomputation."""
     expected = gradients(model, h, None, run)
     got = gradients(model, h, length, run)
     for name, one in expected.items():
@@ -81,7 +81,7 @@ def saved(model, h, recompute):
 
 
 def kept_by(out):
-    """What the graph of a result keeps: tensors and handles."""
+    """Return the tensors and handles that the graph of a result keeps."""
     return [one.data for node in nodes([out]) for one in saved_by(node)]
 
 

@@ -28,5 +28,5 @@ def listing(text: str) -> str:
 
 
 def code(text: str) -> list[Instruction]:
-    """The same, parsed."""
+    """Parse the instructions of a listing."""
     return parse(listing(text))

@@ -36,7 +36,7 @@ class Planted:
     shared_bytes: int = 1024
 
     def twin(self, wrong: bool) -> CudaSource:
-        """With the defect, or without."""
+        """Build the kernel with the defect or without."""
         body = re.sub(r"DEFECT\((.*?), (.*?)\)!", r"\1" if wrong else r"\2", self.body)
         grid = (str(self.blocks), "1", "1")
         return source(body, self.arguments, threads=self.threads, grid=grid, shared_bytes=self.shared_bytes)
