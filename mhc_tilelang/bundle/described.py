@@ -106,21 +106,21 @@ def unique_names(kernels: list[Described]) -> list[Described]:
     return found
 
 
-def encoded(value: Any) -> Any:
-    """A parameter as JSON."""
+def encode(value: Any) -> Any:
+    """Encode a parameter as JSON."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {"type": type(value).__name__, **{name: encoded(part) for name, part in vars(value).items()}}
+        return {"type": type(value).__name__, **{name: encode(part) for name, part in vars(value).items()}}
     return value
 
 
-def encoded_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
-    """All of them."""
-    return {name: encoded(value) for name, value in parameters.items()}
+def encode_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Encode all parameters."""
+    return {name: encode(value) for name, value in parameters.items()}
 
 
 def key_of(family: str, parameters: dict[str, Any]) -> str:
     """The one text of a kernel and its parameters, encoded or not."""
-    return json.dumps([family, encoded_parameters(parameters)], sort_keys=True)
+    return json.dumps([family, encode_parameters(parameters)], sort_keys=True)
 
 
 def entry_of(kernel: Described) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def entry_of(kernel: Described) -> dict[str, Any]:
         "name": kernel.name,
         "symbol": kernel.symbol,
         "family": kernel.family,
-        "parameters": encoded_parameters(kernel.parameters),
+        "parameters": encode_parameters(kernel.parameters),
         "buffers": buffers,
         "sizes": list(kernel.signature.sizes),
         "scalars": kernel.signature.scalars,

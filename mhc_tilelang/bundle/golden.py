@@ -75,7 +75,7 @@ class Recorder:
     def load(self, family: str, parameters: dict[str, Any]) -> Kernel:
         """A kernel as `compile.emulating` asks for it."""
         kernel = self.kernels[key_of(family, parameters)]
-        library = compiled(kernel, self.scratch)
+        library = compile_float64(kernel, self.scratch)
 
         def launch(tensors: Sequence[torch.Tensor], sizes: dict[str, int], scalars: list[float]) -> None:
             numbers = {**sizes, **dict(zip(kernel.signature.scalars, scalars, strict=True))}
@@ -184,8 +184,8 @@ def random_arguments(kernel: Described) -> dict[str, torch.Tensor]:
     return {b.name: torch.randn(shapes[b.name]).to(getattr(torch, b.dtype)) for b in kernel.signature.buffers}
 
 
-def compiled(kernel: Described, scratch: Path) -> ctypes.CDLL:
-    """A kernel in float64."""
+def compile_float64(kernel: Described, scratch: Path) -> ctypes.CDLL:
+    """Compile a kernel in float64."""
     from ..compiler.cpu.emit import emit
 
     code = emit(kernel.func.with_attr("global_symbol", kernel.symbol)).replace("runtime.h", "float64.h")

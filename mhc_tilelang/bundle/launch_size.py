@@ -34,7 +34,7 @@ def value_of(expression: str, numbers: Mapping[str, float]) -> int:
             return FUNCTIONS[function_of(node)][1](*map(walk, node.args))
         return int(numbers[node.id]) if isinstance(node, ast.Name) else constant(node)
 
-    return walked(expression, walk)
+    return evaluate(expression, walk)
 
 
 def c_of(expression: str) -> str:
@@ -47,20 +47,20 @@ def c_of(expression: str) -> str:
             return f"{FUNCTIONS[function_of(node)][0]}({', '.join(map(walk, node.args))})"
         return node.id if isinstance(node, ast.Name) else str(constant(node))
 
-    return walked(expression, walk)
+    return evaluate(expression, walk)
 
 
-def walked(expression: str, walk: Callable[[ast.AST], Value]) -> Value:
+def evaluate(expression: str, walk: Callable[[ast.AST], Value]) -> Value:
     """Apply a walk to the parsed expression. Raises BundleError that names the expression."""
     try:
-        return walk(parsed(expression))
+        return walk(parse(expression))
     except (KeyError, TypeError, ValueError, SyntaxError, ZeroDivisionError) as error:
         raise BundleError(f"launch: {expression!r}: expected arithmetic of known sizes, got {error!r}") from None
 
 
 @cache
-def parsed(expression: str) -> ast.expr:
-    """Once per expression: a launch is a matter of microseconds."""
+def parse(expression: str) -> ast.expr:
+    """Parse an expression, once: a launch is a matter of microseconds."""
     return ast.parse(expression, mode="eval").body
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from ..compiler.kernel import Kernel, Signature
 from ..errors import BundleError
 from . import cpu_target, manifest
-from .described import encoded_parameters, key_of
+from .described import encode_parameters, key_of
 
 
 class Bundle:
@@ -65,8 +65,8 @@ def signature_of(entry: dict[str, Any]) -> Signature:
 
 
 @cache
-def opened(folder: Path) -> Bundle:
-    """A bundle whose kernels this package may call: its plans and signatures must be those that it was made with."""
+def open_bundle(folder: Path) -> Bundle:
+    """Open a bundle whose kernels this package may call: it must be made with the same plans and signatures."""
     bundle = Bundle(folder)
     made_with, here = bundle.manifest["versions"].get("sources"), manifest.sources_hash()
     if made_with != here:
@@ -82,7 +82,7 @@ def kernel(named: str, family: str, target: str, parameters: dict[str, Any]) -> 
 
     Raises BundleError where none has it, or one is damaged.
     """
-    bundles = [opened(Path(folder).resolve()) for folder in named.split(os.pathsep) if folder]
+    bundles = [open_bundle(Path(folder).resolve()) for folder in named.split(os.pathsep) if folder]
     key = key_of(family, parameters)
     for bundle in bundles:
         entry = bundle.targets.get(target, {}).get(key)
@@ -93,7 +93,7 @@ def kernel(named: str, family: str, target: str, parameters: dict[str, Any]) -> 
 
 def missing(bundles: Sequence[Bundle], family: str, target: str, parameters: dict[str, Any]) -> str:
     """Describe the kernel that was wanted, and the closest ones that the bundles have."""
-    wanted = encoded_parameters(parameters)
+    wanted = encode_parameters(parameters)
     lines = [f"no bundle has the kernel {family} for {target} with {in_words(wanted)}"]
     for bundle in bundles:
         entries = [entry for entry in bundle.targets.get(target, {}).values() if entry["family"] == family]

@@ -98,7 +98,7 @@ def python_row() -> Row:
     value = f"{platform.python_version()} ({sys.executable})"
     if sys.version_info >= OLDEST_PYTHON:
         return Row("python", value)
-    return Row("python", value, "missing", f"Python {dotted(OLDEST_PYTHON)} or newer")
+    return Row("python", value, "missing", f"Python {format_version(OLDEST_PYTHON)} or newer")
 
 
 def package_rows() -> list[Row]:
@@ -109,7 +109,7 @@ def package_rows() -> list[Row]:
 
 def package_row(label: str, distribution: str, oldest: tuple[int, ...] = ()) -> Row:
     """Report one package: its version, or what to install when it is absent or too old."""
-    wanted = f"{distribution}>={dotted(oldest)}" if oldest else distribution
+    wanted = f"{distribution}>={format_version(oldest)}" if oldest else distribution
     try:
         version = metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -201,10 +201,10 @@ def gpu_row(index: int, properties: Any, driver: str) -> Row:
     """Report one GPU: name, compute capability, memory, driver."""
     capability = (properties.major, properties.minor)
     memory = human_bytes(properties.total_memory)
-    value = f"{properties.name}, compute capability {dotted(capability)}, {memory}, driver {driver}"
+    value = f"{properties.name}, compute capability {format_version(capability)}, {memory}, driver {driver}"
     if capability >= OLDEST_COMPUTE_CAPABILITY:
         return Row(f"GPU {index}", value)
-    hint = f"the kernels need compute capability {dotted(OLDEST_COMPUTE_CAPABILITY)} or newer"
+    hint = f"the kernels need compute capability {format_version(OLDEST_COMPUTE_CAPABILITY)} or newer"
     return Row(f"GPU {index}", value, "optional", hint)
 
 
@@ -335,6 +335,6 @@ def leading_numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in found.group().split(".")) if found else ()
 
 
-def dotted(numbers: tuple[int, ...]) -> str:
+def format_version(numbers: tuple[int, ...]) -> str:
     """Write a tuple of numbers as a version."""
     return ".".join(map(str, numbers))

@@ -43,7 +43,7 @@ def location() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mhc-tilelang"
 
 
-def kept(
+def get_or_make(
     folder: str,
     name: str,
     make: Callable[[Path], Made],
@@ -65,7 +65,7 @@ def kept(
         CompilerError: the cache cannot be written.
     """
     try:
-        place = opened(folder)
+        place = open_folder(folder)
         try:
             facts, file = read(place, name, suffix)
             return use(facts, file)
@@ -83,8 +83,8 @@ def kept(
         raise CompilerError(f"cannot keep kernels in {where}: {error}. {hint}") from error
 
 
-def opened(folder: str) -> Path:
-    """The real path of a folder of the cache, made if need be: where nothing was named, for this user alone."""
+def open_folder(folder: str) -> Path:
+    """Return the real path of a cache folder, created if missing: for this user alone where none was named."""
     root = location()
     mode = 0o755 if os.environ.get(VARIABLE) else 0o700
     for missing in reversed([path for path in (root, *root.parents) if not path.exists()]):

@@ -1,7 +1,7 @@
 """Records of the launches of a call while it runs: kernel families, compile-time parameters, arguments.
 
-    recording   on meta tensors: the call takes every decision that it takes on a device, and nothing is computed
-    launched    on the tensors of a device, where the kernels run as well
+    recording         on meta tensors: the call takes every decision that it takes on a device, and nothing is computed
+    record_launches   on the tensors of a device, where the kernels run as well
 
 Whoever needs to know what a call launches (audits, builds, benchmarks) runs the call here: nothing is decided twice.
 Imports torch for its types only.
@@ -87,8 +87,8 @@ def recording(target: str, parallel_blocks: int) -> Iterator[list[Recorded]]:
         yield found
 
 
-def launched(run: Callable[[], object]) -> list[Recorded]:
-    """Run a call, and note every kernel that it launches."""
+def record_launches(run: Callable[[], object]) -> list[Recorded]:
+    """Run a call and record every kernel that it launches."""
     found: list[Recorded] = []
     ordinary = compiler.kernel
 

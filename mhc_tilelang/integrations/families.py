@@ -129,7 +129,7 @@ KNOWN: dict[str, dict[str, Any]] = {
 }
 
 
-def loaded() -> list[Family]:
+def find_loaded() -> list[Family]:
     """Return the families of which a model can exist: transformers loads a family's classes with its first model."""
     modules = {name: sys.modules.get(f"transformers.models.{name}.modeling_{name}") for name in KNOWN}
     return [Family(eager, **KNOWN[name]) for name, eager in modules.items() if eager is not None]
@@ -137,7 +137,7 @@ def loaded() -> list[Family]:
 
 def of_module(module: nn.Module) -> tuple[Family, type[nn.Module]] | None:
     """The family of a connection, a head or a decoder layer, and which of the three it is; None for another."""
-    for family in loaded():
+    for family in find_loaded():
         for kind in (family.connection, family.head, family.layer):
             if isinstance(module, kind):
                 return family, kind

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     choices = (*every, cases.SUBLAYER_INPUT, cases.BOUNDARY_STEP)
     add("--kernels", nargs="+", choices=choices, metavar="KERNEL", help=text)
-    text = f"hidden sizes (default: {listed(cases.WIDTHS)}; on a CPU {listed(cases.CPU_WIDTHS)})"
+    text = f"hidden sizes (default: {join_numbers(cases.WIDTHS)}; on a CPU {join_numbers(cases.CPU_WIDTHS)})"
     add("--widths", nargs="+", type=positive, metavar="C", help=text)
     text = (
         "token counts (default: 4096 and 16384 on a GPU, where up to 128 are timed as CUDA graphs; on a CPU so many "
@@ -117,7 +117,7 @@ def measure_kernels(args: argparse.Namespace) -> int:
     repeats = args.repeats or REPEATS[device.type]
     seconds = None if args.repeats else SECONDS[device.type]
     rounds = {"warmup_rounds": WARMUP_ROUNDS, "rounds": repeats, "fewest_rounds": FEWEST_ROUNDS, "seconds": seconds}
-    wanted = load(peers.selected(args.peers), device)
+    wanted = load(peers.select(args.peers), device)
     running = [peer for peer in wanted if peer.peer]
     facts = {
         "device": describe(device),
@@ -176,8 +176,8 @@ def beside(case: cases.Case, gpu: str) -> str:
     return " to ".join(report.milliseconds(us / 1e6) for us in numbers)
 
 
-def listed(numbers: Sequence[int]) -> str:
-    """Numbers in a help text."""
+def join_numbers(numbers: Sequence[int]) -> str:
+    """Join numbers for a help text."""
     return ", ".join(map(str, numbers))
 
 

@@ -184,7 +184,7 @@ def torch_forms(case: Case, load: Workload, selection: boundary_parts.Selection)
     forms = applicable((FORMS | COMPOSED_FORMS)[case.kernel], x.device, case.shape.dtype, selection.baselines)
     if case.kernel not in (*BOUNDARY_KERNELS, BOUNDARY_STEP):
         return prepare(case.kernel, forms, modes, load.arguments, expected)
-    allowed = boundary_forms.allowed(case.kernel, x.dtype)
+    allowed = boundary_forms.tolerances(case.kernel, x.dtype)
     selection.complete(case)
     whole = prepare(case.kernel, forms, modes, load.arguments, expected, allowed)
     return [*whole, *boundary_parts.prepare_parts(case, selection, load.arguments, expected, allowed)]
@@ -196,7 +196,7 @@ def verify_separate(case: Case, load: Workload) -> float:
         return 0.0
     run, outputs = load.separate
     run()
-    expected, allowed = load.outputs(), boundary_forms.allowed(case.kernel, getattr(torch, case.shape.dtype))
+    expected, allowed = load.outputs(), boundary_forms.tolerances(case.kernel, getattr(torch, case.shape.dtype))
     got = outputs()
     buffers = {name: torch.empty_like(tensor) for name, tensor in expected.items()}
 

@@ -30,7 +30,7 @@ def launches(case: Case, target: str, parallel_blocks: int) -> tuple[Recorded, .
     # Shapes tell streams from small tensors, where neither tokens nor channels are as few as other extents.
     tokens, width = (size if size > TELLING else size + TELLING for size in (shape.num_tokens, shape.hidden_size))
     telling = replace(shape, num_tokens=tokens, hidden_size=width)
-    found, told_apart = (recorded(one, target, parallel_blocks)[case.kernel] for one in (shape, telling))
+    found, told_apart = (record_calls(one, target, parallel_blocks)[case.kernel] for one in (shape, telling))
     # More tokens may be a launch more, of sums over ranges of them: kernels are paired by family, in their order.
     wide: dict[str, list[tuple[str, ...]]] = {}
     for one in reversed(told_apart):
@@ -39,8 +39,8 @@ def launches(case: Case, target: str, parallel_blocks: int) -> tuple[Recorded, .
 
 
 @cache
-def recorded(shape: Shape, target: str, parallel_blocks: int) -> dict[str, list[Recorded]]:
-    """The kernels of every call at these sizes."""
+def record_calls(shape: Shape, target: str, parallel_blocks: int) -> dict[str, list[Recorded]]:
+    """Record the kernels of every call at these sizes."""
     import torch
 
     from ...compiler.recording import recording

@@ -30,8 +30,8 @@ MARKED = re.compile(f"{NUMBER.pattern}<!--.*?-->")
 MARKER = re.compile(r"<!--.*?-->", re.S)
 
 
-def refreshed(page: str, root: Path) -> str:
-    """The page with everything as its source has it. Raises LookupError naming what is no longer there."""
+def refresh(page: str, root: Path) -> str:
+    """Renew a page from its sources. Raises LookupError naming what is no longer there."""
 
     def excerpt(match: re.Match[str]) -> str:
         kind, path, what = match.groups()
@@ -57,8 +57,8 @@ def fact(expression: str) -> str:
         raise LookupError(f"<!-- = {expression} -->: {type(error).__name__}: {error}") from error
 
 
-def misplaced(page: str) -> list[str]:
-    """Comments that `refreshed` passes over: misspelt, or after what is no number."""
+def find_misplaced(page: str) -> list[str]:
+    """Find comments that `refresh` passes over: misspelt, or after what is no number."""
     for pattern in (EXCERPT, BLOCK, MARKED):
         page = pattern.sub("", page)
     return MARKER.findall(page)
@@ -106,7 +106,7 @@ def write(root: Path) -> None:
     """Refresh the README and every page of docs."""
     for path in (root / "README.md", *sorted((root / "docs").rglob("*.md"))):
         page = path.read_text(encoding="utf-8")
-        path.write_text(refreshed(page, root), encoding="utf-8")
+        path.write_text(refresh(page, root), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -180,10 +180,10 @@ def traffic_sums() -> str:
     """The sums of `mhc-tilelang traffic`, counted from the kernels' code."""
     from ..calls.cases import POST_PRE, POST_PRE_BACKWARD, Case, Shape
     from ..traffic import report as traffic_report
-    from ..traffic.audited import audited
+    from ..traffic.audited import audit_call
     from ..traffic.command import DEFAULT_TOKENS, PARALLEL_BLOCKS
 
     shape = Shape(*DEFAULT_TOKENS, 4, 2560, "bfloat16")
     names = (POST_PRE, POST_PRE_BACKWARD, *traffic_report.FORWARD, *traffic_report.BACKWARD)
-    calls = {name: audited(Case(name, shape), "cuda", PARALLEL_BLOCKS) for name in names}
+    calls = {name: audit_call(Case(name, shape), "cuda", PARALLEL_BLOCKS) for name in names}
     return f"```\n{traffic_report.sums(shape, calls)}\n```"

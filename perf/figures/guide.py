@@ -125,7 +125,7 @@ def sublayer() -> Card:
         ),
         ("The floor: one pass", one, "h_pre must be known before x_next is complete:\nthe delayed form has it"),
     ]
-    return panelled(
+    return draw_panels(
         "A sublayer, forward: what crosses memory",
         f"per token, in units of C elements of the stream; n = {n}",
         panels,
@@ -151,7 +151,7 @@ def backward() -> Card:
         "before any element of the stream's gradient can be. Pass 2 rebuilds x_next from x and the layer's output, and "
         "reads each tensor once. sums: boundary_sums adds up the partial sums of g_phi, g_h_post and g_h_res."
     )
-    return panelled(
+    return draw_panels(
         "The boundary, backward, in two passes",
         f"per token, in units of C elements of the stream; n = {n}",
         [("Four launches", boxes, "")],
@@ -159,8 +159,8 @@ def backward() -> Card:
     )
 
 
-def panelled(title: str, subtitle: str, panels: Sequence[tuple[str, Sequence[Box], str]], caption: str) -> Card:
-    """A card with a panel below another."""
+def draw_panels(title: str, subtitle: str, panels: Sequence[tuple[str, Sequence[Box], str]], caption: str) -> Card:
+    """Draw a card of panels, one below another."""
     card = Card(title, subtitle, [caption], PANEL * len(panels))
     for k, (name, boxes, note) in enumerate(panels):
         axes = card.axes(0.2, 0.2, PANEL * (len(panels) - 1 - k) + 0.1, PANEL - 0.1)

@@ -86,19 +86,19 @@ class Compared:
 
 def launches_at(shape: Shape, device: torch.device) -> list[tuple[str, Recorded]]:
     """Every kernel of every call, each once, run already."""
-    from ...compiler.recording import launched
+    from ...compiler.recording import record_launches
     from ..calls.every_call import every_call
 
     found: dict[tuple[object, ...], tuple[str, Recorded]] = {}
     for call, run in every_call(shape, device).items():
-        for one in launched(run):
+        for one in record_launches(run):
             told = replace(one, streams=one.wide(shape.num_tokens, shape.hidden_size))
             found.setdefault((one.family, *one.parameters.items()), (call, told))
     return list(found.values())
 
 
-def audited(call: str, one: Recorded) -> Launched:
-    """The bytes of a launch, from its code."""
+def audit_launch(call: str, one: Recorded) -> Launched:
+    """Count the bytes of a launch from its code."""
     from ..traffic.audit import audit
 
     buffers = audit(one.family, one.parameters, one.sizes)
@@ -122,7 +122,7 @@ def launch(shape: Shape, device: torch.device, manifest: Path) -> None:
     source = torch.ones(PROBE_BYTES // 4 if device.type == "cuda" else 1, device=device)
     target = torch.empty_like(source)
     probe = Launched(PROBE, PROBE, source.nbytes, source.nbytes, source.nbytes)
-    facts = [probe, *(audited(call, one) for call, one in chosen)]
+    facts = [probe, *(audit_launch(call, one) for call, one in chosen)]
     manifest.write_text(json.dumps([asdict(one) for one in facts]), encoding="utf-8")
     if device.type == "cuda":
         torch.add(source, 1, out=target)
@@ -154,8 +154,8 @@ def number(text: str) -> float:
         return float("nan")
 
 
-def compared(launched: Sequence[Launched], rows: Sequence[Mapping[str, str]], cache_bytes: int) -> list[Compared]:
-    """Both in the order of the launches. Raises MHCError where there is not a row for each."""
+def compare_all(launched: Sequence[Launched], rows: Sequence[Mapping[str, str]], cache_bytes: int) -> list[Compared]:
+    """Compare launches with rows, in order. Raises MHCError where there is not a row for each."""
     if len(launched) != len(rows):
         raise MHCError(f"ncu: expected {len(launched)} launches, got {len(rows)}")
     return [compare_one(one, row, cache_bytes) for one, row in zip(launched, rows, strict=True)]
@@ -256,7 +256,7 @@ def measure(shape: Shape, csv_file: Path | None) -> list[Compared]:
     except MHCError as error:
         print(f"counters: {error}; once more with {', '.join(ESSENTIAL)}", file=sys.stderr)
         launched, rows = profile(shape, ESSENTIAL, csv_file)
-    return compared(launched, rows, cache_bytes())
+    return compare_all(launched, rows, cache_bytes())
 
 
 def cache_bytes() -> int:

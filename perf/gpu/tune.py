@@ -67,12 +67,12 @@ def calls_with(family: str) -> list[str]:
 
 def find(family: str, shape: Shape, device: torch.device) -> Recorded:
     """The kernel of a family as an ordinary call launches it. Raises MHCError for a family that none launches."""
-    from ...compiler.recording import launched
+    from ...compiler.recording import record_launches
     from ..calls.every_call import every_call
 
     runs = every_call(shape, device)
     for name in calls_with(family):
-        for one in launched(runs[name]):
+        for one in record_launches(runs[name]):
             if one.family == family:
                 return one
     raise MHCError(f"tune: {family}: expected a kernel family that a call launches here, got one that none does")

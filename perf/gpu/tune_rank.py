@@ -55,10 +55,10 @@ def rank(
 
 def predict(launch: Any, gpu: Device) -> tuple[float | None, str]:
     """One launch: µs and what to change first, or why there is no number."""
-    from ..predict.launched import launched
+    from ..predict.launched import walk_launch
     from ..predict.predicted import part_of
 
-    found = launched(launch, gpu.arch)
+    found = walk_launch(launch, gpu.arch)
     if found.refusals:
         return None, "; ".join(found.refusals)
     part = part_of(found.family, found.work, gpu)

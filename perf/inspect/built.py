@@ -14,7 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ...compiler.disk_cache import Made, kept
+from ...compiler.disk_cache import Made, get_or_make
 from .matrix import Subject
 from .row import Row, build_function
 
@@ -42,11 +42,11 @@ def build(subject: Subject, arch: str, cached: bool = True) -> Row:
     def make(_scratch: Path) -> Made:
         return asdict(build_function(func, subject, arch)), None
 
-    return kept("inspect", entry_name(func, subject, arch), make, lambda facts, _: renamed(Row(**facts), subject))
+    return get_or_make("inspect", entry_name(func, subject, arch), make, lambda facts, _: rename(Row(**facts), subject))
 
 
-def renamed(row: Row, subject: Subject) -> Row:
-    """A row under the subject's name: split_phi, for one, is the same kernel for float16 and float32."""
+def rename(row: Row, subject: Subject) -> Row:
+    """Put a row under the subject's name: split_phi, for one, is the same kernel for float16 and float32."""
     return replace(
         row,
         kernel=subject.kernel,

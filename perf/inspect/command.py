@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         wanted = sorted(matrix.representative(kernels), key=lambda pair: list(ARCHITECTURES).index(pair[1]))
     else:
         sizes = (args.streams, args.widths, args.dtype)
-        subjects = matrix.full(kernels) if args.full else matrix.crossed(kernels, *sizes)
+        subjects = matrix.full(kernels) if args.full else matrix.cross(kernels, *sizes)
         wanted = [(subject, arch) for arch in args.arch for subject in subjects]
     if args.kernels:
         matrix.refuse_unbuilt(kernels, [subject for subject, _ in wanted])
@@ -107,7 +107,7 @@ def show_stored() -> int:
     from . import matrix, stored, table
 
     versions, rows = stored.read(stored.KERNELS)
-    subjects = [one for kernel in FAMILIES for one in matrix.subjects(matrix.studied(kernel), [kernel])]
+    subjects = [one for kernel in FAMILIES for one in matrix.subjects(matrix.studied_shape(kernel), [kernel])]
     keys = {subject.key(arch) for arch in ARCHITECTURES for subject in subjects}
     shown = [row for row in rows if row.key in keys]
     print(table.report(shown))
@@ -201,5 +201,5 @@ def explain(kernels: tuple[str, ...]) -> int:
     from .explain import page
 
     pages = "\n".join([*(page(kernel) for kernel in kernels), terminal.LEGEND])
-    print(terminal.fitted(pages, terminal.width()))
+    print(terminal.fit(pages, terminal.width()))
     return 0

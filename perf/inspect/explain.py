@@ -17,7 +17,7 @@ from typing import Any
 
 from ...kernels import FAMILIES
 from . import matrix, stored
-from .faults import known_splits, listed
+from .faults import known_splits, list_widths
 from .machine_accesses import UNKNOWN
 from .matrix import MAIN, STUDIED, Subject
 from .occupancy import ARCHITECTURES
@@ -28,7 +28,7 @@ def page(kernel: str) -> str:
     """The page of a family, in Markdown."""
     module_name, factory = FAMILIES[kernel]
     module = import_module(f"mhc_tilelang.kernels.{module_name}")
-    subjects = matrix.subjects(matrix.studied(kernel), [kernel])
+    subjects = matrix.subjects(matrix.studied_shape(kernel), [kernel])
     matrix.refuse_unbuilt([kernel], subjects)
     sections = [
         f"# {kernel}\n\n{equation(module)}",
@@ -71,7 +71,7 @@ def traffic(subjects: Iterable[Subject]) -> str:
     rows = ["| kernel | buffer | read | written | of small tensors, again from caches |", "|---|---|---|---|---|"]
     for subject in subjects:
         streams = [0, 0]
-        for name, moved in counted(subject).items():
+        for name, moved in count_traffic(subject).items():
             is_stream = name in subject.launch.streams
             sides = (moved.read, moved.written)
             numbers = [side.accessed if is_stream else side.distinct for side in sides]
@@ -91,8 +91,8 @@ def traffic(subjects: Iterable[Subject]) -> str:
     return text + "\n\n" + "\n".join(rows)
 
 
-def counted(subject: Subject) -> dict[str, Any]:
-    """The traffic of each buffer."""
+def count_traffic(subject: Subject) -> dict[str, Any]:
+    """Count the traffic of each buffer."""
     from ..traffic.audit import audit
 
     return audit(subject.kernel, subject.launch.parameters, subject.launch.sizes)
@@ -142,7 +142,7 @@ def grid_of(func: Any) -> list[Any]:
 def resources(kernel: str) -> str:
     """A table of what ptxas and the machine code say at the studied shape, an architecture a line."""
     versions, rows = stored.read(stored.KERNELS)
-    shape = matrix.studied(kernel)
+    shape = matrix.studied_shape(kernel)
     wanted = {subject.key(arch) for subject in matrix.subjects(shape, [kernel]) for arch in matrix.ARCHITECTURES}
     chosen = [row for row in rows if row.key in wanted]
     tools = ", ".join(f"{name} {number}" for name, number in versions.items())
@@ -162,7 +162,7 @@ def resource_table(rows: Iterable[Row]) -> str:
         numbers = (row.instructions, row.tensor_instructions, row.barriers)
         fits = f"{row.blocks}, {row.occupancy:.0%}"
         cells = [row.label, row.arch, row.registers, row.spill_bytes, row.shared_bytes, fits, row.limiter, *numbers]
-        cells += [listed(row.global_loads) or "–", listed(row.global_stores) or "–"]
+        cells += [list_widths(row.global_loads) or "–", list_widths(row.global_stores) or "–"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
@@ -178,7 +178,7 @@ def stream_table(rows: Iterable[Row]) -> str:
         reads, writes = row.machine_reads or {}, row.machine_writes or {}
         for name in dict.fromkeys([*reads, *writes]):
             tensor = "not told" if name == UNKNOWN else f"`{name}`"
-            sides = [listed(side.get(name, {})) or "–" for side in (reads, writes)]
+            sides = [list_widths(side.get(name, {})) or "–" for side in (reads, writes)]
             lines.append(f"| {row.label} | {row.arch} | {tensor} | {' | '.join(sides)} |")
     if not of_streams:
         return ""

@@ -89,10 +89,10 @@ def splits(row: Row) -> list[str]:
             found += [split for name in of_wide if (split := split_of(name, how, by_tensor.get(name, {}), wide(row)))]
             hidden = {bits: number for bits, number in by_tensor.get(UNKNOWN, {}).items() if is_narrow(bits, WIDE)}
             if in_source and sum(int(bits) // 8 * number for bits, number in hidden.items()) >= WIDE:
-                found.append(f"a tensor that the listing does not tell {how} {listed(hidden)}")
+                found.append(f"a tensor that the listing does not tell {how} {list_widths(hidden)}")
         elif of_wide and all(is_narrow(bits, WIDE) for bits in of_all):
             found.append(
-                f"{', '.join(of_wide)} {how} 16 bytes wide in the source, {listed(of_all)} in the machine code"
+                f"{', '.join(of_wide)} {how} 16 bytes wide in the source, {list_widths(of_all)} in the machine code"
             )
     return found
 
@@ -106,7 +106,7 @@ def split_of(name: str, how: str, machine: dict[str, int], bytes_wide: int) -> s
     accesses = in_parts + sum(number for bits, number in machine.items() if bits not in narrow_ones)
     if not accesses:
         return f"{name} {how} in the source, not in the machine code"
-    return f"{in_parts} of {accesses} accesses by which {name} is {how} split: {listed(machine)} bytes"
+    return f"{in_parts} of {accesses} accesses by which {name} is {how} split: {list_widths(machine)} bytes"
 
 
 def is_narrow(bits: str, bytes_wide: int) -> bool:
@@ -114,8 +114,8 @@ def is_narrow(bits: str, bytes_wide: int) -> bool:
     return bits != "bulk" and int(bits) < 8 * bytes_wide
 
 
-def listed(machine: Mapping[str, int]) -> str:
-    """Accesses by their width in bytes: 4×16 20×4."""
+def list_widths(machine: Mapping[str, int]) -> str:
+    """List accesses by their width in bytes: 4×16 20×4."""
     return " ".join(f"{number}×{bits if bits == 'bulk' else int(bits) // 8}" for bits, number in machine.items())
 
 

@@ -13,8 +13,8 @@ from typing import Any
 DECLARATION = re.compile(r"^\s+\w+ (\w+?)(?:_\d+)?\[(\d+)\];", re.MULTILINE)
 
 
-def truncated(func: Any, code: str) -> list[str]:
-    """A line for each fragment of the TIR function that has less room in its source than it needs; none if all is well.
+def find_truncated(func: Any, code: str) -> list[str]:
+    """Describe each fragment of the TIR function that has less room in its source than it needs.
 
     In the source, fragments of one name are told apart by a number.
     """

@@ -150,16 +150,16 @@ def variants(kernels: Iterable[str] = FAMILIES) -> list[Subject]:
     return found
 
 
-def crossed(
+def cross(
     kernels: Sequence[str], streams: Iterable[int], widths: Iterable[int], dtypes: Iterable[str]
 ) -> list[Subject]:
-    """The kernels at every combination of sizes, each once."""
+    """Return the kernels at every combination of sizes, each once."""
     shapes = [Shape(TOKENS, n, width, dtype) for dtype in dtypes for n in streams for width in widths]
     return unique(subject for shape in shapes for subject in subjects(shape, kernels))
 
 
 def unique(subjects: Iterable[Subject]) -> list[Subject]:
-    """Each once, where it comes first."""
+    """Drop repeated subjects, each kept where it comes first."""
     found: dict[tuple[object, ...], Subject] = {}
     for subject in subjects:
         found.setdefault(subject.key(""), subject)
@@ -167,8 +167,8 @@ def unique(subjects: Iterable[Subject]) -> list[Subject]:
 
 
 def full(kernels: Sequence[str]) -> list[Subject]:
-    """Every n, width and dtype that makes a difference, and the variants."""
-    return [*telling(crossed(kernels, STREAMS, WIDTHS, DTYPES)), *variants(kernels)]
+    """Return every n, width and dtype that makes a difference, and the variants."""
+    return [*telling(cross(kernels, STREAMS, WIDTHS, DTYPES)), *variants(kernels)]
 
 
 def telling(subjects: Iterable[Subject]) -> list[Subject]:
@@ -176,21 +176,21 @@ def telling(subjects: Iterable[Subject]) -> list[Subject]:
     return [each for each in subjects if each.dtype in (None, "bfloat16") or each.kernel not in COEFFICIENTS]
 
 
-def studied(kernel: str) -> Shape:
-    """The shape that a kernel's page is about: of float16 where a bfloat16 stream of four has a kernel of its own."""
+def studied_shape(kernel: str) -> Shape:
+    """Return the shape of a kernel's page: float16 where a bfloat16 stream of four has a kernel of its own."""
     return STUDIED if subjects(STUDIED, [kernel]) else replace(STUDIED, dtype="float16")
 
 
 def representative(kernels: Sequence[str] = tuple(FAMILIES)) -> list[tuple[Subject, str]]:
     """Return CI's builds: n = 4 in bfloat16 on every architecture; the rest, one of a kind, on the main one."""
     width = [STUDIED.hidden_size]
-    here = [one for kernel in kernels for one in subjects(studied(kernel), [kernel])]
+    here = [one for kernel in kernels for one in subjects(studied_shape(kernel), [kernel])]
     heavy = [kernel for kernel in kernels if kernel in HEAVY]
     others = [
-        *crossed(kernels, [2, 8], width, ["bfloat16"]),
-        *crossed(heavy, [4], width, ["float16"]),
-        *telling(crossed(kernels, [4], width, ["float32"])),
-        *crossed(heavy, [8], width, ["float32"]),
+        *cross(kernels, [2, 8], width, ["bfloat16"]),
+        *cross(heavy, [4], width, ["float16"]),
+        *telling(cross(kernels, [4], width, ["float32"])),
+        *cross(heavy, [8], width, ["float32"]),
     ]
     # The aggregated form of the projection's backward holds the plain one.
     others = [each for each in others if each.kernel != "project_backward" or each.variant]

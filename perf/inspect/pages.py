@@ -45,7 +45,7 @@ are generated (`make docs`); `mhc-tilelang inspect KERNEL --explain` prints the 
 
 ## Beside TileKernels
 
-What ptxas and the machine code say at {shape}, built with {named(versions)}. DeepSeek's released kernels
+What ptxas and the machine code say at {shape}, built with {list_versions(versions)}. DeepSeek's released kernels
 (TileKernels {peer_versions["tile-kernels"]}) are built with the same compiler, their own passes and flags. The two
 split the work differently, so under a kernel of ours stand those of theirs that do the same or a part of it: their
 product reads phi in TF32, ours in two halves; their `pre_apply_mix_bwd` adds up g_x, which is `project_backward`'s
@@ -59,12 +59,12 @@ and stores are global accesses in the machine code, how many × how many bytes; 
 
 ## What is built
 
-{built(rows)}
+{describe_builds(rows)}
 """
 
 
-def named(versions: Mapping[str, str]) -> str:
-    """Versions in words."""
+def list_versions(versions: Mapping[str, str]) -> str:
+    """List versions in words."""
     return ", ".join(f"{name} {number}" for name, number in versions.items())
 
 
@@ -73,19 +73,19 @@ def comparison(ours: list[Row], peers: list[Row]) -> str:
     lines: list[Row] = []
     for kernel in dict.fromkeys(row.kernel for row in ours):
         lines += [row for row in ours if row.kernel == kernel]
-        lines += [renamed(peer) for peer in peers if PEERS[peer.kernel][2] == kernel]
-    several = [renamed(peer) for peer in peers if PEERS[peer.kernel][2] not in FAMILIES]
+        lines += [rename(peer) for peer in peers if PEERS[peer.kernel][2] == kernel]
+    several = [rename(peer) for peer in peers if PEERS[peer.kernel][2] not in FAMILIES]
     return resource_table([*lines, *several])
 
 
-def renamed(peer: Row) -> Row:
-    """A peer's row as the table shows it."""
+def rename(peer: Row) -> Row:
+    """Rename a peer's row as the table shows it."""
     counterpart = PEERS[peer.kernel][2]
     part = "" if counterpart in FAMILIES else f", {counterpart}"
     return replace(peer, kernel=f"*TileKernels: {peer.kernel}{part}*")
 
 
-def built(rows: list[Row]) -> str:
+def describe_builds(rows: list[Row]) -> str:
     """Return the number of stored builds, and a table row for each kernel and architecture that has faulty ones."""
     counts = [f"{sum(row.arch == arch for row in rows)} for {arch}" for arch in matrix.ARCHITECTURES]
     text = f"{len(rows)} builds are stored: {', '.join(counts)}.\n\n{widths(rows)}"

@@ -73,7 +73,7 @@ def build_function(func: Any, subject: Subject, arch: str) -> Row:
     """Lower, compile, disassemble, count."""
     from ...compiler.cuda_source import generate_from
     from .compiler import compile_source
-    from .fragments import truncated
+    from .fragments import find_truncated
     from .machine_accesses import machine_accesses
     from .source_accesses import accesses
 
@@ -91,15 +91,15 @@ def build_function(func: Any, subject: Subject, arch: str) -> Row:
         dtype=subject.dtype,
         stream_reads={name: widths.read for name, widths in streams.items() if widths.read},
         stream_writes={name: widths.written for name, widths in streams.items() if widths.written},
-        truncated=truncated(func, source.code),
+        truncated=find_truncated(func, source.code),
         machine_reads=machine_reads,
         machine_writes=machine_writes,
-        **measured(source, compiled, arch),
+        **measure_build(source, compiled, arch),
     )
 
 
-def measured(source: Any, compiled: Any, arch: str) -> dict[str, Any]:
-    """The numbers of a row that machine code and launch give."""
+def measure_build(source: Any, compiled: Any, arch: str) -> dict[str, Any]:
+    """Return the numbers of a row that machine code and launch give."""
     from .occupancy import occupancy
     from .sass import count
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .faults import listed
+from .faults import list_widths
 from .row import Row
 
 FOOTNOTES = """\
@@ -23,12 +23,12 @@ def report(rows: Sequence[Row]) -> str:
     """All tables, and what the columns mean."""
     tables = []
     for arch in dict.fromkeys(row.arch for row in rows):
-        tables.append(f"{arch}\n{aligned([HEADERS, *(cells(row) for row in rows if row.arch == arch)])}")
+        tables.append(f"{arch}\n{align([HEADERS, *(cells(row) for row in rows if row.arch == arch)])}")
     return "\n\n".join([*tables, FOOTNOTES])
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Columns as narrow as they can be: 120 characters are few for these."""
+def align(lines: Sequence[Sequence[str]]) -> str:
+    """Align columns as narrow as they can be: 120 characters are few for these."""
     columns = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines = [lines[0], ["-" * length for length in columns], *lines[1:]]
 
@@ -51,6 +51,6 @@ def cells(row: Row) -> tuple[str, ...]:
         str(row.instructions),
         str(row.tensor_instructions or ""),
         str(row.barriers or ""),
-        listed(row.global_loads),
-        listed(row.global_stores),
+        list_widths(row.global_loads),
+        list_widths(row.global_stores),
     )

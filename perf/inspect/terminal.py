@@ -32,8 +32,8 @@ def width() -> int:
     return max(NARROWEST, min(WIDEST, shutil.get_terminal_size((WIDEST, 24)).columns))
 
 
-def fitted(markdown: str, columns: int) -> str:
-    """The page in lines of at most so many characters, but for a word that is longer by itself."""
+def fit(markdown: str, columns: int) -> str:
+    """Wrap the page to this many columns, but for a word that is longer by itself."""
     code, lines = False, list[str]()
     for is_table, group in groupby(markdown.splitlines(), key=lambda line: line.startswith("|")):
         if is_table and not code:
@@ -52,13 +52,13 @@ def fitted(markdown: str, columns: int) -> str:
             elif line.startswith("- "):
                 lines += textwrap.wrap(line, columns, subsequent_indent="    ", break_long_words=False)
             else:
-                lines += continued(line, columns)
+                lines += wrap_code(line, columns)
         lines += textwrap.wrap(" ".join(prose), columns, break_long_words=False, break_on_hyphens=False)
     return "\n".join(lines)
 
 
-def continued(line: str, columns: int) -> list[str]:
-    """A line of code or of a formula; what is too long goes on below, further in."""
+def wrap_code(line: str, columns: int) -> list[str]:
+    """Wrap a line of code or of a formula; what is too long goes on below, further in."""
     if len(line) <= columns:
         return [line]
     indent = line[: len(line) - len(line.lstrip())]

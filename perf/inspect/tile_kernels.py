@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import MHCError
 from ...spec import MHCSpec
-from .row import Row, measured
+from .row import Row, measure_build
 
 if TYPE_CHECKING:
     from ...compiler.cuda_source import CudaSource
@@ -60,7 +60,7 @@ def build(name: str, hidden_size: int, arch: str) -> Row:
         stream_reads={},
         stream_writes={},
         truncated=[],
-        **measured(source, compile_source(source.code, arch, flags), arch),
+        **measure_build(source, compile_source(source.code, arch, flags), arch),
     )
 
 

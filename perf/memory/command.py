@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     if args.stages > num_layers:
         raise MHCError(f"--stages: expected at most the {num_layers} layers of {args.model}, got {args.stages}")
     stage = stage_of(num_layers, args.streams, args.stages)
-    counts = counted(stage) if args.measure else []
+    counts = count_checked(stage) if args.measure else []
     sizes = MODELS[args.model]
     print(memory_report.report(args.model, sizes, stage, counts))
 
@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def counted(stage: Stage) -> list[Count]:
-    """Counts beside their formulas. Raises MHCError where one differs."""
+def count_checked(stage: Stage) -> list[Count]:
+    """Count the bytes kept, beside their formulas. Raises MHCError where one differs."""
     from .measured import count
 
     print("mhc-tilelang memory: running the forward, to count what it keeps", file=sys.stderr)

@@ -61,7 +61,7 @@ def report(model: str, sizes: LayerSizes, stage: Stage, counts: Sequence[Count])
         lengths_table(sizes, stage),
         NOTES,
     ]
-    return "\n\n".join(parts + ([counted(counts)] if counts else []))
+    return "\n\n".join(parts + ([counts_table(counts)] if counts else []))
 
 
 def kinds_table(found: Sequence[Row]) -> str:
@@ -95,7 +95,7 @@ def lengths_table(sizes: LayerSizes, stage: Stage) -> str:
     return tabulate(cells, headers=headers, disable_numparse=True, colalign=[*["right"] * 6, "left"])
 
 
-def counted(counts: Sequence[Count]) -> str:
+def counts_table(counts: Sequence[Count]) -> str:
     """Tabulate the bytes counted in the graph of a forward pass beside the formula's."""
     from tabulate import tabulate
 

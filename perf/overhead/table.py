@@ -34,11 +34,11 @@ OTHERS = [
 
 def overheads(results: OverheadResults) -> str:
     """The table in Markdown, what was measured here first."""
-    return markdown_table(HEADERS, [*measured(results), *papers(), *layer(), *stage(), *OTHERS], "lllll")
+    return markdown_table(HEADERS, [*measured_rows(results), *papers(), *layer(), *stage(), *OTHERS], "lllll")
 
 
-def measured(results: OverheadResults) -> list[list[str]]:
-    """A stored layer, ours before plain torch."""
+def measured_rows(results: OverheadResults) -> list[list[str]]:
+    """Return the rows of a stored layer, ours before plain torch."""
     over = {(row.connection, row.mode): row.overhead for row in results.rows}
     rows = []
     for label in (LABELS[kind] for kind in ("mhc_kernels", "mhc_eager", "hc")):
@@ -72,11 +72,12 @@ def layer() -> list[list[str]]:
         f"one layer, {form}; {SEQUENCE} tokens, forward + backward": {name: found[name][form] for name in MODELS}
         for form in (OURS, ONE_BY_ONE, PAPERS_KERNELS, FLOOR, UNFUSED)
     }
-    return [*(modelled("bench overhead", what, share.__getitem__) for what, share in shares.items()), *predicted()]
+    rows = [modelled_row("bench overhead", what, share.__getitem__) for what, share in shares.items()]
+    return [*rows, *predicted_rows()]
 
 
-def predicted() -> list[list[str]]:
-    """One layer, with kernel times of `mhc-tilelang predict` where it gives any."""
+def predicted_rows() -> list[list[str]]:
+    """Return the row of one layer, with kernel times of `mhc-tilelang predict` where it gives any."""
     numbers = []
     for name, sizes in MODELS.items():
         found = connection("H200", sizes.hidden_size, 4)
@@ -102,10 +103,10 @@ def stage() -> list[list[str]]:
         f"such a stage that waits for links, {OURS}": steady(FUSED, overlapped=False),
         f"a whole 1F1B step of eight stages, {OURS}": lambda name: step_overhead(Assumptions(model=name)),
     }
-    return [modelled("simulate", what, share) for what, share in cases.items()]
+    return [modelled_row("simulate", what, share) for what, share in cases.items()]
 
 
-def modelled(command: str, what: str, share: Callable[[str], float]) -> list[str]:
-    """A row with the share for each of the models."""
+def modelled_row(command: str, what: str, share: Callable[[str], float]) -> list[str]:
+    """Return a row with the share for each of the models."""
     numbers = ", ".join(f"{name} {percent(share(name))}" for name in MODELS)
     return [f"`{command}`", f"{what}; H200", PLAIN, "modelled", numbers]

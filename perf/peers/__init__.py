@@ -28,6 +28,6 @@ PEERS = {
 CHOICES = (*PEERS, "all", "none")
 
 
-def selected(names: Sequence[str]) -> tuple[str, ...]:
-    """The peers that `--peers` asks for, in the table's order."""
+def select(names: Sequence[str]) -> tuple[str, ...]:
+    """Select the peers that `--peers` asks for, in the table's order."""
     return tuple(name for name in PEERS if name in names or "all" in names)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...compiler.cpu import build
-from ...compiler.disk_cache import Made, kept
+from ...compiler.disk_cache import Made, get_or_make
 from ...compiler.kernel import Kernel
 from ...compiler.tracing import signature_of
 
@@ -46,7 +46,7 @@ def cpu_kernel(func: Any) -> Kernel:
         return {}, made
 
     signature = signature_of(func)
-    return kept(build.folder(), name, make, lambda _, library: build.bind(library, symbol, symbol, signature))
+    return get_or_make(build.folder(), name, make, lambda _, library: build.bind(library, symbol, symbol, signature))
 
 
 def in_order(kernel: Kernel) -> Callable[..., None]:

@@ -14,7 +14,7 @@ TIME = "time: of the peer's own call in its own layout; one that returns new ten
 
 
 def facts(loaded: Sequence[Loaded]) -> list[dict[str, Any]]:
-    """The peers that were asked for, for the header and the JSON; `skipped` is None of those that run."""
+    """The peers that were asked for, for the header and the JSON; `list_skipped` is None of those that run."""
     return [
         {
             "name": one.name,
@@ -43,7 +43,7 @@ def table(results: Sequence[Result]) -> list[str]:
     headers = ["peer", "its function", "kernel", "C", "tokens", "time, ms", "vs kernel", "differs by", "allowed"]
     align = ["left", "left", "left", *["right"] * 6]
     lines = [tabulate(rows, headers=headers, disable_numparse=True, colalign=align), "", TIME] if rows else []
-    lines += skipped(pairs)
+    lines += list_skipped(pairs)
     reasons = {peer.call.because: None for _, peer in pairs if peer.call.because}
     for reason in reasons:
         who = dict.fromkeys(peer.call.peer for _, peer in pairs if peer.call.because == reason)
@@ -53,8 +53,8 @@ def table(results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def skipped(pairs: Sequence[tuple[Result, PeerResult]]) -> list[str]:
-    """A line for each peer and reason, with the kernels that it concerns."""
+def list_skipped(pairs: Sequence[tuple[Result, PeerResult]]) -> list[str]:
+    """List peers and reasons, a line each, with the kernels that they concern."""
     kernels: dict[tuple[str, str], dict[str, None]] = {}
     for result, peer in pairs:
         if peer.call.skipped:

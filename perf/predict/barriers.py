@@ -66,9 +66,9 @@ def translate(lines: Iterator[str]) -> tuple[list[str], str]:
             if then or otherwise:
                 found += [
                     opening(line),
-                    *indented(then or ["pass"]),
+                    *indent(then or ["pass"]),
                     "else:" if otherwise else "",
-                    *indented(otherwise),
+                    *indent(otherwise),
                 ]
         elif name := NAME.match(line):
             found.append(
@@ -79,8 +79,8 @@ def translate(lines: Iterator[str]) -> tuple[list[str], str]:
     return found, "}"
 
 
-def indented(lines: list[str]) -> list[str]:
-    """One level deeper."""
+def indent(lines: list[str]) -> list[str]:
+    """Indent lines one level deeper."""
     return [f"    {line}" for line in lines]
 
 

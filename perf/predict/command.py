@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 def predict_calls(args: argparse.Namespace, gpu: Device) -> int:
     """Every name at every shape: a table, or a sentence a pair."""
-    from .predicted import compare, measured_factors, predict, scaled, table
+    from .predicted import compare, measured_factors, predict, scale, table
 
     cases = [
         case_of(name, args, tokens, width)
@@ -87,7 +87,7 @@ def predict_calls(args: argparse.Namespace, gpu: Device) -> int:
     ]
     factors = measured_factors(args.measured, gpu, args.streams) if args.measured else {}
     found = [predict(case, gpu, args.flushed, family) for case, family in cases]
-    found = [scaled(one, factors.get((one.name, one.hidden_size, one.dtype))) for one in found]
+    found = [scale(one, factors.get((one.name, one.hidden_size, one.dtype))) for one in found]
     if args.compare:
         for one, other in zip(found[::2], found[1::2], strict=True):
             print(f"{one.tokens} tokens, C = {one.hidden_size}: {compare(one, other)}")

@@ -63,7 +63,7 @@ def timeline(found: Steady, family: str, shape: Shape, gpu: Device) -> Picture:
         f"A lone warp, issuing as the control bits say; a load from memory takes {gpu.constants.latency:.0f} cycles. "
         "Other warps of the SM run in the waits. Predicted: nothing was measured.",
     ]
-    loads = stacked([(e.start, e.end) for e in found.events if e.kind == "load in flight"])
+    loads = stack([(e.start, e.end) for e in found.events if e.kind == "load in flight"])
     last = max((row for *_, row in loads), default=0)
     top = max(1, last + 1) * 0.12 + 0.9
     rows = {lane: top + 0.8 * number for number, lane in enumerate(LANES[1:])}
@@ -89,8 +89,8 @@ def timeline(found: Steady, family: str, shape: Shape, gpu: Device) -> Picture:
     return Picture(f"timeline-{family}-{gpu.name}", title, card.figure)
 
 
-def stacked(intervals: Sequence[tuple[float, float]]) -> list[tuple[float, float, int]]:
-    """Each interval in the first row that is free."""
+def stack(intervals: Sequence[tuple[float, float]]) -> list[tuple[float, float, int]]:
+    """Stack intervals, each in the first row that is free."""
     ends: list[float] = []
     found = []
     for start, end in sorted(intervals):

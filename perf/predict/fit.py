@@ -133,8 +133,8 @@ class Bench:
         self.points = [point for point in points() if point.is_fitted]
         self.works = [stored[point.key] for point in self.points]
 
-    def fitted(self, wanted: Callable[[Point], bool], limits: Mapping[str, tuple[float, float]] = LIMITS) -> Constants:
-        """Constants from the wanted points."""
+    def fit_on(self, wanted: Callable[[Point], bool], limits: Mapping[str, tuple[float, float]] = LIMITS) -> Constants:
+        """Fit the constants on the wanted points."""
         pairs = [pair for pair in zip(self.points, self.works, strict=True) if wanted(pair[0])]
         kernels = [point.kernel for point, _ in pairs]
         return fit(rows_of([work for _, work in pairs]), np.array([point.us for point, _ in pairs]), kernels, limits)
@@ -144,7 +144,7 @@ class Bench:
     ) -> list[Error]:
         """Errors on points that the fit on the wanted ones did not see."""
         others = [pair for pair in zip(self.points, self.works, strict=True) if not wanted(pair[0])]
-        return errors_of(others, self.fitted(wanted, limits), left_out)
+        return errors_of(others, self.fit_on(wanted, limits), left_out)
 
 
 def errors_of(wanted: Sequence[tuple[Point, Work]], constants: Constants, left_out: str) -> list[Error]:
@@ -157,7 +157,7 @@ def errors_of(wanted: Sequence[tuple[Point, Work]], constants: Constants, left_o
 def validate() -> Validation:
     """Fit and hold out; a few seconds, on numpy alone."""
     bench = Bench()
-    constants = bench.fitted(lambda _: True)
+    constants = bench.fit_on(lambda _: True)
     stored = works()
     others = [(point, stored[point.key]) for point in points() if not point.source.startswith("mhc_bench")]
     unfitted = [  # Hopper's by the clock and bandwidth of an H100 and B200's other constants

@@ -23,12 +23,12 @@ from .registers import (
     UnknownError,
     Value,
     exact,
-    inverted,
+    invert,
     is_predicate,
-    needed,
     of_lane,
+    parse_operand,
+    require_known,
     signed,
-    taken_apart,
     where,
 )
 
@@ -60,8 +60,8 @@ def destinations(opcode: str, operands: tuple[str, ...]) -> tuple[str, ...]:
     elif kind in ("SHF", "USHF"):
         number = 1  # .U64 is what it reads
     results = rest[: 2 if kind in ("LDG", "LD") and "256" in modifiers else 1]
-    words = [following(taken_apart(operand).name, place) for operand in results for place in range(number)]
-    flags = [taken_apart(operand).name for operand in (*leading, *trailing)]
+    words = [following(parse_operand(operand).name, place) for operand in results for place in range(number)]
+    flags = [parse_operand(operand).name for operand in (*leading, *trailing)]
     return (*flags[: len(leading)], *words, *flags[len(leading) :])
 
 
@@ -93,7 +93,7 @@ def both(left: Value, right: Value) -> Value:
 
 def either(left: Value, right: Value) -> Value:
     """Or: true if one is, whatever the other."""
-    return inverted(both(inverted(left), inverted(right)))
+    return invert(both(invert(left), invert(right)))
 
 
 def unless_unknown(join: Callable[[Value, Value], Value], left: Value, right: Value) -> Value:
@@ -200,7 +200,7 @@ def compare(step: Instruction, r: Registers) -> Sequence[Value]:
         left, right = (map(r.double, (a, b))) if {"64", "U64", "S64"} & set(names) else (read(a), read(b))
         result = COMPARE[name](left, right)
         if extended:
-            below = needed(r.predicate(extended[0]))
+            below = require_known(r.predicate(extended[0]))
             if name in ("EQ", "NE"):
                 result = result & below if name == "EQ" else result | below
             else:
@@ -209,7 +209,7 @@ def compare(step: Instruction, r: Registers) -> Sequence[Value]:
         result = None
     join = JOIN[next(name for name in names if name in JOIN)]
     other = r.predicate(joined)
-    return join(result, other), join(inverted(result), other)
+    return join(result, other), join(invert(result), other)
 
 
 def scaled_add(step: Instruction, r: Registers) -> Sequence[Value]:
@@ -234,13 +234,13 @@ def extreme(step: Instruction, r: Registers) -> Sequence[Value]:
     left, right = words if "U32" in step.modifiers else map(signed, words)
     smaller = left < right
     least, most = where(smaller, left, right), where(smaller, right, left)
-    return [where(needed(r.predicate(flags[-1])), least, most) & WORD]
+    return [where(require_known(r.predicate(flags[-1])), least, most) & WORD]
 
 
 def select(step: Instruction, r: Registers) -> Sequence[Value]:
     """SEL Rd, a, b, P."""
     a, b, condition = step.operands[1:4]
-    return [where(needed(r.predicate(condition)), r.word(a), r.word(b))]
+    return [where(require_known(r.predicate(condition)), r.word(a), r.word(b))]
 
 
 def permute(step: Instruction, r: Registers) -> Sequence[Value]:
@@ -346,7 +346,7 @@ def plain(value: np.ndarray) -> Value:
 def exchange(step: Instruction, r: Registers) -> Sequence[Value]:
     """SHFL.IDX P, Rd, a, lane, …: one lane's value in all; the other forms move what is data."""
     value, lane = r.word(step.operands[2]), step.operands[3]
-    place = taken_apart(lane).form != "other" and "IDX" in step.modifiers and r.word(lane)
+    place = parse_operand(lane).form != "other" and "IDX" in step.modifiers and r.word(lane)
     if not isinstance(value, np.ndarray):
         return [None, value]
     if isinstance(place, bool | np.ndarray):

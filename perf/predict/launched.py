@@ -67,7 +67,7 @@ def build_function(func: Any, arch: str) -> Built:
     """Lower and build a TIR function, or find what was kept. Raises CompilerError where a tool is missing."""
     from ...compiler import cuda_source
     from ...compiler.cpu.build import digest
-    from ...compiler.disk_cache import Made, kept
+    from ...compiler.disk_cache import Made, get_or_make
 
     makers = Path(cuda_source.__file__).read_text(encoding="utf-8"), str(cuda_source.configs_of(func)), str(versions())
     name = digest("\0".join((func.script(show_meta=True), arch, *COMPILE_FLAGS, *makers)))
@@ -80,7 +80,7 @@ def build_function(func: Any, arch: str) -> Built:
         tuples = {key: tuple(facts["source"][key]) for key in ("arguments", "grid", "threads", "dtypes")}
         return read(CudaSource(**{**facts["source"], **tuples}), Compiled(**facts["compiled"]), arch)
 
-    return kept("predict", name, make, use)
+    return get_or_make("predict", name, make, use)
 
 
 def build(source: CudaSource, arch: str, flags: Sequence[str] = tuple(COMPILE_FLAGS)) -> Built:
@@ -104,7 +104,7 @@ class Launched(NamedTuple):
     working_set: int
 
 
-def launched(launch: Recorded, arch: str) -> Launched:
+def walk_launch(launch: Recorded, arch: str) -> Launched:
     """Build, walk and check one launch. Raises MHCError where it cannot be built or walked."""
     from ...compiler.tracing import trace
     from ..traffic.audit import audit_function

@@ -16,7 +16,7 @@ from ...errors import MHCError
 from ..calls.cases import Case, Shape
 from ..calls.table import CALLS
 from .devices import Device
-from .launched import Launched, build_function, fits_cache, launched
+from .launched import Launched, build_function, fits_cache, walk_launch
 from .model import SHORT_US, Work, advice, regime, rows_of, terms
 from .schedule import Steady, cycles, steady
 from .walk import walk
@@ -97,7 +97,7 @@ def predict(case: Case, device: Device, flushed: bool = False, family: str = "")
         flushed: the last-level cache is cold before each call.
         family: of the launches that count; all by default.
     """
-    found = [launched(launch, device.arch) for launch in launches_of(case, device, family)]
+    found = [walk_launch(launch, device.arch) for launch in launches_of(case, device, family)]
     reasons = [f"{each.family}: {text}" for each in found for text in each.refusals]
     if not flushed:
         reasons += fits_cache(sum(each.working_set for each in found), device.cache_bytes)
@@ -157,8 +157,8 @@ def measured_factors(path: Path, device: Device, num_streams: int) -> dict[tuple
     return found
 
 
-def scaled(one: Prediction, factor: float | None) -> Prediction:
-    """A prediction that one measured point of its kernel corrects; as it is without a factor or a number."""
+def scale(one: Prediction, factor: float | None) -> Prediction:
+    """Scale a prediction by one measured point of its kernel; unchanged without a factor or a number."""
     if factor is None or one.us is None:
         return one
     us = one.us * factor

@@ -107,7 +107,7 @@ def works() -> dict[Key, Work]:
 
 def measure(point: Point) -> Work:
     """Return the work of a point's kernel: one block's, and the number of blocks."""
-    built, few, block = walked(point.kernel, point.hidden_size if point.kernel in WIDE else NARROW, point.arch)
+    built, few, block = walk_kernel(point.kernel, point.hidden_size if point.kernel in WIDE else NARROW, point.arch)
     if point.kernel in LONG:  # every iteration is alike: two lengths give any
         share = (point.tokens - LONG_TOKENS[0]) / (LONG_TOKENS[1] - LONG_TOKENS[0])
         block = Block(*(low + share * (high - low) for low, high in zip(few, block, strict=True)))
@@ -115,8 +115,8 @@ def measure(point: Point) -> Work:
 
 
 @cache
-def walked(kernel: str, width: int, arch: str) -> tuple[Built, Block, Block]:
-    """One of TileKernels', built, and its block at both of LONG_TOKENS."""
+def walk_kernel(kernel: str, width: int, arch: str) -> tuple[Built, Block, Block]:
+    """Build one of TileKernels' kernels and walk its block at both of LONG_TOKENS."""
     from ..inspect import tile_kernels
     from .launched import build
 

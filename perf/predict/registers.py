@@ -44,8 +44,8 @@ class Operand(NamedTuple):
 
 
 @cache
-def taken_apart(text: str) -> Operand:
-    """An operand, parsed."""
+def parse_operand(text: str) -> Operand:
+    """Parse an operand."""
     if found := REGISTER.match(text):
         if found[1] == "|" or ".H" in text or ".B" in text:
             return Operand("other")
@@ -69,13 +69,13 @@ def terms(text: str) -> tuple[tuple[Operand, bool], ...]:
     for part in filter(None, inside.split("+")):
         if not (found := TERM.match(part)):
             raise UnknownError
-        parts.append((taken_apart(found[1] + found[2]), ".64" in found[3] or (wide and found[2].startswith("U"))))
+        parts.append((parse_operand(found[1] + found[2]), ".64" in found[3] or (wide and found[2].startswith("U"))))
     return tuple(parts)
 
 
 def is_predicate(operand: str) -> bool:
     """Whether an operand is a predicate."""
-    return taken_apart(operand).form == "predicate"
+    return parse_operand(operand).form == "predicate"
 
 
 def where(condition: Value, true: Value, false: Value, kind: type = np.int64) -> Value:
@@ -85,8 +85,8 @@ def where(condition: Value, true: Value, false: Value, kind: type = np.int64) ->
     return true if condition else false
 
 
-def inverted(predicate: Value) -> Value:
-    """Not; unknown of what is unknown."""
+def invert(predicate: Value) -> Value:
+    """Invert a predicate; unknown if it is unknown."""
     return ~predicate if isinstance(predicate, np.ndarray) else None if predicate is None else not predicate
 
 
@@ -107,7 +107,7 @@ class Registers:
 
     def known(self, name: str) -> Value:
         """Return a register or predicate, 0 for RZ. Raises UnknownError where a lane does not know it."""
-        return needed(self.value(name)) if name else 0
+        return require_known(self.value(name)) if name else 0
 
     def word(self, text: str) -> Value:
         """32 bits of an operand, without a sign."""
@@ -119,7 +119,7 @@ class Registers:
 
     def term(self, text: str) -> Value:
         """32 bits and the one that a negated register carries out: −R is ~R + 1."""
-        form, sign, name, _, number = taken_apart(text)
+        form, sign, name, _, number = parse_operand(text)
         if form == "immediate":
             return number & WORD
         if form not in ("register", "constant"):
@@ -128,12 +128,12 @@ class Registers:
         if form == "constant":
             if isinstance(value, np.ndarray):
                 raise UnknownError
-            value = needed(self.constant(value + number))
+            value = require_known(self.constant(value + number))
         return (value ^ WORD) + (sign == "-") if sign else value
 
     def double(self, text: str) -> Value:
         """64 bits: a pair of registers, of constants, or an immediate whose sign is extended."""
-        return self.pair(taken_apart(text)) & PAIR
+        return self.pair(parse_operand(text)) & PAIR
 
     def pair(self, operand: Operand) -> Value:
         """Return the 64 bits of an operand taken apart. Raises UnknownError."""
@@ -141,22 +141,22 @@ class Registers:
             return operand.number
         if operand.form == "constant" and not (operand.sign or operand.name):
             lower, upper = self.constant(operand.number), self.constant(operand.number + 4)
-            return needed(upper) << 32 | needed(lower)
+            return require_known(upper) << 32 | require_known(lower)
         if operand.sign or operand.form != "register":
             raise UnknownError
         return exact(self.known(operand.upper)) << 32 | exact(self.known(operand.name))
 
     def predicate(self, text: str) -> Value:
         """A predicate, inverted where it says so; None for one that is not known."""
-        form, sign, name, *_ = taken_apart(text)
+        form, sign, name, *_ = parse_operand(text)
         if form != "predicate":
             return None
         value = self.value(name) if name else True
-        return inverted(value) if sign else value
+        return invert(value) if sign else value
 
     def bit(self, text: str) -> Value:
         """A predicate as 0 or 1."""
-        return where(needed(self.predicate(text)), 1, 0)
+        return where(require_known(self.predicate(text)), 1, 0)
 
     def address(self, text: str) -> Value:
         """The sum in brackets: [R4.64+UR6+0x10]; registers named .64 are pairs."""
@@ -193,8 +193,8 @@ def exact(value: Value) -> Value:
     return value.astype(object) if isinstance(value, np.ndarray) else value
 
 
-def needed(value: Value) -> Value:
-    """Raise UnknownError for None."""
+def require_known(value: Value) -> Value:
+    """Return a value that is known. Raises UnknownError for None."""
     if value is None:
         raise UnknownError
     return value

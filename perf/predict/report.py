@@ -195,8 +195,8 @@ def peers_table(found: Sequence[Peer], tablefmt: str = "simple") -> str:
     return f"{head}\n\n{tabulate(lines, headers, tablefmt=tablefmt, disable_numparse=True)}"
 
 
-def refreshed(page: str, found: Validation) -> str:
-    """The page with everything from HEADING on as it is now."""
+def refresh(page: str, found: Validation) -> str:
+    """Return the page with everything from HEADING on renewed."""
     shown = [row for row in peers() if (row.tokens, row.hidden_size) == SHAPE]
     parts = [
         text(found, "github").replace("\n\n\n", "\n\n"),
@@ -233,5 +233,5 @@ def constants(device: Device) -> str:
 
 if __name__ == "__main__":
     page, tuned = map(Path, sys.argv[1:3])
-    page.write_text(refreshed(page.read_text(encoding="utf-8"), validate()), encoding="utf-8")
+    page.write_text(refresh(page.read_text(encoding="utf-8"), validate()), encoding="utf-8")
     tuned.write_text(tuning(tuned.read_text(encoding="utf-8")), encoding="utf-8")

@@ -85,18 +85,18 @@ def write(again: bool) -> None:
         made_from = digest(case, device)
         if again or key not in found or found[key]["digest"] != made_from:
             print(*key, file=sys.stderr, flush=True)
-            found[key] = rounded({**predict(case, device, flushed=True).as_row(), "digest": made_from})
+            found[key] = round_numbers({**predict(case, device, flushed=True).as_row(), "digest": made_from})
             lines = (json.dumps(found[key]) for key in wanted if key in found)
             FILE.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
 
-def rounded(value: Any) -> Any:
-    """Four digits of every number with a fraction: what lies beyond moves with numpy."""
+def round_numbers(value: Any) -> Any:
+    """Round every number with a fraction to four digits: what lies beyond moves with numpy."""
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, dict):
-        return {name: rounded(each) for name, each in value.items()}
-    return [rounded(each) for each in value] if isinstance(value, list | tuple) else value
+        return {name: round_numbers(each) for name, each in value.items()}
+    return [round_numbers(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import numpy as np
 from ...errors import MHCError
 from .instructions import REGISTERS, STEPS, both, destinations, following, results
 from .listing import Instruction
-from .registers import WARP, Registers, UnknownError, Value, is_predicate, of_lane, taken_apart
+from .registers import WARP, Registers, UnknownError, Value, is_predicate, of_lane, parse_operand
 
 MAX_STEPS = 2_000_000
 BUFFER_SHIFT = 40  # addresses of a pointer argument start at (its number + 1) << 40
@@ -175,7 +175,7 @@ class Walker:
         guard = registers.predicate(step.guard) if step.guard else True
         if isinstance(guard, np.ndarray):
             registers.lanes = lanes & guard
-        touched = self.touched(step, guard, lanes) if step.kind in GLOBAL else NOTHING
+        touched = self.touch(step, guard, lanes) if step.kind in GLOBAL else NOTHING
         self.found.steps.append((index, self.warps_of(lanes), touched))
         for next_index, going in self.next(index, step, guard, lanes):
             before = self.groups.get(next_index)
@@ -183,8 +183,8 @@ class Walker:
         if guard is not False and step.kind not in ("BRA", "EXIT"):
             self.execute(index, guard, mask)
 
-    def touched(self, step: Instruction, guard: Value, lanes: np.ndarray) -> dict[int, Access]:
-        """The lines of a global access, by warp."""
+    def touch(self, step: Instruction, guard: Value, lanes: np.ndarray) -> dict[int, Access]:
+        """Return the lines that a global access touches, by warp."""
         active = lanes if guard is None else lanes & guard
         if step.kind == "LDGSTS" and is_predicate(step.operands[-1]):  # where it is false, zeros are written
             fetched = self.registers.predicate(step.operands[-1])
@@ -209,9 +209,9 @@ class Walker:
         """Write what the instruction gives, in the lanes that its guard allows."""
         step = self.code[index]
         if step.kind in ("S2R", "S2UR"):
-            written = {taken_apart(step.operands[0]).name: self.special(step.operands[1], step.kind)}
+            written = {parse_operand(step.operands[0]).name: self.special(step.operands[1], step.kind)}
         elif step.kind in ("LDL", "STL"):
-            written = self.spilled(step)
+            written = self.spill(step)
         else:
             written = results(step, self.registers, self.names[index])
         if guard is None:  # written or not: unknown afterwards
@@ -230,12 +230,12 @@ class Walker:
             return self.block["XYZ".index(name[-1])]
         return 0 if name in ("SR_CgaCtaId", "SR_CLUSTERID.X", "SR_SWINHI") else None
 
-    def spilled(self, step: Instruction) -> dict[str, Value]:
-        """Registers that are stored to local memory, or come back."""
+    def spill(self, step: Instruction) -> dict[str, Value]:
+        """Store registers to local memory, or return those that come back, by name."""
         is_load = step.kind == "LDL"
         data, place = step.operands[:2] if is_load else reversed(step.operands[:2])
         number = next((REGISTERS[name] for name in step.modifiers if name in REGISTERS), 1)
-        names = [following(taken_apart(data).name, n) for n in range(number)]
+        names = [following(parse_operand(data).name, n) for n in range(number)]
         try:
             address = self.registers.address(place)
         except UnknownError:
@@ -252,9 +252,9 @@ class Walker:
     def next(self, index: int, step: Instruction, guard: Value, lanes: np.ndarray) -> Groups:
         """Return the groups of lanes after an instruction, each with the index where it continues."""
         if step.kind == "EXIT":
-            return self.parted(index, None, guard, lanes)
+            return self.part(index, None, guard, lanes)
         if step.kind == "RET":
-            address = self.registers.values.get(taken_apart(step.operands[0].split(" ")[0]).name)
+            address = self.registers.values.get(parse_operand(step.operands[0].split(" ")[0]).name)
             if not isinstance(address, int) or address not in self.places:
                 raise MHCError(f"predict: expected a return to a known place, got {step.operands[0]}")
             return [(self.places[address], lanes)]
@@ -265,10 +265,10 @@ class Walker:
         condition = guard
         for operand in filter(is_predicate, step.operands):
             condition = both(condition, self.registers.predicate(operand))
-        return self.parted(index, step.target, condition, lanes)
+        return self.part(index, step.target, condition, lanes)
 
-    def parted(self, index: int, target: int | None, condition: Value, lanes: np.ndarray) -> Groups:
-        """The lanes for which a condition holds go to the target, which is None for the end, the others on."""
+    def part(self, index: int, target: int | None, condition: Value, lanes: np.ndarray) -> Groups:
+        """Part the lanes: those for which a condition holds go to the target, None for the end, the others on."""
         if condition is None:
             skipped = self.code[index + 1 : target] if target is not None else ()
             condition = 0 < len(skipped) < SLOW_PATH and any(step.kind == "CALL" for step in skipped)

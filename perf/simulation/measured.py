@@ -38,7 +38,7 @@ def read(path: Path, sizes: LayerSizes, num_streams: int) -> tuple[Measured, str
     for kernels in (FUSED, ALONE):
         if all(kernel in times for direction in kernels for kernel in direction):
             forward, backward = (sum(times[kernel] for kernel in direction) for direction in kernels)
-            backward += added(device, num_streams * C) if kernels == ALONE else 0.0
+            backward += gradient_sum_seconds(device, num_streams * C) if kernels == ALONE else 0.0
             return Measured(forward, backward, str(results.facts)), device.name
     missing = sorted({kernel for direction in ALONE for kernel in direction} - {*times})
     raise MHCError(f"--results {path}: expected C {C}, n {num_streams} in bfloat16, got no {', '.join(missing)}")
@@ -55,6 +55,6 @@ def seconds_per_token(results: KernelResults, hidden_size: int, num_streams: int
     return {one.kernel: one.time.median / one.num_tokens for one in sorted(found, key=lambda one: one.num_tokens)}
 
 
-def added(device: Device, stream: int) -> float:
-    """Seconds per token of autograd's sum of two gradients of a stream of so many elements."""
+def gradient_sum_seconds(device: Device, stream: int) -> float:
+    """Return the seconds per token of autograd's sum of two gradients of a stream of `stream` elements."""
     return 3 * stream * ITEMSIZE / (device.bandwidth * BANDWIDTH_SHARE)

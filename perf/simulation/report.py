@@ -77,7 +77,7 @@ def report(results: Results) -> str:
     given = results.given
     parts = [
         "A MODEL: a simulated schedule of tasks whose times follow from sizes and assumptions; no measurement.",
-        "\n".join(assumed(given)),
+        "\n".join(list_assumptions(given)),
         models_table(results.models),
         predicted_table(results),
         f"{given.model}, one assumption changed at a time:\n\n{changes_table(results.changes)}",
@@ -87,8 +87,8 @@ def report(results: Results) -> str:
     return "\n\n".join(parts)
 
 
-def assumed(given: Assumptions) -> list[str]:
-    """Every assumption, a line each."""
+def list_assumptions(given: Assumptions) -> list[str]:
+    """List every assumption, a line each."""
     device, n = DEVICES[given.device], given.num_streams
     form, cost = forms()[given.form], costs(given, plain=False)
     forward, backward = form.forward(n), form.backward(n)
@@ -178,12 +178,12 @@ def solutions_table(results: Results) -> str:
     for solutions in zip(*results.solutions.values(), strict=True):
         knob = solutions[0].knob
         name = f"{knob.what}, {knob.lowest * knob.scale:g} to {knob.highest * knob.scale:g} {knob.unit}"
-        lines.append([name, *map(solved, solutions)])
+        lines.append([name, *map(format_solution, solutions)])
     return table(["assumption, and where it was looked for", *models], lines, ["left", *["right"] * len(models)])
 
 
-def solved(solution: Solution) -> str:
-    """The value, or on which side of the target everything is."""
+def format_solution(solution: Solution) -> str:
+    """Format the value, or on which side of the target everything is."""
     if solution.value is not None:
         return f"{solution.value:.3g} {solution.knob.unit}"
     low, high = sorted(solution.at_ends)

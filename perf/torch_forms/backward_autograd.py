@@ -21,7 +21,7 @@ from .tokens import alpha_rows
 Forward = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
-def recorded(
+def record(
     forward: Forward, inputs: Sequence[Tensor], upstream: Sequence[Tensor], outputs: Sequence[Tensor]
 ) -> Callable[[], None]:
     """Record `forward` of the inputs; return what runs its backward and writes the inputs' gradients."""
@@ -60,7 +60,7 @@ def post_backward_recorded(
 ) -> Callable[[], None]:  # fmt: skip
     """Record `post` as a batch of matrix products; return what runs its backward."""
     outputs = (g_x, g_layer_output, g_h_post, g_h_res)
-    return recorded(post_einsum, (x, layer_output, h_post, h_res), (g_x_next,), outputs)
+    return record(post_einsum, (x, layer_output, h_post, h_res), (g_x_next,), outputs)
 
 
 def post_backward_vjp(
@@ -77,7 +77,7 @@ def project_backward_recorded(
 ) -> Callable[[], None]:
     """Record x·phi and Σx²; return what runs their backward. The gradient of Σx² is ρ/2."""
     upstream = (g_projected[:-1].T, g_projected[-1] / 2)
-    return recorded(plain_torch.project, (x, phi), upstream, (g_x, g_phi))
+    return record(plain_torch.project, (x, phi), upstream, (g_x, g_phi))
 
 
 def project_backward_vjp(g_projected: Tensor, x: Tensor, phi: Tensor, g_x: Tensor, g_phi: Tensor) -> None:
@@ -90,7 +90,7 @@ def sinkhorn_backward_recorded(
     g_h_res: Tensor, logits: Tensor, iters: int, eps: float, g_logits: Tensor
 ) -> Callable[[], None]:
     """Record Sinkhorn's formula on [T, n, n]; return what runs its backward."""
-    return recorded(lambda z: plain_torch.sinkhorn(z, iters, eps), (logits,), (g_h_res,), (g_logits,))
+    return record(lambda z: plain_torch.sinkhorn(z, iters, eps), (logits,), (g_h_res,), (g_logits,))
 
 
 def sinkhorn_backward_vjp(g_h_res: Tensor, logits: Tensor, iters: int, eps: float, g_logits: Tensor) -> None:
@@ -121,7 +121,7 @@ def coefficients_backward_recorded(
     s, g_s = projected[-1], torch.empty_like(projected[-1])
     inputs = ((projected[:-1] / s).T, s, alpha, bias)
     outputs = (g_projected[:-1].T, g_s, g_alpha, g_bias)
-    backward = recorded(coefficients_of(spec), inputs, (g_h_pre, g_h_post, g_h_res), outputs)
+    backward = record(coefficients_of(spec), inputs, (g_h_pre, g_h_post, g_h_res), outputs)
 
     def run() -> None:
         backward()

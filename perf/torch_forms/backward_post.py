@@ -12,7 +12,7 @@ from torch import Tensor
 from . import backward_autograd as autograd
 from .backward_streams import HALF, total
 from .baselines import COMPILED, EAGER, Form
-from .streams import block_tokens, widened
+from .streams import block_tokens, widen
 
 
 def post_backward_einsum(
@@ -78,9 +78,9 @@ def post_backward_blocks(
     for g_b, x_b, layer_b, post_b, res_b, g_x_b, g_layer_b, g_post_b, g_res_b in zip(
         *(tensor.split(block) for tensor in tensors), strict=True
     ):
-        g, layer = widened(g_b, gradients), widened(layer_b, vectors[:, 0])
+        g, layer = widen(g_b, gradients), widen(layer_b, vectors[:, 0])
         torch.sum(torch.mul(g, layer.unsqueeze(1), out=sums[: len(g)]), -1, out=g_post_b)
-        torch.bmm(g, widened(x_b, workspace).mT, out=g_res_b)
+        torch.bmm(g, widen(x_b, workspace).mT, out=g_res_b)
         if g_x_b.dtype == torch.float32:
             torch.bmm(res_b.mT, g, out=g_x_b)
             torch.bmm(post_b.unsqueeze(1), g, out=g_layer_b.unsqueeze(1))
@@ -104,7 +104,7 @@ def post_backward_joined(
     for g_b, x_b, layer_b, weights_b, dots_b, g_x_b, g_layer_b in zip(
         *(tensor.split(block) for tensor in tensors), strict=True
     ):
-        g, wide, sums_b = widened(g_b, gradients), workspace[: len(g_b)], sums[: len(g_b)]
+        g, wide, sums_b = widen(g_b, gradients), workspace[: len(g_b)], sums[: len(g_b)]
         wide[:, :n].copy_(x_b)
         wide[:, n].copy_(layer_b)
         torch.bmm(g, wide.mT, out=dots_b)

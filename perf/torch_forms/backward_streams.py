@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import backward_autograd as autograd
 from .baselines import COMPILED, EAGER, Form
-from .streams import block_tokens, widened
+from .streams import block_tokens, widen
 
 HALF = ("bfloat16", "float16")
 
@@ -69,7 +69,7 @@ def pre_backward_blocks(g_layer_input: Tensor, x: Tensor, g_h_pre: Tensor) -> No
     vectors = x.new_empty(block, x.shape[2], dtype=torch.float32)
     blocks = (tensor.split(block) for tensor in (g_layer_input, x, g_h_pre))
     for g_block, x_block, out in zip(*blocks, strict=True):
-        vector = widened(g_block, vectors).unsqueeze(1)
+        vector = widen(g_block, vectors).unsqueeze(1)
         torch.sum(torch.mul(x_block, vector, out=products[: len(out)]), -1, out=out)
 
 
@@ -112,7 +112,7 @@ def project_backward_blocks(g_projected: Tensor, x: Tensor, phi: Tensor, g_x: Te
     g_phi.zero_()
     blocks = (g_projected.split(block, dim=1), x.flatten(1).split(block), g_x.flatten(1).split(block))
     for g_block, x_block, out in zip(*blocks, strict=True):
-        wide, g_dots, rho = widened(x_block, workspace), g_block[:-1], g_block[-1]
+        wide, g_dots, rho = widen(x_block, workspace), g_block[:-1], g_block[-1]
         g_phi.addmm_(g_dots, wide)
         sums = out if out.dtype == torch.float32 else wide
         torch.mul(wide, rho.unsqueeze(-1), out=sums).addmm_(g_dots.T, phi)

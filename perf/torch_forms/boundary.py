@@ -3,7 +3,7 @@
     as written    post, then pre: for torch.compile, which may fuse across the boundary as the kernels do
     autograd      its backward, recorded or compiled, as in `backward_autograd`; for a step both passes
 
-Arguments as `calls.table` names them; the last ones are outputs. `allowed` says how far from the fused kernels
+Arguments as `calls.table` names them; the last ones are outputs. `tolerances` says how far from the fused kernels
 a result may be that is right.
 """
 
@@ -22,7 +22,7 @@ from ...spec import MHCSpec
 from ..calls.cases import BOUNDARY_STEP, POST_PRE, POST_PRE_BACKWARD, POST_PRE_DELAYED
 from ..calls.table import FORWARD_RESULTS, GRADIENTS, MIXING, PARAMETERS
 from ..calls.workloads import Trained
-from .backward_autograd import coefficients_of, recorded, write
+from .backward_autograd import coefficients_of, record, write
 from .baselines import COMPILED, EAGER, TOLERANCE, Form
 
 TAKEN = (*MIXING, *PARAMETERS)
@@ -55,7 +55,7 @@ def boundary_of(spec: MHCSpec, given: Tensor | None = None) -> Callable[..., tup
     return forward
 
 
-def chosen(tensors: dict[str, Any], names: tuple[str, ...]) -> tuple[Tensor, ...]:
+def select(tensors: dict[str, Any], names: tuple[str, ...]) -> tuple[Tensor, ...]:
     """Select tensors by name, in the order of the names."""
     return tuple(tensors[name] for name in names)
 
@@ -63,13 +63,13 @@ def chosen(tensors: dict[str, Any], names: tuple[str, ...]) -> tuple[Tensor, ...
 def post_pre(spec: MHCSpec, h_pre: Tensor | None = None, **tensors: Tensor) -> None:
     """The formulas as written; with h_pre the delayed form."""
     names = FORWARD_RESULTS if h_pre is None else (*FORWARD_RESULTS, "h_pre_next")
-    write(chosen(tensors, names), boundary_of(spec, h_pre)(*chosen(tensors, TAKEN)))
+    write(select(tensors, names), boundary_of(spec, h_pre)(*select(tensors, TAKEN)))
 
 
 def backward_recorded(spec: MHCSpec, **tensors: Tensor) -> Callable[[], None]:
     """Record the formulas as written; return what runs their backward."""
-    upstream, outputs = chosen(tensors, UPSTREAM), chosen(tensors, GRADIENTS)
-    return recorded(boundary_of(spec), chosen(tensors, TAKEN), upstream, outputs)
+    upstream, outputs = select(tensors, UPSTREAM), select(tensors, GRADIENTS)
+    return record(boundary_of(spec), select(tensors, TAKEN), upstream, outputs)
 
 
 def backward_vjp(spec: MHCSpec, x_next: Tensor, **tensors: Tensor) -> None:
@@ -77,17 +77,17 @@ def backward_vjp(spec: MHCSpec, x_next: Tensor, **tensors: Tensor) -> None:
 
     It reads x_next as the forward left it: recomputed within the graph, it would not be rounded, and g_phi 2e-3 off.
     """
-    _, through_pre, *_ = torch.func.vjp(pre_of(spec), x_next, *chosen(tensors, PARAMETERS))
-    g_next, *g_parameters = through_pre(chosen(tensors, UPSTREAM[1:]))
-    _, through_post, *_ = torch.func.vjp(plain_torch.post, *chosen(tensors, MIXING))
+    _, through_pre, *_ = torch.func.vjp(pre_of(spec), x_next, *select(tensors, PARAMETERS))
+    g_next, *g_parameters = through_pre(select(tensors, UPSTREAM[1:]))
+    _, through_post, *_ = torch.func.vjp(plain_torch.post, *select(tensors, MIXING))
     g_mixing = through_post(tensors["g_x_next"] + g_next)
-    write(chosen(tensors, GRADIENTS), (*g_mixing, *g_parameters))
+    write(select(tensors, GRADIENTS), (*g_mixing, *g_parameters))
 
 
 def step_recorded(spec: MHCSpec, **tensors: Tensor) -> Callable[[], None]:
     """Forward and backward, recorded at every call."""
-    trained = Trained(boundary_of(spec), {name: tensors[name] for name in TAKEN}, chosen(tensors, UPSTREAM))
-    outputs = chosen(tensors, (*FORWARD_RESULTS, *GRADIENTS))
+    trained = Trained(boundary_of(spec), {name: tensors[name] for name in TAKEN}, select(tensors, UPSTREAM))
+    outputs = select(tensors, (*FORWARD_RESULTS, *GRADIENTS))
 
     def run() -> None:
         trained.run()
@@ -109,7 +109,7 @@ def step_compiled(spec: MHCSpec, **tensors: Tensor) -> Callable[[], None]:
     return run
 
 
-def allowed(kernel: str, dtype: torch.dtype) -> dict[str, float]:
+def tolerances(kernel: str, dtype: torch.dtype) -> dict[str, float]:
     """Return the relative difference allowed from the fused kernels' outputs beyond `TOLERANCE`, by output.
 
     Forward, a few elements of x_next are rounded the other way, 2e-5 of it in bfloat16, and the mappings follow by as

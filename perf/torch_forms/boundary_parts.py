@@ -31,7 +31,7 @@ from . import backward_tokens as backward_token_forms
 from . import streams as stream_forms
 from . import tokens as token_forms
 from .baselines import COMPILED, EAGER, FAST, MODES, Baseline, Form, applicable, bind, prepare, verify
-from .streams import block_tokens, widened
+from .streams import block_tokens, widen
 
 SELECTION_ROUNDS = 5
 SUM = "sum of g_x_next"  # of what came in, what came through phi, and the aggregation's share
@@ -56,7 +56,7 @@ def sum_blocks(g_x: Tensor, g_x_next: Tensor, h_pre: Tensor, g_layer_input: Tens
     vectors = g_x.new_empty(block, g_x.shape[2], dtype=torch.float32)
     blocks = (tensor.split(block) for tensor in (g_x, g_x_next, h_pre, g_layer_input, total))
     for g_block, next_block, weights, layer_block, out in zip(*blocks, strict=True):
-        sums, layer = workspace[: len(out)], widened(layer_block, vectors)
+        sums, layer = workspace[: len(out)], widen(layer_block, vectors)
         torch.mul(weights.unsqueeze(-1), layer.unsqueeze(1), out=sums)
         out.copy_(sums.add_(g_block).add_(next_block))
 

@@ -22,8 +22,8 @@ def block_tokens(x: torch.Tensor) -> int:
     return max(1, BLOCK_BYTES // (x[0].numel() * torch.float32.itemsize))
 
 
-def widened(block: torch.Tensor, workspace: torch.Tensor) -> torch.Tensor:
-    """The block in float32: itself, or copied into the workspace."""
+def widen(block: torch.Tensor, workspace: torch.Tensor) -> torch.Tensor:
+    """Widen the block to float32: itself, or copied into the workspace."""
     return block if block.dtype == torch.float32 else workspace[: len(block)].copy_(block)
 
 
@@ -64,7 +64,7 @@ def project_blocks(x: torch.Tensor, phi: torch.Tensor, dots: torch.Tensor, squar
     workspace = x.new_empty(block, phi.shape[1], dtype=torch.float32)
     blocks = (x.flatten(1).split(block), dots.split(block), squares.split(block))
     for x_block, dots_block, squares_block in zip(*blocks, strict=True):
-        wide = widened(x_block, workspace)
+        wide = widen(x_block, workspace)
         torch.mm(wide, phi.T, out=dots_block)
         torch.linalg.vector_norm(wide, dim=-1, out=squares_block)
     squares.square_()
@@ -97,7 +97,7 @@ def pre_blocks(x: torch.Tensor, h_pre: torch.Tensor, layer_input: torch.Tensor) 
     workspace = x.new_empty(block, *x.shape[1:], dtype=torch.float32)
     sums = x.new_empty(block, 1, x.shape[2], dtype=torch.float32)
     for x_block, weights, out in zip(x.split(block), h_pre.split(block), layer_input.split(block), strict=True):
-        torch.bmm(weights.unsqueeze(1), widened(x_block, workspace), out=sums[: len(out)])
+        torch.bmm(weights.unsqueeze(1), widen(x_block, workspace), out=sums[: len(out)])
         out.copy_(sums[: len(out), 0])
 
 
@@ -151,7 +151,7 @@ def post_blocks(
     for x_block, layer_block, post_block, res_block, out in zip(*blocks, strict=True):
         total = out if out.dtype == torch.float32 else sums[: len(out)]
         torch.mul(post_block.unsqueeze(-1), layer_block.unsqueeze(1), out=total)
-        torch.baddbmm(total, res_block, widened(x_block, workspace), out=total)
+        torch.baddbmm(total, res_block, widen(x_block, workspace), out=total)
         if total is not out:
             out.copy_(total)
 

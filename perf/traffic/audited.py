@@ -50,8 +50,8 @@ class Audited:
 
 
 @cache
-def audited(case: Case, target: str, parallel_blocks: int) -> Audited:
-    """The traffic of one call; the arguments are those of `launches`."""
+def audit_call(case: Case, target: str, parallel_blocks: int) -> Audited:
+    """Count the traffic of one call; the arguments are those of `launches`."""
     total = Audited()
     for launch in launches(case, target, parallel_blocks):
         buffers = audit(launch.family, launch.parameters, launch.sizes)

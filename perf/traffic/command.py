@@ -53,11 +53,11 @@ def run(args: argparse.Namespace) -> int:
     blocks = PARALLEL_BLOCKS if args.device == "cuda" else os.cpu_count() or 1
     if args.schedule:
         return print_schedules(args, blocks)
-    from .audited import audited
+    from .audited import audit_call
 
     rows = []
     for shape in shapes(args, args.tokens or DEFAULT_TOKENS):
-        calls = {kernel: audited(cases.Case(kernel, shape), args.device, blocks) for kernel in KERNELS}
+        calls = {kernel: audit_call(cases.Case(kernel, shape), args.device, blocks) for kernel in KERNELS}
         chosen = [traffic_report.Row(kernel, shape, calls[kernel]) for kernel in args.kernels or KERNELS]
         print(traffic_report.report(shape, args.device, chosen, calls) + "\n")
         rows += chosen

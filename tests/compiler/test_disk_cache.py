@@ -36,7 +36,7 @@ def make(scratch):
 def use(facts, library):
     return getattr(ctypes.CDLL(str(library)), facts["symbol"])()
 
-print(disk_cache.kept("place", "entry", make, use))
+print(disk_cache.get_or_make("place", "entry", make, use))
 """
 
 
@@ -68,13 +68,13 @@ def call(library: Path) -> tuple[list[str], str]:
 
 def entry(name: str = "entry") -> Path:
     """An entry that is made here, of a record alone; its record."""
-    disk_cache.kept("place", name, lambda _: ({"made": True}, None), lambda facts, _: facts)
+    disk_cache.get_or_make("place", name, lambda _: ({"made": True}, None), lambda facts, _: facts)
     return disk_cache.location() / "place" / f"{name}.json"
 
 
 def kept() -> dict:
     """The facts of that entry; those of a new one if it is made anew."""
-    return disk_cache.kept("place", "entry", lambda _: ({"anew": True}, None), lambda facts, _: facts)
+    return disk_cache.get_or_make("place", "entry", lambda _: ({"anew": True}, None), lambda facts, _: facts)
 
 
 def changed(record: Path, change: Callable[[dict], object], sealed: bool) -> None:
@@ -194,10 +194,10 @@ def test_facts_of_no_use_are_made_anew_once(cache: Path) -> None:
         made.append(1)
         return needed
 
-    assert disk_cache.kept("place", "entry", lambda _: (make({"needed": 5}), None), use) == 5
+    assert disk_cache.get_or_make("place", "entry", lambda _: (make({"needed": 5}), None), use) == 5
     entry("other")
     with pytest.raises(KeyError, match="needed"):
-        disk_cache.kept("place", "other", lambda _: (make({}), None), use)
+        disk_cache.get_or_make("place", "other", lambda _: (make({}), None), use)
     assert len(made) == 2
 
 
@@ -222,7 +222,7 @@ def test_a_writer_that_stops_leaves_nothing_to_find(
     with monkeypatch.context() as patch:
         patch.setattr(disk_cache, "put", put)
         with pytest.raises(CompilerError, match=r"cannot keep kernels in .*No space left.*MHC_TILELANG_CACHE"):
-            disk_cache.kept("place", "entry", make, lambda *_: pytest.fail("used"))
+            disk_cache.get_or_make("place", "entry", make, lambda *_: pytest.fail("used"))
     assert placed == {"make": [], "library": [".so"], "record": [".so", ".json"]}[fails_at]
     assert not (cache / "place" / "entry.json").exists()
     assert not [path for path in (cache / "place").iterdir() if path.is_dir()]
@@ -291,7 +291,7 @@ def test_a_library_that_others_can_write_is_refused(cache: Path, library: Path) 
     call(library)
     (cache / "place/entry.so").chmod(0o777)
     with pytest.raises(TrustError, match=r"entry\.so, which everyone can write to \(mode 0777\)"):
-        disk_cache.kept("place", "entry", lambda _: pytest.fail("made"), lambda *_: pytest.fail("used"))
+        disk_cache.get_or_make("place", "entry", lambda _: pytest.fail("made"), lambda *_: pytest.fail("used"))
 
 
 @pytest.mark.parametrize("place", ["..", ".", "place"])

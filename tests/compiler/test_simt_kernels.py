@@ -14,7 +14,7 @@ from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.checking.run import CHECKS, check_case
 from mhc_tilelang.compiler.cuda_source import generate
 from mhc_tilelang.compiler.simt import Launched, executing
-from mhc_tilelang.compiler.simt.target import generated
+from mhc_tilelang.compiler.simt.target import load_or_generate
 from mhc_tilelang.kernels import FAMILIES
 from mhc_tilelang.kernels.projection_plans import WarpsPlan
 from mhc_tilelang.perf.calls.cases import Case as Call
@@ -197,7 +197,7 @@ def test_what_ran_is_what_ships(family: str, all_launches: list[Launched]) -> No
     another: what differs is generated again.
     """
     parameters = next(launched.parameters for launched in all_launches if launched.family == family)
-    shipped, ran = generate(family, parameters, "sm_90a"), [generated(family, parameters, "sm_80")[0]]
+    shipped, ran = generate(family, parameters, "sm_90a"), [load_or_generate(family, parameters, "sm_80")[0]]
     while shipped not in ran and len(ran) < 4:
         ran.append(generate(family, parameters, "sm_80"))
     assert shipped in ran

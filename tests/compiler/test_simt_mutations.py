@@ -46,7 +46,7 @@ def source_of(family: str) -> str:
     with executing() as launches:
         check_case(CHECKED_BY.get(family, family), MAIN, Inputs.of(MAIN, torch.device("cpu")))
     parameters = next(launched.parameters for launched in launches if launched.family == family)
-    return target.generated(family, parameters, "sm_80")[0].code
+    return target.load_or_generate(family, parameters, "sm_80")[0].code
 
 
 # What makes a mask let one more element through: of channels, 18 vectors of 8, unless said here of tokens or others.

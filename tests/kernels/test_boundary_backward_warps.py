@@ -17,7 +17,7 @@ from mhc_tilelang import compiler
 from mhc_tilelang.checking.comparison import numpy64
 from mhc_tilelang.compiler import cuda
 from mhc_tilelang.compiler.simt import SimtError, executing
-from mhc_tilelang.compiler.simt.target import generated
+from mhc_tilelang.compiler.simt.target import load_or_generate
 from mhc_tilelang.compiler.tracing import trace
 from mhc_tilelang.kernels import boundary_plans, projection_plans
 from mhc_tilelang.launch.post_pre_backward import mixing_backward
@@ -235,6 +235,6 @@ def test_shared_bytes_are_what_the_kernel_takes():
     """The plan counts what tilelang allocates for the largest form, but for alignment."""
     drawn = Drawn(4, 72, BF16, 1, delayed=True)
     drawn.run()
-    source, _ = generated("boundary_backward", drawn.launched.parameters, "sm_80")
+    source, _ = load_or_generate("boundary_backward", drawn.launched.parameters, "sm_80")
     counted = boundary_plans.boundary_shared_bytes(drawn.launched.parameters["plan"])
     assert source.shared_bytes <= counted <= source.shared_bytes + 1024

@@ -238,13 +238,13 @@ def test_what_the_executor_finds_fails_the_command(monkeypatch, capsys, tmp_path
     from mhc_tilelang import compiler
     from mhc_tilelang.compiler.simt import target
 
-    generated = target.generated
+    generated = target.load_or_generate
 
     def damaged(family, parameters, arch):
         source, signature = generated(family, parameters, arch)
         return replace(source, code=source.code.replace("threadIdx.x) < 18)", "threadIdx.x) < 19)")), signature
 
-    monkeypatch.setattr(target, "generated", damaged)
+    monkeypatch.setattr(target, "load_or_generate", damaged)
     monkeypatch.setattr(compiler, "_kernels", {})
     monkeypatch.setattr(run, "small_cases", lambda: [Case(4, 144, torch.bfloat16, 5)])
     monkeypatch.setattr(run, "CHECKS", {"expand": CHECKS["expand"]})

@@ -21,7 +21,7 @@ from damaged import Mutation, damaged
 from mhc_tilelang import compiler
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.checking.run import CHECKS, check_case
-from mhc_tilelang.compiler.recording import Recorded, launched
+from mhc_tilelang.compiler.recording import Recorded, record_launches
 from mhc_tilelang.compiler.simt import SimtError, executing
 from mhc_tilelang.kernels import FAMILIES, boundary_plans, projection_plans
 
@@ -62,7 +62,7 @@ def execute(kernel: str, case: Case, inputs: Inputs, parallel_blocks: int) -> li
     """Check a kernel, whose bounds hold on every device; returns what it launched. A finding of the executor raises."""
     rows = []
     with executing(parallel_blocks=parallel_blocks):
-        launches = launched(lambda: rows.append(check_case(kernel, case, inputs)))
+        launches = record_launches(lambda: rows.append(check_case(kernel, case, inputs)))
     assert rows[0].passed, f"{rows[0].error:.1e} exceeds {rows[0].tolerance:.1e}"
     return launches
 

@@ -15,7 +15,7 @@ from helpers import CPU, assert_same_bits, map_tokens
 from mhc_tilelang import launch
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.compiler.simt import SimtError, executing
-from mhc_tilelang.compiler.simt.target import generated
+from mhc_tilelang.compiler.simt.target import load_or_generate
 from mhc_tilelang.kernels import boundary_plans, projection_plans
 
 # Below a chunk, a chunk and a tail of one vector, a group and a part of one, several groups.
@@ -172,7 +172,7 @@ def test_streams_are_indexed_in_64_bits(family):
         run = post_project if family == "post_project" else separate
         run(inputs)
     parameters = next(launch.parameters for launch in launches if launch.family == family)
-    source = generated(family, parameters, "sm_80")[0].code
+    source = load_or_generate(family, parameters, "sm_80")[0].code
     assert "(int64_t)2560)" in source
     assert not re.findall(r"\* 2560\)", source)
 

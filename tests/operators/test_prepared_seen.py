@@ -107,7 +107,7 @@ def test_other_kinds_of_tensors_take_the_ordinary_way() -> None:
 def test_every_launch_is_noted() -> None:
     """A list of launches has those of every call, replayed or not."""
     tensors = replayed(drawn(POST, 0))
-    found = recording.launched(lambda: [ops.post(**tensors) for _ in range(4)])
+    found = recording.record_launches(lambda: [ops.post(**tensors) for _ in range(4)])
     assert [one.family for one in found] == ["post"] * 4
 
 

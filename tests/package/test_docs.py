@@ -64,7 +64,7 @@ def test_every_chapter_has_an_exercise() -> None:
 
 def differences(page: str, text: str) -> list[str]:
     """The lines of a page that are not what their sources say, each with the line as it should be."""
-    shown, fresh = text.splitlines(), guide.refreshed(text, ROOT).splitlines()
+    shown, fresh = text.splitlines(), guide.refresh(text, ROOT).splitlines()
     changed = [line for line in difflib.ndiff(shown, fresh) if line[0] in "+-"]
     return [f"{page} is stale: run make docs-guide, or write", *changed] if changed else []
 
@@ -73,7 +73,7 @@ def differences(page: str, text: str) -> list[str]:
 def test_what_a_page_takes_is_fresh(page: str) -> None:
     """Excerpts, tables, numbers; and every comment is a marker that is understood."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    assert guide.misplaced(text) == [], "a comment that is no marker, or follows no number"
+    assert guide.find_misplaced(text) == [], "a comment that is no marker, or follows no number"
     found = differences(page, text)
     assert found == [], "\n".join(found)
 
@@ -95,14 +95,14 @@ def test_what_is_not_its_source_is_noticed() -> None:
         assert any(line.startswith("+") and old in line for line in found), name
     for what in ("def nothing", "`for k` to `nothing`", "nothing"):
         with pytest.raises(LookupError, match=r"kernels/aggregate\.py"):
-            guide.refreshed(f"<!-- from kernels/aggregate.py: {what} -->\n", ROOT)
+            guide.refresh(f"<!-- from kernels/aggregate.py: {what} -->\n", ROOT)
     with pytest.raises(LookupError, match=r"no row nothing"):
-        guide.refreshed("<!-- rows of docs/kernels/README.md: nothing -->\n", ROOT)
+        guide.refresh("<!-- rows of docs/kernels/README.md: nothing -->\n", ROOT)
     for expression in ("nothing()", 'predicted("28b")', 'speedup("default", "nothing", "torch")'):
         with pytest.raises(LookupError, match=re.escape(expression)):
-            guide.refreshed(f"7.1 %<!-- = {expression} -->\n", ROOT)
+            guide.refresh(f"7.1 %<!-- = {expression} -->\n", ROOT)
     for comment in ("<!-- from nowhere -->", "some<!-- = predicted() -->", "<!-- = predicted() --> 7.1 %"):
-        assert guide.misplaced(comment + "\n") != []
+        assert guide.find_misplaced(comment + "\n") != []
 
 
 # Arithmetic that stands on its page, of devices that nothing was measured on.

@@ -120,8 +120,8 @@ def test_oldest_versions_are_the_packages_own() -> None:
         for line in metadata.requires("mhc-tilelang") or []
         if "extra ==" not in line and (found := re.match(r"(?P<name>[\w-]+)(.*>=(?P<oldest>[\d.]+))?", line))
     }
-    assert {name: doctor.dotted(oldest) for name, oldest in doctor.OLDEST.items()}.items() <= required.items()
-    assert metadata.metadata("mhc-tilelang")["Requires-Python"] == f">={doctor.dotted(doctor.OLDEST_PYTHON)}"
+    assert {name: doctor.format_version(oldest) for name, oldest in doctor.OLDEST.items()}.items() <= required.items()
+    assert metadata.metadata("mhc-tilelang")["Requires-Python"] == f">={doctor.format_version(doctor.OLDEST_PYTHON)}"
 
 
 def test_unwritable_json_is_a_known_error(tmp_path: Path) -> None:

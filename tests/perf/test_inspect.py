@@ -197,7 +197,7 @@ def test_a_truncated_fragment_is_found() -> None:
     import tilelang.language as T
 
     from mhc_tilelang.compiler.cuda_source import generate_from
-    from mhc_tilelang.perf.inspect.fragments import truncated
+    from mhc_tilelang.perf.inspect.fragments import find_truncated
 
     @T.prim_func
     def cut(values: T.Tensor[(8, 32), T.float32], halves: T.Tensor[(2, 4, 32), T.float32]):
@@ -209,7 +209,7 @@ def test_a_truncated_fragment_is_found() -> None:
             for k, t in T.Parallel(4, 32):
                 halves[1, k, t] = whole[k + 4, t]
 
-    assert truncated(cut, generate_from(cut, "sm_90a").code) == ["whole: 4 registers a thread for 8 elements"]
+    assert find_truncated(cut, generate_from(cut, "sm_90a").code) == ["whole: 4 registers a thread for 8 elements"]
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_options_that_would_be_ignored(arguments, message, capsys):
 @pytest.mark.parametrize("kernel", FAMILIES)
 def test_every_family_is_built(kernel: str) -> None:
     """`inspect` builds it at the studied shape: some call launches it."""
-    assert matrix.subjects(matrix.studied(kernel), [kernel])
+    assert matrix.subjects(matrix.studied_shape(kernel), [kernel])
 
 
 def test_a_family_that_no_call_launches_is_named(

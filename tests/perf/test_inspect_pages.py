@@ -54,7 +54,7 @@ def test_explain_prints_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     """The page is printed as fitted to a terminal."""
     assert cli.main(["inspect", "aggregate", "--explain"]) == 0
     page = explain.page("aggregate")
-    assert terminal.fitted(page, terminal.width()).rstrip() in capsys.readouterr().out
+    assert terminal.fit(page, terminal.width()).rstrip() in capsys.readouterr().out
 
 
 def test_writing_removes_the_page_of_a_kernel_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

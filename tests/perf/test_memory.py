@@ -123,6 +123,6 @@ def test_pictures_need_matplotlib(
 
 def test_counted_lengths_exist() -> None:
     """A stage of two sublayers has no block of 4."""
-    counts = memory_command.counted(Stage(2, 4))
+    counts = memory_command.count_checked(Stage(2, 4))
     assert [one.length for one in counts] == [0, 0, 1, 2]
-    assert "counted" in memory_report.counted(counts)
+    assert "counted" in memory_report.counts_table(counts)

@@ -20,7 +20,7 @@ from helpers import CPU
 
 from mhc_tilelang import compiler
 from mhc_tilelang.compiler.kernel import Kernel
-from mhc_tilelang.compiler.recording import launched
+from mhc_tilelang.compiler.recording import record_launches
 from mhc_tilelang.compiler.tracing import signature_of, trace
 from mhc_tilelang.errors import MHCError
 from mhc_tilelang.kernels import FAMILIES
@@ -131,7 +131,7 @@ def test_every_step_can_be_told_from_the_others(machine: Machine) -> None:
 def test_parts_compile_what_they_launch() -> None:
     """Each kernel once, those first that take longest; all families by the small launch alone."""
     jobs = on_gpu.jobs_of("smoke")
-    assert {job.family for job in jobs} == {one for one in FAMILIES if matrix.studied(one) == matrix.STUDIED}
+    assert {job.family for job in jobs} == {one for one in FAMILIES if matrix.studied_shape(one) == matrix.STUDIED}
     assert [job.seconds for job in jobs] == sorted((job.seconds for job in jobs), reverse=True)
     assert len(on_gpu.jobs_of("counters")) < len(on_gpu.jobs_of("overhead"))
 
@@ -156,7 +156,7 @@ def test_every_call_is_launched_and_listed(tmp_path: Path) -> None:
     assert set(runs) == set(CALLS)
     for name, run in runs.items():
         families = [one.family for one in launches(Case(name, shape), "cpu", torch.get_num_threads())]
-        assert [one.family for one in launched(run)] == families
+        assert [one.family for one in record_launches(run)] == families
     manifest = tmp_path / "launches.json"
     counters.launch(shape, CPU, manifest)
     listed = json.loads(manifest.read_text())
@@ -186,7 +186,7 @@ def test_counters_are_read_and_compared() -> None:
         ("0", "post_kernel", "1,040", "500", "2000", "810"),
         ("1", "aggregate_kernel", "2,200", "100", "2000", "100"),
     )
-    post, pre = counters.compared(LAUNCHED, counters.parse(text), cache_bytes=300)
+    post, pre = counters.compare_all(LAUNCHED, counters.parse(text), cache_bytes=300)
     assert (post.agrees, pre.agrees) == (True, False)
     assert (round(post.read_error, 2), round(pre.read_error, 2)) == (0.04, 0.1)
     assert "DIFFERS" in counters.table([post, pre])
@@ -212,4 +212,4 @@ def test_bytes_that_differ_are_not_passed(read: str, written: str, left: str) ->
 @pytest.mark.parametrize(("text", "message"), [("==ERROR== no permission", "no permission"), (ncu_says(), "got 0")])
 def test_what_ncu_refuses_is_said(text: str, message: str) -> None:
     with pytest.raises(MHCError, match=message):
-        counters.compared(LAUNCHED, counters.parse(text), 0)
+        counters.compare_all(LAUNCHED, counters.parse(text), 0)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from mhc_tilelang import cli, compiler
-from mhc_tilelang.compiler.recording import launched
+from mhc_tilelang.compiler.recording import record_launches
 from mhc_tilelang.kernels import FAMILIES, projection_plans
 from mhc_tilelang.perf.calls.cases import (
     BACKWARD_KERNELS,
@@ -32,7 +32,7 @@ from mhc_tilelang.perf.calls.cases import (
 from mhc_tilelang.perf.calls.every_call import every_call
 from mhc_tilelang.perf.calls.launches import launches
 from mhc_tilelang.perf.calls.table import AGGREGATED, CALLS
-from mhc_tilelang.perf.traffic.audited import Audited, audited
+from mhc_tilelang.perf.traffic.audited import Audited, audit_call
 from mhc_tilelang.perf.traffic.command import PARALLEL_BLOCKS
 from mhc_tilelang.perf.traffic.formulas import stream_elements, traffic
 from mhc_tilelang.perf.traffic.report import BACKWARD, FORWARD, formula
@@ -70,7 +70,7 @@ def test_every_stream_tensor_moves_once(kernel: str, target: str, shape: Shape) 
     mixes = kernel.startswith(("post_pre", "post_head")) and kernel.endswith("_backward")
     if mixes and shape.num_streams == 8 and target == "cuda":
         pytest.skip("separate kernels, which have cases of their own")
-    counted = audited(Case(kernel, shape), target, BLOCKS[target])
+    counted = audit_call(Case(kernel, shape), target, BLOCKS[target])
     unit = shape.num_tokens * shape.hidden_size * shape.itemsize
     again = (stream_blocks(shape, target) - 1) * unit if kernel == AGGREGATED else 0
     read, written = formula(kernel, shape.num_streams)
@@ -86,7 +86,7 @@ def test_formulas_are_what_the_code_does(kernel: str, target: str, shape: Shape)
     case, n = Case(kernel, shape), shape.num_streams
     plan = projection_plans.projection_plan(n * n + 2 * n, shape.hidden_size, shape.dtype, target)
     slabs = num_slabs(kernel if kernel in (POST_PRE, POST_PRE_DELAYED) else "project", shape, target)
-    stated, counted = traffic(case, plan, slabs), audited(case, target, BLOCKS[target])
+    stated, counted = traffic(case, plan, slabs), audit_call(case, target, BLOCKS[target])
     again = counted.repeated  # of separate kernels, where the backward of a boundary is not fused
     assert again == 0 or (kernel, n, target) == (POST_PRE_BACKWARD, 8, "cuda")
     assert (stated.stream_read, stated.stream_written) == (counted.stream_read - again, counted.stream_written)
@@ -126,7 +126,7 @@ def test_a_sublayer_is_no_worse_than_the_papers_kernels() -> None:
     unit = shape.num_tokens * shape.hidden_size * shape.itemsize
 
     def total(kernels: tuple[str, ...]) -> Audited:
-        return sum((audited(Case(kernel, shape), "cuda", BLOCKS["cuda"]) for kernel in kernels), start=Audited())
+        return sum((audit_call(Case(kernel, shape), "cuda", BLOCKS["cuda"]) for kernel in kernels), start=Audited())
 
     forward, backward = total(FORWARD), total(BACKWARD)
     assert forward.stream_read + forward.stream_written <= (4 * n + 2) * unit
@@ -156,7 +156,7 @@ def test_a_boundary_stays_within_its_limits(
     """
     shape = Shape(4096, 4, 2560, "bfloat16")
     unit = shape.num_tokens * shape.hidden_size * shape.itemsize
-    counted = audited(Case(call, shape), "cuda", BLOCKS["cuda"])
+    counted = audit_call(Case(call, shape), "cuda", BLOCKS["cuda"])
     assert len(launches(Case(call, shape), "cuda", BLOCKS["cuda"])) <= most_launches
     assert counted.stream_read + counted.stream_written <= most_stream * unit
     assert counted.small <= most_small * unit
@@ -169,7 +169,7 @@ def test_recorded_calls_are_those_on_tensors(kernel: str, shape: Shape, every_ke
 
     Catches a decision that looks at something that meta tensors lack.
     """
-    found = launched(every_call(shape, torch.device("cpu"))[kernel])
+    found = record_launches(every_call(shape, torch.device("cpu"))[kernel])
     expected = launches(Case(kernel, shape), "cpu", torch.get_num_threads())
     assert [(one.family, one.parameters) for one in found] == [(one.family, one.parameters) for one in expected]
     for one, other in zip(found, expected, strict=True):

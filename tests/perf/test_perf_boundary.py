@@ -89,7 +89,7 @@ def test_eager_forms_of_the_whole_pass_the_guard(kernel: str) -> None:
     """They are for GPUs: a CPU does not time them."""
     _, _, load = make(kernel)
     [form] = [form for form in boundary_forms.FORMS[kernel] if EAGER in form.modes]
-    allowed = boundary_forms.allowed(kernel, torch.bfloat16)
+    allowed = boundary_forms.tolerances(kernel, torch.bfloat16)
     assert prepare(kernel, (form,), (EAGER,), load.arguments, load.outputs(), allowed)
 
 
@@ -171,7 +171,7 @@ def test_a_wrong_form_is_refused(kernel: str, wrong: Any, output: str) -> None:
     """Phi in TF32, a transposed matrix, a share of a gradient that is missing, one that is 1 % off."""
     _, _, load = make(kernel)
     form = Form("wrong", wrong, modes=(EAGER,), binds=kernel == POST_PRE_BACKWARD)
-    allowed = boundary_forms.allowed(kernel, torch.bfloat16)
+    allowed = boundary_forms.tolerances(kernel, torch.bfloat16)
     with pytest.raises(MHCError, match=f"eager: wrong: expected ({output}) within"):
         prepare(kernel, (form,), (EAGER,), load.arguments, load.outputs(), allowed)
 

@@ -36,7 +36,7 @@ from mhc_tilelang.perf.calls.cases import (
 from mhc_tilelang.perf.calls.every_call import Given
 from mhc_tilelang.perf.calls.workloads import Workload, workload
 from mhc_tilelang.perf.measure.timing import Sample
-from mhc_tilelang.perf.peers import PEERS, deepseek, huggingface, lucidrains, prepare, selected
+from mhc_tilelang.perf.peers import PEERS, deepseek, huggingface, lucidrains, prepare, select
 from mhc_tilelang.perf.peers.compiled import compiled
 from mhc_tilelang.perf.peers.peer import Peer, UnsupportedError
 from mhc_tilelang.perf.peers.prepare import Compared, Loaded, compare, load
@@ -217,9 +217,9 @@ def test_the_sublayer_input_is_the_three_kernels() -> None:
 
 
 def test_selection() -> None:
-    assert selected(["none"]) == ()
-    assert selected(["transformers", "tile-kernels"]) == ("tile-kernels", "transformers")
-    assert selected(["all"]) == tuple(PEERS)
+    assert select(["none"]) == ()
+    assert select(["transformers", "tile-kernels"]) == ("tile-kernels", "transformers")
+    assert select(["all"]) == tuple(PEERS)
 
 
 @pytest.fixture

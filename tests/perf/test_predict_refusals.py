@@ -179,11 +179,11 @@ def test_one_measured_point_scales_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(predicted, "predict", lambda case, *_, **__: by_tokens[case.shape.num_tokens])
     factors = predicted.measured_factors(tmp_path, B200, 4)
     assert factors == {("post", 8192, "bfloat16"): pytest.approx(120 / answer().us)}
-    other = predicted.scaled(by_tokens[8192], factors["post", 8192, "bfloat16"])
+    other = predicted.scale(by_tokens[8192], factors["post", 8192, "bfloat16"])
     assert other.us == pytest.approx(120 / answer().us * by_tokens[8192].us)
     assert other.high / other.low == pytest.approx(1.14**2)
     assert "measured over predicted" in other.reasons[-1]
-    assert predicted.scaled(by_tokens[64], 2.0) == by_tokens[64]
+    assert predicted.scale(by_tokens[64], 2.0) == by_tokens[64]
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_the_page_is_fresh():
 
     docs = Path(__file__).parents[2] / "docs"
     text = (docs / "predict.md").read_text(encoding="utf-8")
-    assert report.refreshed(text, validate()) == text, "stale: run make docs-predict"
+    assert report.refresh(text, validate()) == text, "stale: run make docs-predict"
     text = (docs / "tuning.md").read_text(encoding="utf-8")
     assert report.tuning(text) == text, "stale: run make docs-predict"
 

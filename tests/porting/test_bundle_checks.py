@@ -41,10 +41,10 @@ def test_every_form_has_vectors_and_a_second_export_the_same(monkeypatch: pytest
     monkeypatch.setattr(workload, "functions", lambda *_: [])
     monkeypatch.setattr(workload, "streams", normed)
     built: dict[str, Any] = {}
-    compiled = golden.compiled
+    compiled = golden.compile_float64
     monkeypatch.setattr(
         golden,
-        "compiled",
+        "compile_float64",
         lambda kernel, scratch: built.get(kernel.name) or built.setdefault(kernel.name, compiled(kernel, scratch)),
     )
     described = export.kernels_for(SPEC, DTYPE, "cpu", True, EPS)

@@ -18,13 +18,13 @@ Mutation = Callable[[str], str]
 @contextmanager
 def damaged(family: str, mutate: Mutation) -> Iterator[None]:
     """Within this block a kernel's source is damaged."""
-    generated = target.generated
+    generated = target.load_or_generate
 
     def generate_damaged(name: str, parameters: dict[str, Any], arch: str) -> tuple:
         source, signature = generated(name, parameters, arch)
         return (replace(source, code=mutate(source.code)) if name == family else source), signature
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(target, "generated", generate_damaged)
+        patch.setattr(target, "load_or_generate", generate_damaged)
         patch.setattr(compiler, "_kernels", {})
         yield

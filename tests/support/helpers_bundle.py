@@ -84,7 +84,7 @@ def use(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
     """Kernels come from these bundles, and none is loaded yet."""
     monkeypatch.setattr(compiler, "_kernels", {})
     monkeypatch.setenv(compiler.BUNDLE_VARIABLE, os.pathsep.join(map(str, folders)))
-    load.opened.cache_clear()
+    load.open_bundle.cache_clear()
 
 
 def changed_bytes(folder: Path, name: str) -> None:

@@ -30,23 +30,23 @@ def check_replay(case: Case, inputs: Inputs) -> list[Comparison]:
     for one in written:
         plain.append(plain_torch.post(plain[-1], *one))
 
-    mixed = [joined(starts[:-1]), *map(joined, zip(*written, strict=True))]
+    mixed = [join(starts[:-1]), *map(join, zip(*written, strict=True))]
     mixed_magnitude = reference.post(*map(np.abs, mixed))
-    gathered = joined(starts), joined(h_pre)
+    gathered = join(starts), join(h_pre)
     gathered_magnitude = reference.aggregate(*map(np.abs, gathered))
     return [
         Comparison(
             "x_next",
-            joined(streams),
-            joined(plain[1:]),
+            join(streams),
+            join(plain[1:]),
             reference.post(*mixed),
             tolerance.combination(mixed_magnitude, n + 1, dtype),
             mixed_magnitude,
         ),
         Comparison(
             "layer_input",
-            joined([layer_inputs[k] for k in range(SUBLAYERS)]),
-            joined([plain_torch.aggregate(x, h) for x, h in zip(plain, h_pre, strict=True)]),
+            join([layer_inputs[k] for k in range(SUBLAYERS)]),
+            join([plain_torch.aggregate(x, h) for x, h in zip(plain, h_pre, strict=True)]),
             reference.aggregate(*gathered),
             tolerance.combination(gathered_magnitude, n, dtype),
             gathered_magnitude,
@@ -54,6 +54,6 @@ def check_replay(case: Case, inputs: Inputs) -> list[Comparison]:
     ]
 
 
-def joined(tensors: Sequence[torch.Tensor]) -> Array:
-    """The tokens of all, exactly."""
+def join(tensors: Sequence[torch.Tensor]) -> Array:
+    """Join the tokens of all, exactly."""
     return numpy64(torch.cat(tuple(tensors)))

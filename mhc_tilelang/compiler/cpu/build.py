@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from ... import kernels
 from ...errors import CompilerError
-from ..disk_cache import Made, kept, location, put
+from ..disk_cache import Made, get_or_make, location, put
 from ..json_input import fields
 from ..kernel import Kernel, Signature
 from ..toolchain import CXX_NAMES, Tool, find_cxx, output_of
@@ -55,7 +55,7 @@ def load(family: str, parameters: dict[str, Any], checked: bool = False) -> Kern
         symbol = fields(facts, {"symbol": str}, name)["symbol"]
         return bind(library, family, symbol, Signature.from_json(facts, name))
 
-    return kept(folder(), name, partial(build, family, parameters, checked, name), use)
+    return get_or_make(folder(), name, partial(build, family, parameters, checked, name), use)
 
 
 def entry_name(family: str, parameters: dict[str, Any], checked: bool = False) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from ...errors import CompilerError
 from ..cpu.build import cxx, processor_hash
 from ..cuda_source import CudaSource
-from ..disk_cache import Made, kept, location, put
+from ..disk_cache import Made, get_or_make, location, put
 
 HERE = Path(__file__).parent
 EXECUTOR_SOURCES = ("executor.cpp", "accesses.cpp", "together.cpp", "atomics.cpp")
@@ -49,7 +49,7 @@ def library(source: CudaSource) -> Path:
     name = f"{source.entry}-{digest(source.entry, source.code, executor_hash())}"
     key = location() / folder() / name
     if key not in _libraries or not _libraries[key].exists():
-        _libraries[key] = kept(folder(), name, partial(build, source, name), where)
+        _libraries[key] = get_or_make(folder(), name, partial(build, source, name), where)
     return _libraries[key]
 
 
@@ -92,7 +92,7 @@ def executor() -> list[Path]:
         return {}, made
 
     names = {name: f"{Path(name).stem}-{executor_hash()}" for name in EXECUTOR_SOURCES}
-    return [kept(folder(), entry, partial(make, name), where, ".o") for name, entry in names.items()]
+    return [get_or_make(folder(), entry, partial(make, name), where, ".o") for name, entry in names.items()]
 
 
 def run(arguments: list[str], folder: Path | None = None) -> None:

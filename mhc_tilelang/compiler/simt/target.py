@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ... import compiler
 from ..cpu.build import kernel_hash
-from ..disk_cache import Made, kept
+from ..disk_cache import Made, get_or_make
 from ..kernel import Kernel, Signature
 from ..tracing import progress
 from .launch import SHARED_BYTES, Counts, CudaSource, launch
@@ -76,7 +76,7 @@ def executing(arch: str = ARCH, parallel_blocks: int = PARALLEL_BLOCKS, seed: in
 
 def load(arch: str, family: str, parameters: dict[str, Any]) -> Kernel:
     """The kernel of a family as one that the executor runs."""
-    source, signature = generated(family, parameters, arch)
+    source, signature = load_or_generate(family, parameters, arch)
 
     def run(tensors: Sequence[torch.Tensor], sizes: dict[str, int], scalars: list[float]) -> None:
         named = dict(zip((buffer.name for buffer in signature.buffers), tensors, strict=True))
@@ -90,8 +90,8 @@ def load(arch: str, family: str, parameters: dict[str, Any]) -> Kernel:
     return Kernel(family, signature, run)
 
 
-def generated(family: str, parameters: dict[str, Any], arch: str) -> tuple[CudaSource, Signature]:
-    """The source of a kernel and its signature; kept on disk, since tilelang takes seconds to make some."""
+def load_or_generate(family: str, parameters: dict[str, Any], arch: str) -> tuple[CudaSource, Signature]:
+    """Return a kernel's source and signature, cached on disk: tilelang takes seconds to generate some."""
     made_by = "".join(path.read_text(encoding="utf-8") for path in MAKERS)
     name = f"{family}-{kernel_hash(family, {**parameters, 'arch': arch, 'made by': made_by}, False)}"
 
@@ -107,4 +107,4 @@ def generated(family: str, parameters: dict[str, Any], arch: str) -> tuple[CudaS
         source: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["source"].items()}
         return CudaSource(**source), Signature.from_json(facts["signature"], name)
 
-    return kept("cuda-source", name, make, use)
+    return get_or_make("cuda-source", name, make, use)

@@ -94,9 +94,9 @@ class Walk:
 
     def _IfThenElse(self, stmt) -> None:
         self.expression(stmt.condition)
-        self.guarded(stmt.condition, self.statement, stmt.then_case)
+        self.visit_guarded(stmt.condition, self.statement, stmt.then_case)
         if stmt.else_case is not None:
-            self.guarded(tirx.Not(stmt.condition), self.statement, stmt.else_case)
+            self.visit_guarded(tirx.Not(stmt.condition), self.statement, stmt.else_case)
 
     def _For(self, stmt) -> None:
         outside = self.loops, self.guards
@@ -142,8 +142,8 @@ class Walk:
         elif op_name(node) == "tirx.if_then_else":
             condition, true, false = node.args
             self.expression(condition)
-            self.guarded(condition, self.expression, true)
-            self.guarded(tirx.Not(condition), self.expression, false)
+            self.visit_guarded(condition, self.expression, true)
+            self.visit_guarded(tirx.Not(condition), self.expression, false)
         else:
             for child in children(node):
                 self.expression(child)
@@ -178,7 +178,7 @@ class Walk:
         if self.values.loops_of(extent):
             self.guards += (loop - first < extent,)
 
-    def guarded(self, condition, visit, node) -> None:
+    def visit_guarded(self, condition, visit, node) -> None:
         """Visit the node with one more guard."""
         outside = self.guards
         self.guards += tuple(conjuncts(condition))

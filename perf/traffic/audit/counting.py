@@ -24,7 +24,7 @@ Item = TypeVar("Item", bound=Hashable)
 def executions(access: Access, values: Values) -> int:
     """Count how often the place runs."""
     groups = loop_groups(access, values, ())
-    return prod(int(allowed(access, values, group).sum()) for group in groups) * is_reached(access, values)
+    return prod(int(guard_mask(access, values, group).sum()) for group in groups) * is_reached(access, values)
 
 
 def is_reached(access: Access, values: Values) -> bool:
@@ -32,7 +32,7 @@ def is_reached(access: Access, values: Values) -> bool:
     return all(bool(values.evaluate(guard, ())) for guard in access.guards if not values.loops_of(guard))
 
 
-def allowed(access: Access, values: Values, group: Sequence[tirx.Var]) -> np.ndarray:
+def guard_mask(access: Access, values: Values, group: Sequence[tirx.Var]) -> np.ndarray:
     """Return the mask of the group's loop combinations that guards allow; guards over other loops are left out."""
     mask = np.ones([values.length(loop) for loop in group], dtype=bool)
     for guard in access.guards:
@@ -56,7 +56,7 @@ def distinct(accesses: Sequence[Access], values: Values, grid: Sequence[tirx.Var
     sizes += [values.length(loop) for loop in grid]
     links = [axis_links(access, values, point) for access, point in zip(places, points, strict=True)]
     touched = Counter({(1 << len(places)) - 1: 1})
-    for axes in joined([[axis] for axis in range(len(sizes))] + [link for one in links for link in one]):
+    for axes in merge_sets([[axis] for axis in range(len(sizes))] + [link for one in links for link in one]):
         own_sizes = [sizes[axis] for axis in axes]
         reached = [
             reach(access, values, [point[axis] for axis in axes], own_sizes)
@@ -78,14 +78,14 @@ def axis_links(access: Access, values: Values, point: Sequence[tirx.PrimExpr]) -
 def loop_groups(access: Access, values: Values, point: Sequence[tirx.PrimExpr]) -> list[tuple[tirx.Var, ...]]:
     """The place's loops, those together that meet in a guard or an index."""
     meeting = [values.loops_of(expression) for expression in (*access.guards, *point)]
-    return joined([[loop] for loop in access.loops] + [list(loops) for loops in meeting])
+    return merge_sets([[loop] for loop in access.loops] + [list(loops) for loops in meeting])
 
 
 def reach(access: Access, values: Values, point: Sequence[tirx.PrimExpr], sizes: Sequence[int]) -> np.ndarray:
     """The points [axes] that the place reaches, each as one number, row-major, ascending."""
     wanted = set(values.loops_of(*point))
     loops = [loop for group in loop_groups(access, values, point) if wanted & set(group) for loop in group]
-    mask = allowed(access, values, loops)
+    mask = guard_mask(access, values, loops)
     numbers = np.zeros((), dtype=np.int64)
     for index, size in zip(point, sizes, strict=True):
         at = np.broadcast_to(values.evaluate(index, loops), mask.shape)[mask]
@@ -124,8 +124,8 @@ def product(touched: Counter[int], more: Counter[int]) -> Counter[int]:
     return both
 
 
-def joined(sets: Iterable[Sequence[Item]]) -> list[tuple[Item, ...]]:
-    """Sets that share a member, merged."""
+def merge_sets(sets: Iterable[Sequence[Item]]) -> list[tuple[Item, ...]]:
+    """Merge sets that share a member."""
     groups: list[dict[Item, None]] = []
     for one in sets:
         merged = dict.fromkeys(one)

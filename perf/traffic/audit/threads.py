@@ -247,11 +247,11 @@ class Threads:
             return None
         if name in VECTOR_BYTES:
             inside = node.args[-1] if len(node.args) > (2 if ".stg" in name else 1) else None
-            return self.pointed(node.args[0], ".stg" in name, VECTOR_BYTES[name], inside)
+            return self.access_through(node.args[0], ".stg" in name, VECTOR_BYTES[name], inside)
         if name == "tl.ptx_cp_async" or name.endswith("ptx_cp_async"):
             elements = int(node.args[2])
             inside = node.args[3] if len(node.args) > 3 else None
-            return self.pointed(node.args[1], False, elements, inside, counts_elements=True)
+            return self.access_through(node.args[1], False, elements, inside, counts_elements=True)
         if name.endswith("ptx_mma"):
             m, n, k = map(int, re.findall(r"\d+", next(text for text in map(str, node.args) if "m16n8k" in text)))
 
@@ -283,7 +283,7 @@ class Threads:
 
         return run
 
-    def pointed(
+    def access_through(
         self, pointer: Any, is_write: bool, size: int, inside: Any, counts_elements: bool = False
     ) -> Callable[[], None] | None:
         """Return the access through a pointer, `size` bytes or elements where `inside` holds; None if not global."""
