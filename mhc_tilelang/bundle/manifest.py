@@ -3,7 +3,7 @@
     format            of this file; another one is refused
     versions          of what made the bundle; `sources`: a hash of the kernels' and the loader's sources
     spec, dtype       of the model
-    layout            what every buffer is: contiguous, and aligned to so many bytes
+    layout            what every buffer is: contiguous, and its alignment in bytes
     targets           per target what its code needs (see `cpu_target`, `cuda_target`), and its kernels
     golden            the golden vectors' index per target
     files             size and sha256 of every other file

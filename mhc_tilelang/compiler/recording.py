@@ -3,7 +3,7 @@
     recording         on meta tensors: the call takes every decision that it takes on a device, and nothing is computed
     record_launches   on the tensors of a device, where the kernels run as well
 
-Whoever needs to know what a call launches (audits, builds, benchmarks) runs the call here: nothing is decided twice.
+Audits, builds and benchmarks run a call here to know its launches: nothing is decided twice.
 Imports torch for its types only.
 """
 

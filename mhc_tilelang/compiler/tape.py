@@ -4,7 +4,7 @@
     results = tape.replay(tensors)           the same ones once more: nothing is checked, planned or looked up
 
 `run` decides everything by what describes its tensors (shapes, dtypes, devices, where they start), never by what is in
-them; whoever replays a tape gives it tensors of that description. A tape holds no memory of tensors. `record` returns
+them; a replay must be given tensors of that description. A tape holds no memory of tensors. `record` returns
 None instead of one where it saw something that it does not follow.
 """
 

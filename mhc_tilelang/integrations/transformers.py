@@ -304,7 +304,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _runs_ours_alone(module: Any, device: torch.device) -> bool:
-    """Whether a call of this connection would be our forward and nothing that anybody sees: a layer may fuse with it.
+    """Whether a call of this connection would be our forward alone, unseen by any hook: a layer may fuse with it.
 
     FSDP2 gathers parameters in hooks, accelerate in the forward that it puts over ours. One hook of accelerate's does
     nothing: `device_map`'s, where the weights are on the streams' device; those that it offloads are on meta.

@@ -1,7 +1,7 @@
 """`coefficients` on a CUDA stream beside the current one, where a caller has asked for it.
 
 In the delayed form nothing before the layer waits for a sublayer's own coefficients: `post` and the next `pre` do. So
-they may be launched on a side stream, forked from the current one here, while the layer runs. Whoever asks joins: the
+they may be launched on a side stream, forked from the current one here, while the layer runs. The caller joins: the
 current stream waits for the side stream before anything reads h_pre, h_post or h_res (`modules.ResidualStream`).
 
 The caching allocator gives a freed block back to the stream that it came from. What the side stream reads and writes is

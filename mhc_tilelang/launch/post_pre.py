@@ -159,7 +159,7 @@ def boundary_schedule(
 ) -> boundary_plans.BoundarySchedule:
     """Return, for `print`, how blocks share a stream x [T, n, C]'s boundary on its device; phi has `rows` rows.
 
-    With `chunks_per_split`, from 1 to all, every block takes so many chunks of channels instead.
+    With `chunks_per_split`, from 1 to all, every block takes that number of chunks of channels instead.
 
     Raises:
         ValueError: chunks_per_split is below 1.

@@ -74,7 +74,7 @@ class Workspace:
     def take(self, block: Block, key: Key) -> torch.Tensor:
         """One of the block's tensors, recomputed with all others of the block where it is not there.
 
-        Each is held until as many have asked as there are handles, or the backward comes to another block, or ends.
+        Each is held until every handle has asked for it, or the backward comes to another block, or ends.
         On a GPU a layer may have run on streams of its own, whose backward asks from there: they wait for the replay's.
         """
         with self._lock:

@@ -13,7 +13,7 @@ from .connections import check_kind
 
 
 def wire_bytes(spec: MHCSpec, tokens: int, dtype: torch.dtype = torch.bfloat16, connection: str = "mhc") -> int:
-    """Bytes that one stage sends to the next for so many tokens: the streams. Their gradient comes back, as large.
+    """Return the bytes of the streams that a stage sends to the next. Their gradient comes back, as large.
 
     Args:
         spec: sizes; n·C elements of the stream's dtype per token, and with delayed_pre n of h_pre in float32.

@@ -3,7 +3,7 @@
     stream = mhc.ResidualStream(h, recompute=mhc.recompute_length(num_sublayers))
 
 The backward needs the stream x of every sublayer, n·C a token, and the layer saves its input u, another C. Within a
-block of L_r sublayers neither is kept: the first backward step that asks for one makes all of them again by one kernel
+block of L_r sublayers neither is kept: the first backward step that asks for one recomputes all of them by one kernel
 (`kernels.replay`), from the block's first x, the layers' outputs F, and the coefficients, with the bits that they had.
 Layers run once. Of L sublayers the graph keeps
 
@@ -14,7 +14,7 @@ block there are, recomputed, n·C·(L_r − 1) + C·L_r.
 
 **How.** After every operator, and at every write for the layer's graph, the nodes that were made meanwhile are walked,
 and where one saved the storage of an x or u of the block, a pair of hooks is registered on that `SavedTensor`: it packs
-a `Handle`, which says what to make again. There are no hooks around anybody's code, so nothing is left behind by an
+a `Handle`, which says what to recompute. There are no hooks around the user's code, so nothing is left behind by an
 exception. A handle owns its block, which holds no node of the graph: what the graph drops, goes.
 
 What is kept after all: an input that its layer changed in place; one that the layer saved for more than its output, as

@@ -19,7 +19,7 @@ the stream hands it on. All connections of a stream are delayed or none is.
 A plain residual has no streams of its own: it keeps the tensor that it was given, reads hand it out, and a sum
 returns it. So layers that work in place on their input change it there, and nowhere else.
 
-With `recompute=L` only the stream at the start of every L sublayers is kept; the backward makes the others again:
+With `recompute=L` only the stream at the start of every L sublayers is kept; the backward recomputes the others:
 
     stream = mhc.ResidualStream(h, recompute=mhc.recompute_length(num_sublayers))
 

@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = f"hidden sizes (default: {join_numbers(cases.WIDTHS)}; on a CPU {join_numbers(cases.CPU_WIDTHS)})"
     add("--widths", nargs="+", type=positive, metavar="C", help=text)
     text = (
-        "token counts (default: 4096 and 16384 on a GPU, where up to 128 are timed as CUDA graphs; on a CPU so many "
-        "that the stream misses the cache)"
+        "token counts (default: 4096 and 16384 on a GPU, where up to 128 are timed as CUDA graphs; on a CPU enough "
+        "for the stream to miss the cache)"
     )
     add("--tokens", nargs="+", type=positive, metavar="T", help=text)
     add("--streams", type=int, choices=STREAM_COUNTS, default=4, help="residual streams, n (default: 4)")

@@ -110,7 +110,7 @@ def split_of(name: str, how: str, machine: dict[str, int], bytes_wide: int) -> s
 
 
 def is_narrow(bits: str, bytes_wide: int) -> bool:
-    """Whether an access in the machine code is narrower than so many bytes."""
+    """Whether an access in the machine code is narrower than `bytes_wide` bytes."""
     return bits != "bulk" and int(bits) < 8 * bytes_wide
 
 

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--streams", type=int, choices=STREAM_COUNTS, default=4, help="residual streams, n (default: 4)")
     text = "pipeline stages: of the first one under 1F1B, with a micro-batch in flight for each (default: 1)"
     add("--stages", type=positive, default=1, metavar="P", help=text)
-    text = "also run as many sublayers forward, of small sizes, and count what their graph keeps"
+    text = "also run the same number of sublayers forward, of small sizes, and count what their graph keeps"
     add("--measure", action="store_true", help=text)
     add_out_argument(parser)
     add_json_argument(parser)

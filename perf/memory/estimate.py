@@ -114,5 +114,5 @@ def layer_bytes(sizes: LayerSizes, itemsize: int = ITEMSIZE) -> int:
 
 
 def stage_of(num_layers: int, num_streams: int, stages: int = 1) -> Stage:
-    """The first of so many pipeline stages under 1F1B, of as many layers as the largest has."""
+    """Return the first of `stages` pipeline stages under 1F1B, with the largest stage's number of layers."""
     return Stage(SUBLAYERS * -(-num_layers // stages), num_streams, stages)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 NOTES = """\
 streams: x, layer inputs and outputs, the embedding. coefficients: h_pre, h_post, h_res, and m, s for their backward, in
 float32. layers' own: what attention and FFN keep besides their inputs (plain attention; a dense SwiGLU as wide as all
-experts that a token visits; none of it recomputed). peak: what all micro-batches in flight keep, and one block made
-again. The paper's objective leaves out layer outputs and embedding, L + 1 of what is kept, and counts a normalised
+experts that a token visits; none of it recomputed). peak: what all micro-batches in flight keep, and one recomputed
+block. The paper's objective leaves out layer outputs and embedding, L + 1 of what is kept, and counts a normalised
 input a sublayer."""
 
 
@@ -37,7 +37,7 @@ class Row:
 
 
 def rows(sizes: LayerSizes, stage: Stage) -> list[Row]:
-    """The plain residual, mHC, mHC with blocks of L_r*, and what these make again for a while."""
+    """The plain residual, mHC, mHC with blocks of L_r*, and what these recompute for a while."""
     unit, length = ITEMSIZE * sizes.hidden_size, stage.papers_length
     own = layer_bytes(sizes) * stage.num_sublayers // SUBLAYERS
     coefficients = coefficient_bytes(stage.num_streams) * stage.num_sublayers
@@ -107,7 +107,7 @@ def counts_table(counts: Sequence[Count]) -> str:
     ]
     sizes = f"C = {SIZES.hidden_size}, {SIZES.num_heads} heads of {SIZES.head_size}, SwiGLU of {SIZES.ffn_width}"
     table = tabulate(lines, headers=["bytes per token", "L_r", "formula", "counted"])
-    return f"Counted in the graph of a forward pass of as many sublayers in float32, {sizes}:\n\n{table}"
+    return f"Counted in the graph of a forward pass of the same number of sublayers in float32, {sizes}:\n\n{table}"
 
 
 def kilobytes(value: int) -> str:

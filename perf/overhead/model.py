@@ -123,7 +123,7 @@ class Prediction:
     residual: float = 0.0  # seconds of the plain residual's own adding, which a connection takes the place of
 
     def with_connection(self, seconds: float) -> float:
-        """The share that connections add which take so many seconds per token in a layer."""
+        """Return the overhead of connections that take `seconds` per token in a layer, as a share."""
         return (seconds - self.residual) / self.seconds
 
 

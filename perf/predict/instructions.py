@@ -66,7 +66,7 @@ def destinations(opcode: str, operands: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def following(name: str, places: int) -> str:
-    """The register so many places on."""
+    """Return the register `places` further."""
     space = name.rstrip("0123456789")
     return f"{space}{int(name[len(space) :]) + places}" if name else ""
 

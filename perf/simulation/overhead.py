@@ -81,7 +81,7 @@ def _set(name: str) -> Callable[[Assumptions, float], float]:
 
 
 def elements_overhead(given: Assumptions, elements: float) -> float:
-    """The overhead if a sublayer's connection moved so many C elements, forward and backward together."""
+    """Return the overhead if a sublayer's connection moved `elements` · C, forward and backward together."""
     form: Form = forms()[given.form]
     share = elements / form.elements(given.num_streams, "training")
     stage = stage_of(given, plain=False)

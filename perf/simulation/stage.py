@@ -34,7 +34,7 @@ LAG = 2  # pairs between what a neighbour sends and the pair that needs it
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of so many layers, and how it runs."""
+    """A stage: its number of layers, and how it runs."""
 
     layers: int
     costs: Costs
@@ -95,7 +95,7 @@ class Stage:
         chunk, blocks = Chunk(self, "B", j), cost.blocks(SUBLAYERS * self.layers)
 
         def replayed(sublayer: int) -> list[str]:
-            """Make the block again that ends with this sublayer, in front of the sublayer's first gradient."""
+            """Recompute the block that ends with this sublayer, in front of the sublayer's first gradient."""
             if sublayer not in blocks:
                 return []
             chunk.add(REPLAY, f"replay {sublayer}", blocks[sublayer])

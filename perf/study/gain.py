@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     iters = args.iters[-1]
     marks = [mark for mark in MARKS if mark < args.depth] + [args.depth]
     print(f"{output.one_line(about)}\n{args.tokens} tokens, n = {args.streams}, seed {args.seed}\n\n{SETUP}\n")
-    print(f"Gains after so many sublayers; mHC at {iters} iterations:\n\n{by_depth(curves, iters, marks)}\n")
+    print(f"Gains by number of sublayers; mHC at {iters} iterations:\n\n{by_depth(curves, iters, marks)}\n")
     print(f"mHC by iterations, after {mark_of(marks)} sublayers:\n\n{by_iterations(curves, mark_of(marks))}\n")
     print(conclusion(curves, iters, mark_of(marks), args.streams))
     rows = [row for curve in curves for row in curve.rows() if row["sublayers"] <= 8 or row["sublayers"] % 8 == 0]
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def mark_of(marks: list[int]) -> int:
-    """64 sublayers where there are as many, else all."""
+    """Return 64 sublayers, or all if there are fewer."""
     return 64 if 64 in marks else marks[-1]
 
 

@@ -90,7 +90,7 @@ def run_compiler(source: Path, library: Path) -> None:
 
 
 def bind(library: Path, name: str, symbol: str, signature: Signature) -> Kernel:
-    """A function of a compiled library as a Kernel. The library is loaded as it is: whoever calls has checked it."""
+    """A function of a compiled library as a Kernel. The library is loaded as it is: the caller has checked it."""
     import torch  # before the library: its OpenMP threads are the ones that the kernel runs on
 
     function = getattr(ctypes.CDLL(str(library)), symbol)
