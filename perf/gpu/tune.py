@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 from ...cli.device import add_device_argument, describe, pick_device
 from ...cli.json_output import add_json_argument, write_json
 from ...errors import MHCError
-from ...kernels.boundary_plans import BoundaryBackwardPlan
 from ..calls.cases import Shape
 from ..options import DTYPES, positive
 from .building import Job, build_all
+from .tune_arguments import adapt_arguments, changes, outputs_of
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,6 @@ TOKENS = {"cuda": 4096, "cpu": 1024}
 REPEATS = {"cuda": 30, "cpu": 10}
 SHOWN = 10
 SAME, CLOSE, WRONG = "same bits", "close", "WRONG"
-ONE_A_BLOCK = ("coefficients_backward", "head_coefficients_backward")  # a row of partial sums
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def tune(
             tried.append(Tried(label, heuristic, refused=refused))
             continue
         try:
-            arguments = adapted(one, plan, written)
+            arguments = adapt_arguments(one, plan, written)
             run = partial(compiler.kernel(one.family, target, **plan), **arguments)
             run()
             outputs = compare(arguments, one.arguments, written)
@@ -141,35 +140,6 @@ def tune(
     times = measure(runs, clock_for(device, last_level_cache(device)), repeats)
     timed = [replace(each, time=times.get(each.plan), predicted_us=predicted.get(each.plan)) for each in tried]
     return sorted(timed, key=lambda each: each.time.median if each.time else float("inf"))
-
-
-def outputs_of(one: Recorded) -> list[str]:
-    """The buffers that a kernel writes."""
-    from ..traffic.audit import audit
-
-    return [name for name, moved in audit(one.family, one.parameters, one.sizes).items() if moved.written.accessed]
-
-
-def adapted(one: Recorded, parameters: Mapping[str, Any], written: Sequence[str]) -> dict[str, Any]:
-    """The arguments for other parameters: outputs of their own, NaN, and what depends on the plan."""
-    import torch
-
-    found = dict(one.arguments)
-    for name in written:
-        found[name] = torch.full_like(found[name], float("nan"))
-    plan = parameters.get("plan")
-    if isinstance(plan, BoundaryBackwardPlan):
-        tokens = one.arguments["tiles_per_range"] * one.parameters["plan"].tokens
-        if tokens % plan.tokens:
-            raise ValueError(f"{tokens} tokens share a partial sum, which {plan.tokens} do not divide")
-        found["tiles_per_range"] = tokens // plan.tokens
-        shape = (-(-parameters["hidden_size"] // plan.channels), *found["partial_mixing"].shape[1:])
-        found["partial_mixing"] = found["partial_mixing"].new_full(shape, float("nan"))
-    elif one.family in ONE_A_BLOCK:
-        num_tokens, partial_sums = found["projected"].shape[1], found["partial"]
-        shape = (-(-num_tokens // parameters["block"]), partial_sums.shape[1])
-        found["partial"] = partial_sums.new_full(shape, float("nan"))
-    return found
 
 
 def compare(got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], written: Sequence[str]) -> str:
@@ -188,28 +158,6 @@ def compare(got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor
                 return WRONG
             verdict = CLOSE
     return verdict
-
-
-def changes(parameters: Mapping[str, Any], heuristic: Mapping[str, Any]) -> str:
-    """The fields in which a plan differs from the heuristic's, all of the heuristic's own."""
-    whole, other = flat(parameters), flat(heuristic)
-    differing = {name: value for name, value in whole.items() if value != other.get(name)}
-    shown = differing or {name: value for name, value in whole.items() if name in tuned_fields(other)}
-    return ", ".join(f"{name}={value}" for name, value in shown.items())
-
-
-def flat(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters with the fields of a plan, and of a plan within it, beside the others."""
-    found: dict[str, Any] = {}
-    for name, value in parameters.items():
-        found |= flat(vars(value)) if hasattr(value, "__dataclass_fields__") else {name: value}
-    return found
-
-
-def tuned_fields(fields: Mapping[str, Any]) -> list[str]:
-    """Return the names of a plan's fields that describe the heuristic's choice."""
-    names = ("channels", "tokens", "threads", "stages", "rows", "blocks_per_sm", "lanes", "width", "kept", "block")
-    return [name for name in names if name in fields]
 
 
 def table(tried: Sequence[Tried]) -> str:

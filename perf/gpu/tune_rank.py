@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..predict.devices import Device
 from .building import brief, workers
+from .tune_arguments import adapt_arguments, changes, outputs_of
 
 if TYPE_CHECKING:
     from ...compiler.recording import Recorded
@@ -34,14 +35,12 @@ def rank(
     one: Recorded, plans: Sequence[Mapping[str, Any]], streams: Sequence[str], gpu: Device, processes: int
 ) -> list[Ranked]:
     """Predict every plan of a kernel, each in a process of its own; the fastest first."""
-    from .tune import adapted, outputs_of
-
     written, found = outputs_of(one), []
     with workers(processes) as pool:
         jobs = []
         for plan in plans:
             try:
-                sizes = replace(one, parameters=dict(plan), arguments=adapted(one, plan, written)).sizes
+                sizes = replace(one, parameters=dict(plan), arguments=adapt_arguments(one, plan, written)).sizes
             except ValueError as error:  # an argument that does not fit the plan
                 found.append(Ranked(plan, None, brief(error)))
                 continue
@@ -68,8 +67,6 @@ def predict(launch: Any, gpu: Device) -> tuple[float | None, str]:
 def table(ranked: Sequence[Ranked], heuristic: Mapping[str, Any]) -> str:
     """The model's choice, then the ten that it puts first and the heuristic's wherever it stands."""
     from tabulate import tabulate
-
-    from .tune import changes
 
     lines = [
         (place, f"{each.us:.1f}" if each.us else "no answer", changes(each.parameters, heuristic), each.why)

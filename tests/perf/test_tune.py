@@ -20,7 +20,7 @@ from mhc_tilelang.errors import MHCError
 from mhc_tilelang.perf.calls.cases import Case, Shape
 from mhc_tilelang.perf.calls.launches import launches
 from mhc_tilelang.perf.calls.table import CALLS
-from mhc_tilelang.perf.gpu import tune, tune_rank
+from mhc_tilelang.perf.gpu import tune, tune_arguments, tune_rank
 from mhc_tilelang.perf.gpu.building import Job, build_all, unique
 from mhc_tilelang.perf.gpu.tune_plans import alternatives
 
@@ -36,7 +36,7 @@ def test_every_family_has_alternatives(target: str) -> None:
         if family in WITHOUT:
             continue
         others = alternatives(one.parameters, target)
-        labels = [tune.changes(other, one.parameters) for other in others]
+        labels = [tune_arguments.changes(other, one.parameters) for other in others]
         assert len(set(labels)) == len(labels) > 1, family
         assert all(other.get("hidden_size") == one.parameters.get("hidden_size") for other in others)
 
@@ -93,8 +93,8 @@ def test_numbers_of_partial_sums_may_differ() -> None:
 def test_outputs_start_as_nan() -> None:
     """An output that a plan leaves unwritten must not be the heuristic's, left over."""
     one = tune.find("sinkhorn", Shape(8, 4, 48, "float32"), CPU)
-    assert tune.outputs_of(one) == ["h_res"]
-    given = tune.adapted(one, one.parameters, ["h_res"])
+    assert tune_arguments.outputs_of(one) == ["h_res"]
+    given = tune_arguments.adapt_arguments(one, one.parameters, ["h_res"])
     assert given["h_res"].isnan().all()
     assert not one.arguments["h_res"].isnan().any()
     assert given["logits"] is one.arguments["logits"]
