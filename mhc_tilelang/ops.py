@@ -175,7 +175,7 @@ def pre(
     rms_norm_eps: float = RMS_NORM_EPS,
     out: tuple[torch.Tensor, ...] | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Before a layer: the coefficients, and the streams aggregated to the layer's input (Eq. 3, H_pre x).
+    """Compute the coefficients before a layer, and aggregate the streams to the layer's input (Eq. 3, H_pre x).
 
     The arguments are those of `coefficients`, and
 
@@ -228,7 +228,7 @@ def post(
     *,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """After a layer: mix the streams and add the layer's output to each (Eq. 3).
+    """Mix the streams after a layer and add the layer's output to each (Eq. 3).
 
     x_next[j] = Σ_i h_res[j, i] · x[i] + h_post[j] · layer_output
 
@@ -309,7 +309,7 @@ def head(
     norm_weight: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """After the last sublayer: aggregate the streams by coefficients of their own.
+    """Aggregate the streams after the last sublayer, by coefficients of their own.
 
     Args:
         x: [..., n, C], stream dtype.
@@ -335,7 +335,7 @@ def expand_pre(
     norm_weight: torch.Tensor | None = None,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Before the first sublayer: `expand`, then `pre` of n equal streams, from one projection of h (Eq. 3, 7-9).
+    """Run `expand` before the first sublayer, then `pre` of n equal streams, from one projection of h (Eq. 3, 7-9).
 
     With x[i] = h for every stream, x·phi = h · Σ_i phi[:, i], and layer_input = (Σ_i h_pre[i]) · h. So h is projected
     on phi summed over streams, and the wide stream is written but not read: (n + 3)·C a token instead of (3n + 2)·C,
@@ -373,7 +373,7 @@ def post_head(
     norm_weight: torch.Tensor | None = None,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """After the last sublayer: `post`, then `head` of what it wrote.
+    """Run `post` after the last sublayer, then `head` of what it wrote.
 
     The stream is read and written once for both: (3n + 2)·C a token instead of (4n + 2)·C, and (4n + 4)·C instead of
     (9n + 4)·C in the backward. Results are those of `post`, then `head`, to the bit; gradients are rounded less often

@@ -93,7 +93,7 @@ def compute_logits_backward(
 
 
 def sum_tokens(values: Array) -> Array:
-    """Over all leading dimensions: [..., M] -> [M]."""
+    """Sum over all leading dimensions: [..., M] -> [M]."""
     return values.sum(axis=tuple(range(values.ndim - 1)))
 
 

@@ -38,7 +38,7 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        """Within the tolerance, or not run."""
+        """Whether the result is within the tolerance, or was not run."""
         return not self.ran or self.share <= 1
 
 

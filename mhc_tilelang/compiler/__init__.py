@@ -60,7 +60,7 @@ _emulators: list[Emulator] = []  # those that are entered, the one in force last
 
 @contextmanager
 def emulating(emulator: Emulator) -> Iterator[None]:
-    """Within this block, every kernel for tensors on the emulator's device is the emulator's, in all threads."""
+    """Replace every kernel for tensors on the emulator's device by the emulator's, in all threads, in this block."""
     _emulators.append(emulator)
     try:
         yield

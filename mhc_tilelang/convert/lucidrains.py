@@ -148,7 +148,7 @@ def import_stream(residuals: torch.Tensor, num_streams: int) -> torch.Tensor:
 
 
 def export_stream(x: torch.Tensor) -> torch.Tensor:
-    """Ours [b, ..., n, C] -> its [(b n), ..., C], contiguous."""
+    """Convert our [b, ..., n, C] to its [(b n), ..., C], contiguous."""
     if x.ndim < 3:
         raise ValueError(f"lucidrains.export_stream: x: expected shape [b, ..., n, C], got {list(x.shape)}")
     return x.movedim(-2, 1).flatten(0, 1).contiguous()

@@ -87,5 +87,5 @@ def _check_convention(function: str, convention: Convention) -> None:
 
 
 def _rows(tensor: torch.Tensor, num_streams: int, convention: Convention) -> torch.Tensor:
-    """Between its order of the res rows and ours."""
+    """Convert between its order of the res rows and ours."""
     return swapped_rows(tensor, num_streams) if convention.res == IN_OUT else tensor

@@ -94,7 +94,7 @@ class _Watcher:
         self._calls: list[Call] = []
 
     def begin(self, *_: Any) -> None:
-        """Before a call of the model."""
+        """Begin a step, before a call of the model."""
         if not _runs_forward():
             return
         if self._inside:  # the call before ended with an exception
@@ -104,7 +104,7 @@ class _Watcher:
         self._inside = True
 
     def end(self, *_: Any) -> None:
-        """After a call of the model."""
+        """End the step, after a call of the model."""
         if _runs_forward():
             self._inside = False
             self.end_step()
@@ -120,7 +120,7 @@ class _Watcher:
             self._seen.clear()
 
     def called(self, module: nn.Module, inputs: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> None:
-        """After a call of a connection."""
+        """Record a call of a connection, after it."""
         if not _runs_forward() or torch._C._functorch.is_functorch_wrapped_tensor(outputs[0]):
             return
         if not self._inside and module in self._seen:

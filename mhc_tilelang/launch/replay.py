@@ -60,7 +60,7 @@ def _launch(
     made: Sequence[torch.Tensor],
     inputs: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
 ) -> None:
-    """One launch: `made` are the streams that it writes, `inputs` h_pre and layer input by their place in it."""
+    """Launch one kernel: `made` are the streams that it writes, `inputs` h_pre and layer input by their place in it."""
     layer_outputs = [one.layer_output for one in written]
     wide = [x, *made, *layer_outputs, *(layer_input for _, layer_input in inputs.values())]
     layer_dtype = dtype_name(layer_outputs[0].dtype if written else x.dtype)

@@ -72,7 +72,7 @@ class Workspace:
         self._made_on: torch.cuda.Stream | None = None
 
     def take(self, block: Block, key: Key) -> torch.Tensor:
-        """One of the block's tensors, recomputed with all others of the block where it is not there.
+        """Return a tensor of the block, recomputed with all others of the block if it is not there.
 
         Each is held until every handle has asked for it, or the backward comes to another block, or ends.
         On a GPU a layer may have run on streams of its own, whose backward asks from there: they wait for the replay's.
@@ -128,7 +128,7 @@ class Block:
         self.handles[key] += 1
 
     def replay(self) -> dict[Key, torch.Tensor]:
-        """All that there are handles for. Raises RuntimeError where what it is made from was changed in place."""
+        """Recompute all tensors that have handles. Raises RuntimeError if an input of it was changed in place."""
         last = max(sublayer for _, sublayer in self.handles)
         self._check(last)
         x = self.start.tensor

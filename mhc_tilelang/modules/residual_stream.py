@@ -145,7 +145,7 @@ class ResidualStream:
         overlap: torch.cuda.Stream | bool,
         overlap_coefficients: torch.cuda.Stream | bool,
     ) -> None:
-        """Nothing is read or written yet."""
+        """Initialise a stream of which nothing is read or written yet."""
         for name, given in (("overlap", overlap), ("overlap_coefficients", overlap_coefficients)):
             if recompute is not None and given is not False:
                 raise ValueError(f"ResidualStream: {name}: expected False beside recompute={recompute}, got {given}")

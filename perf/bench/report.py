@@ -91,7 +91,7 @@ class Table:
         )
 
     def line(self, result: Result) -> str:
-        """One result."""
+        """Format one result."""
         return self._joined(row(result, self.compiled, self.separate, self.predicted))
 
     def _joined(self, cells: Sequence[str]) -> str:
@@ -170,7 +170,7 @@ def footnotes(results: Sequence[Result]) -> list[str]:
 
 
 def milliseconds(seconds: float) -> str:
-    """Three significant digits."""
+    """Format a time in ms with three significant digits."""
     value = seconds * 1e3
     return f"{value:.{2 if value >= 1 else 3}f}" if value < 100 else f"{value:.0f}"
 

@@ -140,7 +140,7 @@ def sublayer_input(given: Given) -> Timed:
 
 
 def in_turn(*runs: Callable[[], object]) -> Callable[[], None]:
-    """All of these, one after the other."""
+    """Return a function that runs all of these, one after the other."""
 
     def run() -> None:
         for each in runs:

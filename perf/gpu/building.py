@@ -50,7 +50,7 @@ class Built:
 
 
 def unique(jobs: Iterable[Job]) -> list[Job]:
-    """Each kernel once, those first that take longest."""
+    """Return each kernel once, those first that take longest."""
     found = {(job.family, *job.parameters.items()): job for job in jobs}
     return sorted(found.values(), key=lambda job: -job.seconds)
 

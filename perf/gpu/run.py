@@ -129,7 +129,7 @@ def read_json(path: Path) -> Any:
 
 
 def collect(args: argparse.Namespace) -> int:
-    """Two files of all steps so far, and the table."""
+    """Write two files of all steps so far, and print the table."""
     steps = read_steps(args.work)
     args.out.mkdir(parents=True, exist_ok=True)
     facts = json.dumps({"steps": [asdict(step) for step in steps]}, indent=1)

@@ -197,7 +197,7 @@ def limits(rows: Iterable[Row]) -> str:
 
 
 def limit(row: Row) -> str:
-    """One line."""
+    """Say in a line what limits a row's occupancy."""
     warps = -(-row.threads // 32)
     needs = {
         "registers": f"{row.registers} registers a thread, {warps} warps a block",

@@ -37,7 +37,7 @@ def place(row: Row) -> str:
 
 
 def with_faults(row: Row) -> str:
-    """Both in a line."""
+    """Name a build and its faults in a line."""
     return f"{place(row)}: {'; '.join(faults(row))}"
 
 

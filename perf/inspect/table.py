@@ -39,7 +39,7 @@ def align(lines: Sequence[Sequence[str]]) -> str:
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """One line."""
+    """Return the cells of one line."""
     return (
         row.label,
         str(row.num_streams or ""),

@@ -48,7 +48,7 @@ def host_seconds(kernel: str, given: Given) -> float | None:
 
 @contextmanager
 def returning_at_once() -> Iterator[None]:
-    """Within this block kernels compute nothing. Calls that were prepared are prepared anew, before and behind it."""
+    """Have kernels compute nothing within this block. Prepared calls are prepared anew before and after it."""
     kernels, load = compiler._kernels, compiler._load
 
     def idle(family: str, target: str, parameters: dict[str, Any]) -> Kernel:

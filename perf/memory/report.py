@@ -32,7 +32,7 @@ class Row:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Sum of all bytes."""
         return self.streams + self.coefficients + self.layers
 
 

@@ -195,12 +195,12 @@ def conclusion(measured: Measurement, device_type: str) -> str:
 
 
 def three_digits(value: float) -> str:
-    """Three significant digits of a number from 1 up, no fewer before the point."""
+    """Format a number from 1 up with three significant digits, no fewer before the point."""
     return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
 
 
 def percent(share: float) -> str:
-    """One digit after the point."""
+    """Format a share in percent, one digit after the point."""
     return f"{share:.1%}".replace("%", " %")
 
 

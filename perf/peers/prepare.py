@@ -67,7 +67,7 @@ def load(names: Iterable[str], device: torch.device) -> list[Loaded]:
 
 
 def load_one(name: str, device: torch.device) -> Loaded:
-    """One peer, or why not."""
+    """Load one peer, or say why it cannot be."""
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:

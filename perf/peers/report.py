@@ -63,7 +63,7 @@ def list_skipped(pairs: Sequence[tuple[Result, PeerResult]]) -> list[str]:
 
 
 def row(result: Result, peer: PeerResult) -> list[str]:
-    """One line of the table."""
+    """Return one line of the table."""
     call, case = peer.call, result.case
     line = [call.peer, call.function, case.kernel, str(case.hidden_size or ""), str(case.shape.num_tokens)]
     if peer.time is None:

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def predict_calls(args: argparse.Namespace, gpu: Device) -> int:
-    """Every name at every shape: a table, or a sentence a pair."""
+    """Predict every name at every shape: a table, or a sentence a pair."""
     from .predicted import compare, measured_factors, predict, scale, table
 
     cases = [
@@ -105,7 +105,7 @@ def predict_calls(args: argparse.Namespace, gpu: Device) -> int:
 
 
 def draw_timeline(args: argparse.Namespace, gpu: Device) -> int:
-    """One steady iteration of one kernel."""
+    """Draw one steady iteration of one kernel."""
     from .predicted import steady_of
 
     case, family = case_of(args.names[0], args, args.tokens[0], args.width[0])

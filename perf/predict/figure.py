@@ -24,7 +24,7 @@ LANE_COLOURS = dict(zip(LANES, (BLUE, INK, ORANGE, "#b8860b", "#cc79a7", GREEN),
 
 
 def stacks(predictions: Sequence[Prediction]) -> Picture:
-    """Two bars a launch: what is predicted, by terms, and below it what memory alone would take."""
+    """Draw two bars a launch: its prediction by terms, and below it the time that memory alone would take."""
     lines = [(each, part) for each in predictions for part in each.parts]
     gpu = predictions[0].gpu
     shapes = ", ".join(dict.fromkeys(f"{each.tokens} × {each.hidden_size}" for each in predictions))

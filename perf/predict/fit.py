@@ -115,7 +115,7 @@ class Error:
 
 @dataclass(frozen=True)
 class Validation:
-    """All of it."""
+    """Results of the validation."""
 
     constants: Constants
     held_out: list[Error]

@@ -85,14 +85,14 @@ Step = Callable[[Instruction, Registers], Sequence[Value]]
 
 
 def both(left: Value, right: Value) -> Value:
-    """And: false if one is, whatever the other."""
+    """Return left and right: false if one is, whatever the other."""
     if left is False or right is False:
         return False
     return None if left is None or right is None else left & right
 
 
 def either(left: Value, right: Value) -> Value:
-    """Or: true if one is, whatever the other."""
+    """Return left or right: true if one is, whatever the other."""
     return invert(both(invert(left), invert(right)))
 
 

@@ -106,7 +106,7 @@ def terms(rows: Any, device: Constants) -> Any:
 
 
 def join(one: np.ndarray, other: np.ndarray, power: float) -> np.ndarray:
-    """Two things that overlap as far as `power` says."""
+    """Join two times that overlap as far as `power` says."""
     return (one**power + other**power) ** (1 / power)
 
 

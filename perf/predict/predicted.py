@@ -120,7 +120,7 @@ def answer(name: str, case: Case, device: Device, found: Sequence[Launched], rea
 
 
 def part_of(family: str, work: Work, device: Device) -> Part:
-    """One launch."""
+    """Predict one launch."""
     found, fast, slow = (
         terms(rows_of([work]), constants)
         for constants in (device.constants, device.extreme(fastest=True), device.extreme(fastest=False))
@@ -220,5 +220,5 @@ def table(predictions: Sequence[Prediction], gpu: Device, flushed: bool) -> str:
 
 
 def digits(value: float | None) -> str:
-    """Three digits, or a dash."""
+    """Format three digits, or a dash."""
     return "–" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.1f}"

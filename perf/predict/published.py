@@ -83,7 +83,7 @@ class Point(NamedTuple):
 
 
 def points() -> list[Point]:
-    """All of the file whose kernel can be built."""
+    """Read all points of the file whose kernel can be built."""
     with TIMES.open(encoding="utf-8", newline="") as file:
         rows = [(OTHERS.get(row["kernel"], row["kernel"]), row) for row in csv.DictReader(file)]
     return [

@@ -79,7 +79,7 @@ def is_predicate(operand: str) -> bool:
 
 
 def where(condition: Value, true: Value, false: Value, kind: type = np.int64) -> Value:
-    """One or the other, by lane."""
+    """Select one or the other, by lane."""
     if isinstance(condition, np.ndarray):
         return np.where(condition, np.asarray(true, kind), np.asarray(false, kind))
     return true if condition else false

@@ -145,7 +145,7 @@ def as_json(found: Validation) -> dict[str, Any]:
 
 
 def as_row(name: str, error: Error) -> dict[str, Any]:
-    """One error."""
+    """Return one error as a row."""
     point = error.point
     names = ("name", "tokens", "hidden_size", "device")
     return {
@@ -171,7 +171,7 @@ class Peer(NamedTuple):
 
 
 def peers() -> list[Peer]:
-    """Every fitted point."""
+    """Return every fitted point as a peer."""
     errors = ((error, error.point, BANDS[error.regime]) for error in without_kernels(Bench(), RANGES))
     return [
         Peer(p.kernel, KERNELS[p.kernel][2], *p.shape, p.us, error.us, error.us / band, error.us * band, error.regime)

@@ -136,7 +136,7 @@ class Walker:
         self.found = Walk()
 
     def run(self) -> Walk:
-        """Until no lane is left."""
+        """Walk until no lane is left."""
         while self.groups:
             index = min(self.groups)
             lanes = self.groups.pop(index)

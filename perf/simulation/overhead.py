@@ -47,7 +47,7 @@ class Change:
 
 
 def sensitivity(given: Assumptions) -> Iterator[Change]:
-    """One change at a time."""
+    """Yield one change at a time."""
     changes: list[tuple[str, dict[str, object]]] = [("as assumed", {})]
     if not given.measured:
         changes += [(f"connections: {name}", {"form": name}) for name in forms() if name != given.form]
@@ -112,7 +112,7 @@ class Solution:
 
 
 def solve(given: Assumptions, target: float) -> Iterator[Solution]:
-    """Each knob by bisection; the overhead is monotone in each."""
+    """Solve for each knob by bisection; the overhead is monotone in each."""
     for knob in KNOBS:
         if given.measured and knob.turn is elements_overhead:
             continue

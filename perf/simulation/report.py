@@ -51,14 +51,14 @@ class Results:
 
 
 def simulate(given: Assumptions, models: Sequence[str]) -> Results:
-    """All of it: the given model in detail, the others beside it."""
+    """Simulate the given model in detail, the others beside it."""
     each = [replace(given, model=model) for model in models]
     solutions = {one.model: list(solve(one, PAPER)) for one in each}
     return Results(given, [model_row(one) for one in each], list(sensitivity(given)), solutions)
 
 
 def model_row(given: Assumptions) -> ModelRow:
-    """One model."""
+    """Simulate one model."""
     whole, kept = overhead(given), overhead(replace(given, recompute=False))
     plain = pipeline_of(given, plain=True)
     return ModelRow(

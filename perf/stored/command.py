@@ -110,7 +110,7 @@ def kernel_table(results: KernelResults) -> str:
 
 
 def kernel_row(one: Measurement) -> list[str]:
-    """One line of the table."""
+    """Return one line of the table."""
     fastest = one.fastest
     ratio = fastest.time.over(one.time) if fastest else None
     doubtful = any(spread.doubtful for spread in (one.time, one.copy_time, *([ratio] if ratio else [])))
@@ -170,7 +170,7 @@ def overhead_blocks(results: OverheadResults) -> Iterator[str]:
 
 
 def overhead_row(row: OverheadRow) -> list[str]:
-    """One line of the table."""
+    """Return one line of the table."""
     over = row.overhead
     return [
         row.connection,

@@ -138,7 +138,7 @@ def table(kind: str, changes: Iterable[Change]) -> str:
 
 
 def line(change: Change) -> list[str]:
-    """One line of the table."""
+    """Return one line of the table."""
     ratio = change.ratio
     doubt = DOUBTFUL if ratio.doubtful else ""
     spread = f"{ratio.lower_quartile:.2f} to {ratio.upper_quartile:.2f}"

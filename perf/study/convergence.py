@@ -16,7 +16,7 @@ CLOSE = 1e-3
 
 @dataclass(frozen=True)
 class Distance:
-    """After a number of iterations: column sums' largest deviation from 1, over matrices; what the order matters."""
+    """Column sums' largest deviation from 1 after a number of iterations, over matrices; the effect of the order."""
 
     scale: float
     iters: int

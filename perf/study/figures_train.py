@@ -20,7 +20,7 @@ SMOOTHED = 20  # steps, of gradient norms
 
 
 def draw(runs: Sequence[Run], about: dict[str, Any]) -> Picture:
-    """Four panels; a colour per connection, a line per seed."""
+    """Draw four panels; a colour per connection, a line per seed."""
     title = "A small GPT under three connections"
     setup = about["setup"]
     notes = [

@@ -19,7 +19,7 @@ def post_backward_einsum(
     g_x_next: Tensor, x: Tensor, layer_output: Tensor, h_post: Tensor, h_res: Tensor,
     g_x: Tensor, g_layer_output: Tensor, g_h_post: Tensor, g_h_res: Tensor,
 ) -> None:  # fmt: skip
-    """Four batches of small products."""
+    """Compute four batches of small products."""
     g = g_x_next.float()
     g_x.copy_(torch.einsum("tji,tjc->tic", h_res, g))
     g_layer_output.copy_(torch.einsum("tj,tjc->tc", h_post, g))

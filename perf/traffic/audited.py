@@ -39,7 +39,7 @@ class Audited:
         return self.stream_read + self.stream_written - self.stream_once
 
     def __add__(self, other: Audited) -> Audited:
-        """Both calls."""
+        """Add the traffic of two calls."""
         return Audited(
             self.stream_read + other.stream_read,
             self.stream_written + other.stream_written,

@@ -71,7 +71,7 @@ class Traffic:
         return self.stream + self.small
 
     def __add__(self, other: Traffic) -> Traffic:
-        """Both calls."""
+        """Add the traffic of two calls."""
         return Traffic(
             self.stream_read + other.stream_read,
             self.stream_written + other.stream_written,

@@ -119,7 +119,7 @@ def sums(shape: Shape, calls: Mapping[str, Audited]) -> str:
 
 
 def forward_sums(shape: Shape, calls: Mapping[str, Audited]) -> list[list[str]]:
-    """Ours, the paper's, and how little is possible."""
+    """Return the rows of a sublayer's forward: ours, the paper's, and the least possible."""
     n = shape.num_streams
     return [
         ours("ours, fused across the boundary, as ResidualStream runs it", Row("forward", shape, calls["post_pre"])),
@@ -159,7 +159,7 @@ def backward_sums(shape: Shape, calls: Mapping[str, Audited]) -> list[list[str]]
 
 
 def total(name: str, kernels: Sequence[str], shape: Shape, calls: Mapping[str, Audited]) -> Row:
-    """Several kernels as one row."""
+    """Sum several kernels to one row."""
     first, *rest = (calls[kernel] for kernel in kernels)
     return Row(name, shape, sum(rest, start=first))
 

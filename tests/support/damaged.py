@@ -17,7 +17,7 @@ Mutation = Callable[[str], str]
 
 @contextmanager
 def damaged(family: str, mutate: Mutation) -> Iterator[None]:
-    """Within this block a kernel's source is damaged."""
+    """Damage a kernel's source within this block."""
     generated = target.load_or_generate
 
     def generate_damaged(name: str, parameters: dict[str, Any], arch: str) -> tuple:

@@ -40,7 +40,7 @@ def results():
 
 
 def few_functions(spec: MHCSpec, inputs: Inputs) -> Iterator[list[torch.Tensor]]:
-    """Four kernels: a copy, a 16-bit result, a float32 one, and one with a scalar argument."""
+    """Yield four kernels: a copy, a 16-bit result, a float32 one, and one with a scalar argument."""
     yield [ops.expand(inputs.h, spec.num_streams)]
     yield [ops.sinkhorn(inputs.logits, spec.sinkhorn_iters, spec.sinkhorn_eps)]
     yield [ops.post(inputs.x, inputs.layer_output, inputs.h_post, inputs.h_res)]

@@ -20,7 +20,7 @@ LOGITS, GRADIENTS = 2e-6, 1e-4
 
 
 def tiny(seed=0, **changes):
-    """Two layers of every part that a layer can have, 192 channels, and connections that do something."""
+    """Build two layers of every part that a layer can have, 192 channels, and connections that do something."""
     torch.manual_seed(seed)
     sizes = {
         "vocab_size": 64, "hidden_size": 192, "moe_intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 16,

@@ -14,7 +14,7 @@ from ..plain_torch import by_autograd
 
 @check("x")
 def check_expand(case: Case, inputs: Inputs) -> list[Comparison]:
-    """A copy: nothing may differ."""
+    """Check a copy: nothing may differ."""
     expected = reference.expand(numpy64(inputs.h), case.num_streams)
     got, plain = ops.expand(inputs.h, case.num_streams), plain_torch.expand(inputs.h, case.num_streams)
     return [Comparison("x", numpy64(got), numpy64(plain), expected, np.zeros_like(expected), np.ones_like(expected))]

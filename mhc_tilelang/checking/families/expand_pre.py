@@ -63,7 +63,7 @@ def check_expand_pre(case: Case, inputs: Inputs) -> list[Comparison]:
 
 @check("g_h", "g_phi", "g_alpha", "g_bias")
 def check_expand_pre_backward(case: Case, inputs: Inputs) -> list[Comparison]:
-    """All four gradients."""
+    """Check all four gradients."""
     spec, n, h = case.spec, case.num_streams, inputs.h
     upstream = Gradients.of(case, h.device)
     forward = launch.expand_pre(h, *parameters(inputs), spec)

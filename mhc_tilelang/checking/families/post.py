@@ -25,7 +25,7 @@ def check_post(case: Case, inputs: Inputs) -> list[Comparison]:
 
 @check("g_x", "g_layer_output", "g_h_post", "g_h_res")
 def check_post_backward(case: Case, inputs: Inputs) -> list[Comparison]:
-    """Two mixtures of streams, and n² + n inner products over the channels."""
+    """Check two mixtures of streams, and n² + n inner products over the channels."""
     arguments = (inputs.x, inputs.layer_output, inputs.h_post, inputs.h_res)
     g_x_next = Gradients.of(case, inputs.x.device).g_x
     got = launch.post_backward(g_x_next, *arguments)

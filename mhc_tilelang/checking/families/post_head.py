@@ -46,7 +46,7 @@ def check_post_head(case: Case, inputs: Inputs) -> list[Comparison]:
 
 @check(*MIXED, "g_phi", "g_alpha", "g_bias")
 def check_post_head_backward(case: Case, inputs: Inputs) -> list[Comparison]:
-    """All seven gradients."""
+    """Check all seven gradients."""
     spec, of_last, upstream = case.spec, of_head(case, inputs), Gradients.of(case, inputs.x.device)
     forward = launch.post_head(*mixed(inputs), *parameters(of_last), spec)
     left = (forward.x_next, forward.h_pre, forward.projected)

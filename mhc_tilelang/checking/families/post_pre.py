@@ -78,7 +78,7 @@ def compare_forward(case: Case, inputs: Inputs, delayed: bool) -> list[Compariso
 
 @check(*MIXED, "g_phi", "g_alpha", "g_bias")
 def check_post_pre_backward(case: Case, inputs: Inputs) -> list[Comparison]:
-    """All seven gradients."""
+    """Check all seven gradients."""
     spec, parameters, upstream = case.spec, (inputs.phi, inputs.alpha, inputs.bias), Gradients.of(case, inputs.x.device)
     forward = launch.post_pre(*mixed(inputs), *parameters, spec)
     g_input, of_mappings = upstream.g_h, (upstream.g_h_post, upstream.g_h_res)

@@ -37,13 +37,13 @@ def check_project(_case: Case, inputs: Inputs) -> list[Comparison]:
 
 @check("g_x", "g_phi")
 def check_project_backward(case: Case, inputs: Inputs) -> list[Comparison]:
-    """Both products."""
+    """Check both products."""
     return compare_projection(case, inputs, aggregated=False)
 
 
 @check("g_x", "g_phi")
 def check_project_backward_aggregated(case: Case, inputs: Inputs) -> list[Comparison]:
-    """Both products, with what the aggregation adds to g_x: another kernel."""
+    """Check both products with the aggregation's share of g_x, another kernel."""
     return compare_projection(case, inputs, aggregated=True)
 
 

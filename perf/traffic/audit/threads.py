@@ -231,7 +231,7 @@ class Threads:
 
     @staticmethod
     def both(one: Any, other: Any) -> Callable[[], None] | None:
-        """One after the other."""
+        """Return a function that runs one, then the other; None where neither is given."""
         if one and other:
             return lambda: (one(), other(), None)[-1]
         return one or other
@@ -303,7 +303,7 @@ class Threads:
         return self.buffers[data]
 
     def element(self, buffer: Any, indices: Any, is_write: bool, width: int) -> Callable[[], None]:
-        """An access of `width` elements from one on."""
+        """Return an access of `width` elements from one on."""
         at = [self.expression(index) for index in indices]
         shape = [self.expression(extent) for extent in buffer.shape]
         touched: list[Touched] = []
