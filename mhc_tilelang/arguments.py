@@ -149,7 +149,7 @@ def check_dense(function: str, name: str, value: torch.Tensor) -> None:
 
 
 def shape_of(value: torch.Tensor) -> torch.Size:
-    """The sizes of a tensor, as numbers even while torch.jit.trace records, which would make tensors of them."""
+    """Return the sizes of a tensor, as numbers even while torch.jit.trace records, which would make tensors of them."""
     state = None if torch.compiler.is_compiling() else torch._C._get_tracing_state()
     if state is None:
         return value.shape
@@ -167,7 +167,7 @@ def check_spec(function: str, spec: MHCSpec) -> None:
 
 
 def check_eps(function: str, name: str, eps: float) -> float:
-    """An eps as a float; refuse what no spec would take for one."""
+    """Return an eps as a float; refuse what no spec would take for one."""
     try:
         return MHCSpec(hidden_size=1, rms_eps=eps).rms_eps
     except (TypeError, ValueError) as error:
@@ -183,7 +183,7 @@ def check_streams(function: str, name: str, num_streams: int) -> None:
 
 
 def sizes_of(function: str, name: str, value: torch.Tensor, dimensions: tuple[str, ...]) -> tuple[int, ...]:
-    """The last dimensions of a tensor, for functions whose sizes come from it instead of a spec."""
+    """Return the last dimensions of a tensor, for functions whose sizes come from it instead of a spec."""
     check_dense(function, name, value)
     shape = shape_of(value)
     if len(shape) < len(dimensions):

@@ -141,7 +141,7 @@ def coefficients(
     norm_weight: torch.Tensor | None = None,
     out: tuple[torch.Tensor, ...] | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """The three mappings of a sublayer from its stream (Eq. 14-19).
+    """Compute the three mappings of a sublayer from its stream (Eq. 14-19).
 
     Args:
         x: [..., n, C], stream dtype. Σx² is summed in float32: beyond about 1e19/√K it overflows, and the
@@ -201,7 +201,7 @@ def pre(
 
 
 def first_pre(x: torch.Tensor) -> torch.Tensor:
-    """The h_pre of a first sublayer in the delayed form, which takes stream 0.
+    """Return the h_pre of a first sublayer in the delayed form, which takes stream 0.
 
     Args:
         x: [..., n, C], of which only the shape and the device count.
@@ -265,7 +265,7 @@ def post_pre(
     rms_norm_eps: float = RMS_NORM_EPS,
     out: tuple[torch.Tensor, ...] | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """The boundary between two sublayers: `post` of the one that ends, `pre` of the one that begins.
+    """Run the boundary between two sublayers: `post` of the one that ends, `pre` of the one that begins.
 
     The stream crosses memory (3n + 2)·C times instead of (4n + 2)·C, and (4n + 4)·C instead of (9n + 4)·C in the
     backward, where autograd's sum of two gradients of the stream is part of one kernel. Results are those of `post`,

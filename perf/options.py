@@ -6,7 +6,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def positive(text: str) -> int:
-    """An argument that is a positive integer."""
+    """Return an argument that is a positive integer."""
     value = int(text)
     if value < 1:
         raise ValueError
@@ -14,7 +14,7 @@ def positive(text: str) -> int:
 
 
 def positive_number(text: str) -> float:
-    """An argument that is a positive number."""
+    """Return an argument that is a positive number."""
     value = float(text)
     if not 0 < value < float("inf"):
         raise ValueError

@@ -48,7 +48,7 @@ def alpha_per_row(alpha: ArrayLike, num_streams: int) -> Array:
 
 
 def sum_groups(rows: Array, num_streams: int) -> Array:
-    """The backward of `alpha_per_row`, a sum for each group: [n² + 2n] -> [3]."""
+    """Compute the backward of `alpha_per_row`, a sum for each group: [n² + 2n] -> [3]."""
     return np.add.reduceat(rows, [0, num_streams, 2 * num_streams])
 
 
@@ -74,7 +74,7 @@ def compute_logits(dots: ArrayLike, scale: ArrayLike, alpha: ArrayLike, bias: Ar
 def compute_logits_backward(
     g_logits: ArrayLike | None, dots: ArrayLike, scale: ArrayLike, alpha: ArrayLike, bias: ArrayLike
 ) -> tuple[Array, Array, Array, Array]:
-    """The gradients of logits[m] = alpha[m] · dots[m] · s + bias[m].
+    """Compute the gradients of logits[m] = alpha[m] · dots[m] · s + bias[m].
 
     Args:
         g_logits: [..., M], or None.
@@ -106,7 +106,7 @@ def split_groups(logits: ArrayLike, num_streams: int) -> tuple[Array, Array, Arr
 
 
 def join_groups(pre: Array, post: Array, res: Array) -> Array:
-    """The inverse of `split_groups`, and its backward: pre, post [..., n] and res [..., n, n] -> [..., n² + 2n]."""
+    """Join groups, inverting `split_groups`, or its backward: pre, post [..., n], res [..., n, n] -> [..., n² + 2n]."""
     *leading, n = pre.shape
     return np.concatenate([pre, post, res.reshape(*leading, n * n)], axis=-1)
 

@@ -19,7 +19,7 @@ from .pre import aggregate, aggregate_backward
 
 
 def first_pre(x: ArrayLike) -> Array:
-    """The h_pre of a first sublayer, [..., n] of a stream [..., n, C]: 1 for stream 0, 0 for the others."""
+    """Return the h_pre of a first sublayer, [..., n] of a stream [..., n, C]: 1 for stream 0, 0 for the others."""
     h_pre = np.zeros(as_float64("x", x, (..., "n", "C")).shape[:-1])
     h_pre[..., 0] = 1.0
     return h_pre

@@ -97,7 +97,7 @@ def identity_pre_backward(
     spec: Spec,
     norm_weight: ArrayLike | None = None,
 ) -> ProjectionGradients:
-    """The gradients of `identity_pre`; g_x is the sum of what both read."""
+    """Compute the gradients of `identity_pre`; g_x is the sum of what both read."""
     h_pre, _ = gates(x, phi, alpha, bias, spec, norm_weight)
     g_x_direct, g_h_pre = aggregate_backward(g_layer_input, x, h_pre)
     g_x, *rest = gates_backward(g_h_pre, g_h_post, x, phi, alpha, bias, spec, norm_weight)

@@ -34,7 +34,7 @@ def post(x: ArrayLike, layer_output: ArrayLike, h_post: ArrayLike, h_res: ArrayL
 def post_backward(
     g_x_next: ArrayLike | None, x: ArrayLike, layer_output: ArrayLike, h_post: ArrayLike, h_res: ArrayLike
 ) -> tuple[Array, Array, Array, Array]:
-    """The four gradients of Eq. 3's second half.
+    """Compute the four gradients of Eq. 3's second half.
 
         g_x[i, c]         = Σ_j h_res[j, i] · g_x_next[j, c]
         g_layer_output[c] = Σ_j h_post[j] · g_x_next[j, c]

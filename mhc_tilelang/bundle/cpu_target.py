@@ -80,7 +80,7 @@ def is_x86() -> bool:
 
 
 def features_of(march: str) -> list[str]:
-    """The processor features that code for `march` may use. Raises MHCError for an architecture that it cannot tell."""
+    """Return the features that code for `march` may use. Raises MHCError for an unknown architecture."""
     if march == "native":
         return sorted(processor_features())
     if march in LEVELS and is_x86():
@@ -90,7 +90,7 @@ def features_of(march: str) -> list[str]:
 
 
 def processor_features() -> set[str]:
-    """The features of this processor, as Linux names them; empty where it does not say."""
+    """Return the features of this processor, as Linux names them; empty where it does not say."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -72,7 +72,7 @@ def prefix_of(num_streams: int, hidden_size: int, dtype: str) -> str:
 
 
 def name_of(family: str, parameters: dict[str, Any], common: dict[str, Any]) -> str:
-    """The family, then what its kernels in one bundle differ in: rows of phi, lanes, what is asked for.
+    """Return the family, then what its kernels in one bundle differ in: rows of phi, lanes, what is asked for.
 
     A first sublayer's kernels have other sizes than `common`: one stream, or float32.
     """
@@ -119,12 +119,12 @@ def encode_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def key_of(family: str, parameters: dict[str, Any]) -> str:
-    """The one text of a kernel and its parameters, encoded or not."""
+    """Return the key of a kernel and its parameters, encoded or not."""
     return json.dumps([family, encode_parameters(parameters)], sort_keys=True)
 
 
 def entry_of(kernel: Described) -> dict[str, Any]:
-    """The kernel in the manifest."""
+    """Return the kernel's entry in the manifest."""
     buffers = [
         {**asdict(buffer), "role": role} for buffer, role in zip(kernel.signature.buffers, kernel.roles, strict=True)
     ]

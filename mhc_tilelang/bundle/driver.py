@@ -38,7 +38,7 @@ class Launch:
 
 
 def launch_at(facts: Mapping[str, Any], pointers: Mapping[str, int], numbers: Mapping[str, float]) -> Launch:
-    """The launch of a kernel of the manifest, for the addresses of its buffers and its run-time sizes and scalars."""
+    """Return a kernel's launch for the addresses of its buffers and its run-time sizes and scalars."""
     x, y, z = (value_of(extent, numbers) for extent in facts["grid"])
     values = {**pointers, **numbers}
     arguments = tuple(CTYPES[kind](values[name]) for name, kind in facts["arguments"])
@@ -47,7 +47,7 @@ def launch_at(facts: Mapping[str, Any], pointers: Mapping[str, int], numbers: Ma
 
 
 def kernel(name: str, signature: Signature, cubin: bytes, facts: Mapping[str, Any]) -> Kernel:
-    """A cubin as what `compile.kernel` returns; each device loads it at its first call."""
+    """Return a cubin's `Kernel`, as `compile.kernel` does; each device loads it at its first call."""
     functions: dict[int, ctypes.c_void_p] = {}
     lock = threading.Lock()
     names = [buffer.name for buffer in signature.buffers]
@@ -71,7 +71,7 @@ def kernel(name: str, signature: Signature, cubin: bytes, facts: Mapping[str, An
 
 
 def load(cubin: bytes, function: str, shared_bytes: int) -> ctypes.c_void_p:
-    """A function of a cubin in the current context. Modules stay loaded until the process ends."""
+    """Load a function of a cubin in the current context. Modules stay loaded until the process ends."""
     module, found = ctypes.c_void_p(), ctypes.c_void_p()
     call("cuModuleLoadData", ctypes.byref(module), cubin)
     call("cuModuleGetFunction", ctypes.byref(found), module, function.encode())
@@ -100,7 +100,7 @@ def call(name: str, *arguments: Any) -> None:
 
 @cache
 def library() -> ctypes.CDLL:
-    """The driver. Raises BundleError where there is none."""
+    """Load the driver. Raises BundleError where there is none."""
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError as error:

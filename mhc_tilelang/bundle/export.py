@@ -25,7 +25,7 @@ ALIGNMENT = {"cpu": "of an element", "cuda": 16}
 def kernels_for(
     spec: MHCSpec, dtype: str, target: str, forward_only: bool, rms_norm_eps: float | None
 ) -> list[Described]:
-    """The kernels that a model needs on a target, traced and named. Loads tilelang."""
+    """Return the kernels that a model needs on a target, traced and named. Loads tilelang."""
     common = {"num_streams": spec.num_streams, "hidden_size": spec.hidden_size, "dtype": dtype}
     wanted = workload.kernels_of(spec, dtype, target, forward_only, rms_norm_eps)
     return unique_names([describe(family, parameters, common) for family, parameters in wanted])
@@ -92,7 +92,7 @@ def write(
     folder: Path,
     tick: Tick,
 ) -> dict[str, Any]:
-    """All files of a bundle; returns the manifest."""
+    """Write all files of a bundle; return the manifest."""
     targets: dict[str, Any] = {}
     arrays: dict[str, Any] = {}
     vectors: dict[str, Any] = {}
@@ -119,5 +119,5 @@ def write(
 
 
 def total_bytes(facts: dict[str, Any]) -> int:
-    """The size of a bundle's files."""
+    """Return the size of a bundle's files."""
     return sum(file["bytes"] for file in facts["files"].values())

@@ -73,7 +73,7 @@ class Recorder:
         self.vectors: dict[str, dict[str, Any]] = {}
 
     def load(self, family: str, parameters: dict[str, Any]) -> Kernel:
-        """A kernel as `compile.emulating` asks for it."""
+        """Return a kernel as `compile.emulating` asks for it."""
         kernel = self.kernels[key_of(family, parameters)]
         library = compile_float64(kernel, self.scratch)
 
@@ -111,7 +111,7 @@ class Recorder:
         return {"kernel": kernel.name, "numbers": dict(numbers), "buffers": buffers}
 
     def keep(self, name: str, tensor: torch.Tensor) -> str:
-        """An array's name: of the first one that is equal to the bit."""
+        """Return an array's name: that of the first one that is equal to the bit."""
         array = bits_of(tensor).copy()
         known = self.names.setdefault(manifest.sha256(array.tobytes()), name)
         if known == name:
@@ -137,7 +137,7 @@ def make(
     arrays: dict[str, Any],
     tick: Callable[[], object],
 ) -> list[dict[str, Any]]:
-    """The golden vectors of a target's kernels, their arrays added to `arrays`; a tick per kernel."""
+    """Make the golden vectors of a target's kernels, add their arrays to `arrays`; a tick per kernel."""
     with TemporaryDirectory(prefix="mhc-golden-") as scratch, torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         recorder = Recorder(kernels, target, arrays, Path(scratch), tick)
@@ -229,25 +229,25 @@ def evaluate(
 
 
 def doubles_of(tensor: torch.Tensor) -> Any:
-    """A tensor as float64.h has it, with a last axis: of one double, of two for what is stored in 16 bits."""
+    """Return a tensor as float64.h has it, with a last axis: of one double, of two for what is stored in 16 bits."""
     doubles = tensor.detach().double().numpy()[..., None]
     return np.ascontiguousarray(np.repeat(doubles, 1 if tensor.dtype == torch.float32 else 2, axis=-1))
 
 
 def bits_of(tensor: torch.Tensor) -> Any:
-    """A tensor as numpy has it; 16-bit floats as their bits."""
+    """Return a tensor as numpy has it; 16-bit floats as their bits."""
     tensor = tensor.detach().contiguous()
     return tensor.numpy() if tensor.dtype == torch.float32 else tensor.view(torch.int16).numpy().view(np.uint16)
 
 
 def arrays_of(content: bytes) -> Mapping[str, Any]:
-    """The arrays of a vectors.npz."""
+    """Return the arrays of a vectors.npz."""
     loaded: Mapping[str, Any] = np.load(io.BytesIO(content))
     return loaded
 
 
 def tensor_of(arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> torch.Tensor:
-    """An input in its shape; of an output the elements that were kept, flat."""
+    """Return an input in its shape; of an output the elements that were kept, flat."""
     array = arrays[facts["array"]]
     bits = torch.from_numpy(array if array.dtype == np.float32 else array.view(np.int16))
     tensor = bits.view(getattr(torch, facts["dtype"]))
@@ -255,7 +255,7 @@ def tensor_of(arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> torch.Tens
 
 
 def as_text(index: Sequence[Mapping[str, Any]]) -> str:
-    """The index for a host without JSON: words with a space between them.
+    """Format the index for a host without JSON: words with a space between them.
 
     mhc-golden 2 KERNELS
     kernel NAME BUFFERS NUMBERS

@@ -56,7 +56,7 @@ def described_buffers(kernel: Described) -> list[tuple[dict[str, str], str]]:
 
 
 def c_arguments(kernel: Described) -> list[str]:
-    """The parameters of a kernel's C function."""
+    """Return the parameters of a kernel's C function."""
     pairs = zip(kernel.signature.buffers, kernel.roles, strict=True)
     buffers = [f"{'' if role == OUTPUT else 'const '}{C_TYPES[b.dtype]} *{b.name}" for b, role in pairs]
     return [*buffers, *(f"{kind} {number}" for number, kind in kernel.numbers.items()), "int threads"]

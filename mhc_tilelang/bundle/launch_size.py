@@ -25,7 +25,7 @@ FUNCTIONS: dict[str, tuple[str, Callable[[int, int], int]]] = {"min": ("MHC_MIN"
 
 
 def value_of(expression: str, numbers: Mapping[str, float]) -> int:
-    """The expression's value. Raises BundleError for a size that is missing or anything but arithmetic."""
+    """Evaluate the expression. Raises BundleError for a size that is missing or anything but arithmetic."""
 
     def walk(node: ast.AST) -> int:
         if isinstance(node, ast.BinOp):
@@ -38,7 +38,7 @@ def value_of(expression: str, numbers: Mapping[str, float]) -> int:
 
 
 def c_of(expression: str) -> str:
-    """The expression in C, over variables of type int64_t. Raises BundleError for anything but arithmetic."""
+    """Translate the expression to C, over variables of type int64_t. Raises BundleError for anything but arithmetic."""
 
     def walk(node: ast.AST) -> str:
         if isinstance(node, ast.BinOp):
@@ -71,7 +71,7 @@ def function_of(node: ast.Call) -> str:
 
 
 def constant(node: ast.AST) -> int:
-    """The integer that a node is."""
+    """Return the integer that a node is."""
     if isinstance(node, ast.Constant) and type(node.value) is int:
         return node.value
     raise TypeError(ast.unparse(node))

@@ -33,7 +33,7 @@ class Bundle:
         self._lock = threading.Lock()
 
     def kernel(self, target: str, entry: dict[str, Any]) -> Kernel:
-        """A kernel of the manifest. Raises BundleError where its code was changed or this machine cannot run it."""
+        """Return a kernel of the manifest. Raises BundleError if its code was changed or this machine cannot run it."""
         if self.manifest["targets"][target]["kind"] == "cpu":
             from ..compiler.cpu.build import bind
 
@@ -49,7 +49,7 @@ class Bundle:
         return driver.kernel(entry["family"], signature_of(entry), cubin, launch)
 
     def library(self, target: str) -> Path:
-        """The CPU's library, checked once."""
+        """Return the CPU's library, checked once."""
         with self._lock:
             if self._library is None:
                 facts = self.manifest["targets"][target]
@@ -78,7 +78,7 @@ def open_bundle(folder: Path) -> Bundle:
 
 
 def kernel(named: str, family: str, target: str, parameters: dict[str, Any]) -> Kernel:
-    """The kernel of a family from the bundles that `named` lists, as $PATH lists folders; the first that has it.
+    """Return the kernel of a family from the bundles that `named` lists, as $PATH lists folders; the first that has it.
 
     Raises BundleError where none has it, or one is damaged.
     """
@@ -110,7 +110,7 @@ def missing(bundles: Sequence[Bundle], family: str, target: str, parameters: dic
 
 
 def differences(wanted: dict[str, Any], has: dict[str, Any]) -> dict[str, Any]:
-    """The parameters in which a kernel of a bundle is not the one that was asked for."""
+    """Return the parameters in which a kernel of a bundle is not the one that was asked for."""
     return {name: value for name, value in has.items() if name not in wanted or wanted[name] != value}
 
 

@@ -60,7 +60,7 @@ def write(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a bundle. Raises BundleError where it is missing, changed, or of another format.
+    """Return the manifest of a bundle. Raises BundleError where it is missing, changed, or of another format.
 
     TrustError where others than this user and root can write to the folder.
     """
@@ -107,7 +107,7 @@ def check_fields(manifest: Any, where: str) -> None:
 
 
 def content_of(folder: Path, manifest: dict[str, Any], name: str) -> bytes:
-    """A file of the bundle, checked. Raises BundleError where it is missing, changed, or not the bundle's.
+    """Return a file of the bundle, checked. Raises BundleError where it is missing, changed, or not the bundle's.
 
     TrustError where others than this user and root can write to it.
     """
@@ -140,13 +140,13 @@ def facts_of(path: Path) -> dict[str, Any]:
 
 
 def sha256(content: bytes) -> str:
-    """The digest in hexadecimal digits."""
+    """Return the digest in hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()
 
 
 @cache
 def sources_hash() -> str:
-    """A hash of the sources that a kernel, its plan and its call come from: another build's may differ in meaning."""
+    """Hash the sources that a kernel, its plan and its call come from: another build's may differ in meaning."""
     from .. import kernels
 
     compiler = PACKAGE / "compiler"

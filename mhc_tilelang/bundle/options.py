@@ -35,7 +35,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool) -> N
 
 
 def spec_of(args: argparse.Namespace) -> MHCSpec:
-    """The spec that the options mean. Raises MHCError where they contradict each other or a size is out of range."""
+    """Return the spec of the options. Raises MHCError where they contradict each other or a size is out of range."""
     if (args.hidden_size is None) == (args.model == CUSTOM):
         wanted = f"--hidden-size with --model {CUSTOM}, and with no other"
         raise MHCError(f"expected {wanted}, got --model {args.model} --hidden-size {args.hidden_size}")

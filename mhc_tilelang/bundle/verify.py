@@ -43,7 +43,7 @@ class Result:
 
 
 def check_files(folder: Path) -> dict[str, Any]:
-    """The manifest of a bundle whose files are all as they were exported. Raises BundleError for the first that is not.
+    """Check that a bundle's files are as exported; return its manifest. Raises BundleError for the first that is not.
 
     There must be no other files, and the golden vectors that the indices name must be among them.
     """
@@ -64,7 +64,7 @@ def check_files(folder: Path) -> dict[str, Any]:
 
 
 def vectors_of(folder: Path, facts: dict[str, Any], target: str) -> list[dict[str, Any]]:
-    """The golden vectors of a target."""
+    """Return the golden vectors of a target."""
     name = facts["golden"].get(target)
     if name is None:
         raise BundleError(f"{folder}: golden: expected an index for {target}, got none")
@@ -73,7 +73,7 @@ def vectors_of(folder: Path, facts: dict[str, Any], target: str) -> list[dict[st
 
 
 def results(folder: Path, facts: dict[str, Any]) -> Iterator[Result]:
-    """Every output of every kernel that has a golden vector."""
+    """Yield every output of every kernel that has a golden vector."""
     bundle = Bundle(folder)
     arrays = golden.arrays_of(manifest.content_of(folder, facts, golden.ARRAYS))
     for target, part in facts["targets"].items():
@@ -121,7 +121,7 @@ def run(
 
 
 def share_of(buffer: dict[str, Any], kept: torch.Tensor, got: torch.Tensor) -> float:
-    """The largest share of the tolerance, of the elements that were kept.
+    """Return the largest share of the tolerance, of the elements that were kept.
 
     Infinite for a NaN anywhere, and for any difference where none is allowed.
     """

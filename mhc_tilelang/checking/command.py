@@ -86,7 +86,7 @@ def share(row: Row) -> float:
 
 
 def as_json(device: str, rows: list[Row]) -> dict[str, Any]:
-    """The content of `--json FILE`."""
+    """Return the content of `--json FILE`."""
     return {
         "device": device,
         "versions": versions(),

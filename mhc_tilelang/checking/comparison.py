@@ -43,7 +43,7 @@ class Verdict:
 
 
 def compare(comparison: Comparison) -> Verdict:
-    """The worst element of an output; NaN and infinity are errors wherever the reference has neither."""
+    """Return the worst element of an output; NaN and infinity are errors wherever the reference has neither."""
     error, bound = worst(comparison.got, comparison)
     torch_error, _ = worst(comparison.torch, comparison)
     return Verdict(error, bound, torch_error, bool(error <= bound))
@@ -65,7 +65,7 @@ def worst(values: Array, comparison: Comparison) -> tuple[float, float]:
 
 
 def numpy64(tensor: torch.Tensor) -> Array:
-    """A tensor's exact values in float64."""
+    """Return a tensor's exact values in float64."""
     return tensor.detach().cpu().double().numpy()
 
 

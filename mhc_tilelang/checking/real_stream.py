@@ -40,12 +40,12 @@ class Sublayer:
 
 
 def default_text() -> Path:
-    """A text that every Python installation has: the source of its argparse module."""
+    """Return a text that every Python installation has: the source of its argparse module."""
     return Path(sysconfig.get_path("stdlib")) / "argparse.py"
 
 
 def read_tokens(path: Path) -> torch.Tensor:
-    """The first bytes of a file, as token ids 0 … 255.
+    """Return the first bytes of a file, as token ids 0 … 255.
 
     Raises MHCError for a file that cannot be read or is empty.
     """
@@ -105,12 +105,12 @@ def random_sublayer(spec: MHCSpec, generator: torch.Generator) -> Sublayer:
 
 
 def mlp(layer_input: torch.Tensor, sublayer: Sublayer) -> torch.Tensor:
-    """The layer: float32 inside, one rounding at the end."""
+    """Apply the layer: float32 inside, one rounding at the end."""
     return (torch.relu(layer_input.float() @ sublayer.up.T) @ sublayer.down.T).to(layer_input.dtype)
 
 
 def run_stream(h: torch.Tensor, sublayers: list[Sublayer], spec: MHCSpec, functions: ModuleType) -> torch.Tensor:
-    """The stream by the functions of `ops` or of `plain_torch`."""
+    """Run the stream by the functions of `ops` or of `plain_torch`."""
     x = functions.expand(h, spec.num_streams)
     *layers, last = sublayers
     for sublayer in layers:
@@ -133,5 +133,5 @@ def run_reference(h: Array, sublayers: list[Sublayer], spec: MHCSpec) -> Array:
 
 
 def mlp_float64(layer: Sublayer, layer_input: Array) -> Array:
-    """The layer in float64."""
+    """Apply the layer in float64."""
     return np.maximum(layer_input @ numpy64(layer.up).T, 0) @ numpy64(layer.down).T

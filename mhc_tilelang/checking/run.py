@@ -31,7 +31,7 @@ class Row:
 
 
 def cases() -> list[Case]:
-    """Every n and dtype at one small width; wide, odd and single-channel streams at n = 4; few tokens and many;
+    """Return every n and dtype at one small width; wide, odd and single-channel streams at n = 4; few tokens and many;
     a float32 layer in a 16-bit stream.
     """
     everywhere = [Case(n, 192, dtype, 127) for n in STREAM_COUNTS for dtype in STREAM_DTYPES]
@@ -62,7 +62,7 @@ def check_case(kernel: str, case: Case, inputs: Inputs) -> Row:
 
 
 def iterate(device: torch.device, chosen: Iterable[Case], kernels: Iterable[str] | None = None) -> Iterator[Row]:
-    """The rows, as they are computed: case by case, kernel by kernel; those of all checks unless some are named."""
+    """Yield the rows as computed: case by case, kernel by kernel; those of all checks unless some are named."""
     for case in chosen:
         inputs = Inputs.of(case, device)
         for kernel in CHECKS if kernels is None else kernels:

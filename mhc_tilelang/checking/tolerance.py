@@ -25,7 +25,7 @@ LEAST_SIGMOID = 2.0**-128  # where exp(−z) overflows, and σ(z) is 0
 
 
 def combination(magnitude: Array, num_terms: int, dtype: str) -> Array:
-    """A sum of `num_terms` products in float32, one rounding each, then one to the stream's dtype."""
+    """Bound a sum of `num_terms` products in float32, one rounding each, then one to the stream's dtype."""
     return magnitude * (UNIT_ROUNDOFF[dtype] + (num_terms + 1) * U32) + SMALLEST[dtype]
 
 

@@ -29,7 +29,7 @@ def add_device_argument(parser: argparse.ArgumentParser, *more: str) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device of a `--device` value. Raises MHCError for cuda where torch sees no GPU."""
+    """Return the torch device of a `--device` value. Raises MHCError for cuda where torch sees no GPU."""
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
@@ -40,7 +40,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def describe(device: torch.device) -> str:
-    """The GPU's name, or the processor's with the threads that torch and the kernels use."""
+    """Return the GPU's name, or the processor's with the threads that torch and the kernels use."""
     import torch
 
     if device.type == "cuda":
@@ -49,7 +49,7 @@ def describe(device: torch.device) -> str:
 
 
 def processor_name() -> str:
-    """The processor's model name, as the system tells it."""
+    """Return the processor's model name, as the system tells it."""
     if platform.system() == "Darwin":
         return output_of(["sysctl", "-n", "machdep.cpu.brand_string"]).strip() or platform.machine()
     with suppress(OSError):

@@ -17,7 +17,7 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def writable_file(text: str) -> Path:
-    """A path that a file can be written to: asked before a long run, not after it."""
+    """Return a path that a file can be written to: asked before a long run, not after it."""
     path = Path(text)
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"cannot write {text}")

@@ -42,7 +42,7 @@ COMPILE_FLAGS = ["-fmad=false"]
 
 
 def load(family: str, parameters: dict[str, Any], arch: str) -> Kernel:
-    """The kernel for the GPUs of one architecture."""
+    """Return the kernel for the GPUs of one architecture."""
     func = trace(family, parameters)
     run = entry_of(build(func, arch, family, parameters))
 
@@ -60,7 +60,7 @@ def load(family: str, parameters: dict[str, Any], arch: str) -> Kernel:
 
 
 def entry_of(jit_kernel: tilelang.JITKernel) -> Callable[..., object]:
-    """A kernel's host code, which checks its tensors and launches on torch's current stream.
+    """Return a kernel's host code, which checks its tensors and launches on torch's current stream.
 
     tilelang's adapter in front of it looks for outputs to allocate, of which there are none: 5.5 µs instead of 2.1 with
     18 tensors.
@@ -91,7 +91,7 @@ def build(func: Any, arch: str, family: str, parameters: dict[str, Any]) -> tile
 
 
 def configs_of(func: Any) -> dict[Any, Any]:
-    """The passes of a function: PASS_CONFIGS, and those that are off for it alone (see `kernels.warps`)."""
+    """Return the passes of a function: PASS_CONFIGS, and those that are off for it alone (see `kernels.warps`)."""
     return {**PASS_CONFIGS, **{str(name): True for name in (func.attrs or {}).get("mhc.pass_configs", ())}}
 
 

@@ -41,14 +41,14 @@ class CudaSource:
     dtypes: tuple[str, ...] = ()
 
     def grid_at(self, sizes: Mapping[str, float]) -> tuple[int, int, int]:
-        """The grid for run-time sizes and scalars, by name. Raises NameError for one that is missing."""
+        """Return the grid for run-time sizes and scalars, by name. Raises NameError for one that is missing."""
         functions = {"__builtins__": {}, "T": SimpleNamespace(min=min, max=max)}
         x, y, z = (int(eval(extent, functions, dict(sizes))) for extent in self.grid)
         return x, y, z
 
 
 def generate(family: str, parameters: dict[str, Any], arch: str) -> CudaSource:
-    """The source of a family's kernel for an architecture, exactly as `cuda.load` would compile it."""
+    """Return the source of a family's kernel for an architecture, exactly as `cuda.load` would compile it."""
     return generate_from(trace(family, parameters), arch)
 
 
@@ -74,5 +74,5 @@ def generate_from(func: Any, arch: str, configs: Mapping[Any, Any] | None = None
 
 
 def text_of(expression: Any) -> str:
-    """An expression as Python text. Its `str` is TVM's own string, which `copy.deepcopy` frees twice."""
+    """Return an expression as Python text. Its `str` is TVM's own string, which `copy.deepcopy` frees twice."""
     return "".join(str(expression))

@@ -95,7 +95,7 @@ def open_folder(folder: str) -> Path:
 
 
 def read(place: Path, name: str, suffix: str) -> tuple[dict[str, Any], Path]:
-    """The facts of an entry and its file, verified. Raises FileNotFoundError where there is no record.
+    """Return the facts of an entry and its file, verified. Raises FileNotFoundError where there is no record.
 
     ValueError or OSError with what was expected and what came where one is damaged, TrustError where others can write.
     """
@@ -153,6 +153,6 @@ def facts_of(file: Path, expected: int | None = None) -> dict[str, Any]:
 
 
 def seal_of(record: dict[str, Any]) -> str:
-    """A hash of a record's fields but its seal."""
+    """Return a hash of a record's fields but its seal."""
     rest = {name: value for name, value in record.items() if name != "seal"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

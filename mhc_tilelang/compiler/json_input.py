@@ -19,7 +19,7 @@ def fields(value: Any, kinds: Mapping[str, type], where: str) -> dict[str, Any]:
 
 
 def strings(value: Any, where: str) -> tuple[str, ...]:
-    """A list of strings as a tuple. Raises ValueError for anything else."""
+    """Return a list of strings as a tuple. Raises ValueError for anything else."""
     if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
         raise ValueError(f"{where}: expected a list of strings, got {value!r:.100}")
     return tuple(value)

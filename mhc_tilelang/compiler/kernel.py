@@ -38,7 +38,7 @@ class Signature:
 
     @classmethod
     def from_json(cls, facts: Any, where: str) -> Signature:
-        """A signature that was written as JSON. Raises ValueError where a field is missing or of another type."""
+        """Read a signature that was written as JSON. Raises ValueError where a field is missing or of another type."""
         fields(facts, {"buffers": list, "scalars": dict}, where)
         buffers = []
         for each in facts["buffers"]:

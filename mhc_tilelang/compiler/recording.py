@@ -57,7 +57,7 @@ class Recorded:
         return found
 
     def wide(self, num_tokens: int, hidden_size: int) -> tuple[str, ...]:
-        """The names of the tensors as wide as the stream or a layer, [T, …, C], whose channels may be split in two.
+        """Name the tensors as wide as the stream or a layer, [T, …, C], whose channels may be split in two.
 
         Shapes alone tell them from small tensors, whose extents must not be as large.
         """

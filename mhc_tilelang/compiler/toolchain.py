@@ -74,7 +74,7 @@ def output_of(command: Sequence[str], timeout: float = 30) -> str:
 
 
 def _from_pypi(name: str) -> Tool | None:
-    """A program of NVIDIA's that a PyPI package of its name brings."""
+    """Return a program of NVIDIA's that a PyPI package of its name brings."""
     try:
         files = importlib.metadata.files(f"nvidia-cuda-{name}") or []
     except importlib.metadata.PackageNotFoundError:

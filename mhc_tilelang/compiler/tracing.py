@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def trace(family: str, parameters: dict[str, Any]) -> Any:
-    """The family's TIR function for these sizes, before any target sees it. Loads tilelang."""
+    """Return the family's TIR function for these sizes, before any target sees it. Loads tilelang."""
     share_macros()
     module, factory = FAMILIES[family]
     return getattr(import_module(f"mhc_tilelang.kernels.{module}"), factory)(**parameters)
@@ -45,7 +45,7 @@ def share_macros() -> None:
 
 
 def signature_of(func: Any) -> Signature:
-    """The signature of a TIR function."""
+    """Return the signature of a TIR function."""
     from tvm import tirx
 
     buffers = []

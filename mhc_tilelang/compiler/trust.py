@@ -27,7 +27,7 @@ VARIABLE = "MHC_TILELANG_TRUST"
 
 
 def check(path: Path) -> Path:
-    """The real path of a file or folder that only this user and root can change; load from that, without links.
+    """Return the real path of a file or folder that only this user and root can change; load from that, without links.
 
     Raises TrustError where others can change it, or $MHC_TILELANG_TRUST is not a list of absolute paths; OSError where
     there is no such file.
@@ -47,7 +47,7 @@ def check(path: Path) -> Path:
 
 
 def exempt() -> list[Path]:
-    """The folders that $MHC_TILELANG_TRUST lists. Raises TrustError for a path that is not absolute."""
+    """Return the folders that $MHC_TILELANG_TRUST lists. Raises TrustError for a path that is not absolute."""
     named = [name for name in os.environ.get(VARIABLE, "").split(os.pathsep) if name]
     for name in named:
         if not os.path.isabs(name):

@@ -55,5 +55,5 @@ CONVENTIONS = {
 
 
 def known_as(convention: Convention) -> str:
-    """The name in `CONVENTIONS`, or "none of CONVENTIONS"."""
+    """Return the name in `CONVENTIONS`, or "none of CONVENTIONS"."""
     return next((name for name, known in CONVENTIONS.items() if known == convention), "none of CONVENTIONS")

@@ -26,7 +26,7 @@ KEY = r"(?P<module>(?:.*\.)?(?P<site>hc_(?:attn|ffn|head)))_(?P<name>[^.]+)"
 
 
 def spec(hidden_size: int, num_streams: int = 4, **changes: float) -> MHCSpec:
-    """The constants of the released DeepSeek-V4 code: `MHCSpec.deepseek_v4`."""
+    """Return the constants of the released DeepSeek-V4 code: `MHCSpec.deepseek_v4`."""
     return MHCSpec.deepseek_v4(hidden_size, num_streams=num_streams, **changes)
 
 
@@ -41,7 +41,7 @@ def export_state(state: State) -> Converted:
 
 
 def import_head(state: State) -> Converted:
-    """The head's fn, scale, base -> phi, alpha, bias of a `HyperHead`; nothing is copied. scale may be a scalar."""
+    """Convert fn, scale, base of the head to phi, alpha, bias of a `HyperHead`, uncopied. scale may be a scalar."""
     function = "deepseek.import_head"
     checks.take(function, state, NAMES)
     phi, alpha, bias = state["fn"], state["scale"], state["base"]
@@ -57,7 +57,7 @@ def export_head(state: State) -> Converted:
 
 
 def import_model(state: State) -> dict[str, Converted]:
-    """A checkpoint's state dict -> our states by module, such as "layers.0.hc_attn" and "hc_head"; others are left."""
+    """Convert a checkpoint's state dict to our states by module, "layers.0.hc_attn", "hc_head"; others are left."""
     return checks.import_model("deepseek.import_model", state, KEY, _IMPORTS)
 
 

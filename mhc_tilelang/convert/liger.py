@@ -27,7 +27,7 @@ def spec(hidden_size: int, num_streams: int = 4, **changes: float) -> MHCSpec:
 
 
 def import_state(state: State) -> Converted:
-    """A `LigerMHC`'s state -> phi, alpha, bias of a `RowsFirstConnection`. phi is a view of its phi, transposed."""
+    """Convert a `LigerMHC`'s state to phi, alpha, bias of `RowsFirstConnection`. phi is its phi transposed, a view."""
     function = "liger.import_state"
     theirs = {name: tensor for name, tensor in state.items() if not name.startswith("layer.")}
     checks.take(function, theirs, NAMES)

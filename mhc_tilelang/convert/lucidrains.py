@@ -49,7 +49,7 @@ def unconstrained_spec(hidden_size: int, num_streams: int = 4) -> MHCSpec:
 
 
 def import_state(state: State) -> Converted:
-    """A `ManifoldConstrainedHyperConnections`' state without dynamic weights -> phi (0), alpha, bias.
+    """Convert a `ManifoldConstrainedHyperConnections`' state without dynamic weights to phi (0), alpha, bias.
 
     Raises ConversionError if a dynamic weight or its norm's is not 0. To keep the static part alone, zero them first.
     """
@@ -93,7 +93,7 @@ def export_state(state: State) -> Converted:
 
 
 def import_unconstrained(state: State) -> Converted:
-    """A `HyperConnections`' state, dynamic weights included -> theta, alpha, bias of an `UnconstrainedHyperConnection`.
+    """Convert a `HyperConnections`' state, dynamic weights included, to an `UnconstrainedHyperConnection`'s.
 
     Its norm's weight, norm.gamma + 1, is multiplied into theta. Its tanh must be on, the default.
     """

@@ -34,12 +34,12 @@ MAIN = CONVENTIONS["deepseek"]
 
 
 def spec(hidden_size: int, num_streams: int = 4, **changes: float) -> MHCSpec:
-    """The constants of the main branch: every eps 1e-6, 20 iterations; see above for its norm."""
+    """Return the constants of the main branch: every eps 1e-6, 20 iterations; see above for its norm."""
     return MHCSpec(hidden_size, **{"num_streams": num_streams, **changes})  # type: ignore[arg-type]
 
 
 def import_state(state: State, convention: Convention = MAIN) -> Converted:
-    """A `HyperConnectionModule`'s state -> phi, alpha, bias.
+    """Convert a `HyperConnectionModule`'s state to phi, alpha, bias.
 
     Args:
         convention: the version's. For `convention.last` "rows", as in the main branch, a `HyperConnection` computes
@@ -68,7 +68,7 @@ def export_state(state: State, convention: Convention = MAIN) -> Converted:
 
 
 def import_model(state: State, convention: Convention = MAIN) -> dict[str, Converted]:
-    """A model's state dict -> our states by module, "decoder.layers.0.self_attention_hyper_connection" and so on."""
+    """Convert a state dict to our states by module, "decoder.layers.0.self_attention_hyper_connection" and so on."""
     converters = dict.fromkeys(SITES, lambda theirs: import_state(theirs, convention))
     return checks.import_model("megatron.import_model", state, KEY, converters)
 

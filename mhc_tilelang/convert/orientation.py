@@ -64,7 +64,7 @@ class Probe:
 
 
 def probe(num_streams: int = 4, hidden_size: int = 64, sinkhorn_iters: int = 2, num_tokens: int = 8) -> Probe:
-    """The inputs for `orientation`; the same at every call.
+    """Return the inputs for `orientation`; the same at every call.
 
     Args:
         num_streams: n.
@@ -137,7 +137,7 @@ def orientation(foreign: Callable[[Probe], torch.Tensor], probe: Probe, expected
 
 
 def _candidates(x_next: torch.Tensor, probe: Probe) -> list[Convention]:
-    """Every convention whose x_next can have this shape."""
+    """Return every convention whose x_next can have this shape."""
     shapes = {OUTERMOST: probe.x.shape[-2:], INNERMOST: probe.x.mT.shape[-2:]}
     fitting = [streams for streams, shape in shapes.items() if x_next.shape[-2:] == shape]
     return [Convention(*parts) for parts in product(fitting or shapes, (OUT_IN, IN_OUT), (ROWS, COLUMNS))]

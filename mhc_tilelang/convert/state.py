@@ -107,7 +107,7 @@ Converter = Callable[[State], Converted]
 
 
 def import_model(function: str, state: State, key: str, converters: Mapping[str, Converter]) -> dict[str, Converted]:
-    """The connections in a model's state dict, ours, by the name that their keys share.
+    """Return the connections in a model's state dict, ours, by the name that their keys share.
 
     Args:
         key: a pattern that a connection's keys match in full, with the groups `module` (what they share, ending
@@ -127,7 +127,7 @@ def import_model(function: str, state: State, key: str, converters: Mapping[str,
 def export_model(
     function: str, connections: Mapping[str, State], separator: str, converters: Mapping[str, Converter]
 ) -> Converted:
-    """A model's state dict from states of ours, by the names that `import_model` gives them."""
+    """Return a model's state dict from states of ours, by the names that `import_model` gives them."""
     chosen = {}
     for module in connections:
         sites = [site for site in converters if re.search(rf"(^|[._]){site}$", module)]

@@ -27,12 +27,12 @@ def comb(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def swapped_streams(x: torch.Tensor) -> torch.Tensor:
-    """A stream [..., n, C] -> [..., C, n], contiguous: streams outermost to innermost; its own inverse."""
+    """Swap a stream's axes: [..., n, C] -> [..., C, n], contiguous, streams outermost to innermost; its own inverse."""
     return x.mT.contiguous()
 
 
 def swapped_columns(tensor: torch.Tensor, groups: int) -> torch.Tensor:
-    """The last axis as [groups, size], transposed and flattened again, contiguous.
+    """Transpose the last axis as [groups, size] and flatten it again, contiguous.
 
     Of phi [M, K] or a norm weight [K]: with groups = n from columns for x flattened from [n, C] to columns for x
     flattened from [C, n]; with groups = C back.

@@ -26,7 +26,7 @@ KEY = r"(?P<module>(?:.*\.)?(?P<site>attn_hc|ffn_hc|hc_head))\.(?P<name>.+)"
 
 
 def spec(config: Any) -> MHCSpec:
-    """The constants of a `DeepseekV4Config`, a `Glm5NextTextConfig` or a `HYV4Config`."""
+    """Return the constants of a `DeepseekV4Config`, a `Glm5NextTextConfig` or a `HYV4Config`."""
     if hasattr(config, "hc_magnitude"):
         return MHCSpec.hy4(
             config.hidden_size,
@@ -47,7 +47,7 @@ def spec(config: Any) -> MHCSpec:
 
 
 def import_state(state: State) -> Converted:
-    """A state of a `DeepseekV4HyperConnection` or a `HYV4HyperConnection` -> that of a `HyperConnection`."""
+    """Convert a state of a `DeepseekV4HyperConnection` or a `HYV4HyperConnection` to that of a `HyperConnection`."""
     if _is_identity(state, "scale"):
         checks.take("transformers.import_state", state, NAMES)
         phi, alpha, bias = (state[name] for name in NAMES)
@@ -67,7 +67,7 @@ def export_state(state: State) -> Converted:
 
 
 def import_head(state: State) -> Converted:
-    """A `DeepseekV4HyperHead`'s state -> phi, alpha, bias of a `HyperHead`; nothing is copied."""
+    """Convert a `DeepseekV4HyperHead`'s state to phi, alpha, bias of a `HyperHead`; nothing is copied."""
     function = "transformers.import_head"
     checks.take(function, state, HEAD_NAMES)
     phi, alpha, bias = (state[name] for name in HEAD_NAMES)
@@ -82,7 +82,7 @@ def export_head(state: State) -> Converted:
 
 
 def import_model(state: State) -> dict[str, Converted]:
-    """A model's state dict -> our states by module, such as "model.layers.0.attn_hc"; other keys are left."""
+    """Convert a state dict to our states by module, such as "model.layers.0.attn_hc"; other keys are left."""
     return checks.import_model("transformers.import_model", state, KEY, _IMPORTS)
 
 

@@ -29,7 +29,7 @@ class Gain(NamedTuple):
 
 
 def amax_gain(h_res: torch.Tensor) -> Gain:
-    """The largest absolute row sum and column sum of each matrix.
+    """Return the largest absolute row sum and column sum of each matrix.
 
     Args:
         h_res: [..., n, n], [out, in]; a single mapping or a `composite`.
@@ -42,7 +42,7 @@ def amax_gain(h_res: torch.Tensor) -> Gain:
 
 
 def composite(h_res: torch.Tensor) -> torch.Tensor:
-    """The product over depth, H_{L−1} ··· H_1 H_0 (Eq. 4): what L sublayers make of the streams before them.
+    """Return the product over depth, H_{L−1} ··· H_1 H_0 (Eq. 4): what L sublayers make of the streams before them.
 
     Args:
         h_res: [L, ..., n, n] with L ≥ 1, the first sublayer first.
@@ -89,7 +89,7 @@ def sum_deviation(h_res: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def spectral_norm(h_res: torch.Tensor) -> torch.Tensor:
-    """The largest singular value, h_res [..., n, n] -> [...]; 1 for a doubly stochastic one.
+    """Return the largest singular value, h_res [..., n, n] -> [...]; 1 for a doubly stochastic one.
 
     By a singular value decomposition, which waits for the device: not part of `watch`.
     """
@@ -109,21 +109,21 @@ def row_entropy(h_res: torch.Tensor) -> torch.Tensor:
 
 
 def entry_saturation(h_res: torch.Tensor, margin: float = ENTRY_MARGIN) -> torch.Tensor:
-    """The share of entries within `margin` of 0 or of 1, h_res [..., n, n] -> [...]: where gradients vanish."""
+    """Return the share of entries within `margin` of 0 or of 1, h_res [..., n, n] -> [...]: where gradients vanish."""
     _check_square("entry_saturation", h_res)
     _check_positive("entry_saturation", "margin", margin)
     return ((h_res.abs() < margin) | ((h_res - 1).abs() < margin)).to(h_res.dtype).mean((-2, -1))
 
 
 def logit_saturation(logits: torch.Tensor, limit: float = LOGIT_LIMIT) -> torch.Tensor:
-    """The share of logits before Sinkhorn with |logit| > limit, [..., n, n] -> [...]."""
+    """Return the share of logits before Sinkhorn with |logit| > limit, [..., n, n] -> [...]."""
     _check_square("logit_saturation", logits, "logits")
     _check_positive("logit_saturation", "limit", limit)
     return (logits.abs() > limit).to(logits.dtype).mean((-2, -1))
 
 
 def stream_rms(x: torch.Tensor) -> torch.Tensor:
-    """The root mean square of each stream over its channels, in float32: x [..., n, C] -> [..., n]."""
+    """Return the root mean square of each stream over its channels, in float32: x [..., n, C] -> [..., n]."""
     _check_float("stream_rms", "x", x)
     if x.ndim < 2:
         raise ValueError(f"stream_rms: x: expected shape [..., n, C], got {list(x.shape)}")
@@ -133,7 +133,7 @@ def stream_rms(x: torch.Tensor) -> torch.Tensor:
 def res_logits(
     x: torch.Tensor, phi: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor, spec: MHCSpec
 ) -> torch.Tensor:
-    """The logits that `coefficients` gives to Sinkhorn and does not return (Eq. 14-16), in float32 plain torch.
+    """Return the logits that `coefficients` gives to Sinkhorn and does not return (Eq. 14-16), in float32 plain torch.
 
     Args: as for `coefficients`.
 

@@ -123,7 +123,7 @@ class Report:
         self._read(wait=True)
 
     def to_dict(self) -> dict[str, list[int | float | str | None]]:
-        """A list per column; None where a row has no such number."""
+        """Return a list per column; None where a row has no such number."""
         rows = self.rows
         columns = dict.fromkeys(name for row in rows for name in row)
         return {name: [row.get(name) for row in rows] for name in columns}
@@ -212,7 +212,7 @@ def _summarize(h_res: torch.Tensor, calls: Sequence[Call]) -> torch.Tensor:
 
 
 def _worst(rows: Sequence[Row], quantity: str, thresholds: Thresholds) -> Finding | None:
-    """The row that is furthest beyond a limit."""
+    """Return the row that is furthest beyond a limit."""
     limit = getattr(thresholds, quantity)
     if limit is None:
         return None

@@ -44,7 +44,7 @@ class Family:
     is_identity: bool = False
 
     def named(self, name: str) -> type[nn.Module]:
-        """The class of this name behind the prefix."""
+        """Return the class of this name behind the prefix."""
         return getattr(self.eager, f"{self.prefix}{name}")
 
     @property
@@ -136,7 +136,7 @@ def find_loaded() -> list[Family]:
 
 
 def of_module(module: nn.Module) -> tuple[Family, type[nn.Module]] | None:
-    """The family of a connection, a head or a decoder layer, and which of the three it is; None for another."""
+    """Return the family of a connection, a head or a decoder layer, and which of the three it is; None for another."""
     for family in find_loaded():
         for kind in (family.connection, family.head, family.layer):
             if isinstance(module, kind):

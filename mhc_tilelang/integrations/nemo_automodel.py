@@ -63,7 +63,7 @@ def restore(model: nn.Module) -> tuple[str, ...]:
 
 
 def spec(module: Any) -> MHCSpec:
-    """The sizes and constants of one of their connections."""
+    """Return the sizes and constants of one of their connections."""
     delayed = isinstance(module, DeepseekV41HyperConnection)
     n = module.streams if delayed else module.hc_mult
     eps = module.eps if delayed else module.hc_eps

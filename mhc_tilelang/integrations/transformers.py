@@ -108,7 +108,7 @@ def restore(model: nn.Module) -> tuple[str, ...]:
 
 
 def spec(module: Any) -> MHCSpec:
-    """The sizes and constants of a hyper-connection, or of a head with weights.
+    """Return the sizes and constants of a hyper-connection, or of a head with weights.
 
     Raises ConversionError where the projection has no two dimensions, as flattened or partitioned parameters.
     """
@@ -182,7 +182,7 @@ def _mix(module: Any, hidden_states: torch.Tensor, *args: Any, name: str, **kwar
 
 @cache
 def _checkpointed(layer: type[nn.Module]) -> Any:
-    """A subclass with our forward, which transformers wraps as it does every one."""
+    """Return a subclass with our forward, which transformers wraps as it does every one."""
     return type("_Layer", (layer,), {"forward": _mix})
 
 
@@ -242,7 +242,7 @@ def _is_theirs(forward: Any, kind: type[nn.Module]) -> bool:
 
 
 def _slot(module: nn.Module) -> str:
-    """The attribute of the instance for the module's own forward: the one that accelerate's hook calls, if there is."""
+    """Return the instance's attribute for the module's own forward: the one that accelerate's hook calls, if any."""
     own = vars(module)
     forward = own.get("forward")
     hooked = isinstance(forward, partial) and getattr(forward.func, "__module__", None) == "accelerate.hooks"

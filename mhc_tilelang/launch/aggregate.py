@@ -121,6 +121,6 @@ def aggregate_norm_backward(
 def _norm_kernel(
     family: str, x: torch.Tensor, weight: torch.Tensor, **parameters: bool
 ) -> tuple[Kernel, plans.NormTile]:
-    """The kernel of a family that normalises rows of a stream, and its tile."""
+    """Return the kernel of a family that normalises rows of a stream, and its tile."""
     tile = plans.norm_tile(x.shape[2], x.element_size(), compiler.platform_of(x.device))
     return stream_kernel(family, x, weight_dtype=dtype_name(weight.dtype), tile=tile, **parameters), tile

@@ -23,7 +23,7 @@ _asked = threading.local()
 
 
 def asked() -> torch.cuda.Stream | None:
-    """The stream that this thread's coefficients are launched on within `coefficients_on`; None without."""
+    """Return the stream that this thread's coefficients are launched on within `coefficients_on`; None without."""
     return getattr(_asked, "stream", None)
 
 

@@ -96,7 +96,7 @@ def expand_project(
 
 
 def expand_project_plan(h: torch.Tensor, rows: int, num_streams: int) -> boundary_plans.ExpandProjectPlan:
-    """The plan by which h is projected on a phi of `rows` rows for `num_streams` equal streams."""
+    """Return the plan by which h is projected on a phi of `rows` rows for `num_streams` equal streams."""
     platform = compiler.platform_of(h.device)
     return boundary_plans.expand_project_plan(rows, num_streams, h.shape[-1], dtype_name(h.dtype), platform)
 

@@ -21,7 +21,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def gate_plan(x: torch.Tensor, rows: int) -> projection_plans.ProjectionPlan:
-    """The projection's plan: by tiles, for warps that project take four rows for a head of four streams."""
+    """Return the projection's plan: by tiles, for warps that project take four rows for a head of four streams."""
     dtype, platform = dtype_name(x.dtype), compiler.platform_of(x.device)
     return projection_plans.tile_projection_plan(rows, x.shape[-1], dtype, platform)
 
@@ -112,8 +112,8 @@ def identity_post_pre(
     h_pre: torch.Tensor | None,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
-    """The boundary: x [T, n, C], layer_output [T, C], h_post [T, n] of the sublayer that ends, phi [2n, K], alpha [2],
-    bias [2n] of the one that begins -> projected [2n + 1, T].
+    """Launch the boundary: x [T, n, C], layer_output [T, C], h_post [T, n] of the sublayer that ends, phi [2n, K],
+    alpha [2], bias [2n] of the one that begins -> projected [2n + 1, T].
 
     `out` has x_next [T, n, C], layer_input [T, C], h_post and h_pre [T, n]. With an h_pre [T, n] layer_input is
     aggregated with that, in the first of two launches; without, in a third.

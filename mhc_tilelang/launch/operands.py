@@ -14,7 +14,7 @@ Gradient = torch.Tensor | None
 
 
 def stream_kernel(family: str, x: torch.Tensor, **parameters: Any) -> Kernel:
-    """The kernel of a family for the sizes, dtype and device of a stream x [T, n, C], and its other parameters."""
+    """Return a family's kernel for the sizes, dtype and device of a stream x [T, n, C], and its other parameters."""
     return compiler.kernel(
         family,
         compiler.target_of(x.device),
@@ -33,7 +33,7 @@ def channel_kernel(family: str, x: torch.Tensor, *accessed: torch.Tensor, **para
 
 
 def alignment(*tensors: torch.Tensor) -> int:
-    """The largest power of two, up to 16 bytes, that divides every data pointer. Views can start anywhere.
+    """Return the largest power of two, up to 16 bytes, that divides every data pointer. Views can start anywhere.
 
     Of the first tensor's bytes: one with wider elements must start on as many of its own for the same vector.
     """
@@ -44,7 +44,7 @@ def alignment(*tensors: torch.Tensor) -> int:
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or on a GPU a copy of it if it does not start on 16 bytes, which is how kernels read.
+    """Return the tensor, or on a GPU a copy of it if it does not start on 16 bytes, which is how kernels read.
 
     Not for the streams of `pre`, `post` and `expand`: those kernels are built for narrower accesses instead.
     """
@@ -58,5 +58,5 @@ def by_width(tensor: torch.Tensor, tile: plans.ReductionTile) -> torch.Tensor:
 
 
 def placeholder_if_none(tensor: Gradient, like: torch.Tensor) -> torch.Tensor:
-    """The tensor, or the one element that a kernel takes for a tensor it does not touch."""
+    """Return the tensor, or the one element that a kernel takes for a tensor it does not touch."""
     return like.new_empty(1) if tensor is None else aligned(tensor)

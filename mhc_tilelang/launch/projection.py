@@ -63,7 +63,7 @@ def project(
 
 
 def projection_plan(x: torch.Tensor, rows: int) -> projection_plans.ProjectionPlan:
-    """The plan by which a stream on this device is projected on a phi of `rows` rows."""
+    """Return the plan by which a stream on this device is projected on a phi of `rows` rows."""
     return projection_plans.projection_plan(rows, x.shape[-1], dtype_name(x.dtype), compiler.platform_of(x.device))
 
 

@@ -37,7 +37,7 @@ class Handle:
     offset: int
 
     def unpack(self) -> torch.Tensor:
-        """The tensor."""
+        """Return the tensor."""
         with torch.no_grad():
             return self.block.workspace.take(self.block, self.key).as_strided(self.size, self.stride, self.offset)
 
@@ -105,7 +105,7 @@ class Workspace:
 
 
 def current_stream(tensor: torch.Tensor) -> torch.cuda.Stream | None:
-    """The CUDA stream that work on a tensor is queued on now; None on a CPU."""
+    """Return the CUDA stream that work on a tensor is queued on now; None on a CPU."""
     return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
 
 

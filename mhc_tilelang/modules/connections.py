@@ -65,7 +65,7 @@ class Connection(Protocol):
 def connection(
     kind: str, spec: MHCSpec, sublayer: int = 0, device: Device = None
 ) -> HyperConnection | UnconstrainedHyperConnection | ResidualConnection:
-    """The connection of a kind, so that a model switches by one argument.
+    """Return the connection of a kind, so that a model switches by one argument.
 
     Args:
         kind: "mhc", "hc" or "residual".

@@ -30,7 +30,7 @@ class SideStream:
 
     @classmethod
     def of(cls, x: torch.Tensor, overlap: torch.cuda.Stream | bool, name: str = "overlap") -> SideStream | None:
-        """The side stream for x, from ResidualStream's argument of this name; None for False and for a CPU.
+        """Return the side stream for x, from ResidualStream's argument of this name; None for False and for a CPU.
 
         Raises:
             TypeError: overlap is neither a bool nor a torch.cuda.Stream.

@@ -191,7 +191,7 @@ class Recorder:
 
 
 def _own_pre_of(layer_input: torch.Tensor, since: int) -> tuple[str, torch.Tensor]:
-    """The node of the operator that read, and the h_pre of the sublayer, which it saved."""
+    """Return the node of the operator that read, and the h_pre of the sublayer, which it saved."""
     for node in nodes([layer_input], since):
         if len(getattr(node, "_raw_saved_tensors", ())) == READS.get(node.name()):
             h_pre = node._raw_saved_tensors[-2]
@@ -206,7 +206,7 @@ def _own_pre_of(layer_input: torch.Tensor, since: int) -> tuple[str, torch.Tenso
 
 
 def _maker(result: torch.Tensor) -> Any:
-    """The node that a result comes from as it is, not counting a module's backward hooks; None if it was changed."""
+    """Return the node that a result comes from unchanged, not counting a module's backward hooks; else None."""
     node, place = result.grad_fn, result.output_nr
     while node is not None and node.name() == HOOKED:
         node, place = node.next_functions[place]
@@ -240,5 +240,5 @@ def _saved_these(saved: Iterable[Any], tensors: Iterable[torch.Tensor | None]) -
 
 
 def _of_equal_streams(x: torch.Tensor, h_pre: torch.Tensor) -> torch.Tensor:
-    """The first layer's input as `expand_pre` makes it, from one stream and the sum of h_pre."""
+    """Return the first layer's input as `expand_pre` makes it, from one stream and the sum of h_pre."""
     return launch.aggregate(x[:, :1].contiguous(), launch.total_h_pre(h_pre))

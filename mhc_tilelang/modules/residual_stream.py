@@ -163,7 +163,7 @@ class ResidualStream:
         self._backward_pass = backward_pass()
 
     def read(self, connection: Connection) -> torch.Tensor:
-        """The next layer's input, [..., C] in the stream's dtype; merges a waiting write first."""
+        """Return the next layer's input, [..., C] in the stream's dtype, after merging a waiting write."""
         self._check_turn("read", writes=False)
         self._check_connection(connection)
         self._delayed = is_delayed(connection)
@@ -180,7 +180,7 @@ class ResidualStream:
         return layer_input
 
     def _call(self, connection: Connection) -> tuple[torch.Tensor, list[torch.Tensor], tuple[torch.Tensor, ...]]:
-        """The layer's input, the mappings, and what a delayed connection aggregated with."""
+        """Return the layer's input, the mappings, and what a delayed connection aggregated with."""
         read: Any = connection  # which takes more than x where it is HyperConnection, or delayed
         if self._can_fuse(connection):
             _, layer_output, written = self._waiting_write()
@@ -220,7 +220,7 @@ class ResidualStream:
             self._merged_early = self._side.run(connection.merge, self._x, layer_output, *mappings)
 
     def hand_over(self) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """The streams for the next part of the model, a pipeline stage: [..., n, C], for a plain residual [..., C].
+        """Return the streams for the model's next part, a pipeline stage: [..., n, C], for a plain residual [..., C].
 
         With delayed_pre a tuple: the streams, and the h_pre [..., n] that its first sublayer aggregates with.
         Merges a waiting write first. Between a read and its write there is nothing to hand over.
@@ -229,7 +229,7 @@ class ResidualStream:
         return self.x if self._h_pre is None else (self.x, self._h_pre)
 
     def reduce(self, reduction: str | HyperHead = "sum") -> torch.Tensor:
-        """The streams as one, [..., C] in the stream's dtype; merges a waiting write first.
+        """Return the streams as one, [..., C] in the stream's dtype, after merging a waiting write.
 
         Args:
             reduction: "sum"; "mean", GLM-5.3's head; or a `HyperHead`. Each is computed in float32 and rounded once.
@@ -302,7 +302,7 @@ class ResidualStream:
         return isinstance(connection, HyperConnection) and not connection.rms_norm()
 
     def _embedding(self) -> torch.Tensor:
-        """The h that waits to be expanded."""
+        """Return the h that waits to be expanded."""
         if version(self._x) != self._given[0]:
             raise RuntimeError(
                 "ResidualStream: h: expected it as it was given, got one that was changed in place since; "
@@ -320,7 +320,7 @@ class ResidualStream:
         return self._reader is not None and self._layer_output is not None
 
     def _waiting_write(self) -> tuple[Connection, torch.Tensor, tuple[torch.Tensor, ...]]:
-        """The connection that read, the layer's output, the mappings. They wait until merged, whatever fails before."""
+        """Return the connection that read, the layer's output, the mappings: waiting until merged, whatever fails."""
         assert self._reader is not None
         assert self._layer_output is not None
         (connection, mappings), layer_output = self._reader, self._layer_output

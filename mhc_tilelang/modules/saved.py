@@ -41,13 +41,13 @@ def saved_bytes(*outputs: torch.Tensor) -> int:
 
 
 def sequence_number() -> int:
-    """The number that the next node of this thread's graphs gets."""
+    """Return the number that the next node of this thread's graphs gets."""
     number: int = torch.autograd._get_sequence_nr()
     return number
 
 
 def nodes(outputs: Iterable[torch.Tensor], since: int = 0) -> Iterator[Any]:
-    """The nodes from which `outputs` come, each once, of those that this thread made from `since` on."""
+    """Yield the nodes from which `outputs` come, each once, of those that this thread made from `since` on."""
     waiting: list[Any] = [output.grad_fn for output in outputs]
     seen = set()
     while waiting:

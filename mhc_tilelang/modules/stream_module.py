@@ -78,12 +78,12 @@ class SublayerModule(StreamModule):
 
 
 def make_parameter(*shape: int, device: Device) -> nn.Parameter:
-    """A float32 parameter without values."""
+    """Return a float32 parameter without values."""
     return nn.Parameter(torch.empty(shape, device=device, dtype=torch.float32))
 
 
 def _sharded_like(parameter: nn.Parameter, values: torch.Tensor) -> torch.Tensor:
-    """The values laid out as the parameter is: FSDP shards a model on meta before its parameters are reset."""
+    """Return the values laid out as the parameter is: FSDP shards a model on meta before its parameters are reset."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return values
     from torch.distributed.tensor import DTensor, distribute_tensor

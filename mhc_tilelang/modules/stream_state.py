@@ -35,7 +35,7 @@ def modes() -> tuple[bool, bool]:
 
 
 def in_modes(wanted: tuple[bool, bool], call: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
-    """The call in these modes, grad and inference."""
+    """Make the call in these modes, grad and inference."""
     if wanted == modes():
         return call(*arguments)
     with_grad, in_inference = wanted
@@ -49,5 +49,5 @@ def version(tensor: torch.Tensor) -> int:
 
 
 def backward_pass() -> int | None:
-    """The backward pass that runs in this thread, as autograd numbers them; -1 outside of any, None in traced code."""
+    """Return the running backward pass of this thread, as autograd numbers them; -1 outside, None in traced code."""
     return None if torch.compiler.is_compiling() else torch._C._current_graph_task_id()

@@ -18,7 +18,7 @@ CONSTANTS = "float pre_eps, float rms_eps"
 
 
 def head_spec(x: torch.Tensor, pre_eps: float, rms_eps: float) -> MHCSpec:
-    """The spec of a head, from a stream x and its constants."""
+    """Return the spec of a head, from a stream x and its constants."""
     return spec_of(x, pre_eps=pre_eps, rms_eps=rms_eps)
 
 

@@ -149,7 +149,7 @@ def check_buffers(
 
 
 def spec_of(x: torch.Tensor, *constants: float, **named: Any) -> MHCSpec:
-    """The spec again, from a stream x and the constants, in MHCSpec's order or by name."""
+    """Return the spec again, from a stream x and the constants, in MHCSpec's order or by name."""
     return spec_of_sizes(x.shape[-1], x.shape[-2], *constants, **named)
 
 

@@ -50,7 +50,7 @@ def register_if_loaded() -> None:
 
 
 def place_like(local: torch.Tensor, x: Any, shape: torch.Size) -> torch.Tensor:
-    """A rank's part of a tensor of that shape as a DTensor, whose tokens lie as those of the stream x do."""
+    """Return a rank's part of a tensor of that shape as a DTensor, whose tokens lie as those of the stream x do."""
     from torch.distributed.tensor import DTensor
 
     placements, stride = _placements(x.placements)["t"], torch.empty(shape, device="meta").stride()
@@ -74,7 +74,7 @@ def _register() -> None:
 
 
 def _strategy(schema: Any) -> Any:
-    """The one way in which an operator runs on the ranks, from the placements of its tokens."""
+    """Return the one way in which an operator runs on the ranks, from the placements of its tokens."""
     from torch.distributed.tensor._dtensor_spec import DTensorSpec
     from torch.distributed.tensor._op_schema import OpSpec, OpStrategy
 
@@ -116,7 +116,7 @@ def check_tokens(function: str, name: str, placements: tuple[Any, ...], leading:
 
 
 def _placements(placements: tuple[Any, ...]) -> dict[str, tuple[Any, ...]]:
-    """The placements of each role, from those of the tokens."""
+    """Return the placements of each role, from those of the tokens."""
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     sharded = [type(placement) is Shard for placement in placements]

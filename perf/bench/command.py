@@ -182,7 +182,7 @@ def join_numbers(numbers: Sequence[int]) -> str:
 
 
 def shapes(args: argparse.Namespace, device: torch.device) -> list[cases.Shape]:
-    """The shapes that the options ask for, on this device."""
+    """Return the shapes that the options ask for, on this device."""
     return [
         cases.Shape(tokens, args.streams, width, dtype)
         for dtype in args.dtype

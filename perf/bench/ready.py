@@ -76,12 +76,12 @@ def identity(call: Case) -> tuple[object, ...]:
 
 
 def width(shape: Shape) -> str:
-    """A shape in a line's first words."""
+    """Describe a shape in a line's first words."""
     return f"C = {shape.hidden_size}, {shape.dtype}"
 
 
 def missing_jobs(calls: Sequence[Case]) -> list[Job]:
-    """The CPU kernels of these calls that are not on disk."""
+    """Return the CPU kernels of these calls that are not on disk."""
     from ...compiler.cpu.build import is_built
     from ..calls.launches import launches
 
@@ -91,7 +91,7 @@ def missing_jobs(calls: Sequence[Case]) -> list[Job]:
 
 
 def check(calls: Sequence[Case], device: torch.device) -> list[Row]:
-    """The calls, all of one shape, against float64."""
+    """Check the calls, all of one shape, against float64."""
     import torch
 
     from ...checking import inputs, run

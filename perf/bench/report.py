@@ -42,7 +42,7 @@ def method(
 
 
 def header(facts: dict[str, Any]) -> str:
-    """The lines above the table."""
+    """Return the lines above the table."""
     how = facts["method"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     fewer = f" (of {how['fewest_rounds']} or more where these take {how['seconds']} s)" if how["seconds"] else ""
@@ -108,7 +108,7 @@ def below(results: Sequence[Result]) -> str:
 
 
 def row(result: Result, compiled: bool, separate: bool, predicted: bool = False) -> list[str]:
-    """The cells of a line."""
+    """Return the cells of a line."""
     case, time, traffic = result.case, result.kernel, result.traffic
     quartiles = f"{milliseconds(time.lower_quartile)} to {milliseconds(time.upper_quartile)}"
     marks = (IN_CACHE if result.in_cache else "") + (DOUBTFUL if is_doubtful(result) else "")
@@ -132,7 +132,7 @@ def row(result: Result, compiled: bool, separate: bool, predicted: bool = False)
 
 
 def separate_ratio(result: Result) -> str:
-    """The separate kernels' time over the fused one's; empty where there are none."""
+    """Return the separate kernels' time over the fused one's; empty where there are none."""
     return f"{result.speedup(result.separate):.2f}×" if result.separate else ""
 
 
@@ -181,14 +181,14 @@ def megabytes(count: int) -> str:
 
 
 def as_json(facts: dict[str, Any], results: Sequence[Result]) -> dict[str, Any]:
-    """The content of `--json FILE`. Times are in seconds, sizes in bytes, bandwidths in bytes per second."""
+    """Return the content of `--json FILE`. Times are in seconds, sizes in bytes, bandwidths in bytes per second."""
     largest = max(results, key=lambda result: result.copy_bytes)
     measured = [result_json(result) for result in results]
     return {"kind": "kernels", **facts, "copy": copy_json(largest), "results": measured}
 
 
 def copy_json(result: Result) -> dict[str, Any]:
-    """A result's copy ceiling; at the top level that of the most bytes."""
+    """Return a result's copy ceiling; at the top level that of the most bytes."""
     return {"bytes": result.copy_bytes, "bandwidth": result.copy_bandwidth, "time": asdict(result.copy)}
 
 
@@ -217,7 +217,7 @@ def result_json(result: Result) -> dict[str, Any]:
 
 
 def separate_json(result: Result) -> dict[str, Any] | None:
-    """The separate kernels beside a fused one; None of others."""
+    """Return the separate kernels beside a fused one; None of others."""
     found = result.separate
     if found is None:
         return None

@@ -96,11 +96,11 @@ class Result:
         return self.bandwidth / self.copy_bandwidth
 
     def fastest(self, mode: str | None = None) -> FormResult:
-        """The fastest form of plain torch, of one mode or of all that ran."""
+        """Return the fastest form of plain torch, of one mode or of all that ran."""
         return min((form for form in self.torch if mode in (None, form.mode)), key=lambda form: form.time.median)
 
     def speedup(self, form: FormResult | SeparateResult) -> float:
-        """The form's time in units of the kernel's: above 1 where the kernel is faster."""
+        """Return the form's time in units of the kernel's: above 1 where the kernel is faster."""
         return form.time.median / self.kernel.median
 
 
@@ -179,7 +179,7 @@ def run_shape(
 
 
 def torch_forms(case: Case, load: Workload, selection: boundary_parts.Selection) -> list[Baseline]:
-    """The forms of plain torch, verified; of a boundary also those put together from the fastest parts."""
+    """Return the forms of plain torch, verified; of a boundary also those put together from the fastest parts."""
     x, expected, modes = selection.given.inputs.x, load.outputs(), selection.modes
     forms = applicable((FORMS | COMPOSED_FORMS)[case.kernel], x.device, case.shape.dtype, selection.baselines)
     if case.kernel not in (*BOUNDARY_KERNELS, BOUNDARY_STEP):
@@ -213,7 +213,7 @@ def form_result(baseline: Baseline, times: dict[str, Statistics]) -> FormResult:
 
 
 def make_copy(num_bytes: int, device: torch.device) -> tuple[Callable[[], object], int]:
-    """A copy that reads and writes about `num_bytes` together, and how many it does.
+    """Return a copy that reads and writes about `num_bytes` together, and how many it does.
 
     Of ones: pages that were never written are all backed by one page of zeros, which stays in the cache.
     """

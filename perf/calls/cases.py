@@ -94,7 +94,7 @@ def make_cases(kernels: Iterable[str], shapes: Iterable[Shape]) -> list[Case]:
 
 
 def cpu_tokens(num_streams: int, hidden_size: int, itemsize: int, cache_bytes: int) -> int:
-    """A power of two of tokens whose stream is 32 MiB at most, more where the last-level cache is larger.
+    """Return a power of two of tokens whose stream is 32 MiB at most, more where the last-level cache is larger.
 
     The limit is never below twice the cache, so that even rounded down to a power of two a stream does not
     fit the cache.

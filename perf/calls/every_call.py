@@ -48,7 +48,7 @@ class Given:
         return cls(case, Inputs.of(case, device), Gradients.of(case, device))
 
     def __getattr__(self, name: str) -> Any:
-        """A tensor of the inputs or of the gradients."""
+        """Return a tensor of the inputs or of the gradients."""
         return getattr(self.gradients if name.startswith("g_") else self.inputs, name)
 
     def arguments(self, name: str, **replaced: Any) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class Given:
         return {p: replaced[p] if p in replaced else attrgetter(source)(self) for p, source in sources.items()}
 
     def run(self, name: str) -> Run:
-        """A call, bound to its arguments."""
+        """Return a call, bound to its arguments."""
         arguments = self.arguments(name)
         return lambda: function(name)(**arguments)
 
@@ -136,11 +136,11 @@ class Given:
 
 
 def function(name: str) -> Callable[..., Any]:
-    """The function of `launch` behind a call."""
+    """Return the function of `launch` behind a call."""
     return getattr(launch, CALLS[name].launch or name)
 
 
 def every_call(shape: Shape, device: torch.device) -> dict[str, Run]:
-    """Every name of CALLS at these sizes. Compiles and runs what the inputs of a backward need."""
+    """Return every name of CALLS at these sizes. Compiles and runs what the inputs of a backward need."""
     given = Given.of(shape, device)
     return {name: given.run(name) for name in CALLS}

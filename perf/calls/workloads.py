@@ -81,7 +81,7 @@ class Buffered:
 
 
 def workload(case: Case, given: Given) -> Workload:
-    """The case's kernel on these inputs."""
+    """Return the case's kernel on these inputs."""
     fused = case.kernel in (*BOUNDARY_KERNELS, BOUNDARY_STEP)
     if fused:
         slabs = launch.boundary_schedule(given.inputs.x, given.spec.num_coefficients).slabs
@@ -150,7 +150,7 @@ def in_turn(*runs: Callable[[], object]) -> Callable[[], None]:
 
 
 def forward_apart(given: Given, is_delayed: bool) -> Timed:
-    """A boundary's forward by the separate kernels."""
+    """Return a boundary's forward by the separate kernels."""
     post = Buffered(given, "post")
     [x_next] = post.latest
     project = Buffered(given, "project", x=x_next)
@@ -163,7 +163,7 @@ def forward_apart(given: Given, is_delayed: bool) -> Timed:
 
 
 def backward_apart(given: Given) -> Timed:
-    """A boundary's backward by the separate kernels."""
+    """Return a boundary's backward by the separate kernels."""
     forward = given.after
     aggregate = Buffered(given, "aggregate_backward", x=forward.x_next)
     mappings = Buffered(given, "coefficients_backward", projected=forward.projected, g_h_pre=aggregate.latest[0])

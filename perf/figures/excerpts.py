@@ -65,7 +65,7 @@ def find_misplaced(page: str) -> list[str]:
 
 
 def code(source: str, what: str, path: str) -> str:
-    """A function by name, or the lines between two that are quoted, without their common indentation."""
+    """Return a function by name, or the lines between two that are quoted, without their common indentation."""
     lines = source.splitlines()
     if what.startswith("def "):
         for node in ast.walk(ast.parse(source)):
@@ -82,7 +82,7 @@ def code(source: str, what: str, path: str) -> str:
 
 
 def line_with(lines: list[str], text: str, start: int, path: str) -> int:
-    """The first line from `start` on that holds the text."""
+    """Return the first line from `start` on that holds the text."""
     for index in range(start, len(lines)):
         if text in lines[index]:
             return index
@@ -90,7 +90,7 @@ def line_with(lines: list[str], text: str, start: int, path: str) -> int:
 
 
 def rows(source: str, names: list[str], path: str) -> str:
-    """The head of a table and those of its rows whose first cells are named, in the order of the names."""
+    """Return the head of a table and those of its rows whose first cells are named, in the order of the names."""
     lines = source.splitlines()
     found = []
     for name in names:

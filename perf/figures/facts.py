@@ -48,7 +48,7 @@ __all__ = [
 
 @cache
 def kernels(name: str) -> KernelResults:
-    """A stored file of `bench`."""
+    """Return a stored file of `bench`."""
     found = load(STORED / f"{name}.json")
     assert isinstance(found, KernelResults), name
     return found
@@ -56,14 +56,14 @@ def kernels(name: str) -> KernelResults:
 
 @cache
 def layer_results(name: str = LAYER) -> OverheadResults:
-    """A stored file of `bench overhead`."""
+    """Return a stored file of `bench overhead`."""
     found = load(STORED / f"{name}.json")
     assert isinstance(found, OverheadResults), name
     return found
 
 
 def timings(name: str, width: int | None = None, only: str = "", columns: str = "") -> str:
-    """The table of a stored benchmark: rows of one C and of kernels that have none, or `only` some; some columns."""
+    """Return a stored benchmark's table: rows of one C and of kernels that have none, or `only` some; some columns."""
     found, wanted = kernels(name), only.split()
     if unknown := set(wanted) - {one.kernel for one in found.measurements}:
         raise LookupError(f"{name}: expected kernels that are measured in it, got {', '.join(sorted(unknown))}")
@@ -84,7 +84,7 @@ def speedup(name: str, kernel: str, over: str) -> str:
 
 
 def layers(columns: str = "") -> str:
-    """The table of the stored layer under every connection."""
+    """Return the table of the stored layer under every connection."""
     headers = ["connection", "mode", "step, ms", "quartiles", "overhead", "its quartiles", "saved for backward, MB"]
     return select(markdown_table(headers, map(overhead_row, layer_results().rows), "llrlrlr"), columns)
 
@@ -98,12 +98,12 @@ def layer_overhead(mode: str = TRAINING, connection: str = OURS_MEASURED) -> str
 
 
 def overheads() -> str:
-    """Every percentage beside the paper's."""
+    """Return the table of every percentage beside the paper's."""
     return overhead_table.overheads(layer_results())
 
 
 def select(table: str, columns: str) -> str:
-    """The first column of a Markdown table and those that are named, separated by semicolons; all without names."""
+    """Return a Markdown table's first column and those named, separated by semicolons; all without names."""
     if not columns:
         return table
     lines = [line.split(" | ") for line in table.splitlines()]
@@ -113,7 +113,7 @@ def select(table: str, columns: str) -> str:
 
 
 def built(kernel: str, column: str, width: int = 0) -> str:
-    """A column of a kernel's row in the table of kernel pages; of loads and stores those of one width in bytes."""
+    """Return a column of a kernel's row in the table of kernel pages; of loads and stores, one width in bytes."""
     lines = built_table().splitlines()
     head, row = (
         [cell.strip() for cell in next(line for line in lines if line.startswith(f"| {name} |")).split("|")]
@@ -125,7 +125,7 @@ def built(kernel: str, column: str, width: int = 0) -> str:
 
 @cache
 def built_table() -> str:
-    """The page that sets the kernels side by side."""
+    """Return the page that sets the kernels side by side."""
     from ..inspect import pages
 
     return pages.index()
@@ -177,7 +177,7 @@ def sublayer(num_streams: int = 4) -> str:
 
 
 def traffic_sums() -> str:
-    """The sums of `mhc-tilelang traffic`, counted from the kernels' code."""
+    """Return the sums of `mhc-tilelang traffic`, counted from the kernels' code."""
     from ..calls.cases import POST_PRE, POST_PRE_BACKWARD, Case, Shape
     from ..traffic import report as traffic_report
     from ..traffic.audited import audit_call

@@ -13,7 +13,7 @@ SINKHORN_ITERS = 20  # of MHCSpec, which `bench` measures with
 
 
 def flops(kernel: str, num_streams: int, hidden_size: int | None, num_tokens: int) -> int:
-    """The operations of one call. `hidden_size` is C; None for Sinkhorn, which never sees a channel.
+    """Return the operations of one call. `hidden_size` is C; None for Sinkhorn, which never sees a channel.
 
     Raises KeyError for a kernel that is not measured.
     """
@@ -21,7 +21,7 @@ def flops(kernel: str, num_streams: int, hidden_size: int | None, num_tokens: in
 
 
 def per_token(num_streams: int, hidden_size: int) -> dict[str, int]:
-    """The operations per token of every kernel."""
+    """Return the operations per token of every kernel."""
     n, C = num_streams, hidden_size
     M, K = n * n + 2 * n, n * C
     forward = (
@@ -68,12 +68,12 @@ def normalize(n: int) -> int:
 
 
 def sinkhorn(n: int, iters: int = SINKHORN_ITERS) -> int:
-    """A softmax + eps, then every other half of an iteration."""
+    """Count a softmax + eps, then every other half of an iteration."""
     return softmax(n) + n * n + (2 * iters - 1) * normalize(n)
 
 
 def sinkhorn_backward(n: int, iters: int = SINKHORN_ITERS) -> int:
-    """The forward again; H = g·P; a step back H −= P·ΣH, P *= d; at last S again and the softmax's own gradient."""
+    """Count the forward again; H = g·P; a step back H −= P·ΣH, P *= d; at last S again and the softmax's gradient."""
     step = n * (n - 1) + 3 * n * n
     last = softmax(n) + 3 * n * n + n * (n - 1) + 2 * n * n
     return sinkhorn(n, iters) + n * n + (2 * iters - 1) * step + last

@@ -96,7 +96,7 @@ def check(kernel: str, boxes: Sequence[Box]) -> None:
 
 
 def sublayer() -> Card:
-    """The forward of one sublayer three times: kernels one by one, the fused boundary, one pass."""
+    """Draw the forward of one sublayer three times: kernels one by one, the fused boundary, one pass."""
     n = NUM_STREAMS
     layer = Box("the layer", [("layer_input", 1)], [("layer_output", 1)], width=2.9, ours=False)
     separate = [
@@ -135,7 +135,7 @@ def sublayer() -> Card:
 
 
 def backward() -> Card:
-    """The two passes of a boundary's backward."""
+    """Draw the two passes of a boundary's backward."""
     n = NUM_STREAMS
     first = Box("pass 1: aggregate_backward", [("x_next", n), ("g_layer_input", 1)], width=3.4)
     second = Box(

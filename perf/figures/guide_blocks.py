@@ -95,7 +95,7 @@ def draw_slabs(axes: Axes, plan: ProjectionPlan) -> None:
 
 
 def replay() -> Card:
-    """A block of four sublayers: what is stored, what is dropped, and what one replay gives back."""
+    """Draw a block of four sublayers: what is stored, what is dropped, and what one replay gives back."""
     length = 4
     card = Card(
         "Recomputation: a block, and its replay",

@@ -26,7 +26,7 @@ SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def draw(results: KernelResults, prefix: str) -> Iterator[Picture]:
-    """All pictures of a file; the names of theirs begin with `prefix`."""
+    """Draw all pictures of a file; the names of theirs begin with `prefix`."""
     groups = (
         (KERNELS, "", "kernels"),
         (BACKWARD_KERNELS, "-backward", "backward kernels"),
@@ -171,7 +171,7 @@ def speedup(results: KernelResults, found: Sequence[Measurement], name: str, wha
 
 
 def group(one: Measurement) -> str:
-    """The kernel; the title says whether it is a backward one."""
+    """Return the kernel; the title says whether it is a backward one."""
     return one.kernel.removesuffix("_backward") if one.kernel in BACKWARD_KERNELS else one.kernel
 
 

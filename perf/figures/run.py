@@ -109,7 +109,7 @@ class Card:
 
 
 def bars_height(bars: Sequence[Bar]) -> float:
-    """The inches that `draw_bars` needs."""
+    """Return the inches that `draw_bars` needs."""
     gaps = sum(one.group != other.group for one, other in pairwise(bars))
     return ROW * (len(bars) + GROUP_GAP * gaps + 0.6)
 

@@ -67,7 +67,7 @@ def overhead(results: OverheadResults, prefix: str) -> Picture | None:
 
 
 def exactly(value: float) -> Spread:
-    """A value without a spread."""
+    """Return a value without a spread."""
     return Spread(value, value, value)
 
 
@@ -106,12 +106,12 @@ def stages(num_streams: int) -> list[Stage]:
 
 
 def columns(parts: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    """The sums of what is read and of what is written."""
+    """Sum what is read and what is written."""
     return sum(read for read, _ in parts), sum(written for _, written in parts)
 
 
 def traffic(num_streams: int, version: str) -> Picture:
-    """A waterfall from unfused hyper-connections down to the floor, and the plain residual beside it."""
+    """Draw a waterfall from unfused hyper-connections down to the floor, and the plain residual beside it."""
     found = stages(num_streams)
     notes = [
         "Outlined: one pass needs h_pre before x_next is complete. In V4.1's delayed form it is there, and these "

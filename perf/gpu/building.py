@@ -90,6 +90,6 @@ def build_one(job: Job, target: str) -> Built:
 
 
 def brief(error: BaseException) -> str:
-    """An exception in one line."""
+    """Return an exception in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}"

@@ -48,7 +48,7 @@ def build(folder: Path, arch: str) -> Path:
 
 
 def device_of(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A device's file from what the program printed."""
+    """Return a device's file from what the program printed."""
     arch = ARCHS.get((raw["major"], raw["minor"]))
     if arch is None:
         raise MHCError(f"constants: expected a GPU of {', '.join(ARCHS.values())}, got {raw['major']}.{raw['minor']}")

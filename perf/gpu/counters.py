@@ -85,7 +85,7 @@ class Compared:
 
 
 def launches_at(shape: Shape, device: torch.device) -> list[tuple[str, Recorded]]:
-    """Every kernel of every call, each once, run already."""
+    """Return every kernel of every call, each once, run already."""
     from ...compiler.recording import record_launches
     from ..calls.every_call import every_call
 
@@ -147,7 +147,7 @@ def parse(text: str) -> list[dict[str, str]]:
 
 
 def number(text: str) -> float:
-    """A figure, with or without commas between thousands; NaN for what is none."""
+    """Return a figure, with or without commas between thousands; NaN for what is none."""
     try:
         return float(text.replace(",", ""))
     except ValueError:
@@ -173,7 +173,7 @@ def compare_one(one: Launched, row: Mapping[str, str], cache_bytes: int) -> Comp
 
 
 def table(results: Iterable[Compared]) -> str:
-    """A line a kernel. `read` and `written`: the counters' bytes against the audit's; written as it left the SMs."""
+    """Return a line a kernel. `read`, `written`: counters' bytes against the audit's; written as it left the SMs."""
     from tabulate import tabulate
 
     lines = []
@@ -209,13 +209,13 @@ def profile(shape: Shape, metrics: Sequence[str], csv_file: Path | None) -> tupl
 
 
 def options(shape: Shape) -> list[str]:
-    """The shape as options of this command."""
+    """Return the shape as options of this command."""
     sizes = {"--tokens": shape.num_tokens, "--streams": shape.num_streams, "--width": shape.hidden_size}
     return [*(str(part) for option in sizes.items() for part in option), "--dtype", shape.dtype]
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Return the parser of the options."""
     one = argparse.ArgumentParser(prog="python -m mhc_tilelang.perf.gpu.counters", description=__doc__.split("\n")[0])
     one.add_argument("--tokens", type=positive, default=16384, metavar="T", help="token count (default: 16384)")
     one.add_argument("--streams", type=int, choices=(2, 4, 8), default=4, help="residual streams, n (default: 4)")
@@ -250,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(shape: Shape, csv_file: Path | None) -> list[Compared]:
-    """All metrics, or where this ncu does not know one of them, those that the comparison needs."""
+    """Return all metrics, or where this ncu does not know one of them, those that the comparison needs."""
     try:
         launched, rows = profile(shape, METRICS, csv_file)
     except MHCError as error:
@@ -260,7 +260,7 @@ def measure(shape: Shape, csv_file: Path | None) -> list[Compared]:
 
 
 def cache_bytes() -> int:
-    """The second-level cache's size."""
+    """Return the second-level cache's size."""
     from ..measure.machine import last_level_cache
 
     return last_level_cache(pick_device("auto"))

@@ -32,7 +32,7 @@ SANITIZED = Shape(33, 4, 136, "bfloat16")  # two tiles of tokens, a width that n
 
 
 def shapes_of(part: str) -> list[Shape]:
-    """The shapes whose kernels a part's steps launch; "smoke" is what is launched before all else."""
+    """Return the shapes whose kernels a part's steps launch; "smoke" is what is launched before all else."""
     if part == "smoke":
         return [SANITIZED]
     if part == "counters":
@@ -49,7 +49,7 @@ def shapes_of(part: str) -> list[Shape]:
 
 
 def jobs_of(part: str) -> list[Job]:
-    """The kernels of every call at these shapes, each once."""
+    """Return the kernels of every call at these shapes, each once."""
     from ..calls.cases import Case
     from ..calls.launches import launches
     from ..calls.table import CALLS
@@ -81,7 +81,7 @@ def compile_part(args: argparse.Namespace) -> int:
 
 
 def launch_every_call(args: argparse.Namespace) -> int:
-    """Every call of `launches` once, without a comparison: a sanitizer slows down what runs beside the kernels too."""
+    """Launch every call of `launches` once, uncompared: a sanitizer slows down what runs beside kernels too."""
     import torch
 
     from ...cli.device import pick_device
@@ -109,7 +109,7 @@ class Step:
 
 
 def read_steps(folder: Path) -> list[Step]:
-    """The steps that left a record in a folder, in the order in which they ended."""
+    """Return the steps that left a record in a folder, in the order in which they ended."""
     steps = []
     for path in sorted(folder.glob("*.step"), key=lambda path: path.stat().st_mtime_ns):
         status, seconds, limit = path.read_text(encoding="utf-8").split()
@@ -145,7 +145,7 @@ def collect(args: argparse.Namespace) -> int:
 
 
 def table(steps: Sequence[Step]) -> str:
-    """A line a step: short, since a terminal's end may be all that is kept."""
+    """Return a line a step: short, since a terminal's end may be all that is kept."""
     width = max((len(step.name) for step in steps), default=4)
     lines = [f"{'step':{width}}  status    seconds  of limit  last line"]
     for step in steps:
@@ -156,7 +156,7 @@ def table(steps: Sequence[Step]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The three actions."""
+    """Return the parser of the three actions."""
     main_parser = argparse.ArgumentParser(
         prog="python -m mhc_tilelang.perf.gpu.run", description=__doc__.splitlines()[0]
     )

@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def architectures(text: str) -> list[str]:
-    """A list of architectures, in the order given."""
+    """Return a list of architectures, in the order given."""
     names = text.split(",")
     if unknown := [name for name in names if name not in ARCHITECTURES]:
         raise argparse.ArgumentTypeError(f"expected any of {', '.join(ARCHITECTURES)}, got {', '.join(unknown)}")
@@ -103,7 +103,7 @@ def nothing_asked(args: argparse.Namespace) -> bool:
 
 
 def show_stored() -> int:
-    """The builds that the repository has, at the studied shape: nothing is built, which would take minutes."""
+    """Show the builds that the repository has, at the studied shape: nothing is built, which would take minutes."""
     from . import matrix, stored, table
 
     versions, rows = stored.read(stored.KERNELS)
@@ -196,7 +196,7 @@ def print_code(wanted: Builds, machine_code: bool) -> int:
 
 
 def explain(kernels: tuple[str, ...]) -> int:
-    """The page of each kernel, for a terminal."""
+    """Print the page of each kernel, for a terminal."""
     from . import terminal
     from .explain import page
 

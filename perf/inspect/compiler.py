@@ -81,7 +81,7 @@ def versions() -> dict[str, str]:
 
 
 def release(line: str) -> str:
-    """The number in a tool's version line: 13.0.88 of "… release 13.0, V13.0.88"."""
+    """Return the number in a tool's version line: 13.0.88 of "… release 13.0, V13.0.88"."""
     found = re.search(r"V([\d.]+)", line)
     return found.group(1) if found else line
 

@@ -25,7 +25,7 @@ from .row import Row
 
 
 def page(kernel: str) -> str:
-    """The page of a family, in Markdown."""
+    """Return the page of a family, in Markdown."""
     module_name, factory = FAMILIES[kernel]
     module = import_module(f"mhc_tilelang.kernels.{module_name}")
     subjects = matrix.subjects(matrix.studied_shape(kernel), [kernel])
@@ -41,12 +41,12 @@ def page(kernel: str) -> str:
 
 
 def equation(module: ModuleType) -> str:
-    """The module's docstring: its formulas are indented, which Markdown shows as they stand."""
+    """Return the module's docstring: its formulas are indented, which Markdown shows as they stand."""
     return inspect.getdoc(module) or ""
 
 
 def source_of(module: ModuleType, module_name: str, factory: str) -> str:
-    """The factory, and before it the macros and helpers of the same module that it uses."""
+    """Return the factory, and before it the macros and helpers of the same module that it uses."""
     text = inspect.getsource(module)
     definitions = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
     lines = text.splitlines()
@@ -67,7 +67,7 @@ def source_of(module: ModuleType, module_name: str, factory: str) -> str:
 
 
 def traffic(subjects: Iterable[Subject]) -> str:
-    """A table of the buffers: bytes in units of C elements a token."""
+    """Return a table of the buffers: bytes in units of C elements a token."""
     rows = ["| kernel | buffer | read | written | of small tensors, again from caches |", "|---|---|---|---|---|"]
     for subject in subjects:
         streams = [0, 0]
@@ -105,7 +105,7 @@ def units(num_bytes: float) -> str:
 
 
 def launch_shape(subjects: Iterable[Subject]) -> str:
-    """A table of grids and threads, and what was compiled in."""
+    """Return a table of grids and threads, and what was compiled in."""
     from ...compiler.cuda_source import CudaSource, text_of
     from ...compiler.tracing import trace
     from .fragments import tiles_of
@@ -140,7 +140,7 @@ def grid_of(func: Any) -> list[Any]:
 
 
 def resources(kernel: str) -> str:
-    """A table of what ptxas and the machine code say at the studied shape, an architecture a line."""
+    """Return a table of what ptxas and the machine code say at the studied shape, an architecture a line."""
     versions, rows = stored.read(stored.KERNELS)
     shape = matrix.studied_shape(kernel)
     wanted = {subject.key(arch) for subject in matrix.subjects(shape, [kernel]) for arch in matrix.ARCHITECTURES}

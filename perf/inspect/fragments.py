@@ -48,7 +48,7 @@ def shared_bytes(func: Any) -> int:
 
 
 def tiles_of(func: Any) -> tuple[int, list[Any]]:
-    """The threads of a block, and the shared and fragment buffers that something touches."""
+    """Return the threads of a block, and the shared and fragment buffers that something touches."""
     from tvm import tirx
 
     from ...compiler.cpu.views import accesses_of

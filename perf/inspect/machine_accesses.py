@@ -40,7 +40,7 @@ def machine_accesses(code: str, listing: str, tensors: Collection[str]) -> tuple
 
 
 def tensors_at(of_source: dict[str, list[Use]], line: int | None, writes: bool, width: str) -> list[str]:
-    """The tensors that an instruction of a line may access."""
+    """Return the tensors that an instruction of a line may access."""
     if line is None:
         return [UNKNOWN]
     there = {name: widths_of(found, writes, line) for name, found in of_source.items()}

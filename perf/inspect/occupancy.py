@@ -82,5 +82,5 @@ def occupancy(arch: str, threads: int, registers: int, shared_bytes: int, barrie
 
 
 def round_up(value: int, unit: int) -> int:
-    """The next multiple of `unit`."""
+    """Return the next multiple of `unit`."""
     return -(-value // unit) * unit

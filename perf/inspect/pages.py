@@ -24,12 +24,12 @@ INDEX = "README.md"
 
 
 def pages() -> dict[str, str]:
-    """Every page by the name of its file."""
+    """Return every page by the name of its file."""
     return {**{f"{kernel}.md": page(kernel) for kernel in FAMILIES}, INDEX: index()}
 
 
 def index() -> str:
-    """The list of pages and the tables that compare kernels."""
+    """Return the list of pages and the tables that compare kernels."""
     versions, rows = stored.read(stored.KERNELS)
     peer_versions, peers = stored.read(stored.TILE_KERNELS)
     keys = [subject.key(MAIN) for subject in matrix.subjects(STUDIED)]

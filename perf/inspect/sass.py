@@ -91,8 +91,8 @@ class GlobalAccess(NamedTuple):
 
 
 def global_accesses(listing: str) -> Iterator[GlobalAccess]:
-    """Every access to global memory, with the line of SOURCE that it comes from: of a function that was inlined, the
-    line that calls it.
+    """Yield every access to global memory, with the line of SOURCE that it comes from: of a function that was inlined,
+    the line that calls it.
     """
     place: int | None = None
     is_inside = False  # a run of location comments, of which the last one in SOURCE counts

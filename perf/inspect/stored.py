@@ -36,7 +36,7 @@ def write(path: Path | None, rows: Iterable[Row], more_versions: Mapping[str, st
 
 
 def read(path: Path) -> tuple[dict[str, str], list[Row]]:
-    """The versions and rows of a file. Raises MHCError for a file that is missing or something else."""
+    """Return the versions and rows of a file. Raises MHCError for a file that is missing or something else."""
     try:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return facts["versions"], [Row(**row) for row in facts["rows"]]

@@ -20,7 +20,7 @@ LIMITERS = {"registers": "R", "shared memory": "S", "blocks": "B", "warps": "W",
 
 
 def report(rows: Sequence[Row]) -> str:
-    """All tables, and what the columns mean."""
+    """Return all tables, and what the columns mean."""
     tables = []
     for arch in dict.fromkeys(row.arch for row in rows):
         tables.append(f"{arch}\n{align([HEADERS, *(cells(row) for row in rows if row.arch == arch)])}")

@@ -67,7 +67,7 @@ def wrap_code(line: str, columns: int) -> list[str]:
 
 
 def table(rows: Sequence[str], columns: int) -> Iterator[str]:
-    """A table of Markdown in aligned columns; else a paragraph a row, each cell under its column's name."""
+    """Yield a table of Markdown in aligned columns; else a paragraph a row, each cell under its column's name."""
     cells = [[cell.strip().replace("`", "").replace("**", "") for cell in row.strip("|").split("|")] for row in rows]
     header, body = cells[0], cells[2:]
     sizes = [max(len(line[k]) if k < len(line) else 0 for line in (header, *body)) for k in range(len(header))]

@@ -65,7 +65,7 @@ def build(name: str, hidden_size: int, arch: str) -> Row:
 
 
 def source_of(name: str, hidden_size: int, arch: str) -> tuple[CudaSource, tuple[str, ...]]:
-    """The source of one of KERNELS under its own passes, and its own flags for nvcc."""
+    """Return the source of one of KERNELS under its own passes, and its own flags for nvcc."""
     from ...compiler.cuda_source import generate_from
     from .compiler import COMPILE_FLAGS
 
@@ -116,7 +116,7 @@ def factories() -> Any:
 
 
 def versions() -> dict[str, str]:
-    """The package's version. Raises MHCError where it is not installed."""
+    """Return the package's version. Raises MHCError where it is not installed."""
     try:
         return {PACKAGE: metadata.version(PACKAGE)}
     except metadata.PackageNotFoundError:

@@ -63,7 +63,7 @@ def returning_at_once() -> Iterator[None]:
 
 
 def _idle_like(native: Any) -> Any:
-    """A C function that takes the same arguments and does nothing with them."""
+    """Return a C function that takes the same arguments and does nothing with them."""
     function = ctypes.CDLL(None)["abs"]
     function.argtypes, function.restype = native.argtypes, None
     return function

@@ -40,7 +40,7 @@ def parse_size(text: str) -> int:
 
 
 def clock_mhz(device: torch.device) -> int | None:
-    """The clock that the device runs at now, in MHz; None where the system does not tell. Read it after measuring."""
+    """Return the clock the device runs at now, in MHz, None if the system does not tell. Read it after measuring."""
     if device.type == "cuda":
         import torch
 
@@ -51,7 +51,7 @@ def clock_mhz(device: torch.device) -> int | None:
 
 
 def cpu_clock_mhz(cpuinfo: Path = CPU_FACTS) -> int | None:
-    """The fastest core's clock, as Linux tells it."""
+    """Return the fastest core's clock, as Linux tells it."""
     with suppress(OSError):
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
         clocks = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]

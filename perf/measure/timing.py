@@ -68,7 +68,7 @@ Clock = Callable[[Run], Sample]
 def measure(
     candidates: Mapping[str, Run], clock: Clock, repeats: int, seconds: float | None = None
 ) -> dict[str, Statistics]:
-    """The statistics of every candidate's samples."""
+    """Return the statistics of every candidate's samples."""
     return {name: summarize(taken) for name, taken in sample(candidates, clock, repeats, seconds).items()}
 
 
@@ -120,7 +120,7 @@ def quartiles(values: Sequence[tuple[float, bool]]) -> Statistics:
 
 
 def clock_for(device: torch.device, cache_bytes: int) -> Clock:
-    """The device's clock; `cache_bytes` is the size of its last-level cache, 0 if unknown."""
+    """Return the device's clock; `cache_bytes` is the size of its last-level cache, 0 if unknown."""
     return CudaClock(device, cache_bytes) if device.type == "cuda" else CpuClock(cache_bytes)
 
 

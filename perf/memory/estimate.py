@@ -67,7 +67,7 @@ class Stage:
         return self.num_streams * (length - 1) + length
 
     def peak(self, length: int) -> int:
-        """The most that there is: every micro-batch in flight, and a block."""
+        """Return the most that there is: every micro-batch in flight, and a block."""
         return self.in_flight * self.kept(length) + self.recomputed(length)
 
     def objective(self, length: int) -> int:

@@ -73,7 +73,7 @@ def draw(model: str, sizes: LayerSizes, stage: Stage, counts: Sequence[Count]) -
 
 
 def streams_of(one: Count, stage: Stage) -> float:
-    """The streams' share of what was counted, in units of C: coefficients and layers taken off."""
+    """Return the streams' share of what was counted, in units of C: coefficients and layers taken off."""
     from .measured import SIZES
 
     own = layer_bytes(SIZES, FLOAT32) * stage.num_sublayers // SUBLAYERS

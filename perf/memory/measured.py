@@ -38,7 +38,7 @@ class Count:
 
 
 def count(stage: Stage, lengths: Sequence[int]) -> list[Count]:
-    """The plain residual, mHC with everything kept, and mHC with blocks of each of `lengths`."""
+    """Return the plain residual, mHC with everything kept, and mHC with blocks of each of `lengths`."""
     layers = (Attention(SIZES), FeedForward(SIZES))
     unit = FLOAT32 * SIZES.hidden_size
     own = layer_bytes(SIZES, FLOAT32) * stage.num_sublayers // SUBLAYERS

@@ -37,7 +37,7 @@ class Row:
 
 
 def rows(sizes: LayerSizes, stage: Stage) -> list[Row]:
-    """The plain residual, mHC, mHC with blocks of L_r*, and what these recompute for a while."""
+    """Return the plain residual, mHC, mHC with blocks of L_r*, and what these recompute for a while."""
     unit, length = ITEMSIZE * sizes.hidden_size, stage.papers_length
     own = layer_bytes(sizes) * stage.num_sublayers // SUBLAYERS
     coefficients = coefficient_bytes(stage.num_streams) * stage.num_sublayers
@@ -50,7 +50,7 @@ def rows(sizes: LayerSizes, stage: Stage) -> list[Row]:
 
 
 def report(model: str, sizes: LayerSizes, stage: Stage, counts: Sequence[Count]) -> str:
-    """The tables and what they count."""
+    """Return the tables and what they count."""
     flight = f", {stage.in_flight} micro-batches in flight" if stage.in_flight > 1 else ""
     held = f"{stage.num_sublayers} sublayers of C = {sizes.hidden_size}, n = {stage.num_streams}, bfloat16{flight}"
     best = f"L_r* = {stage.papers_length}, √(nL/(n+2)) = {stage.papers_root:.2f}"
@@ -65,7 +65,7 @@ def report(model: str, sizes: LayerSizes, stage: Stage, counts: Sequence[Count])
 
 
 def kinds_table(found: Sequence[Row]) -> str:
-    """A row per way to run the model."""
+    """Return a row per way to run the model."""
     from tabulate import tabulate
 
     plain, lines = found[0], []
@@ -78,7 +78,7 @@ def kinds_table(found: Sequence[Row]) -> str:
 
 
 def lengths_table(sizes: LayerSizes, stage: Stage) -> str:
-    """A row per L_r: some, and the best."""
+    """Return a row per L_r: some, and the best."""
     from tabulate import tabulate
 
     best = {stage.papers_length: "L_r*", stage.least_length: "least peak"}
@@ -116,7 +116,7 @@ def kilobytes(value: int) -> str:
 
 
 def as_json(model: str, sizes: LayerSizes, stage: Stage, counts: Sequence[Count]) -> dict[str, Any]:
-    """The content of `--json FILE`. Bytes per token of one micro-batch; `lengths` in units of C."""
+    """Return the content of `--json FILE`. Bytes per token of one micro-batch; `lengths` in units of C."""
     return {
         "kind": "memory",
         "model": model,

@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def layer_sizes(args: argparse.Namespace) -> LayerSizes:
-    """The sizes that the options ask for. Raises MHCError for a custom layer without sizes, or sizes without one."""
+    """Return the sizes that the options ask for. Raises MHCError for a custom layer without sizes, or the reverse."""
     options = {"--hidden-size": args.hidden_size, "--ffn-width": args.ffn_width, "--heads": args.heads}
     if args.model == CUSTOM:
         if missing := [option for option, value in options.items() if value is None]:
@@ -139,7 +139,7 @@ def layer_sizes(args: argparse.Namespace) -> LayerSizes:
 
 
 def default_dtype(device: torch.device) -> str:
-    """The dtype that layers are trained in, unless the device's matrix products in it take many times as long."""
+    """Return the dtype that layers are trained in, unless its matrix products take the device many times as long."""
     import torch
 
     slow = device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -147,7 +147,7 @@ def default_dtype(device: torch.device) -> str:
 
 
 def given_device(args: argparse.Namespace) -> Device | None:
-    """The machine as --bandwidth and --flops describe it. Raises MHCError for one of them alone."""
+    """Return the machine as --bandwidth and --flops describe it. Raises MHCError for one of them alone."""
     if (args.bandwidth is None) != (args.flops is None):
         raise MHCError("--bandwidth, --flops: expected both or neither, got one")
     if args.bandwidth is None:
@@ -156,12 +156,12 @@ def given_device(args: argparse.Namespace) -> Device | None:
 
 
 def device_at_hand(device: torch.device, dtype: str) -> Device | None:
-    """The datasheet of the GPU at hand; None of others, and for float32, which datasheets count differently."""
+    """Return the datasheet of the GPU at hand; None of others, and for float32, which datasheets count differently."""
     return model.known_device(describe(device)) if device.type == "cuda" and dtype != "float32" else None
 
 
 def tokens_and_sequence(num_tokens: int) -> tuple[int, int]:
-    """The tokens as whole sequences. Raises MHCError for a part of one beyond the first."""
+    """Return the tokens as whole sequences. Raises MHCError for a part of one beyond the first."""
     sequence = min(num_tokens, SEQUENCE)
     if num_tokens % sequence:
         raise MHCError(f"--tokens: expected at most {SEQUENCE} or a multiple of it, got {num_tokens}")
@@ -171,6 +171,6 @@ def tokens_and_sequence(num_tokens: int) -> tuple[int, int]:
 def predict(
     args: argparse.Namespace, sizes: LayerSizes, device: Device, mode: str, sequence: int, itemsize: int
 ) -> Prediction:
-    """The model's answer under the options' assumptions."""
+    """Return the model's answer under the options' assumptions."""
     shares: dict[str, Any] = {"bandwidth_share": args.bandwidth_share, "flops_share": args.flops_share}
     return model.predict(sizes, device, mode, sequence=sequence, num_streams=args.streams, itemsize=itemsize, **shares)

@@ -111,7 +111,7 @@ class Layer:
         return x, *waiting
 
     def inference(self) -> tuple[torch.Tensor, ...]:
-        """The forward pass without a graph."""
+        """Run the forward pass without a graph."""
         with torch.no_grad():
             return self.forward()
 
@@ -124,7 +124,7 @@ class Layer:
         return {"x": self.x, **dict(zip(WAITING, self.waiting, strict=False)), **self.weights()}
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Every weight of the sublayers, every parameter of the connections."""
+        """Return every weight of the sublayers, every parameter of the connections."""
         modules = {type(sublayer).__name__: sublayer for sublayer in self.sublayers}
         modules |= {f"connection {k}": c for k, c in enumerate(self.connections) if isinstance(c, nn.Module)}
         return {f"{name}.{key}": p for name, module in modules.items() for key, p in module.named_parameters()}
@@ -144,7 +144,7 @@ def merge_and_read(
 def make_layers(
     sizes: LayerSizes, num_tokens: int, sequence: int, num_streams: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Layer]:
-    """The layer under each of `KINDS`."""
+    """Return the layer under each of `KINDS`."""
     generator = torch.Generator(device).manual_seed(0)
     spec = MHCSpec.deepseek_v4(sizes.hidden_size, num_streams=num_streams)
     factory = {"dtype": dtype, "device": device}

@@ -62,7 +62,7 @@ OTHER_EDITIONS = ("PCI", "NVL", "40GB", "MIG")  # in names of GPUs that have a d
 
 
 def known_device(name: str) -> Device | None:
-    """The datasheet of the GPU that torch calls so; None for other GPUs and other editions of these."""
+    """Return the datasheet of the GPU that torch calls so; None for other GPUs and other editions of these."""
     if any(edition in name for edition in OTHER_EDITIONS):
         return None
     return next((device for key, device in DEVICES.items() if key in name), None)
@@ -103,7 +103,7 @@ class Work:
 
 
 def layer_work(sizes: LayerSizes, sequence: int, mode: str) -> Work:
-    """The layer between its connections, for sequences of this many tokens."""
+    """Return the layer between its connections, for sequences of this many tokens."""
     C, A, F = sizes.hidden_size, sizes.attention_width, sizes.ffn_width
     projections, scores = 2.0 * sizes.parameters, 2.0 * A * (sequence + 1)
     forward = Work(projections + scores, 4 * C + 3 * F)
@@ -138,7 +138,7 @@ def predict(
     bandwidth_share: float = BANDWIDTH_SHARE,
     flops_share: float = FLOPS_SHARE,
 ) -> Prediction:
-    """The model's answer for one device and mode; `itemsize` in bytes, of the stream and of activations."""
+    """Return the model's answer for one device and mode; `itemsize` in bytes, of the stream and of activations."""
     bandwidth, flops = device.bandwidth * bandwidth_share, device.flops * flops_share
 
     def moving(elements: float) -> float:

@@ -30,7 +30,7 @@ OURS_MEASURED = "mhc_kernels"
 
 
 def header(facts: dict[str, Any], sizes: LayerSizes) -> str:
-    """The machine, the layer and how it is measured."""
+    """Return the machine, the layer and how it is measured."""
     layer = facts["layer"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     attention = f"causal attention with {sizes.num_heads} heads of {sizes.head_size}"
@@ -57,7 +57,7 @@ bytes over an assumed share of the bandwidth (from, to: the prediction's interva
 
 
 def headline(predictions: Sequence[Prediction], device: str, sequence: int) -> str:
-    """The model's answer for one device."""
+    """Return the model's answer for one device."""
     ours = {p.mode: f"{percent(p.overhead[OURS])} to {IN_MODE[p.mode]}" for p in predictions if p.device == device}
     said = ", ".join(ours[mode] for mode in reversed(MODES) if mode in ours)
     return (
@@ -67,7 +67,7 @@ def headline(predictions: Sequence[Prediction], device: str, sequence: int) -> s
 
 
 def model_table(predictions: Sequence[Prediction], devices: Sequence[Device], assumptions: dict[str, float]) -> str:
-    """A row per device and mode; below it, what went in."""
+    """Return a row per device and mode; below it, what went in."""
     from tabulate import tabulate
 
     headers = ["model: device", "mode", "layer, ns/token", *FORMS]
@@ -104,7 +104,7 @@ def predicted_kernels(predictions: Sequence[Prediction], sizes: LayerSizes, num_
 
 
 def measured_table(measured: Measurement, predicted: Sequence[Prediction]) -> str:
-    """A row per mode and connection; `predicted` are for the device at hand, empty where there is no prediction."""
+    """Return a row per mode and connection; `predicted` is for the device at hand, empty without a prediction."""
     from tabulate import tabulate
 
     headers = ["measured", "connection", "time, ms", "quartiles", "overhead", "quartiles"]
@@ -140,7 +140,7 @@ def quartiles(ratio: Statistics) -> str:
 
 
 def kernel_table(measured: Measurement) -> str:
-    """A row per kernel, and their sum, as shares of the step that runs them all."""
+    """Return a row per kernel, and their sum, as shares of the step that runs them all."""
     from tabulate import tabulate
 
     mode = list(measured.modes)[-1]
@@ -211,7 +211,7 @@ def as_json(
     predicted: Sequence[Prediction],
     assumptions: dict[str, float],
 ) -> dict[str, Any]:
-    """The content of `--json FILE`. Times in seconds, bytes, overheads as shares of the plain residual's time.
+    """Return the content of `--json FILE`. Times in seconds, bytes, overheads as shares of the plain residual's time.
 
     `predictions` are those of the table, `predicted` those for the device at hand.
     """
@@ -237,12 +237,12 @@ def as_json(
 
 
 def one_line(text: str) -> str:
-    """A text without its line breaks."""
+    """Return a text without its line breaks."""
     return text.replace("\n", " ")
 
 
 def timing_json(timing: Timing) -> dict[str, Any]:
-    """A time, and the overhead with its quartiles."""
+    """Return a time, and the overhead with its quartiles."""
     ratio = timing.ratio
     overhead = {
         "median": ratio.median - 1,

@@ -63,7 +63,7 @@ class Measurement:
     memory_kind: str
 
     def kernel_seconds(self, mode: str) -> float:
-        """All kernels that a step of this mode runs."""
+        """Return the seconds of all kernels that a step of this mode runs."""
         chosen = self.kernels if mode == TRAINING else {name: self.kernels[name] for name in FORWARD_KERNELS}
         return SUBLAYERS * sum(time.median for time in chosen.values())
 
@@ -83,7 +83,7 @@ def tolerance(name: str, dtype: torch.dtype) -> float:
 
 
 def check_layers(layers: Mapping[str, Layer]) -> dict[str, float]:
-    """The relative errors of all that the layer leaves and of every gradient. Raises MHCError for the first too large.
+    """Return the relative errors of the layer's results and gradients. Raises MHCError for the first too large.
 
     An alpha's is relative to the gradient of its connection's bias where that is larger: it is three numbers, each a
     sum over all tokens and streams, of which little may be left.
@@ -141,7 +141,7 @@ def measure_layers(
 
 
 def kernels_alone(x: torch.Tensor, training: bool) -> dict[str, Run]:
-    """Every kernel of a boundary at the stream's size, each by itself; with those of the backward for training."""
+    """Return every kernel of a boundary at the stream's size, by itself; with those of the backward for training."""
     *leading, num_streams, hidden_size = x.shape
     shape = Shape(torch.Size(leading).numel(), num_streams, hidden_size, dtype_name(x.dtype))
     given = Given.of(shape, x.device)
@@ -159,7 +159,7 @@ def kernels_alone(x: torch.Tensor, training: bool) -> dict[str, Run]:
 
 
 def fused_backward(given: Given) -> dict[str, Run]:
-    """The launches of `post_pre_backward` behind the first one, each with what those before it leave."""
+    """Return the launches of `post_pre_backward` behind the first one, each with what those before it leave."""
     i, left, g = given.inputs, given.after, given.gradients
     g_projected, out = torch.empty_like(left.projected), (torch.empty_like(i.x), torch.empty_like(i.layer_output))
     mixing = (i.x, i.layer_output, left.h_pre, i.h_post, i.h_res, i.phi)
@@ -199,7 +199,7 @@ def memory_of(device: torch.device) -> tuple[str, Callable[[Layer], int]]:
 
 
 def peak_memory(layer: Layer) -> int:
-    """The most bytes that a training step allocates on its GPU, above what was allocated before it."""
+    """Return the most bytes that a training step allocates on its GPU, above what was allocated before it."""
     device = layer.x.device
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)

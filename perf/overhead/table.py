@@ -33,7 +33,7 @@ OTHERS = [
 
 
 def overheads(results: OverheadResults) -> str:
-    """The table in Markdown, what was measured here first."""
+    """Return the table in Markdown, what was measured here first."""
     return markdown_table(HEADERS, [*measured_rows(results), *papers(), *layer(), *stage(), *OTHERS], "lllll")
 
 
@@ -53,7 +53,7 @@ def measured_rows(results: OverheadResults) -> list[list[str]]:
 
 
 def papers() -> list[list[str]]:
-    """The claim, as both reports make it."""
+    """Return the claim, as both reports make it."""
     step = "whole training steps of an in-house model, n = 4, communication and recomputation overlapped"
     theirs = (PLAIN, "measured by its authors", percent(PAPER))
     return [

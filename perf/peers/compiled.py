@@ -21,7 +21,7 @@ Factory = Any  # tilelang.jit's; importing the type takes seconds
 
 
 def compiled(factory: Factory, device: torch.device, *parameters: Any) -> Callable[..., Any]:
-    """The factory's kernel for these parameters, called with its tensors in order.
+    """Return the factory's kernel for these parameters, called with its tensors in order.
 
     Raises LoweringError where the CPU target does not know something that the kernel uses.
     """
@@ -32,7 +32,7 @@ def compiled(factory: Factory, device: torch.device, *parameters: Any) -> Callab
 
 
 def cpu_kernel(func: Any) -> Kernel:
-    """A TIR function on the CPU."""
+    """Return a TIR function on the CPU."""
     from ...compiler.cpu.emit import emit
 
     source, symbol = emit(func), str(func.attrs["global_symbol"])
@@ -50,6 +50,6 @@ def cpu_kernel(func: Any) -> Kernel:
 
 
 def in_order(kernel: Kernel) -> Callable[..., None]:
-    """A kernel that is called with its tensors in order."""
+    """Return a kernel that is called with its tensors in order."""
     names = kernel.signature.names
     return lambda *tensors: kernel(**dict(zip(names, tensors, strict=True)))

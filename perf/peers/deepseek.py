@@ -64,7 +64,7 @@ def import_factories() -> Callable[[str], ModuleType]:
 
 
 def declare(kernels: Kernels) -> Peer:
-    """The functions, over these kernels."""
+    """Return the functions, over these kernels."""
 
     def function(name: str, bind: Callable[[Kernels, Inputs, Outputs], Call], **rounding: Any) -> Function:
         return Function(name, partial(bind, kernels), **rounding)

@@ -28,7 +28,7 @@ def load(device: torch.device) -> Peer:
 
 
 def declare(connection: Callable[[Any], torch.nn.Module], device: torch.device) -> Peer:
-    """The functions, over the class of the connection."""
+    """Return the functions, over the class of the connection."""
 
     def sublayer_input(inputs: Inputs, outputs: Outputs) -> Call:
         """x, phi, alpha, bias -> post, comb, layer_input."""
@@ -66,7 +66,7 @@ def declare(connection: Callable[[Any], torch.nn.Module], device: torch.device) 
 
 
 def mix(x: torch.Tensor, layer_output: torch.Tensor, h_post: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
-    """The decoder layer's line, to the letter but for the names."""
+    """Compute the decoder layer's line, to the letter but for the names."""
     dtype = x.dtype
     return h_post.to(dtype).unsqueeze(-1) * layer_output.unsqueeze(-2) + torch.matmul(
         matrices.to(dtype).transpose(-1, -2), x

@@ -28,7 +28,7 @@ def load(device: torch.device) -> Peer:
 
 
 def declare(ops: Any) -> Peer:
-    """The functions, over the module `liger_kernel.ops.mhc`."""
+    """Return the functions, over the module `liger_kernel.ops.mhc`."""
     # TF32 has 11 bits; cut off, not rounded, an element of phi is off by 2^-10 at most and 2^-11 in the mean, which a
     # result that is rounded to bfloat16 makes √(2^-11 · 2^-8) of.
     tf32: dict[str, Any] = {"allowed": 3e-3, "because": "its product takes phi in TF32"}

@@ -24,7 +24,7 @@ def load(_device: torch.device) -> Peer:
 
 
 def declare(sinkhorn_knopps: Callable[..., torch.Tensor]) -> Peer:
-    """The functions, over `sinkhorn_knopps(logits, iters)`."""
+    """Return the functions, over `sinkhorn_knopps(logits, iters)`."""
 
     def sinkhorn(inputs: Inputs, outputs: Outputs) -> Call:
         """Logits -> h_res: its first axis sums first, which are our columns."""

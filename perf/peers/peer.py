@@ -64,7 +64,7 @@ class Peer:
     note: str = ""
 
     def function(self, kernel: str) -> Function:
-        """The peer's function for our kernel. Raises UnsupportedError with the reason if it has none."""
+        """Return the peer's function for our kernel. Raises UnsupportedError with the reason if it has none."""
         if kernel not in self.functions:
             raise UnsupportedError(self.left_out.get(kernel, self.otherwise))
         return self.functions[kernel]

@@ -113,7 +113,7 @@ def compare(
 
 
 def brief(error: Exception, with_type: bool = True) -> str:
-    """An exception in one line."""
+    """Return an exception in one line."""
     text = " ".join(str(error).split())
     text = text if len(text) <= 160 else text[:157] + "..."
     return f"{type(error).__name__}: {text}" if with_type else text

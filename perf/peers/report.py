@@ -14,7 +14,7 @@ TIME = "time: of the peer's own call in its own layout; one that returns new ten
 
 
 def facts(loaded: Sequence[Loaded]) -> list[dict[str, Any]]:
-    """The peers that were asked for, for the header and the JSON; `list_skipped` is None of those that run."""
+    """Return the peers that were asked for, for the header and the JSON; `skipped` is None of those that run."""
     return [
         {
             "name": one.name,
@@ -27,7 +27,7 @@ def facts(loaded: Sequence[Loaded]) -> list[dict[str, Any]]:
 
 
 def header(peers: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for those that run, and one for each that does not."""
+    """Return a line for those that run, and one for each that does not."""
     running = [f"{peer['name']} {peer['version']}" for peer in peers if not peer["skipped"]]
     lines = [f"peers: {', '.join(running)}"] if running else []
     lines += [f"{peer['name']}: {peer['note']}" for peer in peers if peer["note"]]
@@ -35,7 +35,7 @@ def header(peers: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def table(results: Sequence[Result]) -> list[str]:
-    """A row per peer and case, then what they were skipped for, each reason once; nothing without peers."""
+    """Return a row per peer and case, then what they were skipped for, each reason once; nothing without peers."""
     from tabulate import tabulate
 
     pairs = [(result, peer) for result in results for peer in result.peers]

@@ -141,7 +141,7 @@ def refuse_what_is_ignored(args: argparse.Namespace) -> None:
 
 
 def case_of(name: str, args: argparse.Namespace, tokens: int, width: int) -> tuple[Any, str]:
-    """The call that a name stands for, and the family if it is not the call itself. Raises MHCError for no name."""
+    """Return a name's call, and the family if it is not the call itself. Raises MHCError for no name."""
     from ..calls.cases import Case, Shape
     from ..calls.launches import launches
     from ..calls.table import CALLS

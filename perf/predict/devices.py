@@ -40,7 +40,7 @@ class Device(NamedTuple):
         return Constants(**{name: constant.value for name, constant in self.table.items()})
 
     def extreme(self, fastest: bool) -> Constants:
-        """Every constant at the end of its range that gives the shortest time, or the longest."""
+        """Return every constant at the end of its range that gives the shortest time, or the longest."""
         return Constants(
             **{
                 name: one.high if (name in FASTER_WHEN_LARGER) == fastest else one.low
@@ -49,13 +49,13 @@ class Device(NamedTuple):
         )
 
     def facts(self) -> dict[str, object]:
-        """The device as its file has it."""
+        """Return the device as its file has it."""
         table = {name: constant._asdict() for name, constant in self.table.items()}
         return {"name": self.name, "arch": self.arch, "cache_bytes": self.cache_bytes, "constants": table}
 
 
 def device(name: str) -> Device:
-    """A device by its name, or from a JSON file. Raises MHCError for one that has no constants.
+    """Return a device by its name, or from a JSON file. Raises MHCError for one that has no constants.
 
     The file: {"name", "arch", "cache_bytes", "constants": {NAME: {"value", "low", "high", "source"}}}; low and high
     may lack.
@@ -81,7 +81,7 @@ def device(name: str) -> Device:
 
 
 def named(gpu: str) -> Device | None:
-    """The device that torch calls so, as in "NVIDIA H200"; None for one without constants."""
+    """Return the device that torch calls so, as in "NVIDIA H200"; None for one without constants."""
     return next((one for name, one in DEVICES.items() if name in gpu.lower()), None)
 
 

@@ -55,7 +55,7 @@ RATIOS = (1.0, 1.11, 1.22, 1.49, 2.23, float("inf"))
 def fit(
     rows: Any, measured: np.ndarray, kernels: Sequence[str], limits: Mapping[str, tuple[float, float]]
 ) -> Constants:
-    """The constants that reproduce `measured` µs best."""
+    """Return the constants that reproduce `measured` µs best."""
     names, (low, high) = list(limits), np.array(list(limits.values()), dtype=float).T
     weights = np.array([1 / kernels.count(kernel) for kernel in kernels])
 

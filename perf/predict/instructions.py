@@ -298,7 +298,7 @@ def unpack(step: Instruction, r: Registers) -> Sequence[Value]:
 
 
 def byte_of(text: str) -> int:
-    """The bit that a byte starts at: 8 of R4.B1."""
+    """Return the bit that a byte starts at: 8 of R4.B1."""
     return 8 * next((number for number in range(1, 4) if f".B{number}" in text), 0)
 
 
@@ -334,7 +334,7 @@ def float_of(value: Value) -> np.ndarray:
 
 
 def bits_of(number: np.ndarray) -> Value:
-    """A float as 32 bits."""
+    """Return a float as 32 bits."""
     return plain(np.asarray(number, dtype=np.float32).view(np.uint32))
 
 

@@ -136,7 +136,7 @@ def walk_launch(launch: Recorded, arch: str) -> Launched:
 
 
 def walk_grid(built: Built, entry: Entry) -> Walked:
-    """The blocks that stand for the grid, averaged."""
+    """Walk the blocks that stand for the grid, averaged."""
     walked = [
         (walk_block(built.code, entry, (x, y, z)), of_x * share)
         for (x, of_x), ((_, y, z), share) in product(kinds_along_x(built, entry), blocks_of(entry.grid))

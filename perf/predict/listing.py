@@ -65,7 +65,7 @@ class Instruction:
 
 
 def parse(listing: str) -> list[Instruction]:
-    """The instructions of a listing with encodings. Raises MHCError for a listing without."""
+    """Parse the instructions of a listing with encodings. Raises MHCError for a listing without."""
     lines = listing.splitlines()
     labels: dict[str, int] = {}
     found: list[tuple[re.Match[str], int]] = []

@@ -168,12 +168,12 @@ def advice(work: Work, device: Constants) -> str:
 
 
 def tenth_less(of: Any, names: Sequence[str]) -> Any:
-    """A tenth less of the named fields."""
+    """Reduce the named fields by a tenth."""
     return of._replace(**{name: getattr(of, name) * LESS for name in names if name in of._fields})
 
 
 def busiest(block: Block) -> str:
-    """The pipe that a block's instructions keep busy longest."""
+    """Return the pipe that a block's instructions keep busy longest."""
     name = max(PIPE_CYCLES, key=lambda name: getattr(block, name) * PIPE_CYCLES[name])
     pipes = {"issued": "issue", "alu": "the integer pipe", "special": "the special-function pipe"}
     return f"{pipes.get(name, 'the fma pipe')} is" if name != "tensor" else "the tensor cores are"

@@ -76,12 +76,12 @@ class Prediction(NamedTuple):
     parts: tuple[Part, ...] = ()
 
     def as_row(self) -> dict[str, Any]:
-        """A row of the JSON."""
+        """Return a row of the JSON."""
         return {**self._asdict(), "parts": [part._asdict() for part in self.parts]}
 
 
 def launches_of(case: Case, device: Device, family: str) -> list[Any]:
-    """A call's launches, or those of one family."""
+    """Return a call's launches, or those of one family."""
     from ..calls.launches import launches
 
     blocks = 2 * int(device.table["sms"].value)  # of a projection, as the launch functions ask for on a GPU
@@ -184,7 +184,7 @@ def compare(one: Prediction, other: Prediction) -> str:
 
 
 def steady_of(case: Case, device: Device, family: str) -> tuple[Steady, str]:
-    """The steady iteration of a call's first launch, or of its first launch of a family, and that family."""
+    """Return the steady iteration of a call's first launch, or of its first launch of a family, and that family."""
     from ...compiler.tracing import trace
 
     launch = launches_of(case, device, family)[0]
@@ -202,7 +202,7 @@ constants leave open. memory: bytes over the bandwidth that copies approach; SM:
 
 
 def table(predictions: Sequence[Prediction], gpu: Device, flushed: bool) -> str:
-    """A line a prediction, then what to change first or why there is no number."""
+    """Return a line a prediction, then what to change first or why there is no number."""
     cold = "flushed" if flushed else "as a call before leaves it"
     head = (
         f"Predicted from machine code for {gpu.arch}, constants of {gpu.name}; nothing here was measured. L2: {cold}."

@@ -94,7 +94,7 @@ def points() -> list[Point]:
 
 
 def works() -> dict[Key, Work]:
-    """The stored works of all points."""
+    """Return the stored works of all points."""
     with BLOCKS.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     return {

@@ -100,7 +100,7 @@ class Registers:
     partly: dict[str, np.ndarray] = field(default_factory=dict)
 
     def value(self, name: str) -> Value:
-        """A register or predicate, None unless all lanes at hand know it."""
+        """Return a register or predicate, None unless all lanes at hand know it."""
         if name in self.partly and (self.lanes & ~self.partly[name]).any():
             return None
         return self.values.get(name)
@@ -147,7 +147,7 @@ class Registers:
         return exact(self.known(operand.upper)) << 32 | exact(self.known(operand.name))
 
     def predicate(self, text: str) -> Value:
-        """A predicate, inverted where it says so; None for one that is not known."""
+        """Return a predicate, inverted where it says so; None for one that is not known."""
         form, sign, name, *_ = parse_operand(text)
         if form != "predicate":
             return None
@@ -155,11 +155,11 @@ class Registers:
         return invert(value) if sign else value
 
     def bit(self, text: str) -> Value:
-        """A predicate as 0 or 1."""
+        """Return a predicate as 0 or 1."""
         return where(require_known(self.predicate(text)), 1, 0)
 
     def address(self, text: str) -> Value:
-        """The sum in brackets: [R4.64+UR6+0x10]; registers named .64 are pairs."""
+        """Return the sum in brackets: [R4.64+UR6+0x10]; registers named .64 are pairs."""
         parts = [self.pair(o) if wide or o.form == "immediate" else self.known(o.name) for o, wide in terms(text)]
         return sum(map(exact, parts)) & PAIR
 

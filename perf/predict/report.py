@@ -37,7 +37,7 @@ free or within ranges that were chosen after seeing the data. Both are optimisti
 
 
 def text(found: Validation, tablefmt: str = "simple") -> str:
-    """All tables of a validation."""
+    """Return all tables of a validation."""
 
     def as_table(rows: Sequence[Sequence[Any]], headers: str) -> str:
         return tabulate(rows, headers.split("; "), tablefmt=tablefmt, disable_numparse=True)
@@ -72,7 +72,7 @@ def percent(errors: Sequence[Error]) -> str:
 
 
 def by_kernel(found: Validation) -> list[list[Any]]:
-    """A row a kernel, then all."""
+    """Return a row a kernel, then all."""
     columns = (found.held_out, found.without_kernel, found.without_kernel_in_ranges, found.in_sample)
     rows: list[list[Any]] = []
     for kernel in [*dict.fromkeys(error.point.kernel for error in found.in_sample), ""]:
@@ -83,7 +83,7 @@ def by_kernel(found: Validation) -> list[list[Any]]:
 
 
 def by_regime(found: Validation) -> list[list[Any]]:
-    """A row a regime: held out, left out, the share that the band covers."""
+    """Return a row a regime: held out, left out, the share that the band covers."""
     rows: list[list[Any]] = []
     for name, band in BANDS.items():
         cells = [[e for e in column if e.regime == name] for column in (found.held_out, found.without_kernel_in_ranges)]
@@ -94,7 +94,7 @@ def by_regime(found: Validation) -> list[list[Any]]:
 
 
 def of_other(error: Error) -> list[Any]:
-    """A point of another source, and what is known about it that explains its error."""
+    """Return a point of another source, and what is known about it that explains its error."""
     point, note = error.point, ""
     if point.name.startswith("vllm") and point.tokens in WARM_TOKENS:
         note = "fits the L2, which was warm: refused"
@@ -107,7 +107,7 @@ def of_other(error: Error) -> list[Any]:
 
 
 def worst(found: Validation) -> list[list[Any]]:
-    """The points with the largest mean error."""
+    """Return the points with the largest mean error."""
     logs = defaultdict(list)
     for error in found.held_out:
         logs[error.point].append(error.log)
@@ -180,7 +180,7 @@ def peers() -> list[Peer]:
 
 
 def peers_table(found: Sequence[Peer], tablefmt: str = "simple") -> str:
-    """The table of published times beside the predicted ones, as text."""
+    """Return the table of published times beside the predicted ones, as text."""
     lines = [
         [
             *row[:4],
@@ -223,7 +223,7 @@ def tuning(page: str) -> str:
 
 
 def constants(device: Device) -> str:
-    """A device's table: value, range, source."""
+    """Return a device's table: value, range, source."""
     lines = [f"{device.name} ({device.arch}):", "", "| constant | value | range | source |", "|---|---|---|---|"]
     for name, one in device.table.items():
         span = "" if one.low == one.high else f"{one.low:.4g} to {one.high:.4g}"

@@ -70,7 +70,7 @@ class Entry:
         return x // 2, y // 2, z // 2
 
     def constants(self) -> dict[int, int]:
-        """The constant bank, word by word."""
+        """Return the constant bank, word by word."""
         place, block, grid, stack = BANK[self.arch]
         bank = {stack: 1 << 20}
         for axis in range(3):
@@ -222,7 +222,7 @@ class Walker:
             self.registers.write(name, value, mask)
 
     def special(self, name: str, kind: str) -> Value:
-        """A special register: thread, block, lane; rank in a cluster of one."""
+        """Return a special register: thread, block, lane; rank in a cluster of one."""
         if name in SPECIAL:
             value = self.own[SPECIAL[name]]
             return value if kind == "S2R" else of_lane(value, 0)

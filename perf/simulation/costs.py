@@ -125,11 +125,11 @@ class Costs:
     replay_once: float
 
     def replay(self, sublayers: int) -> float:
-        """The cost of a block of this many sublayers."""
+        """Return the cost of a block of this many sublayers."""
         return self.replay_sublayer * sublayers - self.replay_once
 
     def blocks(self, num_sublayers: int) -> dict[int, float]:
-        """The seconds of each block's replay, by the block's last sublayer."""
+        """Return the seconds of each block's replay, by the block's last sublayer."""
         if not self.block:
             return {}
         starts = range(0, num_sublayers, self.block)
@@ -137,11 +137,11 @@ class Costs:
         return {start + size - 1: self.replay(size) for start, size in zip(starts, sizes, strict=True)}
 
     def forward(self, layers: int) -> float:
-        """A stage's forward, everything in series, without sends."""
+        """Return a stage's forward, everything in series, without sends."""
         return layers * (self.attention + self.ffn + 2 * self.experts + SUBLAYERS * self.connection)
 
     def backward(self, layers: int) -> float:
-        """A stage's backward, everything in series, replays included."""
+        """Return a stage's backward, everything in series, replays included."""
         compute = self.attention_input + self.attention_weights + self.ffn_input + self.ffn_weights
         replays = sum(self.blocks(SUBLAYERS * layers).values())
         return layers * (compute + 2 * self.experts + SUBLAYERS * self.connection_backward) + replays

@@ -31,7 +31,7 @@ STAGE_LANE = 0.17
 
 
 def schedule(given: Assumptions) -> Picture:
-    """A pair of micro-batches in the steady state: the plain residual above mHC, on one axis of time."""
+    """Draw a pair of micro-batches in the steady state: the plain residual above mHC, on one axis of time."""
     stages = {"plain residual": stage_of(given, plain=True), "mHC": stage_of(given, plain=False)}
     periods = {name: stage.period() for name, stage in stages.items()}
     lanes = [COMPUTE, *([CONNECTIONS] if given.own_stream else []), EXPERTS, *SENDS.values()]
@@ -95,7 +95,7 @@ def draw_lanes(axes: Axes, lanes: Sequence[str], spans: Sequence[Span], origin: 
 
 
 def step(given: Assumptions) -> Picture:
-    """A 1F1B step over all stages: the plain residual above mHC, on one axis of time."""
+    """Draw a 1F1B step over all stages: the plain residual above mHC, on one axis of time."""
     pipelines = {"plain residual": pipeline_of(given, plain=True), "mHC": pipeline_of(given, plain=False)}
     height = STAGE_LANE * given.stages
     title = f"A 1F1B step of {given.model}: mHC adds {percent(step_overhead(given))}"

@@ -23,7 +23,7 @@ ALONE = tuple(
 
 
 def read(path: Path, sizes: LayerSizes, num_streams: int) -> tuple[Measured, str]:
-    """The connection's seconds per token, and the name of the device in `model.DEVICES`.
+    """Return the connection's seconds per token, and the name of the device in `model.DEVICES`.
 
     Raises MHCError for a file of something else, of a machine without a datasheet here, or without these sizes.
     """
@@ -45,7 +45,7 @@ def read(path: Path, sizes: LayerSizes, num_streams: int) -> tuple[Measured, str
 
 
 def seconds_per_token(results: KernelResults, hidden_size: int, num_streams: int) -> dict[str, float]:
-    """The median of each kernel at these sizes, of the row with most tokens; coefficients are float32 at any stream."""
+    """Return each kernel's median at these sizes, from the row with most tokens; coefficients are float32 always."""
     found = [
         one
         for one in results.measurements

@@ -32,7 +32,7 @@ def step_overhead(given: Assumptions) -> float:
 
 
 def pipeline_of(given: Assumptions, *, plain: bool) -> Pipeline:
-    """The 1F1B pipeline of such stages."""
+    """Return the 1F1B pipeline of such stages."""
     stage = stage_of(given, plain=plain)
     forward, backward = stage.costs.forward(stage.layers), stage.costs.backward(stage.layers)
     return Pipeline(given.stages, given.micro_batches, forward, backward, stage.costs.send, given.overlapped)

@@ -44,7 +44,7 @@ class Pipeline:
         return [task for direction, i in order for task in self._step(stage, direction, i)]
 
     def _step(self, stage: int, direction: str, i: int) -> list[Task]:
-        """A micro-batch on a stage, and its way to the next one."""
+        """Return a micro-batch on a stage, and its way to the next one."""
         forward = direction == "F"
         previous, following = (stage - 1, stage + 1) if forward else (stage + 1, stage - 1)
         after = [f"send {direction}{i} {previous}"] if 0 <= previous < self.stages else []

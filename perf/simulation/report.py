@@ -73,7 +73,7 @@ def model_row(given: Assumptions) -> ModelRow:
 
 
 def report(results: Results) -> str:
-    """The assumptions first, then what follows from them."""
+    """Return the assumptions first, then what follows from them."""
     given = results.given
     parts = [
         "A MODEL: a simulated schedule of tasks whose times follow from sizes and assumptions; no measurement.",
@@ -143,7 +143,7 @@ def predicted_table(results: Results) -> str:
 
 
 def models_table(rows: Sequence[ModelRow]) -> str:
-    """A row per model."""
+    """Return a row per model."""
     headers = ["model", "layers", "of a stage", "plain stage, ms", "mHC adds", "of it replay", "1F1B step: mHC adds"]
     lines = [
         [
@@ -162,7 +162,7 @@ def models_table(rows: Sequence[ModelRow]) -> str:
 
 
 def changes_table(changes: Sequence[Change]) -> str:
-    """A row per change."""
+    """Return a row per change."""
     first = changes[0].overhead
     lines = [
         [one.what, percent(one.overhead), "" if one is changes[0] else f"{100 * (one.overhead - first):+.1f}"]
@@ -172,7 +172,7 @@ def changes_table(changes: Sequence[Change]) -> str:
 
 
 def solutions_table(results: Results) -> str:
-    """A row per assumption, a column per model."""
+    """Return a row per assumption, a column per model."""
     models = list(results.solutions)
     lines = []
     for solutions in zip(*results.solutions.values(), strict=True):
@@ -198,7 +198,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], align: Sequence
 
 
 def as_json(results: Results) -> dict[str, Any]:
-    """The content of `--json FILE`. Seconds, and overheads as shares of the plain residual's time."""
+    """Return the content of `--json FILE`. Seconds, and overheads as shares of the plain residual's time."""
     return {
         "kind": "simulation",
         "assumptions": asdict(results.given),

@@ -54,7 +54,7 @@ class Stage:
         return run([task for j in range(pairs) for task in self._pair(j)])
 
     def _pair(self, j: int) -> Iterator[Task]:
-        """A pair's tasks in the order of issue; names start with the pair's number."""
+        """Yield a pair's tasks in the order of issue; names start with the pair's number."""
         forward, backward = self._forward(j), self._backward(j)
         if not self.overlapped:
             yield from (*forward.values(), *backward.values())
@@ -143,5 +143,5 @@ class Chunk:
 
 
 def stage_of(given: Assumptions, *, plain: bool) -> Stage:
-    """The stage that the assumptions describe, with mHC or with a plain residual."""
+    """Return the stage that the assumptions describe, with mHC or with a plain residual."""
     return Stage(given.layers, costs(given, plain=plain), given.overlapped, given.own_stream)

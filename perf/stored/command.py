@@ -64,7 +64,7 @@ def prefixes(paths: Sequence[Path]) -> list[str]:
 
 
 def section(results: KernelResults | OverheadResults, prefix: str) -> tuple[str, list[Picture]]:
-    """The Markdown of one file, and the pictures it shows."""
+    """Return the Markdown of one file, and the pictures it shows."""
     from ..figures import kernels as figures_kernels
     from ..figures import sublayer as figures_sublayer
 
@@ -81,7 +81,7 @@ def section(results: KernelResults | OverheadResults, prefix: str) -> tuple[str,
 
 
 def traffic_section() -> tuple[str, list[Picture]]:
-    """The traffic of a sublayer, which is counted, not measured."""
+    """Return the traffic of a sublayer, which is counted, not measured."""
     from importlib.metadata import version
 
     from ..figures.sublayer import stages, traffic
@@ -98,12 +98,12 @@ def traffic_section() -> tuple[str, list[Picture]]:
 
 
 def link(picture: Picture) -> str:
-    """The picture in Markdown."""
+    """Return the picture in Markdown."""
     return f"![{picture.title}]({picture.name}.svg)"
 
 
 def kernel_table(results: KernelResults) -> str:
-    """A row per kernel and shape."""
+    """Return a row per kernel and shape."""
     headers = ["kernel", "tokens × n × C", "dtype", "time, ms", "quartiles", "GB/s", "of copy", "GFLOP/s"]
     headers += ["vs torch", "range", "fastest torch", "vs separate"]
     return markdown_table(headers, map(kernel_row, results.measurements), "lllrlrrrrllr")
@@ -157,7 +157,7 @@ def kernel_notes(results: KernelResults) -> str:
 
 
 def overhead_blocks(results: OverheadResults) -> Iterator[str]:
-    """The model, the measured table, the predicted one where there is one."""
+    """Yield the model, the measured table, the predicted one where there is one."""
     yield f"One layer: {results.layer}. {one_line(WHAT_THE_PAPER_SAYS)}"
     if results.not_comparable:
         yield f"On this device the measured overhead is **{results.not_comparable}**"
@@ -184,7 +184,7 @@ def overhead_row(row: OverheadRow) -> list[str]:
 
 
 def markdown_table(headers: Sequence[str], rows: Iterable[list[str]], align: str) -> str:
-    """A table in GitHub's Markdown; `align` has an l or r per column."""
+    """Return a table in GitHub's Markdown; `align` has an l or r per column."""
     rules = [{"l": ":--", "r": "--:"}[letter] for letter in align]
     lines = [[cell.replace("|", r"\|") for cell in line] for line in (list(headers), rules, *rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -119,7 +119,7 @@ def labels(results: Results) -> dict[str, str]:
 
 
 def table(kind: str, changes: Iterable[Change]) -> str:
-    """A row per change, and below what the columns mean."""
+    """Return a row per change, and below what the columns mean."""
     from tabulate import tabulate
 
     rows = [line(change) for change in changes]
@@ -150,7 +150,7 @@ def line(change: Change) -> list[str]:
 def as_json(
     before: Facts, after: Facts, differing: Mapping[str, tuple[str, str]], changes: Iterable[Change]
 ) -> dict[str, Any]:
-    """The content of `--json FILE`; times in seconds."""
+    """Return the content of `--json FILE`; times in seconds."""
     rows = [
         {
             "name": list(change.name),

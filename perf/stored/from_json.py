@@ -22,7 +22,7 @@ KINDS = ("kernels", "overhead")
 
 
 def load(path: Path) -> KernelResults | OverheadResults:
-    """The results in `path`. Raises MHCError when there are none or they are not as `bench` writes them."""
+    """Return the results in `path`. Raises MHCError when there are none or they are not as `bench` writes them."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -49,7 +49,7 @@ class Entry:
         return MHCError(f"{where}: expected {expected}, got {got if len(got) <= 60 else got[:57] + '...'}")
 
     def object(self) -> dict[str, object]:
-        """The value, an object."""
+        """Return the value, an object."""
         if not isinstance(self.value, dict):
             raise self.error("an object")
         return self.value
@@ -63,43 +63,43 @@ class Entry:
         return Entry(self.file, f"{self.place}.{key}" if self.place else key, self.object()[key])
 
     def items(self) -> Iterator[Entry]:
-        """The entries of a list."""
+        """Yield the entries of a list."""
         if not isinstance(self.value, list):
             raise self.error("a list")
         return (Entry(self.file, f"{self.place}[{i}]", value) for i, value in enumerate(self.value))
 
     def text(self) -> str:
-        """The value, a string."""
+        """Return the value, a string."""
         if not isinstance(self.value, str):
             raise self.error("a string")
         return self.value
 
     def number(self) -> float:
-        """The value, a finite number."""
+        """Return the value, a finite number."""
         if isinstance(self.value, bool) or not isinstance(self.value, (int, float)) or not math.isfinite(self.value):
             raise self.error("a finite number")
         return self.value
 
     def positive(self) -> float:
-        """The value, a number above 0."""
+        """Return the value, a number above 0."""
         if self.number() <= 0:
             raise self.error("a number above 0")
         return self.number()
 
     def count(self) -> int:
-        """The value, a whole number above 0."""
+        """Return the value, a whole number above 0."""
         if self.positive() != int(self.number()):
             raise self.error("a whole number above 0")
         return int(self.number())
 
     def flag(self) -> bool:
-        """The value, true or false."""
+        """Return the value, true or false."""
         if not isinstance(self.value, bool):
             raise self.error("true or false")
         return self.value
 
     def labels(self) -> dict[str, str]:
-        """An object's values as text, whatever they are."""
+        """Return an object's values as text, whatever they are."""
         return {name: str(value) for name, value in self.object().items()}
 
 
@@ -122,7 +122,7 @@ def facts(path: Path, entry: Entry) -> Facts:
 
 
 def kernel_results(path: Path, entry: Entry) -> KernelResults:
-    """A file of kind `kernels`."""
+    """Return a file of kind `kernels`."""
     found = tuple(map(measurement, entry["results"].items()))
     if not found:
         raise entry["results"].error("at least one result")
@@ -154,7 +154,7 @@ def measurement(entry: Entry) -> Measurement:
 
 
 def overhead_results(path: Path, entry: Entry) -> OverheadResults:
-    """A file of kind `overhead`."""
+    """Return a file of kind `overhead`."""
     rows = tuple(row for mode in entry["measured"].object() for row in overhead_rows(entry, mode))
     if not rows:
         raise entry["measured"].error("at least one mode")
@@ -171,7 +171,7 @@ def layer(entry: Entry) -> str:
 
 
 def overhead_rows(entry: Entry, mode: str) -> Iterator[OverheadRow]:
-    """Every connection in one mode; the memory is that of training."""
+    """Yield every connection in one mode; the memory is that of training."""
     measured = entry["measured"][mode]
     if mode not in IN_MODE:
         raise measured.error("a mode, one of " + ", ".join(IN_MODE))
@@ -185,7 +185,7 @@ def overhead_rows(entry: Entry, mode: str) -> Iterator[OverheadRow]:
 
 
 def predicted(entry: Entry) -> Iterator[Prediction]:
-    """The predictions for one device and mode."""
+    """Yield the predictions for one device and mode."""
     device, mode, overhead = entry["device"].text(), entry["mode"].text(), entry["overhead"]
     return (
         Prediction(device, IN_MODE.get(mode, mode), name, 100 * overhead[name].number()) for name in overhead.object()

@@ -22,7 +22,7 @@ class Spread:
     doubtful: bool = False
 
     def over(self, other: Spread) -> Spread:
-        """The ratio of the medians; as its spread the smallest and the largest ratio of two quartiles.
+        """Return the ratio of the medians; as its spread the smallest and the largest ratio of two quartiles.
 
         It leaves 1 out exactly where the two spreads do not overlap.
         """

@@ -33,7 +33,7 @@ def draw(matrices: int, num_streams: int, seed: int) -> Matrices:
 
 
 def iterate(logits: Matrices, eps: float) -> Iterator[tuple[str, Matrices]]:
-    """Every step without an end: its name, and the matrices after it."""
+    """Yield every step without an end: its name, and the matrices after it."""
     h_res = softmax_columns(logits) + eps
     yield "columns", h_res
     while True:
@@ -44,7 +44,7 @@ def iterate(logits: Matrices, eps: float) -> Iterator[tuple[str, Matrices]]:
 
 
 def after(logits: Matrices, iters: Sequence[int], eps: float) -> dict[int, Matrices]:
-    """The matrices after each of these numbers of iterations."""
+    """Return the matrices after each of these numbers of iterations."""
     found: dict[int, Matrices] = {}
     done = 0
     for step, h_res in iterate(logits, eps):
@@ -58,7 +58,7 @@ def after(logits: Matrices, iters: Sequence[int], eps: float) -> dict[int, Matri
 
 
 def measure(logits: Matrices, scales: Sequence[float], iters: Sequence[int], eps: float) -> list[Distance]:
-    """A result per scale and number of iterations."""
+    """Return a result per scale and number of iterations."""
     distances = []
     for scale in scales:
         columns_first = after(scale * logits, iters, eps)

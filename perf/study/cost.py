@@ -39,7 +39,7 @@ def doubtful(times: Times) -> bool:
 
 
 def rows(times: Times) -> list[dict[str, Any]]:
-    """A row per direction and iteration count, in seconds."""
+    """Return a row per direction and iteration count, in seconds."""
     return [
         {"direction": way, "iters": n, **asdict(time)} for way, all_of in times.items() for n, time in all_of.items()
     ]

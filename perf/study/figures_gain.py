@@ -61,7 +61,7 @@ def draw_curves(axes: Axes, curves: list[Curve]) -> None:
 
 
 def legend_of(curves: list[Curve]) -> list[Line2D]:
-    """The scales' colours, the two ways' lines."""
+    """Return the scales' colours, the two ways' lines."""
     scales = dict.fromkeys(curve.scale for curve in curves)
     handles = [
         Line2D([], [], color=colour, label=f"a = {a:g}") for a, colour in zip(scales, KERNEL_COLOURS, strict=False)

@@ -21,7 +21,7 @@ NOTHING = 1e-16  # where a logarithm ends
 
 
 def flow(logits: Matrices, eps: float, about: dict[str, Any]) -> Picture:
-    """The logits, then the matrix after some steps, with the sums of its rows and columns."""
+    """Draw the logits, then the matrix after some steps, with the sums of its rows and columns."""
     title = "One matrix from logits to doubly stochastic"
     notes = [
         f"Entries, with row sums to the right and column sums below; bold where they are within 0.001 of 1. Normal "
@@ -110,7 +110,7 @@ def convergence(distances: list[Distance], about: dict[str, Any]) -> Picture:
 
 
 def gradients(errors: list[Error], about: dict[str, Any]) -> Picture:
-    """A panel per scale, a colour per method; medians and 99th percentiles."""
+    """Draw a panel per scale, a colour per method; medians and 99th percentiles."""
     title = "Gradients through Sinkhorn: unrolled and implicit"
     scales = list(dict.fromkeys(one.scale for one in errors))
     methods = list(dict.fromkeys(one.method for one in errors))

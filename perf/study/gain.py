@@ -75,7 +75,7 @@ def mark_of(marks: list[int]) -> int:
 
 
 def by_depth(curves: list[Curve], iters: int, marks: list[int]) -> str:
-    """A line per structure, connection and scale."""
+    """Return a line per structure, connection and scale."""
     lines = []
     for curve in curves:
         if curve.iters in (None, iters):
@@ -86,7 +86,7 @@ def by_depth(curves: list[Curve], iters: int, marks: list[int]) -> str:
 
 
 def by_iterations(curves: list[Curve], mark: int) -> str:
-    """A line per iteration count; the backward gain per scale, and how far single mappings are off."""
+    """Return a line per iteration count; the backward gain per scale, and how far single mappings are off."""
     constrained = [curve for curve in curves if curve.iters is not None]
     scales = list(dict.fromkeys(curve.scale for curve in constrained))
     found: dict[tuple[Any, ...], Curve] = {(one.structure, one.iters, one.scale): one for one in constrained}

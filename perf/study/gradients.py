@@ -48,7 +48,7 @@ def implicit(g_h_res: torch.Tensor, h_res: torch.Tensor) -> torch.Tensor:
 def measure(
     logits: Matrices, scales: Sequence[float], iters: Sequence[int], eps: float, seed: int, device: torch.device
 ) -> list[Error]:
-    """A result per scale, number of iterations and method, for one random upstream gradient a matrix."""
+    """Return a result per scale, number of iterations and method, for one random upstream gradient a matrix."""
     upstream = np.random.default_rng(seed + 1).standard_normal(logits.shape).astype(np.float32).astype(np.float64)
     g_h_res = torch.from_numpy(upstream)
     errors = []

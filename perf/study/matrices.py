@@ -30,7 +30,7 @@ class Curve:
         return "HC" if self.iters is None else "mHC"
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """A row per depth."""
+        """Yield a row per depth."""
         for depth, (forward, backward) in enumerate(zip(self.forward, self.backward, strict=True), start=1):
             yield {
                 "g": self.structure,

@@ -51,7 +51,7 @@ class GPT(nn.Module):
         self.connections = nn.ModuleList(connection(kind, self.spec, i) for i in range(2 * sizes.depth))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The embedding through every sublayer, then the mean of the streams."""
+        """Pass the embedding through every sublayer, then take the mean of the streams."""
         stream = ResidualStream(
             self.token(tokens) + self.position.weight[: tokens.shape[1]], self.spec.num_streams, self.kind
         )
@@ -79,7 +79,7 @@ class Text:
 
 
 def read_text(path: Path | None, context: int) -> Text:
-    """A file's bytes; by default those of the modules of Python's standard library, in the order of their names.
+    """Return a file's bytes; by default those of the modules of Python's standard library, in the order of their names.
 
     Raises MHCError for a file that cannot be read or is too short.
     """

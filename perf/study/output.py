@@ -57,13 +57,13 @@ def facts(device: torch.device, **setup: Any) -> dict[str, Any]:
 
 
 def one_line(about: dict[str, Any]) -> str:
-    """The device and the versions, for headers and captions."""
+    """Return the device and the versions, for headers and captions."""
     names = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     return f"{about['device']}, {about['date']}; {names}"
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> str:
-    """A table in plain text; `align` has an l or r per column."""
+    """Return a table in plain text; `align` has an l or r per column."""
     from tabulate import tabulate
 
     sides = [{"l": "left", "r": "right"}[letter] for letter in align]

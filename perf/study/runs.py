@@ -86,7 +86,7 @@ def loss_of(model: GPT, data: torch.Tensor, starts: torch.Tensor, sizes: Sizes) 
 
 @torch.no_grad()
 def evaluate(model: GPT, sizes: Sizes, text: Text, step: int) -> Evaluation:
-    """The loss on evenly spaced windows of the held-out text, under a watch."""
+    """Return the loss on evenly spaced windows of the held-out text, under a watch."""
     starts = torch.linspace(0, len(text.held_out) - sizes.context - 1, EVALUATED).long()
     with watch(model, tokens=SAMPLED) as report:
         loss = loss_of(model, text.held_out, starts, sizes).item()
@@ -95,13 +95,13 @@ def evaluate(model: GPT, sizes: Sizes, text: Text, step: int) -> Evaluation:
 
 
 def worst(report: Report, column: str) -> float:
-    """The largest value over depth; not a number if one is none."""
+    """Return the largest value over depth; not a number if one is none."""
     values = torch.tensor([float(row[column] or 0.0) for row in report.rows], dtype=torch.float64)
     return values.max().item()
 
 
 def activation_ratio(report: Report) -> float:
-    """The stream's root mean square as the last sublayer reads it, over that as the first one does."""
+    """Return the stream's root mean square as the last sublayer reads it, over that as the first one does."""
     first, last = (
         torch.tensor([float(value or 0.0) for name, value in row.items() if name.startswith("stream_rms_")])
         for row in (report.rows[0], report.rows[-1])

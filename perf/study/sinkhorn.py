@@ -98,7 +98,7 @@ def cost_text(matrices: int, repeats: int) -> str:
 
 
 def distance_table(distances: list[Distance]) -> str:
-    """A line per scale and iteration count."""
+    """Return a line per scale and iteration count."""
     lines = [
         [
             f"{one.scale:g}",
@@ -113,7 +113,7 @@ def distance_table(distances: list[Distance]) -> str:
 
 
 def error_table(errors: list[Error]) -> str:
-    """A line per scale and iteration count, a pair of columns per method."""
+    """Return a line per scale and iteration count, a pair of columns per method."""
     methods = list(dict.fromkeys(one.method for one in errors))
     found = {(one.scale, one.iters, one.method): one for one in errors}
     lines = [
@@ -130,7 +130,7 @@ def error_table(errors: list[Error]) -> str:
 
 
 def cost_table(times: Times, matrices: int) -> str:
-    """A line per direction and iteration count."""
+    """Return a line per direction and iteration count."""
     from . import cost
 
     lines = []

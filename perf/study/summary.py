@@ -34,7 +34,7 @@ baseline's, largest composite gain near 3000 under HC and about 1.6 under mHC.""
 
 
 def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A row per quantity and kind: mean, lowest and highest over seeds; differences to the plain residual's runs.
+    """Return a row per quantity and kind: mean, lowest, highest over seeds; differences to the plain residual's runs.
 
     Largest and lowest of a run with a value that is not a number are not to be trusted, so that they are none either.
     """
@@ -60,7 +60,7 @@ def _spread(prefix: str, values: list[float]) -> dict[str, float]:
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
-    """A line per quantity and connection."""
+    """Return a line per quantity and connection."""
     lines, before = [], None
     for row in rows:
         signed = f"{row['difference_mean']:+.4f}" if "difference_mean" in row else ""
@@ -82,7 +82,7 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def curves(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A row per run and step: what was recorded there."""
+    """Return a row per run and step: what was recorded there."""
     rows = []
     for run in runs:
         evaluations = {one.step: one for one in run.evaluations}

@@ -84,7 +84,7 @@ def check_sizes(width: int, heads: int) -> None:
 
 
 def header(about: dict, parameters: dict[str, int]) -> str:
-    """The set-up: all that is needed to run it again."""
+    """Return the set-up: all that is needed to run it again."""
     setup = about["setup"]
     counts = ", ".join(f"{kind} {count:,}" for kind, count in parameters.items())
     return "\n".join(

@@ -42,7 +42,7 @@ def write(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
 
 
 def gradients(forward: Forward, inputs: Sequence[Tensor], upstream: object) -> tuple[Tensor, ...]:
-    """The inputs' gradients; `upstream` has the form of what `forward` returns."""
+    """Return the inputs' gradients; `upstream` has the form of what `forward` returns."""
     _, backward, *_ = torch.func.vjp(forward, *inputs)
     result: tuple[Tensor, ...] = backward(upstream)
     return result
@@ -99,7 +99,7 @@ def sinkhorn_backward_vjp(g_h_res: Tensor, logits: Tensor, iters: int, eps: floa
 
 
 def coefficients_of(spec: MHCSpec) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """The coefficients as a function of m [T, M], s [T], alpha and bias.
+    """Return the coefficients as a function of m [T, M], s [T], alpha and bias.
 
     s scales m/s, a constant here, so that the gradient of s is the sum that ρ is made of.
     """

@@ -23,7 +23,7 @@ from .tokens import alpha_rows
 
 
 def logits_gradient(G: Tensor, logits: Tensor, iters: int, eps: float, columns: int = 0, rows: int = 1) -> Tensor:
-    """The gradient of the logits [n, n, T], or with the axes -2 and -1 [T, n, n]; G, that of h_res, is overwritten."""
+    """Return the logits' gradient [n, n, T], or with the axes -2 and -1 [T, n, n]; G, that of h_res, is overwritten."""
     S = torch.softmax(logits, columns)
     P_0 = P = S + eps
     axes = [rows, *[columns, rows] * (iters - 1)]
@@ -64,7 +64,7 @@ Matrix = list[list[Tensor]]
 
 
 def transposed(matrix: Matrix) -> Matrix:
-    """The transpose of a matrix of variables."""
+    """Return the transpose of a matrix of variables."""
     return [list(vector) for vector in zip(*matrix, strict=True)]
 
 

@@ -97,13 +97,13 @@ def prepare(
 
 
 def applicable(forms: tuple[Form, ...], device: torch.device, dtype: str, baselines: str = "eager") -> tuple[Form, ...]:
-    """The forms for this device and stream dtype; `fast` ones without those that are beaten there."""
+    """Return the forms for this device and stream dtype; `fast` ones without those that are beaten there."""
     found = (form for form in forms if device.type in form.devices and dtype in form.dtypes)
     return tuple(form for form in found if baselines != FAST or device.type not in form.beaten_on)
 
 
 def bind(form: Form, mode: str, arguments: Mapping[str, Any]) -> Callable[[], object]:
-    """The form as something to call. torch.compile compiles at the first call, for these very shapes."""
+    """Return the form as something to call. torch.compile compiles at the first call, for these very shapes."""
     function = form.function
     if form.binds:
         run: Callable[[], object] = function(**arguments)

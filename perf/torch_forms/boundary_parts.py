@@ -88,7 +88,7 @@ class Selection:
             self.fastest(part, EAGER)
 
     def fastest(self, part: str, mode: str) -> Part:
-        """The fastest form, of all modes where `mode` is COMPILED."""
+        """Return the fastest form, of all modes where `mode` is COMPILED."""
         if part not in self.ranked:
             self.ranked[part] = self.rank(part)
         return next(one for one in self.ranked[part] if mode == COMPILED or one[1] == EAGER)
@@ -121,7 +121,7 @@ class Selection:
 
 
 def parts_of(case: Case) -> tuple[str, ...]:
-    """The parts of a boundary's case, in order."""
+    """Return the parts of a boundary's case, in order."""
     if case.kernel == POST_PRE_BACKWARD:
         return BACKWARD
     return FORWARD + BACKWARD if case.kernel == BOUNDARY_STEP else FORWARD
@@ -146,7 +146,7 @@ class Buffers:
 def forward_parts(
     given: Mapping[str, Any], outputs: Mapping[str, Tensor], buffers: Buffers, block: slice = slice(None)
 ) -> list[Bound]:
-    """The calls of FORWARD for a block of tokens; `given` and `outputs` are named as in `calls.table`."""
+    """Return the calls of FORWARD for a block of tokens; `given` and `outputs` are named as in `calls.table`."""
     mixing = {name: given[name][block] for name in MIXING}
     x_next, layer_input, h_post_next, h_res_next = (
         outputs[name][block] for name in ("x_next", "layer_input", "h_post_next", "h_res_next")
@@ -165,7 +165,7 @@ def forward_parts(
 
 
 def backward_parts(given: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> list[Bound]:
-    """The calls of BACKWARD."""
+    """Return the calls of BACKWARD."""
     x_next, h_pre, projected = given["x_next"], given["h_pre"], given["projected"]
     through, total, g_h_pre, g_projected = (torch.empty_like(t) for t in (x_next, x_next, h_pre, projected))
     parameters = {name: given[name] for name in ("projected", "alpha", "bias", "spec")}
@@ -201,7 +201,7 @@ def prepare_parts(
     expected: Mapping[str, Tensor],
     allowed: Mapping[str, float],
 ) -> list[Baseline]:
-    """The fastest parts as baselines of a boundary's case. Binds what torch.compile compiles: after every `prepare`."""
+    """Return a boundary's fastest parts as baselines. Binds what torch.compile compiles: after every `prepare`."""
     outputs = {name: torch.empty_like(tensor) for name, tensor in expected.items()}
     names, found = parts_of(case), []
     for mode in selection.modes:
@@ -223,7 +223,7 @@ def prepare_parts(
 def chain(
     case: Case, stream: Given, parts: Mapping[str, Part], given: Mapping[str, Any], outputs: Mapping[str, Tensor]
 ) -> Run:
-    """All parts of a case, one after the other."""
+    """Return a function that runs all parts of a case, one after the other."""
     if case.kernel == POST_PRE_BACKWARD:
         return in_turn(*bound(parts, backward_parts(given, outputs)))
     buffers = Buffers.of(stream)
@@ -241,7 +241,7 @@ def chain(
 
 
 def in_blocks(stream: Given, parts: Mapping[str, Part], given: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> Run:
-    """All parts of a forward for one block of tokens, then for the next."""
+    """Return a function that runs all parts of a forward for one block of tokens, then for the next."""
     buffers, num_tokens = Buffers.of(stream), len(stream.inputs.x)
     size = block_tokens(stream.inputs.x)
     blocks = [slice(first, first + size) for first in range(0, num_tokens, size)]
@@ -249,5 +249,5 @@ def in_blocks(stream: Given, parts: Mapping[str, Part], given: Mapping[str, Any]
 
 
 def bound(parts: Mapping[str, Part], calls: Iterable[Bound]) -> list[Run]:
-    """The parts' forms, bound to their arguments."""
+    """Return the parts' forms, bound to their arguments."""
     return [bind(*parts[name], arguments) for name, arguments in calls]

@@ -53,7 +53,7 @@ def sinkhorn_scalars(logits: torch.Tensor, iters: int, eps: float, h_res: torch.
     rows = [list(row) for row in zip(*columns, strict=True)]
 
     def normalize(vectors: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
-        """Every vector over its sum + eps, and the result transposed."""
+        """Divide every vector by its sum + eps, and transpose the result."""
         scales = [1.0 / (sum(vector[1:], vector[0]) + eps) for vector in vectors]
         scaled = [[value * scale for value in vector] for vector, scale in zip(vectors, scales, strict=True)]
         return [list(vector) for vector in zip(*scaled, strict=True)]

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def print_schedules(args: argparse.Namespace, parallel_blocks: int) -> int:
-    """The boundary's schedules. Raises MHCError for kernels, of which there is nothing to say here."""
+    """Print the boundary's schedules. Raises MHCError for kernels, of which there is nothing to say here."""
     if args.kernels:
         raise MHCError(f"--schedule: expected without --kernels, got {', '.join(args.kernels)}")
     every = shapes(args, args.tokens or traffic_schedule.TOKENS)
@@ -80,7 +80,7 @@ def print_schedules(args: argparse.Namespace, parallel_blocks: int) -> int:
 
 
 def shapes(args: argparse.Namespace, tokens: Sequence[int]) -> list[cases.Shape]:
-    """Every dtype, width and batch."""
+    """Return every dtype, width and batch."""
     return [
         cases.Shape(batch, args.streams, width, dtype)
         for dtype in args.dtype

@@ -16,12 +16,12 @@ from .coefficients import compare_mappings
 
 @check("layer_input")
 def check_aggregate(case: Case, inputs: Inputs) -> list[Comparison]:
-    """The aggregation alone, for a given h_pre."""
+    """Check the aggregation alone, for a given h_pre."""
     return [compare_input(case, inputs, launch.aggregate(inputs.x, inputs.h_pre))]
 
 
 def compare_input(case: Case, inputs: Inputs, got: torch.Tensor) -> Comparison:
-    """A kernel's layer_input of inputs.x and inputs.h_pre."""
+    """Compare a kernel's layer_input of inputs.x and inputs.h_pre."""
     x, h_pre, plain = numpy64(inputs.x), numpy64(inputs.h_pre), plain_torch.aggregate(inputs.x, inputs.h_pre)
     magnitude = reference.aggregate(np.abs(x), np.abs(h_pre))
     bound = tolerance.combination(magnitude, case.num_streams, dtype_name(case.dtype))
@@ -31,7 +31,7 @@ def compare_input(case: Case, inputs: Inputs, got: torch.Tensor) -> Comparison:
 
 @check("layer_input", "h_pre", "h_post", "h_res")
 def check_aggregate_mappings(case: Case, inputs: Inputs) -> list[Comparison]:
-    """The aggregation by a given h_pre, and what is made beside it: the mappings of the same stream."""
+    """Check the aggregation by a given h_pre, and what is made beside it: the mappings of the same stream."""
     parameters, spec = (inputs.phi, inputs.alpha, inputs.bias), case.spec
     plan = launch.projection_plan(inputs.x, spec.num_coefficients)
     partial_sums = launch.project(inputs.x, inputs.phi, plan)
@@ -62,7 +62,7 @@ def check_aggregate_backward(case: Case, inputs: Inputs) -> list[Comparison]:
 
 @check("g_x", "g_h_pre")
 def check_aggregate_gradients(case: Case, inputs: Inputs) -> list[Comparison]:
-    """The inner products of `aggregate_backward`, and a product an element of the stream."""
+    """Check the inner products of `aggregate_backward`, and a product an element of the stream."""
     g = Gradients.of(case, inputs.x.device).g_h
     got = launch.aggregate_gradients(g, inputs.x, inputs.h_pre)
     plain = by_autograd(plain_torch.aggregate, g, inputs.x, inputs.h_pre)

@@ -44,7 +44,7 @@ def compare_mappings(
 
 
 def logits_of(inputs: Inputs, alpha: torch.Tensor, case: Case) -> tuple[Array, Array]:
-    """The logits z in float64 and how far a kernel's may be off."""
+    """Return the logits z in float64 and how far a kernel's may be off."""
     spec = case.spec
     plan = launch.projection_plan(inputs.x, inputs.phi.shape[0])
     x, phi, bias = numpy64(inputs.x), numpy64(inputs.phi), numpy64(inputs.bias)

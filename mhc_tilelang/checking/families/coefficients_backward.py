@@ -136,7 +136,7 @@ def logit_gradients(at: Logits, z: Array, z_bound: Array) -> tuple[Array, Array]
 
 
 def plain_gradients(at: Logits, mappings: Mappings) -> tuple[torch.Tensor, ...]:
-    """The outputs by torch's autograd: g_dots = g_m · s and ρ = −s³/K · g_s, since m = s · dots."""
+    """Return the outputs by torch's autograd: g_dots = g_m · s and ρ = −s³/K · g_s, since m = s · dots."""
 
     def outputs(m: torch.Tensor, s: torch.Tensor, alpha: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         dots = m / s.detach()

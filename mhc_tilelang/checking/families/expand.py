@@ -22,7 +22,7 @@ def check_expand(case: Case, inputs: Inputs) -> list[Comparison]:
 
 @check("g_h")
 def check_expand_backward(case: Case, inputs: Inputs) -> list[Comparison]:
-    """The sum over the streams."""
+    """Check the sum over the streams."""
     g_x = Gradients.of(case, inputs.h.device).g_x
     got, exact, n = launch.expand_backward(g_x), numpy64(g_x), case.num_streams
     expected = reference.expand_backward(exact, numpy64(inputs.h), n)

@@ -23,7 +23,7 @@ def check_head(case: Case, inputs: Inputs) -> list[Comparison]:
 
 
 def compare_head(case: Case, inputs: Inputs, got: torch.Tensor, plain: torch.Tensor) -> Comparison:
-    """A head's output of the stream inputs.x, by a kernel and in plain torch; phi has a head's rows or more."""
+    """Compare a head's output of the stream inputs.x, by a kernel and in plain torch; phi has a head's rows or more."""
     n, spec = case.num_streams, case.spec
     phi, alpha, bias = inputs.phi[:n], inputs.alpha[:1], inputs.bias[:n]
     x, exact = numpy64(inputs.x), (numpy64(phi), numpy64(alpha), numpy64(bias))

@@ -23,7 +23,7 @@ from .post_pre import MIXED, compare_mixing, mixed
 
 
 def of_head(case: Case, inputs: Inputs) -> Inputs:
-    """The inputs with a head's parameters: the first rows of a sublayer's."""
+    """Return the inputs with a head's parameters: the first rows of a sublayer's."""
     n = case.num_streams
     return replace(inputs, phi=inputs.phi[:n].contiguous(), alpha=inputs.alpha[:1], bias=inputs.bias[:n])
 

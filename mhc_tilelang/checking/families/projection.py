@@ -16,7 +16,7 @@ from ..inputs import Case, Gradients, Inputs
 
 @check("dots", "squares")
 def check_project(_case: Case, inputs: Inputs) -> list[Comparison]:
-    """The partial sums, added up in float64: the dots of each half of phi, and the lanes of Σx²."""
+    """Check the partial sums, added up in float64: the dots of each half of phi, and the lanes of Σx²."""
     plan = launch.projection_plan(inputs.x, inputs.phi.shape[0])
     total = numpy64(launch.project(inputs.x, inputs.phi, plan)).sum(0)
     halves = total[: plan.halves * plan.rows].reshape(plan.halves, plan.rows, -1)

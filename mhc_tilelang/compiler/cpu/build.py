@@ -48,7 +48,7 @@ FLAGS = [
 
 
 def load(family: str, parameters: dict[str, Any], checked: bool = False) -> Kernel:
-    """The kernel, from disk if it is there. `checked` builds stop the process on an index out of bounds."""
+    """Return the kernel, from disk if it is there. `checked` builds stop the process on an index out of bounds."""
     name = entry_name(family, parameters, checked)
 
     def use(facts: dict[str, Any], library: Path) -> Kernel:
@@ -90,7 +90,7 @@ def run_compiler(source: Path, library: Path) -> None:
 
 
 def bind(library: Path, name: str, symbol: str, signature: Signature) -> Kernel:
-    """A function of a compiled library as a Kernel. The library is loaded as it is: the caller has checked it."""
+    """Bind a function of a compiled library as a Kernel. The library is loaded as it is: the caller has checked it."""
     import torch  # before the library: its OpenMP threads are the ones that the kernel runs on
 
     function = getattr(ctypes.CDLL(str(library)), symbol)
@@ -111,14 +111,14 @@ def folder() -> str:
 
 
 def kernel_hash(family: str, parameters: dict[str, Any], checked: bool) -> str:
-    """A hash of what a library is made from."""
+    """Return a hash of what a library is made from."""
     made_from = [family, repr(sorted(parameters.items())), str(checked), metadata.version("tilelang"), *flags()]
     return digest("\0".join([*made_from, sources_hash()]))
 
 
 @cache
 def sources_hash() -> str:
-    """A hash of the sources of the kernels, of this folder, and of what describes a kernel to its caller."""
+    """Return a hash of the sources of the kernels, of this folder, and of what describes a kernel to its caller."""
     files = [*Path(kernels.__file__).parent.glob("*.py"), *HERE.glob("*.py"), *HERE.glob("*.h")]
     files += [HERE.parent / "tracing.py", HERE.parent / "kernel.py"]
     return digest("\0".join(f"{path.name}\0{path.read_text(encoding='utf-8')}" for path in sorted(files)))
@@ -126,7 +126,7 @@ def sources_hash() -> str:
 
 @cache
 def processor_hash() -> str:
-    """A hash of what `-march=native` depends on: the processor's model and features."""
+    """Return a hash of what `-march=native` depends on: the processor's model and features."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         facts = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
@@ -140,7 +140,7 @@ def digest(text: str) -> str:
 
 
 def cxx() -> Tool:
-    """The C++ compiler; a CompilerError that says what to install if there is none."""
+    """Return the C++ compiler. Raises CompilerError that says what to install if there is none."""
     tool = find_cxx()
     if tool is None:
         wanted = os.environ.get("CXX") or ", ".join(CXX_NAMES)
@@ -153,7 +153,7 @@ def cxx() -> Tool:
 
 @cache
 def flags(march: str = "native") -> tuple[str, ...]:
-    """The compiler's flags for this processor, or for another architecture of its kind."""
+    """Return the compiler's flags for this processor, or for another architecture of its kind."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     chosen = [f"-march={march}", "-mprefer-vector-width=512"] if x86 else [f"-mcpu={march}"]
     # Apple's clang has no OpenMP: the pragma is skipped and kernels run on one thread.

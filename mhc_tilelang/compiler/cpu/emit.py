@@ -88,7 +88,7 @@ class Emitter:
         self.line("}")
 
     def name(self, var: tirx.Var) -> str:
-        """The C++ name of a TIR variable: its own, numbered when another variable has it already."""
+        """Return the C++ name of a TIR variable: its own, numbered when another variable has it already."""
         if var not in self.names:
             self.names[var] = self.fresh(var.name)
         return self.names[var]
@@ -213,7 +213,7 @@ class Emitter:
         self.line(f"{self.registered(element)} = {value};")
 
     def registered(self, element: str) -> str:
-        """The variable that holds an element for now, or the element itself."""
+        """Return the variable that holds an element for now, or the element itself."""
         return self.registers[element][1] if element in self.registers else element
 
     def _Evaluate(self, stmt) -> None:
@@ -283,7 +283,7 @@ class Emitter:
         raise LoweringError(f"call {node}")
 
     def place(self, access) -> tuple[Array, list[str]]:
-        """The array and the indices that a load or store names, through its view if it has one."""
+        """Return the array and the indices that a load or store names, through its view if it has one."""
         view: View | None = self.views.get(access.buffer)
         if view is None:
             return self.array(access.buffer), [self.expr(index) for index in access.indices]
@@ -301,7 +301,7 @@ class Emitter:
 
 
 def emit(func: tirx.PrimFunc, checked: bool = False) -> str:
-    """The C++ source of `func`: `extern "C" void NAME(buffers…, sizes and scalars…, int threads)`.
+    """Emit the C++ source of `func`: `extern "C" void NAME(buffers…, sizes and scalars…, int threads)`.
 
     Buffers come in the order of the TileLang signature, then the run-time sizes in the order in which the
     shapes first mention them, then the scalars, then how many OpenMP threads may run. `checked` builds
@@ -354,7 +354,7 @@ def is_unrolled(loop: tirx.For) -> bool:
 
 
 def is_nothing(stmt) -> bool:
-    """The body that is left where everything in it was switched off when the kernel was traced."""
+    """Whether nothing is left of a body: everything in it was switched off when the kernel was traced."""
     return isinstance(stmt, tirx.Evaluate) and isinstance(stmt.value, tirx.IntImm)
 
 
@@ -367,7 +367,7 @@ def scalars_of(func: tirx.PrimFunc) -> list[tirx.Var]:
 
 
 def sizes_of(func: tirx.PrimFunc) -> list[tirx.Var]:
-    """The run-time sizes: shape variables, in order of first mention."""
+    """Return the run-time sizes: shape variables, in order of first mention."""
     sizes: list[tirx.Var] = []
     for buffer in buffers_of(func):
         for extent in buffer.shape:
@@ -377,7 +377,7 @@ def sizes_of(func: tirx.PrimFunc) -> list[tirx.Var]:
 
 
 def grid_of(func: tirx.PrimFunc) -> tuple[list[tirx.For], tirx.Stmt]:
-    """The loops over blocks, outermost first, and what one block does."""
+    """Return the loops over blocks, outermost first, and what one block does."""
     stmt, grid = func.body, []
     while True:
         if isinstance(stmt, tirx.SBlockRealize):

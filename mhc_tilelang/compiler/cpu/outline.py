@@ -38,7 +38,7 @@ def elements(stmt: Any) -> int:
 
 
 def number(extent: Any) -> int:
-    """An extent that is known when the kernel is compiled; 0 of others."""
+    """Return an extent that is known when the kernel is compiled; 0 of others."""
     return int(extent) if isinstance(extent, tirx.IntImm) else 0
 
 

@@ -39,7 +39,7 @@ class View:
 
 
 def views_of(block, analyzer: arith.Analyzer) -> dict[tirx.Buffer, View]:
-    """The tiles among `block.alloc_buffers` that are read or written in place."""
+    """Return the tiles among `block.alloc_buffers` that are read or written in place."""
     views, taken = views_in(block.body, accesses_of(block.body), analyzer), operands_in(block.body)
     return {tile: view for tile, view in views.items() if tile not in taken}
 
@@ -96,7 +96,7 @@ def count(buffer: tirx.Buffer, accesses: list[Access]) -> int:
 
 
 def view_through(outside, inside, is_output: bool, analyzer: arith.Analyzer) -> View | None:
-    """A tile region seen as a region of global memory, if both move the same and the latter lies inside."""
+    """Return a tile region seen as a region of global memory, if both move the same and the latter lies inside."""
     (memory, _, *extent), (tile, _, *tile_extent) = outside.args, inside.args
     buffer, first = memory.buffer, tuple(memory.indices)
     axes = tuple(axis for axis, _ in paired_axes(extent, tile_extent))
@@ -121,7 +121,7 @@ class Access:
 
 
 def accesses_of(statement) -> list[Access]:
-    """Every access in a statement. A region's own BufferLoad, which only names it, is not one."""
+    """Return every access in a statement. A region's own BufferLoad, which only names it, is not one."""
     accesses: list[Access] = []
     names: list[Any] = []
 

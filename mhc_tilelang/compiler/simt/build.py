@@ -43,7 +43,7 @@ _libraries: dict[Path, Path] = {}  # those that this process has verified
 
 
 def library(source: CudaSource) -> Path:
-    """The library of a generated kernel, built unless it is there. Raises CompilerError, with the compiler's words."""
+    """Return a generated kernel's library, built unless there. Raises CompilerError, with the compiler's words."""
     if sys.platform != "linux":
         raise CompilerError(f"the SIMT executor runs on Linux alone, got {sys.platform}")
     name = f"{source.entry}-{digest(source.entry, source.code, executor_hash())}"
@@ -54,7 +54,7 @@ def library(source: CudaSource) -> Path:
 
 
 def where(_facts: dict[str, Any], file: Path) -> Path:
-    """The file of an entry."""
+    """Return the file of an entry."""
     return file
 
 
@@ -75,7 +75,7 @@ def build(source: CudaSource, name: str, scratch: Path) -> Made:
 
 
 def translation_unit(source: CudaSource) -> str:
-    """The generated code between our header and a call of its kernel; its lines keep their numbers but for one."""
+    """Wrap the generated code between our header and a call of its kernel; its lines keep their numbers but for one."""
     code = re.sub(r"^#include <(cuda\.h|math_constants\.h|tl_templates/.*)>$", "", source.code, flags=re.MULTILINE)
     shared = r"extern __shared__ (__align__\(\d+\)) (\w+) (\w+)\[\];"  # of which the executor has one for all
     code = re.sub(shared, r"\2* const \3 = reinterpret_cast<\2*>(simt_shared_memory);", code)
@@ -84,7 +84,7 @@ def translation_unit(source: CudaSource) -> str:
 
 
 def executor() -> list[Path]:
-    """The executor's object files, built unless they are there."""
+    """Return the executor's object files, built unless they are there."""
 
     def make(name: str, scratch: Path) -> Made:
         made = scratch / "executor.o"
@@ -114,12 +114,12 @@ def poison() -> tuple[str, ...]:
 
 @cache
 def executor_hash() -> str:
-    """A hash of everything but the kernel that a library is made from."""
+    """Return a hash of everything but the kernel that a library is made from."""
     files = sorted([*HERE.glob("*.h"), *HERE.glob("*.cpp"), HERE / "build.py"])
     tool = cxx()
     return digest(tool.path, *tool.arguments, *(f"{path.name}\0{path.read_text(encoding='utf-8')}" for path in files))
 
 
 def digest(*parts: str) -> str:
-    """A short hash for a file's name."""
+    """Return a short hash for a file's name."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]

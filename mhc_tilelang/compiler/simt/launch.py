@@ -191,5 +191,5 @@ def check_limits(source: CudaSource, grid: tuple[int, int, int], arch: str) -> N
 
 
 def finding(raw: interface.FoundAt, loaded: ctypes.CDLL, path: Path) -> Finding:
-    """A finding with its line of the generated source."""
+    """Return a finding with its line of the generated source."""
     return Finding(raw.kind.decode(), raw.text.decode(), raw.times, line_at(raw.site, loaded, path))

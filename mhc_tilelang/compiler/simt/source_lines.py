@@ -10,7 +10,7 @@ from ..toolchain import output_of
 
 
 def line_at(site: int | None, loaded: ctypes.CDLL, path: Path) -> str:
-    """The line that an address of a loaded library belongs to, through what was inlined into it."""
+    """Return the line that an address of a loaded library belongs to, through what was inlined into it."""
     base = ctypes.cast(loaded.simt_call_kernel, ctypes.c_void_p).value
     start = offset_of(path, "simt_call_kernel")
     if not site or not base or start is None:
@@ -29,7 +29,7 @@ def offset_of(path: Path, symbol: str) -> int | None:
 
 @cache
 def line_of(path: Path, offset: int) -> str:
-    """The line of the generated source that an instruction at this offset of a library belongs to."""
+    """Return the line of the generated source that an instruction at this offset of a library belongs to."""
     for frame in output_of(["addr2line", "-i", "-e", str(path), hex(offset)]).splitlines():
         file, _, line = frame.partition(" ")[0].rpartition(":")
         if file.endswith("kernel.cpp") and line.isdigit():

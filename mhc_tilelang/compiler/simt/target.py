@@ -75,7 +75,7 @@ def executing(arch: str = ARCH, parallel_blocks: int = PARALLEL_BLOCKS, seed: in
 
 
 def load(arch: str, family: str, parameters: dict[str, Any]) -> Kernel:
-    """The kernel of a family as one that the executor runs."""
+    """Return the kernel of a family as one that the executor runs."""
     source, signature = load_or_generate(family, parameters, arch)
 
     def run(tensors: Sequence[torch.Tensor], sizes: dict[str, int], scalars: list[float]) -> None:

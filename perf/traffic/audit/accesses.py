@@ -49,7 +49,7 @@ class Access:
 
 
 def accesses_of(func: tirx.PrimFunc, sizes: Mapping[str, float]) -> tuple[list[Access], Values]:
-    """Every place, and what the variables in it stand for. Raises AuditError for a size too few or too many."""
+    """Return every place, and what the variables in it stand for. Raises AuditError for a size too few or too many."""
     variables = {var.name: var for var in (*sizes_of(func), *scalars_of(func))}
     if set(variables) != set(sizes):
         raise AuditError(f"sizes: expected {sorted(variables)}, got {sorted(sizes)}")
@@ -187,7 +187,7 @@ class Walk:
 
 
 def conjuncts(condition) -> Iterator[tirx.PrimExpr]:
-    """The parts of `a and b and …`; they may depend on different loops."""
+    """Yield the parts of `a and b and …`; they may depend on different loops."""
     if isinstance(condition, tirx.And):
         yield from conjuncts(condition.a)
         yield from conjuncts(condition.b)
@@ -196,7 +196,7 @@ def conjuncts(condition) -> Iterator[tirx.PrimExpr]:
 
 
 def children(node) -> tuple:
-    """The operands of arithmetic; refuses a call that could touch memory behind the walk's back."""
+    """Return the operands of arithmetic; refuse a call that could touch memory behind the walk's back."""
     kind = type(node).__name__
     if kind in BINARY or kind in ("Div", "Mod"):
         return node.a, node.b

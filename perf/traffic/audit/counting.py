@@ -67,7 +67,7 @@ def distinct(accesses: Sequence[Access], values: Values, grid: Sequence[tirx.Var
 
 
 def axis_links(access: Access, values: Values, point: Sequence[tirx.PrimExpr]) -> list[list[int]]:
-    """The axes of a point that loops link: through an index, or through a guard."""
+    """Return the axes of a point that loops link: through an index, or through a guard."""
     loops_of_axis = [set(values.loops_of(index)) for index in point]
     return [
         [axis for axis, loops in enumerate(loops_of_axis) if loops & set(group)]
@@ -76,13 +76,13 @@ def axis_links(access: Access, values: Values, point: Sequence[tirx.PrimExpr]) -
 
 
 def loop_groups(access: Access, values: Values, point: Sequence[tirx.PrimExpr]) -> list[tuple[tirx.Var, ...]]:
-    """The place's loops, those together that meet in a guard or an index."""
+    """Return the place's loops, those together that meet in a guard or an index."""
     meeting = [values.loops_of(expression) for expression in (*access.guards, *point)]
     return merge_sets([[loop] for loop in access.loops] + [list(loops) for loops in meeting])
 
 
 def reach(access: Access, values: Values, point: Sequence[tirx.PrimExpr], sizes: Sequence[int]) -> np.ndarray:
-    """The points [axes] that the place reaches, each as one number, row-major, ascending."""
+    """Return the points [axes] that the place reaches, each as one number, row-major, ascending."""
     wanted = set(values.loops_of(*point))
     loops = [loop for group in loop_groups(access, values, point) if wanted & set(group) for loop in group]
     mask = guard_mask(access, values, loops)
@@ -98,7 +98,7 @@ def reach(access: Access, values: Values, point: Sequence[tirx.PrimExpr], sizes:
 
 
 def ascending(numbers: np.ndarray) -> np.ndarray:
-    """The distinct numbers, in order: `np.unique` without the hash table, which took ten times as long."""
+    """Return the distinct numbers, in order: `np.unique` without the hash table, which took ten times as long."""
     numbers = np.sort(numbers)
     return numbers[np.concatenate(([True], numbers[1:] != numbers[:-1]))]
 

@@ -101,7 +101,7 @@ class Threads:
                 touched.close_batch()
 
     def enter(self, stmt: Any) -> Any:
-        """The body of a block: the grid's axes and the threads are noted on the way."""
+        """Return the body of a block: the grid's axes and the threads are noted on the way."""
         while True:
             kind = type(stmt).__name__
             if kind == "SBlockRealize":
@@ -239,7 +239,7 @@ class Threads:
     # ---- accesses
 
     def seen(self, node: Any) -> Callable[[], None] | None:
-        """The accesses of an expression or a call."""
+        """Return the accesses of an expression or a call."""
         name = op_name(node)
         if isinstance(node, tirx.BufferLoad):
             if node.buffer.scope() == "global":
@@ -299,7 +299,7 @@ class Threads:
         return access if inside is None else self._guarded(inside, access, None)
 
     def buffer_of(self, data: Any) -> Any:
-        """The global buffer whose data a pointer has."""
+        """Return the global buffer whose data a pointer has."""
         return self.buffers[data]
 
     def element(self, buffer: Any, indices: Any, is_write: bool, width: int) -> Callable[[], None]:

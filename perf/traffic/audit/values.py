@@ -68,7 +68,7 @@ class Values:
         return self.lengths[loop]
 
     def loops_of(self, *expressions: tirx.PrimExpr) -> tuple[tirx.Var, ...]:
-        """The loops that the expressions depend on."""
+        """Return the loops that the expressions depend on."""
         found: dict[tirx.Var, None] = {}
 
         def visit(node) -> None:
@@ -85,7 +85,7 @@ class Values:
         return tuple(found)
 
     def evaluate(self, expression: tirx.PrimExpr, axes: Sequence[tirx.Var]) -> np.ndarray:
-        """The expression over these loops: an array with an axis for each, of length one where it does not matter."""
+        """Evaluate the expression over these loops: an array with an axis each, of length one where it is constant."""
         shape = [self.length(axis) for axis in axes]
         if prod(shape) > MAX_POINTS:
             raise AuditError(f"expected at most {MAX_POINTS} points of loops that depend on each other, got {shape}")
