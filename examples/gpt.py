@@ -117,16 +117,16 @@ def main() -> None:
     parser.add_argument("--connection", choices=("residual", "hc", "mhc"), default="mhc")
     parser.add_argument("--recompute", action="store_true", help="keep the stream of every few sublayers only")
     parser.add_argument("--text", type=Path, help="a file to learn (the Python standard library)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of stream and layers")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of stream and layers"
+    )
     sizes = {"steps": 200, "batch": 8, "context": 256, "width": 128, "depth": 4, "heads": 4}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"({value})")
     parser.add_argument("--rate", type=float, default=2e-3, help="AdamW's learning rate (0.002)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--world", type=int, default=1, help="processes (1)")
-    parser.add_argument(
-        "--parallel", choices=("pipeline", "ddp"), default="pipeline", help="what they share (pipeline)"
-    )
+    parser.add_argument("--parallel", choices=("pipeline", "ddp"), default="pipeline", help="parallelism (pipeline)")
     args = parser.parse_args()
     for name in sizes:
         if (value := getattr(args, name)) < 1:

@@ -22,16 +22,16 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool) -> N
     """Add the model, its sizes, its stream's dtype, and `--forward-only`."""
     models = (*HIDDEN_SIZES, CUSTOM)
     sizes = ", ".join(f"{name} {size}" for name, size in HIDDEN_SIZES.items())
-    parser.add_argument("--model", choices=models, required=required, help=f"whose hidden size ({sizes})")
-    parser.add_argument("--hidden-size", type=int, metavar="C", help=f"of --model {CUSTOM}")
-    parser.add_argument("--num-streams", type=int, default=4, choices=STREAM_COUNTS, help="n (default: 4)")
-    parser.add_argument("--sinkhorn-iters", type=int, default=20, metavar="N", help="default: 20")
+    parser.add_argument("--model", choices=models, required=required, help=f"model with this hidden size ({sizes})")
+    parser.add_argument("--hidden-size", type=int, metavar="C", help=f"hidden size of --model {CUSTOM}")
+    parser.add_argument("--num-streams", type=int, default=4, choices=STREAM_COUNTS, help="streams, n (default: 4)")
+    parser.add_argument("--sinkhorn-iters", type=int, default=20, metavar="N", help="Sinkhorn iterations (default: 20)")
     help_text = "eps and scales of released code or of the paper's equations (default: deepseek-v4)"
     parser.add_argument("--constants", choices=tuple(CONSTANTS), default="deepseek-v4", help=help_text)
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the stream (default: bfloat16)")
-    text = "of connections that normalise the layer's input (default: none do)"
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the stream (default: bfloat16)")
+    text = "eps of connections that normalise the layer's input (default: none do)"
     parser.add_argument("--rms-norm-eps", type=float, metavar="EPS", help=text)
-    parser.add_argument("--forward-only", action="store_true", help="leave out what only a backward launches")
+    parser.add_argument("--forward-only", action="store_true", help="leave out kernels that only a backward launches")
 
 
 def spec_of(args: argparse.Namespace) -> MHCSpec:

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--tokens", nargs="+", type=positive, metavar="T", help=text)
     add("--streams", type=int, choices=STREAM_COUNTS, default=4, help="residual streams, n (default: 4)")
-    add("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="of the stream (default: bfloat16)")
+    add("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="dtype of the stream (default: bfloat16)")
     text = (
         "forms of plain torch to compare with: the eager ones that were ever near the fastest in a stored result "
         "(default), all eager ones, or those of torch.compile too, which take minutes more"

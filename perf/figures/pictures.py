@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def add_out_argument(parser: argparse.ArgumentParser) -> None:
     """Add `--out DIR`; the value arrives as `args.out`, a Path or None."""
-    text = "also draw it: SVG and PNG in this folder, which is made where it does not exist"
+    text = "also draw it: SVG and PNG in this folder, created if missing"
     parser.add_argument("--out", type=Path, metavar="DIR", help=text)
 
 

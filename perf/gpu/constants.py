@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m mhc_tilelang.perf.gpu.constants", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the device file to write")
-    parser.add_argument("--arch", default="native", help="of the GPU, for nvcc (default: the one at hand)")
+    parser.add_argument("--arch", default="native", help="architecture for nvcc (default: this GPU's)")
     args = parser.parse_args(argv)
     try:
         with tempfile.TemporaryDirectory() as folder:

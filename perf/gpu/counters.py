@@ -220,8 +220,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--tokens", type=positive, default=16384, metavar="T", help="token count (default: 16384)")
     one.add_argument("--streams", type=int, choices=(2, 4, 8), default=4, help="residual streams, n (default: 4)")
     one.add_argument("--width", type=positive, default=2560, metavar="C", help="hidden size (default: 2560)")
-    one.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the stream (default: bfloat16)")
-    one.add_argument("--csv", type=Path, metavar="FILE", help="keep what ncu printed in FILE")
+    one.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the stream (default: bfloat16)")
+    one.add_argument("--csv", type=Path, metavar="FILE", help="keep ncu's output in FILE")
     one.add_argument("--launch", type=Path, metavar="FILE", help="only launch the kernels, and list them in FILE")
     add_json_argument(one)
     return one

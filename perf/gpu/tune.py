@@ -188,9 +188,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--tokens", type=positive, metavar="T", help="token count (default: 4096, on a CPU 1024)")
     one.add_argument("--streams", type=int, choices=(2, 4, 8), default=4, help="residual streams, n (default: 4)")
     one.add_argument("--width", type=positive, default=2560, metavar="C", help="hidden size (default: 2560)")
-    one.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the stream (default: bfloat16)")
-    one.add_argument("--plans", type=positive, metavar="N", help="try so many besides the heuristic's (default: all)")
-    one.add_argument("--processes", type=positive, metavar="N", help="that compile (default: one per core)")
+    one.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the stream (default: bfloat16)")
+    one.add_argument("--plans", type=positive, metavar="N", help="plans besides the heuristic's (default: all)")
+    one.add_argument("--processes", type=positive, metavar="N", help="compilers at a time (default: one per core)")
     one.add_argument("--repeats", type=positive, metavar="R", help="rounds that count (default: 30, on a CPU 10)")
     text = "rank the plans by what they are predicted to take on b200, h200, h100 or a file's GPU, and run none"
     one.add_argument("--predict", metavar="GPU", help=text)

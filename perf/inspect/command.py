@@ -45,12 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--arch", type=architectures, default=list(ARCHITECTURES), metavar="ARCH,…", help=text)
     add("--streams", nargs="+", type=int, choices=STREAM_COUNTS, default=[4], help="residual streams, n (default: 4)")
     add("--widths", nargs="+", type=positive, default=[2560], metavar="C", help="hidden sizes (default: 2560)")
-    add("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="of the stream (default: bfloat16)")
+    add("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="dtype of the stream (default: bfloat16)")
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument(
         "--full", action="store_true", help="every n, width and dtype, and every variant: about an hour on two cores"
     )
-    sizes.add_argument("--representative", action="store_true", help="what CI builds, each for its architectures")
+    sizes.add_argument("--representative", action="store_true", help="CI's builds, each for its architectures")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--source", action="store_true", help="print the generated CUDA source instead")
     instead.add_argument("--sass", action="store_true", help="print the machine code instead")

@@ -28,9 +28,9 @@ COUNTED = (1, 2, 4, 8, 16)  # lengths that are counted, besides L_r*
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `mhc-tilelang memory`."""
     add = parser.add_argument
-    add("--model", choices=tuple(MODELS), default="27b", help="whose sizes (default: 27b)")
+    add("--model", choices=tuple(MODELS), default="27b", help="model with these sizes (default: 27b)")
     add("--streams", type=int, choices=STREAM_COUNTS, default=4, help="residual streams, n (default: 4)")
-    text = "pipeline stages: of the first one under 1F1B, with a micro-batch in flight for each (default: 1)"
+    text = "pipeline stages; figures are those of the first under 1F1B, a micro-batch in flight for each (default: 1)"
     add("--stages", type=positive, default=1, metavar="P", help=text)
     text = "also run the same number of sublayers forward, of small sizes, and count what their graph keeps"
     add("--measure", action="store_true", help=text)

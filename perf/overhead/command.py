@@ -36,16 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `mhc-tilelang bench overhead`."""
     add_device_argument(parser)
     add = parser.add_argument
-    text = "whose layer: C, heads and the width of the active experts (default: 3b; custom: by the next four options)"
+    text = "model of the layer: C, heads, width of the active experts (default: 3b; custom: by the next four options)"
     add("--model", choices=(*MODELS, CUSTOM), default="3b", help=text)
-    add("--hidden-size", type=positive, metavar="C", help="of a custom layer")
-    add("--ffn-width", type=positive, metavar="F", help="of a custom layer's SwiGLU: all active experts together")
-    add("--heads", type=positive, metavar="H", help="of a custom layer")
+    add("--hidden-size", type=positive, metavar="C", help="hidden size of a custom layer")
+    add("--ffn-width", type=positive, metavar="F", help="width of a custom layer's SwiGLU: all active experts")
+    add("--heads", type=positive, metavar="H", help="attention heads of a custom layer")
     add("--head-size", type=positive, metavar="D", help="channels of a head of a custom layer (default: 128)")
     text = f"tokens, in sequences of {SEQUENCE} or in a single shorter one (default: 512 on a CPU, {SEQUENCE} on a GPU)"
     add("--tokens", type=positive, metavar="T", help=text)
     add("--streams", type=int, choices=STREAM_COUNTS, default=4, help="residual streams, n (default: 4)")
-    text = "of stream, weights and activations (default: bfloat16; float32 on a CPU that cannot multiply bfloat16)"
+    text = "dtype of stream, weights, activations (default: bfloat16; float32 on a CPU that cannot multiply bfloat16)"
     add("--dtype", choices=DTYPES, help=text)
     text = "forward alone, training (forward and backward), or both (default)"
     add("--mode", choices=(*MODES, "both"), default="both", help=text)
@@ -54,13 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     text = f"devices to predict for (default: all of {', '.join(DEVICES)})"
     add("--devices", nargs="+", choices=tuple(DEVICES), default=tuple(DEVICES), metavar="DEVICE", help=text)
-    text = "of the machine at hand, for a prediction beside the measurement; together with --flops"
+    text = "bandwidth of this machine, for a prediction beside the measurement; together with --flops"
     add("--bandwidth", type=positive_number, metavar="GB/s", help=text)
-    text = "of the machine at hand in the dtype of the layer, dense; together with --bandwidth"
+    text = "FLOP/s of this machine in the layer's dtype, dense; together with --bandwidth"
     add("--flops", type=positive_number, metavar="TFLOP/s", help=text)
-    text = f"what kernels bound by memory reach of the bandwidth, an assumption (default: {model.BANDWIDTH_SHARE})"
+    text = f"share of the bandwidth that memory-bound kernels reach, assumed (default: {model.BANDWIDTH_SHARE})"
     add("--bandwidth-share", type=positive_number, default=model.BANDWIDTH_SHARE, metavar="SHARE", help=text)
-    text = f"what matrix products reach of the FLOP/s, an assumption (default: {model.FLOPS_SHARE})"
+    text = f"share of the FLOP/s that matrix products reach, assumed (default: {model.FLOPS_SHARE})"
     add("--flops-share", type=positive_number, default=model.FLOPS_SHARE, metavar="SHARE", help=text)
     add_json_argument(parser)
 

@@ -38,13 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens", nargs="+", type=positive, metavar="T", help="token counts (default: 4096)")
     add("--width", nargs="+", type=positive, metavar="C", help="hidden sizes (default: 2560)")
     add("--streams", type=int, choices=STREAM_COUNTS, help="residual streams, n (default: 4)")
-    add("--dtype", choices=DTYPES, help="of the stream (default: bfloat16)")
-    text = "what `bench --json` stored on this GPU: one measured shape of a call scales its predictions"
+    add("--dtype", choices=DTYPES, help="dtype of the stream (default: bfloat16)")
+    text = "a file of `bench --json` from this GPU: one measured shape of a call scales its predictions"
     add("--measured", type=Path, metavar="FILE", help=text)
-    add("--flushed", action="store_true", help="the last-level cache is cold before each call")
+    add("--flushed", action="store_true", help="predict for a cold last-level cache before each call")
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--compare", nargs=2, metavar=("A", "B"), help="which of two is predicted to be faster")
-    text = "how far predictions are off, on all published times"
+    instead.add_argument("--compare", nargs=2, metavar=("A", "B"), help="predict which of two is faster")
+    text = "print the errors of predictions on all published times"
     instead.add_argument("--validate", action="store_true", help=text)
     text = "TileKernels' kernels, published and predicted"
     instead.add_argument("--peers", action="store_true", help=text)

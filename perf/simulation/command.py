@@ -26,30 +26,36 @@ DEFAULT = Assumptions()
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `mhc-tilelang simulate`."""
     add = parser.add_argument
-    add("--model", choices=tuple(MODELS), default=DEFAULT.model, help="to look into (default: %(default)s)")
-    text = f"{', '.join(DEVICES)} (default: {DEFAULT.device}, or that of --results)"
+    add("--model", choices=tuple(MODELS), default=DEFAULT.model, help="model to simulate (default: %(default)s)")
+    text = f"GPU: {', '.join(DEVICES)} (default: {DEFAULT.device}, or that of --results)"
     add("--device", choices=tuple(DEVICES), metavar="DEVICE", help=text)
-    add("--streams", type=int, choices=STREAM_COUNTS, default=DEFAULT.num_streams, help="n (default: %(default)s)")
-    text = f"whose traffic the connections have: {', '.join(forms())} (default: %(default)s)"
+    add(
+        "--streams",
+        type=int,
+        choices=STREAM_COUNTS,
+        default=DEFAULT.num_streams,
+        help="streams, n (default: %(default)s)",
+    )
+    text = f"kernels whose traffic the connections have: {', '.join(forms())} (default: %(default)s)"
     add("--form", choices=tuple(forms()), default=DEFAULT.form, metavar="FORM", help=text)
-    text = "what `bench --json` stored on a GPU at the model's C: its times instead of the form's traffic"
+    text = "a file of `bench --json` from a GPU at the model's C: its times instead of the form's traffic"
     add("--results", type=Path, metavar="FILE", help=text)
-    add("--stages", type=positive, default=DEFAULT.stages, metavar="P", help="of the pipeline (default: %(default)s)")
-    text = "of a step, each one sequence (default: %(default)s)"
+    add("--stages", type=positive, default=DEFAULT.stages, metavar="P", help="pipeline stages (default: %(default)s)")
+    text = "micro-batches of a step, each one sequence (default: %(default)s)"
     add("--micro-batches", type=positive, default=DEFAULT.micro_batches, metavar="M", help=text)
-    text = "of the datasheet's bandwidth that kernels reach (default: %(default)s)"
+    text = "share of the datasheet's bandwidth that kernels reach (default: %(default)s)"
     add("--bandwidth-share", type=positive_number, default=DEFAULT.bandwidth_share, metavar="SHARE", help=text)
-    text = "of the datasheet's FLOP/s that products reach (default: %(default)s)"
+    text = "share of the datasheet's FLOP/s that products reach (default: %(default)s)"
     add("--flops-share", type=positive_number, default=DEFAULT.flops_share, metavar="SHARE", help=text)
-    text = "to other GPUs' experts, attainable, each direction (default: %(default)g)"
+    text = "attainable bandwidth to other GPUs' experts, each direction (default: %(default)g)"
     add("--expert-bandwidth", type=positive_number, default=DEFAULT.expert_bandwidth / 1e9, metavar="GB/s", help=text)
-    text = "between stages, attainable, each direction (default: %(default)g)"
+    text = "attainable bandwidth between stages, each direction (default: %(default)g)"
     add("--send-bandwidth", type=positive_number, default=DEFAULT.send_bandwidth / 1e9, metavar="GB/s", help=text)
-    text = "copies of a token that leave for other GPUs' experts (default: %(default)s)"
+    text = "copies of a token sent to other GPUs' experts (default: %(default)s)"
     add("--expert-copies", type=positive, default=DEFAULT.expert_copies, metavar="K", help=text)
-    add("--no-overlap", action="store_true", help="compute waits for all communication")
-    add("--no-recompute", action="store_true", help="every stream is kept, none recomputed")
-    add("--own-stream", action="store_true", help="connections run beside everything else, and take nothing from it")
+    add("--no-overlap", action="store_true", help="let compute wait for all communication")
+    add("--no-recompute", action="store_true", help="keep every stream, recompute none")
+    add("--own-stream", action="store_true", help="run connections beside everything else, at no cost to it")
     add_out_argument(parser)
     add_json_argument(parser)
 

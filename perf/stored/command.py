@@ -28,9 +28,9 @@ MATPLOTLIB = "bench report: expected matplotlib, which draws the pictures: pip i
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `mhc-tilelang bench report`."""
-    text = "what `bench --json FILE` or `bench overhead --json FILE` wrote"
+    text = "a file of `bench --json FILE` or `bench overhead --json FILE`"
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json", help=text)
-    text = f"the folder for {NAME} and the pictures, SVG and PNG; made where it does not exist"
+    text = f"folder for {NAME} and the pictures, SVG and PNG; created if missing"
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=text)
 
 

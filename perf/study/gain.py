@@ -34,13 +34,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_argument(parser)
     add = parser.add_argument
     add("--depth", type=positive, default=128, metavar="L", help="sublayers (default: 128, of 64 layers)")
-    add("--tokens", type=positive, default=256, metavar="T", help="that the gains are averaged over (default: 256)")
+    add(
+        "--tokens",
+        type=positive,
+        default=256,
+        metavar="T",
+        help="tokens that the gains are averaged over (default: 256)",
+    )
     add("--streams", type=int, choices=STREAM_COUNTS, default=4, help="residual streams, n (default: 4)")
     text = f"factors a of the set-up (default: {', '.join(f'{scale:g}' for scale in SCALES)})"
     add("--scales", nargs="+", type=positive_number, default=SCALES, metavar="A", help=text)
     text = f"Sinkhorn iterations (default: {', '.join(map(str, ITERS))}); the last one is that of the first table"
     add("--iters", nargs="+", type=positive, default=ITERS, metavar="I", help=text)
-    add("--seed", type=int, default=0, help="of g (default: 0)")
+    add("--seed", type=int, default=0, help="seed of g (default: 0)")
     output.add_output_arguments(parser)
 
 

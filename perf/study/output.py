@@ -24,7 +24,7 @@ Rows = Sequence[dict[str, Any]]
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     """`--out DIR` and `--json FILE`."""
-    text = "the folder for pictures, SVG and PNG, and CSVs; made where it does not exist (default: print only)"
+    text = "folder for pictures, SVG and PNG, and CSVs; created if missing (default: print only)"
     parser.add_argument("--out", type=Path, metavar="DIR", help=text)
     add_json_argument(parser)
 

@@ -27,7 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `mhc-tilelang study sinkhorn`."""
     add_device_argument(parser)
     add = parser.add_argument
-    add("--matrices", type=positive, default=4096, metavar="T", help="that statistics are taken over (default: 4096)")
+    add(
+        "--matrices",
+        type=positive,
+        default=4096,
+        metavar="T",
+        help="matrices that statistics are taken over (default: 4096)",
+    )
     add("--streams", type=int, choices=STREAM_COUNTS, default=4, help="n, of n × n matrices (default: 4)")
     text = f"standard deviations of logits (default: {', '.join(f'{scale:g}' for scale in SCALES)})"
     add("--scales", nargs="+", type=positive_number, default=SCALES, metavar="S", help=text)
@@ -37,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--flow-scale", type=positive_number, default=2.0, metavar="S", help=text)
     add("--timed", type=positive, default=16384, metavar="T", help="matrices of a timed call (default: 16384)")
     add("--repeats", type=positive, metavar="R", help="timed rounds (default: 15 on a CPU, 50 on a GPU)")
-    add("--seed", type=int, default=0, help="of the logits (default: 0)")
+    add("--seed", type=int, default=0, help="seed of the logits (default: 0)")
     output.add_output_arguments(parser)
 
 

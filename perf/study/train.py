@@ -25,7 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_argument(parser)
     add = parser.add_argument
     add("--text", type=Path, metavar="FILE", help="the bytes to learn, such as enwik8 (default: Python's own modules)")
-    add("--connections", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help="(default: all three)")
+    add(
+        "--connections",
+        nargs="+",
+        choices=KINDS,
+        default=KINDS,
+        metavar="KIND",
+        help="connections to train (default: all three)",
+    )
     add("--quick", action="store_true", help="sizes for minutes on two cores")
     for name, meaning in {**WIDTHS, **LENGTHS, "seeds": "runs of each connection"}.items():
         text = f"{meaning} (default: {FULL[name]}; quick: {QUICK[name]})"

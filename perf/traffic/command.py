@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--streams", type=int, choices=STREAM_COUNTS, default=4, help="residual streams, n (default: 4)")
     add("--widths", nargs="+", type=positive, default=[2560], metavar="C", help="hidden sizes (default: 2560)")
-    add("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="of the stream (default: bfloat16)")
+    add("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="dtype of the stream (default: bfloat16)")
     text = "tokens of a batch (default: 4096; with --schedule powers of two from 1 to 16384)"
     add("--tokens", nargs="+", type=positive, metavar="T", help=text)
     text = "whose tiles to count: a GPU with 132 multiprocessors, or this machine's processor (default: cuda)"

@@ -71,8 +71,8 @@ def train(mhc: Sublayer, steps: int = 20, rate: float = 0.03) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("bundle", help="what mhc-tilelang export wrote")
-    parser.add_argument("library", help="what CMakeLists.txt built from it")
+    parser.add_argument("bundle", help="a bundle of mhc-tilelang export")
+    parser.add_argument("library", help="the library that CMakeLists.txt builds from it")
     arguments = parser.parse_args()
     for number, value in enumerate(train(Sublayer(arguments.bundle, arguments.library)), 1):
         print(f"step {number:2}  loss {value:.4f}")
