@@ -6,7 +6,7 @@
 NAME has a hash of what the entry is made from, so nothing stale is found. Both files are written elsewhere and
 renamed, the record last: a writer that was killed or ran out of space leaves nothing that is found; of two at once,
 which make equal files, the last one's stay. Before a file is loaded, its size and hash must be those of its record, and
-the record must fit its seal: what was cut off, changed, or is another entry's is made anew, with a line on stderr. What
+the record must fit its seal: what was cut off, changed, or is another entry's is rebuilt, with a line on stderr. What
 others than this user and root could have written is refused (`trust`). Imports neither torch nor tilelang.
 """
 
@@ -57,7 +57,7 @@ def get_or_make(
         name: of the entry, with a hash of what it is made from.
         make: is given an empty folder within `folder`; returns facts as JSON has them, and a file it wrote or None.
         use: is given the facts and where the file is. It may raise for facts that it cannot read or a file that the
-            system does not load: then the entry is made anew, once.
+            system does not load: then the entry is rebuilt, once.
         suffix: of the file.
 
     Raises:
@@ -74,7 +74,7 @@ def get_or_make(
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             from tqdm import tqdm  # a bar that is up stays whole
 
-            tqdm.write(f"mhc-tilelang: {error}: made anew", file=sys.stderr)
+            tqdm.write(f"mhc-tilelang: {error}: rebuilt", file=sys.stderr)
         facts, file = write(place, name, suffix, make)
         return use(facts, file)
     except OSError as error:

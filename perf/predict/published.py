@@ -132,7 +132,7 @@ def entry(built: Built, tokens: int) -> Entry:
 
 
 def write() -> None:
-    """Make published-blocks.csv anew."""
+    """Rewrite published-blocks.csv."""
     with BLOCKS.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow([*KEY, *Work._fields[1:], *Block._fields])

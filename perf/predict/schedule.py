@@ -112,7 +112,7 @@ class Steady(NamedTuple):
 
     @property
     def runs(self) -> str:
-        """How often the iteration runs, in words."""
+        """Number of iterations, in words."""
         return f"{self.iterations} times" if self.iterations > 1 else "once: there is no loop over memory"
 
 

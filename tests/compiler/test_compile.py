@@ -252,7 +252,7 @@ def test_cxx_may_have_arguments(cold, monkeypatch):
     post_kernel()
 
 
-def test_a_damaged_kernel_is_made_anew(cold):
+def test_a_damaged_kernel_is_rebuilt(cold):
     """A library cut off after a page would end the process by SIGBUS; JSON that is no object, in a TypeError.
 
     Each kind of damage is in test_disk_cache.

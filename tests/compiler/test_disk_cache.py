@@ -1,4 +1,4 @@
-"""The cache on disk: what is damaged is made anew, by a process that does not crash; what others can write is refused.
+"""The cache on disk: what is damaged is rebuilt, by a process that does not crash; what others can write is refused.
 
 Would catch: a library that is loaded before it is verified (SIGBUS where it was cut off), a record that is believed
 because it is JSON, files that are placed before they are whole, a folder that others can write to and is taken.
@@ -73,7 +73,7 @@ def entry(name: str = "entry") -> Path:
 
 
 def kept() -> dict:
-    """The facts of that entry; those of a new one if it is made anew."""
+    """The facts of that entry; those of a new one if it is rebuilt."""
     return disk_cache.get_or_make("place", "entry", lambda _: ({"anew": True}, None), lambda facts, _: facts)
 
 
@@ -113,7 +113,7 @@ DAMAGE_OF_LIBRARY: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE_OF_LIBRARY.values(), ids=DAMAGE_OF_LIBRARY)
-def test_a_damaged_library_is_made_anew(cache: Path, library: Path, damage: Callable[[Path], object]) -> None:
+def test_a_damaged_library_is_rebuilt(cache: Path, library: Path, damage: Callable[[Path], object]) -> None:
     """The process neither crashes nor fails and names the file in one line; the next one finds it whole."""
     assert call(library) == (["made", "42"], "")
     path = cache / "place" / "entry.so"
@@ -121,7 +121,7 @@ def test_a_damaged_library_is_made_anew(cache: Path, library: Path, damage: Call
     printed, said = call(library)
     assert printed == ["made", "42"]
     assert said.startswith(f"mhc-tilelang: {path}: expected ")
-    assert said.endswith(": made anew\n")
+    assert said.endswith(": rebuilt\n")
     assert said.count("\n") == 1
     assert call(library) == (["42"], "")
     assert sorted(file.name for file in path.parent.iterdir()) == ["entry.json", "entry.so"]
@@ -148,7 +148,7 @@ DAMAGE_OF_RECORD: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE_OF_RECORD.values(), ids=DAMAGE_OF_RECORD)
-def test_a_damaged_record_is_made_anew(
+def test_a_damaged_record_is_rebuilt(
     cache: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object]
 ) -> None:
     """Never a TypeError, never facts that were not written."""
@@ -156,7 +156,7 @@ def test_a_damaged_record_is_made_anew(
     assert kept() == {"anew": True}
     said = capsys.readouterr().err
     assert "entry.json" in said
-    assert said.endswith("made anew\n")
+    assert said.endswith(": rebuilt\n")
     assert said.count("\n") == 1
     assert kept() == {"anew": True}
     assert capsys.readouterr().err == ""
@@ -182,7 +182,7 @@ def test_a_signature_that_is_none_is_refused(change: Callable[[dict], object], m
         Signature.from_json(facts, "post")
 
 
-def test_facts_of_no_use_are_made_anew_once(cache: Path) -> None:
+def test_facts_of_no_use_are_rebuilt_once(cache: Path) -> None:
     """A kept entry that `use` refuses is recomputed; for a new one, the error is the caller's."""
     entry()
     made = []

@@ -55,7 +55,7 @@ def test_a_launch_that_was_stopped_changes_nothing() -> None:
     assert y.eq(1).all()
 
 
-def test_a_damaged_library_is_made_anew(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_library_is_rebuilt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The rebuilt file has the same bytes: of two processes that build at once, neither finds the other's damaged."""
     kernel = PLANTED["tail not masked"].twin(wrong=False)
     kernel = replace(kernel, code=f"{kernel.code}\n// damaged by a test\n")

@@ -174,7 +174,7 @@ def test_rows_first_delayed():
 
 
 def test_hyper_connections_package():
-    """Its static mHC and its plain HC, as modules, on streams folded into the batch."""
+    """Static mHC and plain HC of the package agree, as modules, on streams folded into the batch."""
     package = pytest.importorskip("hyper_connections")
     x, layer_output = (tensor.unsqueeze(0) for tensor in streams(4))
     pairs = (
