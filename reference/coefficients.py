@@ -153,7 +153,7 @@ def coefficients(
         alpha: [3], order pre, post, res.
         bias: [n² + 2n].
         spec: n, C, the constants above, sinkhorn_iters and sinkhorn_eps.
-        norm_weight: of the RMS norm over x⃗, [n·C], if phi has not absorbed it.
+        norm_weight: weight of the RMS norm over x⃗, [n·C], if phi has not absorbed it.
 
     Returns:
         h_pre [..., n], h_post [..., n] and h_res [..., n, n], [out, in].

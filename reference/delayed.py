@@ -119,7 +119,7 @@ def delayed_post_pre_backward(
 
     Args:
         g_x_next: [..., n, C], or None; what reaches x_next from beyond the sublayer that begins.
-        g_layer_input, g_h_post_next, g_h_res_next, g_h_pre_next: of the other results, in their shapes, or None.
+        g_layer_input, g_h_post_next, g_h_res_next, g_h_pre_next: gradients of the other results, or None.
         x, layer_output, h_post, h_res, h_pre, phi, alpha, bias, spec, norm_weight: as for `delayed_post_pre`.
 
     Returns:

@@ -23,7 +23,7 @@ def expand_pre(
 
     Args:
         h: the embedding, [..., C].
-        phi, alpha, bias, spec, norm_weight: of the first sublayer, as for `coefficients`.
+        phi, alpha, bias, spec, norm_weight: the first sublayer's, as for `coefficients`.
 
     Returns:
         x [..., n, C], and layer_input [..., C], h_post [..., n], h_res [..., n, n] of the first sublayer.

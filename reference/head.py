@@ -35,7 +35,7 @@ def head_coefficients(
         alpha: [1].
         bias: [n].
         spec: n, C, rms_eps and pre_eps.
-        norm_weight: of the RMS norm over x⃗, [n·C], if phi has not absorbed it.
+        norm_weight: weight of the RMS norm over x⃗, [n·C], if phi has not absorbed it.
 
     Returns:
         h_pre, [..., n].

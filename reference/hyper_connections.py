@@ -81,7 +81,7 @@ def hc_coefficients(
         alpha: [3], order pre, post, res.
         bias: [n² + 2n], the static part.
         spec: n, C and rms_eps.
-        norm_weight: of the RMS norm over each stream, [C], if theta has not absorbed it.
+        norm_weight: weight of the RMS norm over each stream, [C], if theta has not absorbed it.
 
     Returns:
         h_pre [..., n], h_post [..., n] and h_res [..., n, n], [out, in].

@@ -41,7 +41,7 @@ def gates(
         alpha: [2], order pre, post.
         bias: [2n].
         spec: n, C and the constants above.
-        norm_weight: of the RMS norm over x⃗, [n·C], if phi has not absorbed it.
+        norm_weight: weight of the RMS norm over x⃗, [n·C], if phi has not absorbed it.
     """
     logits_pre, logits_post = _logits(x, phi, alpha, bias, spec, norm_weight)[0]
     return gate_pre(logits_pre, spec.pre_eps), gate_post(logits_post, spec.post_scale) + spec.post_eps

@@ -106,7 +106,7 @@ def rms_scale(sum_squares: ArrayLike, num_elements: int, rms_eps: float) -> Arra
 
     Args:
         sum_squares: [...].
-        num_elements: how many squares were summed, n·C.
+        num_elements: number of squares summed, n·C.
         rms_eps: keeps the scale of a zero stream finite.
 
     Returns:

@@ -68,7 +68,7 @@ def sinkhorn(logits: ArrayLike, iters: int = 20, eps: float = 1e-6) -> Array:
     Args:
         logits: [..., n, n], [out, in].
         iters: column and row steps, t_max, at least 1.
-        eps: of every step.
+        eps: constant of every step.
 
     Returns:
         h_res, [..., n, n].

@@ -64,7 +64,7 @@ def stream_steps(
 
     Args:
         h: the embedding, [..., C].
-        sublayers: in order.
+        sublayers: sublayers in order.
         spec: as for `coefficients`; a plain residual has one stream whatever num_streams says. An attribute
             `delayed_pre` that is true makes it the delayed form, which of the three only "mhc" has.
         connection: "mhc", "hc" or "residual".

@@ -24,11 +24,11 @@ class Described:
 
     Attributes:
         name: within the bundle; the family, and what tells it from others of the family.
-        symbol: of its C function: the name, with the sizes that a bundle has in common.
+        symbol: name of its C function: `name`, with the sizes that a bundle has in common.
         family, parameters: as `compile.kernel` takes them.
         signature: buffers, then run-time sizes, then scalars: the order of every call.
         roles: of each buffer; "unused" are those that this kernel does not touch.
-        func: its TIR, which every target starts from.
+        func: TIR of the kernel, which every target starts from.
     """
 
     name: str

@@ -45,11 +45,11 @@ def export(
     """Write a bundle to `folder`, which must not exist or be empty; returns its manifest.
 
     Args:
-        spec, dtype: of the model.
+        spec, dtype: the model's.
         targets: "cpu" and CUDA architectures.
         forward_only: leave out what only a backward launches.
-        rms_norm_eps: of connections that normalise the layer's input; with None there are none.
-        march: of the CPU's library; x86-64-v3 unless given.
+        rms_norm_eps: eps of connections that normalise the layer's input; None: there are none.
+        march: processor architecture of the CPU's library; x86-64-v3 unless given.
         started: is told how many steps there will be, and returns what is called after each.
 
     Raises:

@@ -54,11 +54,11 @@ def get_or_make(
 
     Args:
         folder: within the cache.
-        name: of the entry, with a hash of what it is made from.
+        name: the entry's name, with a hash of what it is made from.
         make: is given an empty folder within `folder`; returns facts as JSON has them, and a file it wrote or None.
         use: is given the facts and where the file is. It may raise for facts that it cannot read or a file that the
             system does not load: then the entry is rebuilt, once.
-        suffix: of the file.
+        suffix: the file's suffix.
 
     Raises:
         TrustError: others than this user and root can write to the cache or to the entry.

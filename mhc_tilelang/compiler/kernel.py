@@ -74,8 +74,8 @@ class Kernel:
     """A compiled kernel. Call it with its tensors and scalars by name; outputs are tensors it writes.
 
     Attributes:
-        name: its family.
-        signature: what it takes.
+        name: family of the kernel.
+        signature: names, dtypes and shapes of its arguments.
         launch: runs it on tensors, run-time sizes and scalars, in the signature's order; nothing is checked.
         native: the same as a ctypes function of addresses, sizes, scalars and a number of threads, where there is one.
     """

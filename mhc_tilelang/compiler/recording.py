@@ -29,9 +29,9 @@ class Recorded:
     """One kernel as it was launched.
 
     Attributes:
-        family: its family, of `kernels.FAMILIES`.
-        parameters: what it is compiled with.
-        arguments: its tensors and scalars by name.
+        family: the kernel's family, of `kernels.FAMILIES`.
+        parameters: compile-time parameters.
+        arguments: tensors and scalars by name.
         streams: the names of those as wide as the stream or a layer; empty until told apart by `wide`.
     """
 
@@ -75,7 +75,7 @@ def recording(target: str, parallel_blocks: int) -> Iterator[list[Recorded]]:
 
     Args:
         target: "cpu", or a CUDA architecture; "cuda" for what all have in common.
-        parallel_blocks: how many blocks of a projection the device runs at a time.
+        parallel_blocks: number of a projection's blocks that the device runs at a time.
     """
     found: list[Recorded] = []
 

@@ -39,7 +39,7 @@ class Probe:
         bias: [M], the biases pre n, post n, res n·n. With phi = 0 they are the logits of every token, so that a
             whole connection can be probed: give it these as they are, in its own parameter.
         h_post: [n], 2σ of the post biases.
-        sinkhorn_iters: how many iterations foreign code is to do.
+        sinkhorn_iters: number of iterations for the foreign code.
     """
 
     x: torch.Tensor
@@ -69,7 +69,7 @@ def probe(num_streams: int = 4, hidden_size: int = 64, sinkhorn_iters: int = 2, 
     Args:
         num_streams: n.
         hidden_size: C, at least 1 and not n, or the place of the streams cannot be told by shape.
-        sinkhorn_iters: what the foreign code does. The fewer the clearer; 20, where it has no choice, need float32.
+        sinkhorn_iters: the foreign code's iterations. The fewer the clearer; 20, where it has no choice, need float32.
         num_tokens: T, at least 1; a batch of one sequence is `x[None]`.
     """
     check_streams("probe", "num_streams", num_streams)
@@ -95,7 +95,7 @@ def orientation(foreign: Callable[[Probe], torch.Tensor], probe: Probe, expected
         foreign: probe -> x_next, any dtype: [tokens, n, C] or, for streams innermost, [tokens, C, n]; packed
             [tokens, n·C], and with leading dimensions of 1, as well. x_next[j] = Σ_i H_res[j, i] · x[i] +
             h_post[j] · layer_output.
-        probe: what `probe()` returned.
+        probe: the result of `probe()`.
         expected: a name in `CONVENTIONS`.
 
     Returns:

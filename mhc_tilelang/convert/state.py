@@ -112,7 +112,7 @@ def import_model(function: str, state: State, key: str, converters: Mapping[str,
     Args:
         key: a pattern that a connection's keys match in full, with the groups `module` (what they share, ending
             in) `site` and `name`. All other keys are left alone.
-        converters: by site.
+        converters: a converter for each site.
     """
     found: dict[str, tuple[str, Converted]] = {}
     for full, tensor in state.items():

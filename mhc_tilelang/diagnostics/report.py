@@ -38,10 +38,10 @@ class Thresholds:
     """Limits beyond which a watch warns; None for no limit. A value that is not a number is beyond every limit.
 
     Attributes:
-        composite_gain: of either composite gain, at any depth. mHC's forward gain is 1 and its backward gain at most n.
-        sum_deviation: of a row or column sum from 1. Plain hyper-connections have none to keep to.
+        composite_gain: limit of either composite gain, at any depth. mHC's forward gain is 1, its backward at most n.
+        sum_deviation: limit of a row or column sum's deviation from 1. Plain hyper-connections have none to keep to.
         logit_saturation: share of logits beyond `measures.LOGIT_LIMIT`.
-        stream_rms: of any stream.
+        stream_rms: limit of any stream's root mean square.
 
     Raises:
         ValueError: a limit that is not positive.

@@ -44,8 +44,8 @@ def watch(
     Args:
         model: has connections of `mhc.connection`'s kinds, which read one stream a step, on one device.
         every: watch every n-th step, beginning with the first.
-        tokens: how many to look at, evenly spaced over a step's tokens.
-        warn: what to warn of: an `MHCWarning` when a limit is crossed, again only after a step within it.
+        tokens: number of tokens to look at, evenly spaced over a step's.
+        warn: limits to warn of: an `MHCWarning` when one is crossed, again only after a step within it.
         on_warning: called with the `Finding` in the place of that warning.
 
     Returns:

@@ -29,8 +29,8 @@ class Family:
 
     Attributes:
         eager: transformers' module with its classes.
-        prefix: what their names begin with.
-        parameters: those of its decoder layer's forward, as they are restated in `sublayers`.
+        prefix: common prefix of their names.
+        parameters: parameters of its decoder layer's forward, as they are restated in `sublayers`.
         sublayers: the decoder layer and the arguments of its forward behind hidden_states -> what it runs.
         head_is_mean: whether its head is the streams' mean, without parameters.
         is_identity: whether its connections mix no streams: they return post and the collapsed streams.

@@ -96,7 +96,7 @@ class HyperConnection(SublayerModule):
         spec: sizes and constants.
         sublayer: the sublayer's place in the model, from 0; attention and MLP count one each. It only picks
             the stream that is read at first.
-        device: where the parameters are made, as in torch's modules.
+        device: device of the parameters, as in torch's modules.
         rms_norm_eps: with a number, the connection normalises the layer's input, so that the layer has no RMSNorm of
             its own to begin with (`rms_norm_weight` in `pre`).
 

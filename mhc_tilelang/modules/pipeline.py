@@ -17,7 +17,7 @@ def wire_bytes(spec: MHCSpec, tokens: int, dtype: torch.dtype = torch.bfloat16, 
 
     Args:
         spec: sizes; n·C elements of the stream's dtype per token, and with delayed_pre n of h_pre in float32.
-        tokens: of a micro-batch, or of all that a step sends.
+        tokens: number of tokens of a micro-batch, or of all that a step sends.
         dtype: the stream's.
         connection: "mhc" or "hc"; "residual" for a plain one, with C elements per token.
 

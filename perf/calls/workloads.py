@@ -46,10 +46,10 @@ class Workload:
     """One kernel at one shape.
 
     Attributes:
-        run, outputs: as of `Timed`.
-        arguments: what forms of plain torch read, by name.
+        run, outputs: as in `Timed`.
+        arguments: inputs of plain torch's forms, by name.
         traffic: bytes of one call.
-        separate: of a fused kernel the separate ones.
+        separate: the separate kernels beside a fused one.
     """
 
     run: Callable[[], object]

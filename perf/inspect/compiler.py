@@ -24,10 +24,10 @@ class Compiled:
     """Resources and machine code of a kernel, as ptxas and nvdisasm report them.
 
     Attributes:
-        registers: of a thread.
+        registers: registers of a thread.
         spill_bytes: stored to and loaded from local memory for want of registers, of a thread.
         static_shared_bytes: shared memory that the code declares.
-        named_barriers: that a block occupies.
+        named_barriers: named barriers that a block occupies.
         listing: the machine code, as text; comments name the line of SOURCE that what follows comes from.
     """
 

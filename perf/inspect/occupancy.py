@@ -24,10 +24,10 @@ class Architecture:
     """Resources of a multiprocessor.
 
     Attributes:
-        warps: that can be resident.
-        blocks: that can be resident.
+        warps: most resident warps.
+        blocks: most resident blocks.
         shared_bytes: shared memory, what blocks reserve included.
-        barriers: that resident blocks can name together; None where the calculator sets no limit.
+        barriers: barriers that resident blocks can name together; None where the calculator sets no limit.
     """
 
     warps: int
@@ -62,10 +62,10 @@ def occupancy(arch: str, threads: int, registers: int, shared_bytes: int, barrie
 
     Args:
         arch: one of ARCHITECTURES.
-        threads: of a block.
-        registers: of a thread.
-        shared_bytes: of a block, static and dynamic.
-        barriers: that a block names, as ptxas counts them.
+        threads: threads of a block.
+        registers: registers of a thread.
+        shared_bytes: shared memory of a block, static and dynamic.
+        barriers: barriers that a block names, as ptxas counts them.
     """
     limits = ARCHITECTURES[arch]
     warps = round_up(threads, WARP) // WARP

@@ -13,13 +13,13 @@ class Row:
     """One kernel on one architecture; a row of the JSON.
 
     Attributes:
-        kernel: its family; `variant` tells several of a family at the same sizes apart.
+        kernel: family; `variant` tells several of a family at the same sizes apart.
         num_streams, hidden_size, dtype: None where the kernel does not depend on them.
-        threads: of a block.
-        registers: of a thread.
+        threads: threads of a block.
+        registers: registers of a thread.
         spill_bytes: stored and loaded for want of registers, of a thread.
         shared_bytes: static and dynamic, of a block; `static_shared_bytes` is the part that the code declares.
-        named_barriers: that a block occupies.
+        named_barriers: named barriers that a block occupies.
         occupancy: warps that fit a multiprocessor, as a share of those that it can hold; `blocks` of the kernel, and
             `limiter` is what leaves room for no more.
         instructions, tensor_instructions, barriers, global_loads, global_stores, atomics, local_accesses: counts of the

@@ -50,8 +50,8 @@ class Measurement:
     """Results of one measured layer.
 
     Attributes:
-        errors: of the check, by tensor.
-        modes: by mode, then by connection.
+        errors: errors of the check, by tensor.
+        modes: times by mode, then by connection.
         kernels: time of one call of each kernel alone; a step has two of each.
         memory: bytes by connection, in the sense of `memory_kind`; empty without a training step.
     """

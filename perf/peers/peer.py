@@ -39,7 +39,7 @@ class Function:
         name: the peer's own.
         bind: (inputs, outputs) -> Call. The outputs are ours: a peer with our layout writes them directly.
         allowed: relative difference from our result that the peer's rounding explains; 0 for none beyond float32's.
-        because: that rounding, in words.
+        because: reason for the rounding, in words.
     """
 
     name: str
@@ -53,9 +53,9 @@ class Peer:
     """A peer that is loaded.
 
     Attributes:
-        functions: by the name of our kernel.
+        functions: functions by the name of our kernel.
         left_out: why a kernel is not among them, by its name; `otherwise` is the reason for all others.
-        note: what a reader has to know of how it runs here.
+        note: remark for readers on how it runs here.
     """
 
     functions: Mapping[str, Function]

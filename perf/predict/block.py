@@ -49,7 +49,7 @@ class Walked(NamedTuple):
         moved: bytes that the block's warps read and write of each buffer argument, by its number and "read" or
             "written"; -1 for what is of no known buffer.
         undecided: branches that depend on data, as text.
-        others: what the model has no feature for: accesses to local memory, atomics, copies by the TMA.
+        others: counts without a feature of the model: accesses to local memory, atomics, copies by the TMA.
     """
 
     block: Block

@@ -29,9 +29,9 @@ class Instruction:
     """One instruction.
 
     Attributes:
-        address: in bytes from the kernel's start.
+        address: bytes from the kernel's start.
         guard: the predicate in front, as in "!P0"; empty for none.
-        operands: as text, results first.
+        operands: operands as text, results first.
         target: index of the instruction that a branch or a call leads to.
         stall: cycles until the warp may issue again.
         raises_written, raises_read: scoreboards that drop when the result is written or the operands are read; 7: none.

@@ -93,9 +93,9 @@ def predict(case: Case, device: Device, flushed: bool = False, family: str = "")
 
     Args:
         case: a call of `launches` at a shape.
-        device: from `devices`.
+        device: a device of `devices`.
         flushed: the last-level cache is cold before each call.
-        family: of the launches that count; all by default.
+        family: family of the launches that count; all by default.
     """
     found = [walk_launch(launch, device.arch) for launch in launches_of(case, device, family)]
     reasons = [f"{each.family}: {text}" for each in found for text in each.refusals]

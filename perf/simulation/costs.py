@@ -67,16 +67,16 @@ class Assumptions:
     Attributes:
         model, device: names in `sizes.MODELS` and `model.DEVICES`.
         num_streams: n.
-        form: which kernels the connections are, a name in `forms()`.
-        stages, micro_batches: of the pipeline; a micro-batch is one sequence.
-        bandwidth_share, flops_share: what kernels reach of the datasheet's.
+        form: kernels of the connections, a name in `forms()`.
+        stages, micro_batches: sizes of the pipeline; a micro-batch is one sequence.
+        bandwidth_share, flops_share: shares of the datasheet's that kernels reach.
         expert_bandwidth, send_bandwidth: attainable bytes per second and direction, to experts and between stages.
         expert_copies: k.
         overlapped: a forward and a backward micro-batch share the stage, and communication runs beside them;
             otherwise compute waits for all communication.
         recompute: the stream is recomputed in blocks of L_r*.
         own_stream: the connections run beside everything else, and take nothing from it.
-        measured: what the connections take, in place of their form's elements.
+        measured: times of the connections, in place of their form's elements.
     """
 
     model: str = "27b"

@@ -19,12 +19,12 @@ class Audited:
     """Bytes of one call.
 
     Attributes:
-        stream_read: of stream tensors, every repetition counted.
+        stream_read: bytes of stream tensors, every repetition counted.
         stream_written: the same, written.
-        stream_once: of stream tensors, each element read once and written once. Less than the other two together
+        stream_once: bytes of stream tensors, each element read once and written once. Less than the other two together
             where a kernel reads a stream tensor again.
-        small: of all other tensors, each element once per kernel.
-        small_per_block: of all other tensors, each element once per block; what the caches serve is in it.
+        small: bytes of all other tensors, each element once per kernel.
+        small_per_block: bytes of all other tensors, each element once per block; what caches serve is in it.
     """
 
     stream_read: int = 0

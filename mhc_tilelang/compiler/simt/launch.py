@@ -65,7 +65,7 @@ class TensorCounts:
     """Traffic of one tensor in one launch, in bytes and 32-byte sectors.
 
     Attributes:
-        read_bytes, written_bytes: what threads asked for.
+        read_bytes, written_bytes: bytes that threads requested.
         read_sectors, written_sectors: sectors that each warp's instructions touched, added up.
         read_distinct, written_distinct: bytes that were touched at all.
     """
@@ -94,7 +94,7 @@ class Counts:
     Attributes:
         tensors: traffic by the tensor's name.
         shared_wavefronts: passes that accesses to shared memory took, ldmatrix included.
-        shared_conflicts: those of them that bank conflicts added.
+        shared_conflicts: wavefronts among them that bank conflicts added.
         barriers: times that a block's threads met at a barrier.
         mma: tensor-core instructions, one a warp.
         worst: the instructions with the most conflicts.
@@ -120,11 +120,11 @@ def launch(
 
     Args:
         source: the generated kernel.
-        arch: whose limit of shared memory holds.
+        arch: architecture whose limit of shared memory holds.
         tensors: the buffers by name, contiguous.
         numbers: run-time sizes and scalars by name.
         resident: blocks that are on the device at a time, of a kernel with atomics.
-        seed: of the order in which these begin and take turns; 0: ascending.
+        seed: seed of the order in which these begin and take turns; 0: ascending.
 
     Raises:
         LaunchError: the launch's sizes are not a GPU's.

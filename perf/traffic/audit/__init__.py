@@ -52,7 +52,7 @@ def audit(family: str, parameters: dict[str, Any], sizes: Mapping[str, float]) -
 
     Args:
         family: a name in `mhc_tilelang.kernels.FAMILIES`.
-        parameters: what it is compiled with.
+        parameters: compile-time parameters.
         sizes: the run-time sizes and scalars (num_tokens, chunks_per_split, …), every one of them.
 
     Raises:
