@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import tilelang.language as T
 
 from .projection_plans import ProjectionPlan, WarpProjectionPlan
-from .sinkhorn import sinkhorn_inplace
+from .sinkhorn import a_token_a_thread, sinkhorn_inplace
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def sum_slabs(total, partial, first_row, first_token, group_slabs):
                     total[a, b, t] += partial[slab, first_row + a * inner + b, first_token + t]
     else:
         group = T.alloc_fragment((outer, inner, block), T.float32)
+        T.annotate_layout({group: a_token_a_thread(outer, inner, block)})
         for first_slab in T.serial(T.ceildiv(num_slabs, group_slabs)):
             T.clear(group)
             for k in T.serial(T.min(group_slabs, num_slabs - first_slab * group_slabs)):
@@ -79,6 +80,7 @@ def sum_slabs(total, partial, first_row, first_token, group_slabs):
 def inverse_rms(scale, projected, partial, first_token, group_slabs, num_elements, rms_eps, plan, block):
     """scale[0, t] = s of Eq. (15): the slabs of each lane added, then the lanes, ascending. Keeps it."""
     lanes = T.alloc_fragment((plan.lanes, 1, block), T.float32)
+    T.annotate_layout({lanes: a_token_a_thread(plan.lanes, 1, block)})
     sum_slabs(lanes, partial, plan.halves * plan.rows, first_token, group_slabs)
     T.reduce_sum(lanes, scale, dim=0)
     for k, t in T.Parallel(1, block):
@@ -99,6 +101,7 @@ def scaled_dots(z, projected, partial, scale, group: RowGroup, first_token, grou
     sum_slabs(z, partial, group.first, first_token, group_slabs)
     if plan.halves == 2:
         low = T.alloc_fragment((outer, inner, block), T.float32)
+        T.annotate_layout({low: a_token_a_thread(outer, inner, block)})
         sum_slabs(low, partial, plan.rows + group.first, first_token, group_slabs)
         for a, b, t in T.Parallel(outer, inner, block):
             z[a, b, t] += low[a, b, t]
@@ -201,6 +204,9 @@ def coefficients_kernel(
             z_pre = T.alloc_fragment((1, n, block), T.float32)
             z_post = T.alloc_fragment((1, n, block), T.float32)
             P = T.alloc_fragment((n, n, block), T.float32)
+            row = a_token_a_thread(1, n, block)
+            T.annotate_layout({scale: a_token_a_thread(1, block), z_pre: row, z_post: row})
+            T.annotate_layout({P: a_token_a_thread(n, n, block)})
             if pdl:
                 T.pdl_sync()
                 T.pdl_trigger()

@@ -31,6 +31,13 @@ division is a multiplication by the reciprocal: n divisions a step instead of nÂ
 import tilelang.language as T
 
 
+def a_token_a_thread(*shape: int) -> T.Fragment:
+    """The layout of a fragment [..., block] that gives a token to a thread; TileLang finds it too, after seconds."""
+    if len(shape) == 2:
+        return T.Fragment(shape, lambda k, t: (t, k))
+    return T.Fragment(shape, lambda a, b, t: (t, a * shape[1] + b))
+
+
 def iterations(count):
     """A loop nvcc must not unroll: iterations depend on each other, so unrolled code is only longer.
 
@@ -74,6 +81,7 @@ def softmax_columns(P, scale, num_streams, block, sinkhorn_eps):
 def first_iteration_without_eps(P, scale, num_streams, block):
     """The first columns and rows for eps = 0, of logits P: D, w, r as above."""
     weights = T.alloc_fragment((num_streams, block), T.float32)
+    T.annotate_layout({weights: a_token_a_thread(num_streams, block)})
     T.reduce_max(P, scale, dim=0)
     for j, i, t in T.Parallel(num_streams, num_streams, block):
         P[j, i, t] -= scale[i, t]
@@ -103,6 +111,7 @@ def first_iteration(P, scale, num_streams, block, sinkhorn_eps):
 def sinkhorn_inplace(P, num_streams, block, iters, sinkhorn_eps):
     """Turn the logits P [n, n, block], a fragment with the tokens last, into h_res."""
     scale = T.alloc_fragment((num_streams, block), T.float32)
+    T.annotate_layout({scale: a_token_a_thread(num_streams, block)})
     first_iteration(P, scale, num_streams, block, sinkhorn_eps)
     for _ in iterations(iters - 1):
         normalize(P, scale, num_streams, block, sinkhorn_eps, axis=0)
@@ -123,6 +132,7 @@ def sinkhorn_kernel(num_streams: int, block: int):
     ):
         with T.Kernel(T.ceildiv(num_tokens, block), threads=block) as tile:
             P = T.alloc_fragment((n, n, block), T.float32)
+            T.annotate_layout({P: a_token_a_thread(n, n, block)})
             for j, i, t in T.Parallel(n, n, block):
                 P[j, i, t] = T.if_then_else(tile * block + t < num_tokens, logits[tile * block + t, j, i], 0.0)
             sinkhorn_inplace(P, n, block, iters, sinkhorn_eps)

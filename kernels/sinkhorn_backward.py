@@ -23,12 +23,7 @@ One token is one thread, as in the forward; H and P are 2·n² registers.
 
 import tilelang.language as T
 
-from .sinkhorn import first_iteration, iterations, softmax
-
-
-def a_token_a_thread(num_streams: int, block: int) -> T.Fragment:
-    """The layout of [n, n, block] that TileLang would find too, after seconds of search."""
-    return T.Fragment((num_streams, num_streams, block), lambda j, i, t: (t, j * num_streams + i))
+from .sinkhorn import a_token_a_thread, first_iteration, iterations, softmax
 
 
 @T.macro
@@ -82,7 +77,7 @@ def sinkhorn_backward_inplace(g, logits, num_streams, block, capacity, iters, si
     P = T.alloc_fragment((n, n, block), T.float32)
     sums = T.alloc_fragment((n, block), T.float32)
     denominators = T.alloc_shared((2 * capacity - 2, n, block), T.float32)
-    T.annotate_layout({P: a_token_a_thread(n, block), sums: T.Fragment((n, block), lambda k, t: (t, k))})
+    T.annotate_layout({P: a_token_a_thread(n, n, block), sums: a_token_a_thread(n, block)})
     for j, i, t in T.Parallel(n, n, block):
         P[j, i, t] = logits[j, i, t]
     first_iteration(P, sums, n, block, sinkhorn_eps)
@@ -120,7 +115,7 @@ def sinkhorn_backward_kernel(num_streams: int, capacity: int, block: int):
         with T.Kernel(T.ceildiv(num_tokens, block), threads=block) as tile:
             g = T.alloc_fragment((n, n, block), T.float32)
             z = T.alloc_shared((n, n, block), T.float32)
-            T.annotate_layout({g: a_token_a_thread(n, block)})
+            T.annotate_layout({g: a_token_a_thread(n, n, block)})
             first = tile * block
             for j, i, t in T.Parallel(n, n, block):
                 g[j, i, t] = T.if_then_else(first + t < num_tokens, g_h_res[first + t, j, i], 0.0)
