@@ -63,12 +63,12 @@ def test_has_the_bits_of_the_forward(case):
 @pytest.mark.parametrize("sublayers", [0, 1, 10])
 def test_blocks_of_any_length(sublayers):
     """None: the first layer's input alone. Ten: two launches, of which the second starts where the first ended."""
-    assert_replayed(*block(Case(4, 40, torch.bfloat16, 5), sublayers))
+    assert_replayed(*block(Case(4, 64, torch.bfloat16, 5), sublayers))
 
 
 def test_some_layer_inputs():
     """Layer inputs that are not needed are not written; the last of one launch is none of the next one's."""
-    x, written, h_pre = block(Case(4, 40, torch.bfloat16, 5), 10)
+    x, written, h_pre = block(Case(4, 64, torch.bfloat16, 5), 10)
     assert_replayed(x, written, {k: h_pre[k] for k in (1, 8)})
     assert_replayed(x, written, {})
 
@@ -76,7 +76,7 @@ def test_some_layer_inputs():
 @pytest.mark.parametrize(("dtype", "layer_dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
 def test_layers_of_several_dtypes(dtype, layer_dtype):
     """Layers under autocast have several dtypes: a launch for each run of the same."""
-    x, written, h_pre = block(Case(4, 40, dtype, 5), 3)
+    x, written, h_pre = block(Case(4, 64, dtype, 5), 3)
     written[1] = written[1]._replace(layer_output=written[1].layer_output.to(layer_dtype))
     assert [(first, len(part)) for first, part in launch.replay_parts(written)] == [(0, 1), (1, 1), (2, 1)]
     assert_replayed(x, written, h_pre)
@@ -88,7 +88,7 @@ def test_tensors_that_start_anywhere():
     def moved(tensor):
         return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
 
-    x, written, h_pre = block(Case(4, 40, torch.bfloat16, 5), 2)
+    x, written, h_pre = block(Case(4, 64, torch.bfloat16, 5), 2)
     written = [Written(*map(moved, one)) for one in written]
     assert_replayed(moved(x), written, {k: moved(one) for k, one in h_pre.items()})
 

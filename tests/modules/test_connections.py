@@ -15,7 +15,7 @@ import mhc_tilelang as mhc
 from mhc_tilelang import ops, reference
 from mhc_tilelang.checking.comparison import numpy64
 
-SPEC = mhc.MHCSpec.deepseek_v4(hidden_size=24)
+SPEC = mhc.MHCSpec.deepseek_v4(hidden_size=64)
 TOKENS = (2, 5)
 STREAMS = (2, 4, 8)
 MODULES = {
@@ -70,8 +70,8 @@ def test_unconstrained_starts_as_the_plain_residual(n, sublayer):
 @pytest.mark.parametrize("n", STREAMS)
 def test_head_starts_as_the_mean(n):
     """Catches a bias whose sigmoid is 1/2 whatever n is. pre_eps adds n·1e-6 of a mean absolute value."""
-    head = mhc.HyperHead(mhc.MHCSpec.deepseek_v4(24, num_streams=n))
-    x = normal(5, n, 24)
+    head = mhc.HyperHead(mhc.MHCSpec.deepseek_v4(64, num_streams=n))
+    x = normal(5, n, 64)
     torch.testing.assert_close(head(x).detach(), x.mean(1), rtol=0, atol=3e-5)
 
 
@@ -82,7 +82,7 @@ def test_head_starts_as_the_mean(n):
 def test_modules_are_the_functions(dtype):
     """Modules have the bits of the functions. Catches parameters handed over in another order."""
     connection, head = randomize(MODULES["mhc"]()), randomize(MODULES["head"]())
-    x, layer_output = normal(*TOKENS, 4, 24, dtype=dtype), normal(*TOKENS, 24, dtype=dtype, seed=2)
+    x, layer_output = normal(*TOKENS, 4, 64, dtype=dtype), normal(*TOKENS, 64, dtype=dtype, seed=2)
     got = connection(x)
     expected = ops.pre(x, connection.phi, connection.alpha, connection.bias, SPEC)
     assert all(map(torch.equal, got, expected))
@@ -98,12 +98,12 @@ def relative(got, expected):
 def test_unconstrained_matches_float64(n):
     """Forward and backward against the reference; catches H^res transposed, and mHC's norm over all streams.
 
-    float32 with sums of 24 to 192 terms: a few roundings of 6e-8 each, whose norm was 3e-7 at most. A transposed
+    float32 with sums of 64 to 512 terms: a few roundings of 6e-8 each, whose norm was 3e-7 at most. A transposed
     h_res is off by more than 1.
     """
-    spec = mhc.MHCSpec.deepseek_v4(24, num_streams=n)
+    spec = mhc.MHCSpec.deepseek_v4(64, num_streams=n)
     module = randomize(mhc.UnconstrainedHyperConnection(spec))
-    x, layer_output = normal(*TOKENS, n, 24).requires_grad_(), normal(*TOKENS, 24, seed=2).requires_grad_()
+    x, layer_output = normal(*TOKENS, n, 64).requires_grad_(), normal(*TOKENS, 64, seed=2).requires_grad_()
     parameters = [numpy64(getattr(module, name).detach()) for name in HC_PARAMETERS]
     x64, output64 = numpy64(x.detach()), numpy64(layer_output.detach())
 
@@ -114,7 +114,7 @@ def test_unconstrained_matches_float64(n):
     x_next = module.merge(x, layer_output, h_post, h_res)
     assert relative(x_next, reference.hc_post(x64, output64, *expected[1:])) < 2e-6
 
-    g_x_next, g_layer_input = normal(*TOKENS, n, 24, seed=3), normal(*TOKENS, 24, seed=4)
+    g_x_next, g_layer_input = normal(*TOKENS, n, 64, seed=3), normal(*TOKENS, 64, seed=4)
     torch.autograd.backward([x_next, layer_input], [g_x_next, g_layer_input])
     g_x_post, g_output, g_h_post, g_h_res = reference.hc_post_backward(numpy64(g_x_next), x64, output64, *expected[1:])
     g_x, *g_parameters, _ = reference.hc_pre_backward(numpy64(g_layer_input), g_h_post, g_h_res, x64, *parameters, spec)
@@ -128,7 +128,7 @@ def test_unconstrained_matches_float64(n):
 def test_unconstrained_rounds_once(dtype):
     """Results are float32's, rounded, to the bit. Catches mappings or sums in 16 bits, under autocast too."""
     module = randomize(MODULES["hc"]())
-    x, layer_output = normal(*TOKENS, 4, 24, dtype=dtype), normal(*TOKENS, 24, dtype=dtype, seed=2)
+    x, layer_output = normal(*TOKENS, 4, 64, dtype=dtype), normal(*TOKENS, 64, dtype=dtype, seed=2)
     wide = module(x.float())
     expected = wide[0].to(dtype), *wide[1:], module.merge(x.float(), layer_output.float(), *wide[1:]).to(dtype)
     for enabled in (False, True):
@@ -141,7 +141,7 @@ def test_unconstrained_rounds_once(dtype):
 def test_residual_connection():
     """A float32 stream stays float32 under a layer's bfloat16 output."""
     module = mhc.ResidualConnection()
-    x, layer_output = normal(*TOKENS, 24), normal(*TOKENS, 24, dtype=torch.bfloat16, seed=2)
+    x, layer_output = normal(*TOKENS, 64), normal(*TOKENS, 64, dtype=torch.bfloat16, seed=2)
     (layer_input,) = module(x)
     assert layer_input is x
     assert not list(module.parameters())
@@ -152,7 +152,7 @@ def test_residual_connection():
 def test_gradients_reach_every_parameter(make):
     """Every element of every one; catches a detached mapping."""
     module = randomize(make())
-    outputs = module(normal(*TOKENS, 4, 24))
+    outputs = module(normal(*TOKENS, 4, 64))
     outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
     torch.autograd.backward(outputs, [normal(*o.shape, seed=3 + i) for i, o in enumerate(outputs)])
     for name, parameter in module.named_parameters():
@@ -226,7 +226,7 @@ def test_reset_after_sharding(make):
     module, expected = make(device="meta"), make()
     fully_shard(module).to_empty(device="cpu")
     module.reset_parameters()
-    x = normal(*TOKENS, 4, 24)
+    x = normal(*TOKENS, 4, 64)
     assert all(map(torch.equal, module(x), expected(x)))
 
 
@@ -244,7 +244,7 @@ def test_default_dtype_does_not_matter(make):
 def test_copies(make):
     """deepcopy, pickle and state_dict carry parameters and what a call needs; a copy shares nothing."""
     module = randomize(make())
-    expected, x = parameters_of(module), normal(*TOKENS, 4, 24)
+    expected, x = parameters_of(module), normal(*TOKENS, 4, 64)
     buffer = io.BytesIO()
     torch.save(module, buffer)
     buffer.seek(0)
@@ -267,8 +267,8 @@ def test_one_argument_switches_the_kind():
         module = mhc.connection(kind, SPEC, 5)
         assert type(module) is expected
         assert module.kind == kind
-    assert repr(mhc.connection("mhc", SPEC, 5)) == "HyperConnection(hidden_size=24, num_streams=4, sublayer=5)"
-    assert repr(mhc.HyperHead(SPEC)) == "HyperHead(hidden_size=24, num_streams=4)"
+    assert repr(mhc.connection("mhc", SPEC, 5)) == "HyperConnection(hidden_size=64, num_streams=4, sublayer=5)"
+    assert repr(mhc.HyperHead(SPEC)) == "HyperHead(hidden_size=64, num_streams=4)"
     assert mhc.connection("hc", SPEC, device="meta").theta.is_meta
 
 
@@ -280,14 +280,14 @@ def test_errors_name_what_was_expected():
             mhc.HyperConnection(SPEC, sublayer)
     for make in (mhc.HyperConnection, mhc.UnconstrainedHyperConnection, mhc.HyperHead):
         with pytest.raises(TypeError, match=f"{make.__name__}: spec: expected an MHCSpec, got int"):
-            make(24)
+            make(64)
 
 
 @pytest.mark.parametrize("factor", [1e-3, 0.0])
 def test_unconstrained_at_small_streams(factor):
     """Scale 1e-3 has a mean square as large as rms_eps, and a stream of zeros has no other scale."""
-    spec = mhc.MHCSpec.deepseek_v4(24)
-    module, x = randomize(mhc.UnconstrainedHyperConnection(spec)), factor * normal(*TOKENS, 4, 24)
+    spec = mhc.MHCSpec.deepseek_v4(64)
+    module, x = randomize(mhc.UnconstrainedHyperConnection(spec)), factor * normal(*TOKENS, 4, 64)
     expected = reference.hc_pre(numpy64(x), *(numpy64(getattr(module, name).detach()) for name in HC_PARAMETERS), spec)
     for got, exact in zip(module(x)[1:], expected[1:], strict=True):
         assert relative(got, exact) < 2e-6

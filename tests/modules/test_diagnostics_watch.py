@@ -21,7 +21,7 @@ import mhc_tilelang as mhc
 from mhc_tilelang import diagnostics
 from mhc_tilelang.diagnostics import Thresholds, watch
 
-SPEC = mhc.MHCSpec.deepseek_v4(hidden_size=24)
+SPEC = mhc.MHCSpec.deepseek_v4(hidden_size=64)
 KINDS = ("mhc", "hc", "residual")
 DEPTH = 3
 
@@ -33,7 +33,7 @@ class Model(torch.nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.kind, self.fused = kind, fused
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(24, 24) for _ in range(DEPTH))
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(DEPTH))
         self.connections = torch.nn.ModuleList(randomize(mhc.connection(kind, spec, i), seed=i) for i in range(DEPTH))
 
     def forward(self, h):
@@ -46,7 +46,7 @@ class Model(torch.nn.Module):
 
 
 def embeddings(seed=1):
-    return normal(2, 5, 24, seed=seed)
+    return normal(2, 5, 64, seed=seed)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,7 +115,7 @@ def test_rows_are_what_passed(kind, fused):
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_delayed_form_is_told_apart(fused):
     """It returns one mapping more, the last. Catches outputs counted from the end."""
-    model, h = Model(fused=fused, spec=mhc.MHCSpec.deepseek_v4(24, delayed_pre=True)), embeddings()
+    model, h = Model(fused=fused, spec=mhc.MHCSpec.deepseek_v4(64, delayed_pre=True)), embeddings()
     with torch.no_grad():
         with watch(model, tokens=10) as report:
             model(h)
@@ -148,7 +148,7 @@ def test_hooks_go_and_a_broken_step_is_dropped():
     with pytest.raises(KeyError), watch(model):
         raise KeyError
     assert not any(hooks_of(model))
-    broken = torch.nn.Linear(24, 23)
+    broken = torch.nn.Linear(64, 23)
     with watch(model) as report:
         whole, model.layers[1] = model.layers[1], broken
         with pytest.raises(ValueError, match="layer_output"):
@@ -164,17 +164,17 @@ def test_every_and_tokens():
     model = Model("hc")
     with watch(model, every=3, tokens=2) as report:
         for step in range(5):
-            model(normal(1, 6 + step, 24))
+            model(normal(1, 6 + step, 64))
     assert [row["step"] for row in report.rows] == [0] * DEPTH + [3] * DEPTH
     assert report.h_res.shape == (DEPTH, 2, 4, 4)
-    h = normal(6, 24)
+    h = normal(6, 64)
     with torch.no_grad(), watch(model, tokens=2) as report:
         model(h)
     expected = model.connections[0](mhc.expand(h, 4))[2][[0, 3]]
     assert torch.equal(report.h_res[0], expected)
     with watch(model) as report:
-        model(normal(0, 24))
-        model(normal(1, 24))
+        model(normal(0, 64))
+        model(normal(1, 64))
     assert {row["step"] for row in report.rows} == {1}
 
 

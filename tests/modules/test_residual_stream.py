@@ -14,7 +14,7 @@ from mhc_tilelang import ops, reference
 from mhc_tilelang.checking.comparison import numpy64
 
 KINDS = ("mhc", "hc", "residual")
-C, DEPTH, TOKENS = 24, 4, (2, 5)
+C, DEPTH, TOKENS = 64, 4, (2, 5)
 SPEC = mhc.MHCSpec.deepseek_v4(C)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -324,9 +324,9 @@ def test_connections_of_another_kind_or_size(kind):
     if kind != "residual":
         for spec in (mhc.MHCSpec(C + 1), mhc.MHCSpec(C, num_streams=2)):
             sizes = f"{spec.num_streams} streams of {spec.hidden_size}"
-            with pytest.raises(ValueError, match=f"read: connection: expected 4 streams of 24 channels, .* {sizes}"):
+            with pytest.raises(ValueError, match=f"read: connection: expected 4 streams of 64 channels, .* {sizes}"):
                 stream.read(mhc.connection(kind, spec))
-            with pytest.raises(ValueError, match=f"reduce: reduction: expected 4 streams of 24 channels, .* {sizes}"):
+            with pytest.raises(ValueError, match=f"reduce: reduction: expected 4 streams of 64 channels, .* {sizes}"):
                 stream.reduce(mhc.HyperHead(spec))
 
 
@@ -345,7 +345,7 @@ def test_layer_outputs_that_do_not_fit(kind):
     stream = stream_of(kind)
     stream.read(connection)
     for shape in ((*TOKENS, 1), (C,), (*TOKENS, C + 1), (*TOKENS, 4, C)):
-        with pytest.raises(ValueError, match=r"write: layer_output: expected shape \[2, 5, 24\], got "):
+        with pytest.raises(ValueError, match=r"write: layer_output: expected shape \[2, 5, 64\], got "):
             stream.write(torch.zeros(shape))
     with pytest.raises(TypeError, match=r"write: layer_output: expected dtype .* got torch.float64"):
         stream.write(torch.zeros(*TOKENS, C, dtype=torch.float64))

@@ -13,7 +13,7 @@ import torch
 
 import mhc_tilelang as mhc
 
-SPEC = mhc.MHCSpec.deepseek_v4(16, num_streams=2)
+SPEC = mhc.MHCSpec.deepseek_v4(64, num_streams=2)
 KINDS = ("mhc", "hc", "residual")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -21,7 +21,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 def make(kind: str, count: int = 3):
     torch.manual_seed(0)
     connections = [mhc.connection(kind, SPEC, sublayer) for sublayer in range(count)]
-    return connections, [torch.nn.Linear(16, 16) for _ in range(count)], torch.randn(5, 16)
+    return connections, [torch.nn.Linear(64, 64) for _ in range(count)], torch.randn(5, 64)
 
 
 def run(kind: str, look):
@@ -117,5 +117,5 @@ def test_buffers_keep_their_dtype() -> None:
 
 
 def test_unconstrained_connections_check_their_stream() -> None:
-    with pytest.raises(ValueError, match=r"x: expected shape \[..., 2, 16\], got \[3, 1, 16\]"):
-        mhc.UnconstrainedHyperConnection(SPEC)(torch.randn(3, 1, 16))
+    with pytest.raises(ValueError, match=r"x: expected shape \[..., 2, 64\], got \[3, 1, 64\]"):
+        mhc.UnconstrainedHyperConnection(SPEC)(torch.randn(3, 1, 64))

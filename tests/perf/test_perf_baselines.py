@@ -47,7 +47,7 @@ ALL = [pytest.param(kernel, form, mode, id=f"{kernel}-{mode}-{form.name}") for k
 
 
 def make(kernel: str, n: int = 4, dtype: str = "bfloat16", tokens: int = 37) -> Workload:
-    shape = Shape(tokens, n, 48, dtype)
+    shape = Shape(tokens, n, 64, dtype)
     load = workload(Case(kernel, shape), Given.of(shape, CPU))
     load.run()
     return load
@@ -121,7 +121,7 @@ def float64_backward(kernel: str, exact: dict[str, Any]) -> dict[str, np.ndarray
 @pytest.mark.parametrize("kernel", EVERY_KERNEL)
 def test_eager_forms_match_float64(kernel: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forms match to rounding: half a unit of the output's dtype, and a few of float32 on the way."""
-    monkeypatch.setattr(stream_forms, "BLOCK_BYTES", 10 * 4 * 48 * 4)  # 10 tokens: three blocks and a tail
+    monkeypatch.setattr(stream_forms, "BLOCK_BYTES", 10 * 4 * 64 * 4)  # 10 tokens: three blocks and a tail
     monkeypatch.setattr(token_forms, "BLOCK_TOKENS", 10)
     load = make(kernel, dtype=dtype)
     expected = float64(kernel, load.arguments)

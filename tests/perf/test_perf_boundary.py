@@ -53,7 +53,7 @@ def clock(run: Run) -> Sample:
 
 
 def make(kernel: str, n: int = 4, dtype: str = "bfloat16", tokens: int = 37) -> tuple[Case, Given, Workload]:
-    case = Case(kernel, Shape(tokens, n, 48, dtype))
+    case = Case(kernel, Shape(tokens, n, 64, dtype))
     stream = Given.of(case.shape, CPU)
     load = workload(case, stream)
     load.run()
@@ -71,7 +71,7 @@ def verified(case: Case, stream: Given, load: Workload, baselines: str = "eager"
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten tokens at a time: three blocks and a tail."""
-    monkeypatch.setattr(stream_forms, "BLOCK_BYTES", 10 * 4 * 48 * 4)
+    monkeypatch.setattr(stream_forms, "BLOCK_BYTES", 10 * 4 * 64 * 4)
     monkeypatch.setattr(token_forms, "BLOCK_TOKENS", 10)
 
 
@@ -233,7 +233,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.setattr(bench, "clock_for", lambda *_: slower)
     monkeypatch.setattr(checks, "iterate", lambda *_: [])
     file = tmp_path / "boundary.json"
-    options = ["--device", "cpu", "--widths", "48", "--tokens", "32", "--repeats", "2", "--kernels", *EVERY]
+    options = ["--device", "cpu", "--widths", "64", "--tokens", "32", "--repeats", "2", "--kernels", *EVERY]
     assert cli.main(["bench", *options, "--json", str(file)]) == 0
     return file, capsys.readouterr().out
 
@@ -251,7 +251,7 @@ def test_table_and_json(results: tuple[Path, str]) -> None:
         parts = next(form["parts"] for form in result["torch"] if form["form"] == boundary_parts.NAME)
         assert parts[0].startswith("aggregate_backward: " if kernel == POST_PRE_BACKWARD else "post: ")
         assert not result["cuda_graph"]
-    unit = 32 * 48 * 2
+    unit = 32 * 64 * 2
     assert found[POST_PRE]["traffic"]["stream_read"] == 9 * unit
     assert found[POST_PRE_BACKWARD]["traffic"]["stream_written"] == 5 * unit
     assert found[BOUNDARY_STEP]["traffic"]["total"] == sum(

@@ -57,7 +57,7 @@ def test_bytes_are_those_of_the_tensors(kernel: str, dtype: str, n: int) -> None
     What `out` does not have: the rows that `coefficients` keeps for its backward, and the backward's workspace of two
     blocks of tokens, written and read.
     """
-    shape = Shape(num_tokens=70, num_streams=n, hidden_size=48, dtype=dtype)
+    shape = Shape(num_tokens=70, num_streams=n, hidden_size=64, dtype=dtype)
     stream = Given.of(shape, torch.device("cpu"))
     load = workload(Case(kernel, shape), stream)
     inputs, outputs = dict(load.arguments), load.outputs()
@@ -92,7 +92,7 @@ def test_partials_of_g_phi_are_written_and_read() -> None:
 
 
 def test_cases_are_not_repeated_for_what_a_kernel_does_not_see() -> None:
-    shapes = [Shape(64, 4, C, dtype) for dtype in STREAM_DTYPES for C in (32, 48)]
+    shapes = [Shape(64, 4, C, dtype) for dtype in STREAM_DTYPES for C in (32, 64)]
     cases = make_cases(KERNELS + BACKWARD_KERNELS, shapes)
     backward = {kernel: sum(case.kernel == f"{kernel}_backward" for case in cases) for kernel in KERNELS}
     count = {kernel: sum(case.kernel == kernel for case in cases) for kernel in KERNELS}

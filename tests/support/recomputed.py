@@ -11,7 +11,7 @@ import mhc_tilelang as mhc
 from mhc_tilelang.modules.blocks import Handle
 from mhc_tilelang.modules.saved import nodes, saved_by
 
-C, DEPTH, TOKENS = 24, 7, (2, 5)
+C, DEPTH, TOKENS = 64, 7, (2, 5)
 
 
 class Model(torch.nn.Module):
