@@ -1,7 +1,7 @@
 """Large CPU kernels as several functions, and what tracing a large kernel costs and says.
 
-Would catch: a nest that is given another array or number than it used, two nests that differ and share a function, a
-small kernel that is torn apart, results that depend on it; two kernels whose progress lines are the same.
+Would catch: a nest that is given another array, number or offset than it used, two nests that differ and share a
+function, a small kernel that is torn apart, results that depend on it; two kernels whose progress lines are the same.
 """
 
 from __future__ import annotations
@@ -59,6 +59,23 @@ def test_nests_that_are_alike_share_a_function() -> None:
     assert "(float* __restrict a0, float* __restrict a1, int64_t s2)" in shared
     assert "a0[v0] = a1[v0] * s2;" in shared
     assert "float s2" in next(text for text in functions if f" {calls[4][0]}(" in text)
+
+
+def test_offsets_that_differ_are_given() -> None:
+    """Nests of two streams share a function; those whose bound differs, or a constant that is no offset, do not."""
+    bodies = [
+        [f"  for (int64_t i = 0; i < {bound}; ++i) {{", f"    left[i * 4 + {a}] = right[i + 9] + {b};", "  }"]
+        for bound, a, b in ((64, 0, "1"), (64, 3, "1"), (32, 3, "1"), (64, 3, "2"))
+    ]
+    lines = [line for body in bodies for line in body]
+    functions = outline.outline("k", lines, [(3 * k, 3 * k + 3) for k in range(4)], ARRAYS, [])
+    assert lines == [
+        "  k_tile_0(left, right, 0);", "  k_tile_0(left, right, 3);", "  k_tile_1(left, right);",
+        "  k_tile_2(left, right);",
+    ]  # fmt: skip
+    assert "(float* __restrict a0, float* __restrict a1, int64_t k0)" in functions[0]
+    assert "a0[v0 * 4 + k0] = a1[v0 + 9] + 1;" in functions[0]
+    assert "a0[v0 * 4 + 3] = a1[v0 + 9] + 2;" in functions[2]
 
 
 def test_only_large_kernels_are_outlined() -> None:
