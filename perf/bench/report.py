@@ -145,13 +145,13 @@ def is_doubtful(result: Result) -> bool:
 def footnotes(results: Sequence[Result]) -> list[str]:
     """Return the legend of the columns and of the marks that occur."""
     lines = [
-        "time: of one call. GB/s: stream and small bytes, each counted once, over the time. of copy: that in units",
-        "of a torch copy of as many bytes, whose half is written; a kernel that mostly reads can exceed it.",
+        "time: one call. GB/s: stream and small bytes, each counted once, over the time. of copy: GB/s over that of a",
+        "torch copy of equal size, which reads half and writes half; a kernel that mostly reads can exceed it.",
         "vs: the form's time over the kernel's, above 1 where the kernel is faster.",
     ]
     if any(result.host is not None for result in results):
         lines.append(
-            "host: of a call of the public function, with kernels that return at once, in thread time (docs/host.md)."
+            "host: one call of the public function, with kernels that return at once, in thread time (docs/host.md)."
         )
     if any(result.predicted for result in results):
         lines.append("predicted: by `mhc-tilelang predict` from machine code, in ms; not measured.")

@@ -1,4 +1,4 @@
-"""Measure a shape's cases, once they are ready: the kernel, a copy of as many bytes, every form of plain torch, the
+"""Measure a shape's cases, once they are ready: the kernel, a copy of equal size, every form of plain torch, the
 peers, in the same rounds.
 """
 

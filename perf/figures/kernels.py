@@ -108,7 +108,7 @@ def bandwidth(results: KernelResults, found: Sequence[Measurement], name: str, w
         f"{results.facts.method.get('clock', '')}. {results.facts}",
     ]
     title = f"Bandwidth of the {what}"
-    subtitle = "share of the bandwidth of a copy of as many bytes, in the same rounds"
+    subtitle = "share of the bandwidth of a copy of equal size, in the same rounds"
     height = bars_height(bars)
     card = Card(title, subtitle, notes, height + AXIS + 0.3)
     axes = card.axes(LEFT, 0.8, AXIS, height)

@@ -142,8 +142,8 @@ def kernel_notes(results: KernelResults) -> str:
     """Return the legend of the columns."""
     copy = results.copy_bytes / results.copy_time.median / 1e9
     lines = [
-        "time: of one call. GB/s: every tensor's bytes once, over the time. of copy: that in units of a torch copy of "
-        "as many bytes in the same rounds. GFLOP/s: the formula's operations over the time. vs torch: the fastest "
+        "time: one call. GB/s: every tensor's bytes once, over the time. of copy: GB/s over that of a torch copy of "
+        "equal size in the same rounds. GFLOP/s: the formula's operations over the time. vs torch: the fastest "
         "timed form's time over the kernel's, above 1 where the kernel is faster; range: from its lower quartile over "
         "the kernel's upper one to the reverse; vs separate: the same of our own kernels one by one, where the kernel "
         "is fused across a boundary.",

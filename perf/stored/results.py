@@ -69,7 +69,7 @@ class TorchForm:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One kernel at one shape: its time, its bytes, a copy of as many bytes, and plain torch. Times in seconds.
+    """One kernel at one shape: its time, its bytes, a copy of equal size, and plain torch. Times in seconds.
 
     `separate` is the time of the separate kernels beside a fused one.
     """
