@@ -56,7 +56,7 @@ class Given(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Where they are copied to, g_dots as `words`; `sums` has the warps' sums over channels."""
+    """Copies of the inputs in shared memory, g_dots as `words`; `sums` has the warps' sums over channels."""
 
     x: Any
     g_x_next: Any
@@ -71,8 +71,10 @@ class Tiles(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a thread is: its number, its lane's quarter, the first of its tokens in the tile, its first channel, and
-    its first vectors in the tiles of streams and layers.
+    """A thread's place in the tile.
+
+    Its number, its lane's quarter, the first of its tokens in the tile, its first channel, and its first vectors in the
+    tiles of streams and layers.
     """
 
     thread: Any
@@ -271,7 +273,7 @@ def boundary_backward_warps_kernel(
     has_g_layer_input: bool,
     needs_g_h_pre: bool,
 ):
-    """As `boundary_backward_kernel`; C is a multiple of 8, and layer_output has the stream's dtype."""
+    """Build `boundary_backward_kernel` by warps; C is a multiple of 8, and layer_output has the stream's dtype."""
     n, rows = num_streams, plan.rows
     tile = WarpTile(n, rows, plan.tokens, plan.channels, plan.stages)
     tokens, stages = plan.tokens, plan.stages

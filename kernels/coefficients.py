@@ -42,7 +42,7 @@ def row_groups(num_streams: int) -> tuple[RowGroup, RowGroup, RowGroup]:
 
 
 def slabs_per_group(partial, plan: ProjectionPlan, hidden_size: int):
-    """How many slabs are a group of chunks: one is, or those of its chunks. None where chunks are not grouped."""
+    """Return how many slabs a group of chunks has: one, or one a chunk. None where chunks are not grouped."""
     if not plan.is_grouped(hidden_size):
         return None
     return T.if_then_else(partial.shape[0] == plan.num_chunks(hidden_size), plan.chunks_per_group, 1)

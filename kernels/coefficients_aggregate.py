@@ -42,7 +42,7 @@ VECTORS_AT_ONCE = 4  # of each stream, that a lane loads before it aggregates
 
 
 class Numbers(NamedTuple):
-    """What the mappings are made with, at run time, and 1 / (n · C)."""
+    """Run-time constants of the mappings, and 1 / (n · C)."""
 
     iters: Any
     sinkhorn_eps: Any
@@ -53,7 +53,7 @@ class Numbers(NamedTuple):
 
 
 def group_size(partial, projection: WarpProjectionPlan, hidden_size: int):
-    """How many slabs are added up from zero at a time."""
+    """Return how many slabs are added up from zero at a time."""
     found = slabs_per_group(partial, projection, hidden_size)
     return 1 if found is None else found
 

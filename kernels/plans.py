@@ -1,4 +1,4 @@
-"""What is compiled into a kernel besides the sizes: tiles, threads, stages, chosen from sizes and target.
+"""Plans: compile-time choices of a kernel besides the sizes (tiles, threads, stages), from sizes and target.
 
 A plan is a frozen dataclass and the heuristic that returns it; to tune, pass another one to the kernel. This
 module imports nothing, so that a kernel found on disk is launched without loading tilelang. Targets are "cpu"
@@ -98,8 +98,9 @@ def reduction_tile(hidden_size: int, itemsize: int, platform: str) -> ReductionT
 
 @dataclass(frozen=True)
 class PostBackwardTile(ReductionTile):
-    """The same, with the steps that are on their way or worked on at a time, and how many blocks shall find room on a
-    multiprocessor, which holds the compiler to its share of the registers.
+    """A reduction tile, and the steps in flight or worked on at a time.
+
+    `blocks_per_sm` blocks shall find room on a multiprocessor, which holds the compiler to its share of the registers.
     """
 
     stages: int
@@ -127,7 +128,7 @@ KEPT_CHANNELS = 32  # of a thread: what a norm's backward keeps of them takes 80
 
 @dataclass(frozen=True)
 class NormTile(ReductionTile):
-    """The same for two walks over the channels; `kept` is whether the second has what the first one made."""
+    """A reduction tile for two walks over the channels; `kept` is whether the second has what the first one made."""
 
     kept: bool
 

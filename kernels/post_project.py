@@ -76,7 +76,7 @@ def mix(next_rows, x_rows, layer_rows, h_post, h_res, first_token, streams):
 
 @T.macro
 def add_output(next_rows, x_rows, layer_rows, h_post, first_token, streams):
-    """The same where H_res is the identity: next_rows[k] = h_post[j] · layer_rows + x_rows[j], in one fma."""
+    """Mix where H_res is the identity: next_rows[k] = h_post[j] · layer_rows + x_rows[j], in one fma."""
     num_tokens, _ = h_post.shape
     rows, channels = layer_rows.shape
     for r, c in T.Parallel(rows, channels):

@@ -117,7 +117,7 @@ def aggregate_vector(input_words, next_words, h, half, n):
 def post_project_by_warps_kernel(
     num_streams: int, hidden_size: int, layer_dtype: str, plan: PostProjectPlan, has_h_pre: bool
 ):
-    """As `post_project_kernel`, but for phi [units, 8], as `split_phi_fragments_kernel` leaves it."""
+    """Build `post_project_kernel` by warps, for phi [units, 8], as `split_phi_fragments_kernel` leaves it."""
     n, projection = num_streams, plan.projection
     channels, threads, tokens = projection.channels, projection.threads, projection.tokens
     num_chunks, units, sums = projection.num_chunks(hidden_size), projection.units(n), projection.sum_tiles

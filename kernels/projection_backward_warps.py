@@ -46,7 +46,7 @@ class Given(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Where they are copied to, g_dots as `words`."""
+    """Copies of the inputs in shared memory, g_dots as `words`."""
 
     x: Any
     g_input: Any
@@ -56,8 +56,10 @@ class Tiles(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a thread is: its number, its lane's quarter, the block's first stream, the first of its tokens in the tile,
-    its first channel, and its first vectors in the tiles of streams and layers.
+    """A thread's place in the tile.
+
+    Its number, its lane's quarter, the block's first stream, the first of its tokens in the tile, its first channel,
+    and its first vectors in the tiles of streams and layers.
     """
 
     thread: Any
@@ -144,7 +146,7 @@ def project_backward_warps_kernel(
     needs_g_phi: bool,
     has_g_layer_input: bool,
 ):
-    """As `project_backward_kernel`; C is a multiple of 8."""
+    """Build `project_backward_kernel` by warps; C is a multiple of 8."""
     n, rows, stages = plan.streams, plan.rows, plan.stages
     tile = WarpTile(n, rows, plan.tokens, plan.channels, stages)
     tokens = tile.tokens

@@ -18,7 +18,7 @@ SLAB_CHUNKS = 0.5  # what a slab of partial sums costs to write and to read, in 
 
 @dataclass(frozen=True)
 class ProjectionPlan:
-    """What is compiled into a projection: phi's form, and the tile of tokens and channels a block works on."""
+    """Compile-time constants of a projection: phi's form, and the tile of tokens and channels of a block."""
 
     rows: int
     split: bool
@@ -60,8 +60,10 @@ class ProjectionPlan:
 
 @dataclass(frozen=True)
 class WarpProjectionPlan(ProjectionPlan):
-    """The same for the kernels in which a warp owns 16 tokens: phi's halves lie in memory as the tensor core takes
-    them, and end in one sum, so that a slab has one row for each row of phi and one for the squares.
+    """A projection's plan for the kernels in which a warp owns 16 tokens.
+
+    phi's halves lie in memory as the tensor core takes them, and end in one sum, so that a slab has one row for each
+    row of phi and one for the squares.
     """
 
     @property
@@ -118,7 +120,7 @@ def projection_plan(rows: int, hidden_size: int, dtype: str, platform: str) -> P
 
 @cache
 def tile_projection_plan(rows: int, hidden_size: int, dtype: str, platform: str) -> ProjectionPlan:
-    """The same for the kernels in which a block's threads share out tiles."""
+    """Return the plan for the kernels in which a block's threads share out tiles."""
     if platform == "cpu":
         channels = min(256, -(-hidden_size // LANES) * LANES)
         return ProjectionPlan(rows, False, "float32", tokens=32, channels=channels, threads=1, stages=1)
@@ -149,7 +151,7 @@ def equal_group(num_chunks: int, most: int) -> int:
 
 
 def chunks_per_split(num_tokens: int, num_chunks: int, plan: ProjectionPlan, parallel_blocks: int) -> int:
-    """How many chunks a block of the projection takes: equal shares for a device that runs `parallel_blocks` at a time.
+    """Return the chunks of a projection's block: equal shares for a device that runs `parallel_blocks` at a time.
 
     A group by warps, whatever the batch: of slabs of chunks the coefficients would wait for five times the loads. Else
     whole groups where these are enough to keep half of it busy or more: to write slabs of chunks costs 1C, and as much
@@ -185,8 +187,9 @@ LARGE_SHARED_BYTES = 227 * 1024  # that a block may use where nothing else is sa
 
 @dataclass(frozen=True)
 class WarpsPlan:
-    """What is compiled into a kernel of thread-level code (see `warp_tiles`): a block's tile, and how many tiles are in
-    shared memory at a time: two where one is in flight while the other is worked on.
+    """Compile-time constants of a kernel of thread-level code (see `warp_tiles`): a block's tile and stages.
+
+    `stages` tiles are in shared memory at a time: two where one is in flight while the other is worked on.
 
     `streams` is how many a block has; `blocks_per_sm` how many blocks shall find room on a
     multiprocessor, which holds the compiler to its share of the registers.
@@ -206,7 +209,7 @@ class WarpsPlan:
 
     @property
     def operand_dtype(self) -> str:
-        """Of the halves."""
+        """Dtype of the halves."""
         return "bfloat16"
 
 
@@ -220,7 +223,7 @@ def tiles_in_waves(num_tiles: int, blocks: int, parallel_blocks: int, partial_ti
     """
 
     def cost(tiles: int) -> float:
-        """In times of a tile, as `mhc-tilelang predict` has them: what comes before a block's first one is one more."""
+        """Return the cost in times of a tile, as `mhc-tilelang predict` has them; a block's start costs one more."""
         ranges = -(-num_tiles // tiles)
         waves = -(-ranges * blocks // parallel_blocks)
         return (waves + LAST_WAVE) * (tiles + 1) + ranges * blocks / parallel_blocks * partial_tiles
@@ -245,7 +248,7 @@ def projection_shared_bytes(plan: WarpsPlan) -> int:
 
 @dataclass(frozen=True)
 class ProjectionBackwardPlan:
-    """What is compiled into a projection's backward: as `ProjectionPlan`, for a block of channels of one stream."""
+    """Compile-time constants of a projection's backward: as `ProjectionPlan`, for a block of channels of one stream."""
 
     rows: int
     split: bool

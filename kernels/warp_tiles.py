@@ -106,8 +106,10 @@ class WarpTile:
 
     @property
     def products(self) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
-        """How (H + L) · (h + l) without L · l is made of products of two blocks of rows: the two vectors of g_dots, and
-        the places among the lane's registers of phi's halves that they are multiplied with.
+        """Products of two blocks of rows that make up (H + L) · (h + l) without L · l.
+
+        Each has the two vectors of g_dots, and the places among the lane's registers of phi's halves that they are
+        multiplied with.
 
         (H0 H1) with (h0 h1) and (l0 l1), (L0 L1) with (h0 h1); of an odd last block (L H) and (H 0), both with (h l).
         """
@@ -139,12 +141,12 @@ def is_inside(x, token, channel, tile: WarpTile):
 
 
 def swizzle(token):
-    """What vector numbers of a token are exchanged by: neither 8 tokens nor 2 tokens of 4 vectors meet in a bank."""
+    """Return the XOR mask of a token's vector numbers: neither 8 tokens nor 2 tokens of 4 vectors meet in a bank."""
     return token % 2 * 4 + token // 2 % 4
 
 
 def accumulator(slot, half, e):
-    """Where a lane has channel e of a slot, of its first or second token, among the sums of products."""
+    """Return a lane's index of a slot's channel e, for its first or second token, among the sums of products."""
     return slot * 16 + e // 2 * 4 + half * 2 + e % 2
 
 
