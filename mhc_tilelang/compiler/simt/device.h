@@ -5,7 +5,6 @@
 
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -108,19 +107,19 @@ struct half_t {
         const int exponent = bits >> 10 & 31, fraction = bits & 0x3FF;
         const uint32_t sign = uint32_t(bits & 0x8000) << 16;
         if (exponent == 31) return simt_bits<float>(sign | 0x7F800000 | uint32_t(fraction) << 13);
-        const float size = std::ldexp(float(exponent ? fraction + 0x400 : fraction), (exponent ? exponent : 1) - 25);
+        const float size = __builtin_ldexpf(float(exponent ? fraction + 0x400 : fraction), (exponent ? exponent : 1) - 25);
         return sign ? -size : size;
     }
 
   private:
     static uint16_t of(float value) {
         const uint16_t sign = simt_bits<uint32_t>(value) >> 16 & 0x8000;
-        const float size = std::fabs(value);
+        const float size = __builtin_fabsf(value);
         if (value != value) return 0x7FFF;
         if (size >= 65520.0f) return sign | 0x7C00;  // halfway from 65504, the largest, to the next power
-        if (size < 0x1p-14f) return sign | uint16_t(std::nearbyint(size * 0x1p24f));
-        const int exponent = std::ilogb(size);
-        const int units = int(std::nearbyint(std::ldexp(size, 10 - exponent)));  // 1024 to 2048: that carries
+        if (size < 0x1p-14f) return sign | uint16_t(__builtin_nearbyintf(size * 0x1p24f));
+        const int exponent = __builtin_ilogbf(size);
+        const int units = int(__builtin_nearbyintf(__builtin_ldexpf(size, 10 - exponent)));  // 1024 to 2048: that carries
         return sign | uint16_t((exponent + 15) * 1024 + units - 1024);
     }
 };
@@ -152,6 +151,7 @@ SIMT_INLINE unsigned __pack_half2(half_t x, half_t y) { return __half2(x, y).who
 // ---- arithmetic -------------------------------------------------------------------------------------------------
 
 SIMT_INLINE float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+extern "C" float expf(float);  // all that kernels call of <cmath>, which takes half of their compilation to read
 SIMT_INLINE float rsqrtf(float x) { return 1.0f / __builtin_sqrtf(x); }
 
 template <typename T>
