@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..compiler.architectures import SHARED_BYTES
 from ..compiler.toolchain import version_of
 from ..errors import MHCError
 from . import headers
@@ -28,9 +29,7 @@ KINDS = {"handle": "p", "int32": "i", "int64": "l", "float32": "f"}
 
 
 def check_arch(arch: str) -> None:
-    """Raise MHCError for an architecture that the kernels are not made for. Loads tilelang."""
-    from ..compiler.cuda import SHARED_BYTES
-
+    """Raise MHCError for an architecture that the kernels are not made for."""
     if arch not in SHARED_BYTES:
         raise MHCError(f"--arch: expected cpu or any of {', '.join(SHARED_BYTES)}, got {arch}")
 

@@ -21,14 +21,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .architectures import SHARED_BYTES
 from .kernel import Kernel
 
 if TYPE_CHECKING:
     import torch
 
-# Bytes of shared memory that one block may use, per architecture (CUDA programming guide, technical
-# specifications per compute capability).
-SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100a": 227 * 1024, "sm_120a": 99 * 1024}
 BUNDLE_VARIABLE = "MHC_TILELANG_BUNDLE"
 _kernels: dict[tuple, Kernel] = {}
 _lock = threading.Lock()

@@ -15,7 +15,6 @@ from tilelang import PassConfigKey
 from tvm.target import Target
 
 from ..errors import CompilerError
-from . import SHARED_BYTES as SHARED_BYTES
 from . import trust
 from .kernel import Kernel
 from .toolchain import Tool, find_nvcc

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from mhc_tilelang import cli
-from mhc_tilelang.compiler import cuda
+from mhc_tilelang.compiler.architectures import SHARED_BYTES
 from mhc_tilelang.errors import MHCError
 from mhc_tilelang.kernels import FAMILIES, plans
 from mhc_tilelang.perf.inspect import built, explain, matrix, sass, stored, table
@@ -81,7 +81,7 @@ def test_occupancy_is_that_of_cudas_calculator(
 
 
 def test_architectures_are_those_of_the_cuda_target() -> None:
-    assert {arch: limits.shared_bytes_per_block for arch, limits in ARCHITECTURES.items()} == cuda.SHARED_BYTES
+    assert {arch: limits.shared_bytes_per_block for arch, limits in ARCHITECTURES.items()} == SHARED_BYTES
 
 
 LISTING = """

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import MHCError
-from ..cuda import SHARED_BYTES
+from ..architectures import SHARED_BYTES
 from ..cuda_source import CudaSource
 from . import build, interface
 from .source_lines import line_at

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ... import compiler
+from ..architectures import SHARED_BYTES
 from ..cpu.build import kernel_hash
 from ..disk_cache import Made, get_or_make
 from ..kernel import Kernel, Signature
 from ..tracing import progress
-from .launch import SHARED_BYTES, Counts, CudaSource, launch
+from .launch import Counts, CudaSource, launch
 
 if TYPE_CHECKING:
     import torch
