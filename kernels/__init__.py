@@ -39,6 +39,7 @@ FAMILIES = {
     "aggregate": ("aggregate", "aggregate_kernel"),
     "aggregate_mappings": ("aggregate_mappings", "aggregate_mappings_kernel"),
     "aggregate_norm": ("aggregate_norm", "aggregate_norm_kernel"),
+    "aggregate_quantized": ("aggregate_quantized", "aggregate_quantized_kernel"),
     "post": ("post", "post_kernel"),
     "replay": ("replay", "replay_kernel"),
     "post_project": ("post_project", "post_project_kernel"),

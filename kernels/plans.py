@@ -151,6 +151,51 @@ def norm_tile(hidden_size: int, itemsize: int, platform: str) -> NormTile:
     return NormTile(lanes, tile.width, kept=hidden_size <= MAX_THREADS * KEPT_CHANNELS)
 
 
+QUANTIZED_GROUP = 128  # channels that share a scale, as DeepGEMM's products take them
+
+
+@dataclass(frozen=True)
+class QuantizedTile(NormTile):
+    """The same for rows of which groups of channels are quantised: a step has several groups, or a group several steps.
+
+    Steps are whole groups: those beyond the last channel have zeros.
+    """
+
+    @property
+    def groups(self) -> int:
+        """Groups of a step."""
+        return max(1, self.lanes * self.width // QUANTIZED_GROUP)
+
+    @property
+    def members(self) -> int:
+        """Lanes of a group in a step."""
+        return self.lanes // self.groups
+
+    @property
+    def parts(self) -> int:
+        """Steps of a group."""
+        return max(1, QUANTIZED_GROUP // (self.lanes * self.width))
+
+    def steps(self, hidden_size: int) -> int:
+        """Steps of a walk."""
+        return -(-super().steps(hidden_size) // self.parts) * self.parts
+
+    def scales(self, hidden_size: int) -> int:
+        """Scales of a token."""
+        return num_scales(hidden_size)
+
+
+def num_scales(hidden_size: int) -> int:
+    """Groups of channels that a row is quantised in; the last one may be shorter."""
+    return -(-hidden_size // QUANTIZED_GROUP)
+
+
+def quantized_tile(hidden_size: int, itemsize: int, platform: str) -> QuantizedTile:
+    """The tile of `norm_tile`, whose sums the norm must have."""
+    tile = norm_tile(hidden_size, itemsize, platform)
+    return QuantizedTile(tile.lanes, tile.width, tile.kept)
+
+
 def norm_tokens(num_tokens: int, platform: str) -> int:
     """Tokens that share a row of partial sums of a norm's weight: 16, where a row costs 0.25C a token to write and read
     (16-bit stream), or more where there would be more than 512 rows. On a GPU 11: 4096 tokens are 373 blocks, which all

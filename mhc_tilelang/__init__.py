@@ -6,7 +6,7 @@
     h = stream.reduce("sum")
 
     modules    what a model uses: connections, the stream, recomputation, overlap, pipeline stages
-    ops        the functions; they check with `arguments` and `ops_arguments` and call `operators`
+    ops        the functions; they check with `arguments` and `ops_arguments` and call `operators`; ops_quantized
     operators  what autograd and torch.compile see; they run kernels through `launch`
     launch     where a launch is decided: plans, outputs, the kernels of a call
     compiler   (kernel family, sizes, target) -> a kernel, something to call: the CPU's lowering, CUDA, an executor
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         pre,
         sinkhorn,
     )
+    from .ops_quantized import Quantized, post_pre_quantized, pre_quantized
     from .spec import MHCSpec
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "MHCError",
     "MHCSpec",
     "MHCWarning",
+    "Quantized",
     "ResidualConnection",
     "ResidualStream",
     "UnconstrainedHyperConnection",
@@ -82,7 +84,9 @@ __all__ = [
     "post",
     "post_head",
     "post_pre",
+    "post_pre_quantized",
     "pre",
+    "pre_quantized",
     "recompute_length",
     "saved_bytes",
     "sinkhorn",
@@ -101,7 +105,10 @@ _HOMES = {
     "ResidualConnection": "modules.connections",
     "UnconstrainedHyperConnection": "modules.connections",
     "connection": "modules.connections",
+    "Quantized": "ops_quantized",
     "ResidualStream": "modules.residual_stream",
+    "post_pre_quantized": "ops_quantized",
+    "pre_quantized": "ops_quantized",
     "recompute_length": "modules.recompute",
     "saved_bytes": "modules.saved",
     "wire_bytes": "modules.pipeline",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .arguments import STREAM_DTYPES, Arguments, check_eps, check_spec, check_streams, shape_of, sizes_of
-from .operators.declaration import STREAMS, Declaration
+from .operators.declaration import Declaration
 from .ops_prepared import note_passed
 from .spec import MHCSpec
 
@@ -134,7 +134,7 @@ def call(
         got = f"{len(buffers)} of them" if isinstance(buffers, (tuple, list)) else type(buffers).__name__
         raise TypeError(f"{arguments.function}: out: expected a tuple of {', '.join(names)}, got {got}")
     for k, (name, buffer) in enumerate(zip(names, buffers, strict=True)):
-        dtype = inputs[0].dtype if name in STREAMS else torch.float32  # type: ignore[union-attr]
+        dtype = operator.dtype(name, inputs[0].dtype)  # type: ignore[union-attr]
         shown = "out" if len(names) == 1 else f"out[{k}] ({name})"
         arguments.buffer(shown, buffer, operator.shape(name, *sizes), dtype)
     operator.write(inputs, constants, buffers)

@@ -4,9 +4,9 @@ It follows the paper (arXiv 2512.24880; "Eq." is its numbering throughout) and i
 Arguments of any float dtype become float64, and nothing is rounded to a narrower dtype afterwards. Names,
 shapes and conventions are those of `mhc_tilelang`.
 
-A family a file: `expand`, `projection` (Eq. 14, 15), `coefficients` (16 to 18), `sinkhorn` (9, 19), `pre` and
-`post` (3), `post_pre`, `delayed`, `head`, `expand_pre`, `post_head`, `rms_norm`, `residual` (1), `hyper_connections`
-(5), `identity`, and `stream`, which carries an embedding through many sublayers (4).
+A family a file: `expand`, `projection` (Eq. 14, 15), `coefficients` (16 to 18), `sinkhorn` (9, 19), `pre` and `post`
+(3), `post_pre`, `delayed`, `head`, `expand_pre`, `post_head`, `rms_norm`, `quantization`, `residual` (1),
+`hyper_connections` (5), `identity`, and `stream`, which carries an embedding through many sublayers (4).
 
 What trains has its gradient beside it: X and X_backward. g_y is the gradient of a scalar loss by y.
 
@@ -61,6 +61,7 @@ from .projection import (
     rms_scale,
     rms_scale_backward,
 )
+from .quantization import dequantize, quantize, round_e4m3
 from .residual import residual, residual_backward, residual_coefficients
 from .rms_norm import rms_norm, rms_norm_backward
 from .sinkhorn import sinkhorn, sinkhorn_backward
@@ -84,6 +85,7 @@ __all__ = [
     "delayed_post_pre_backward",
     "delayed_pre",
     "delayed_pre_backward",
+    "dequantize",
     "expand",
     "expand_backward",
     "expand_pre",
@@ -119,6 +121,7 @@ __all__ = [
     "pre_backward",
     "project",
     "project_backward",
+    "quantize",
     "residual",
     "residual_backward",
     "residual_coefficients",
@@ -126,6 +129,7 @@ __all__ = [
     "rms_norm_backward",
     "rms_scale",
     "rms_scale_backward",
+    "round_e4m3",
     "run_stream",
     "sinkhorn",
     "sinkhorn_backward",

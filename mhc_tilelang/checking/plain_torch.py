@@ -62,7 +62,23 @@ def rms_norm(u: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def aggregate_normed(x: torch.Tensor, h_pre: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [T, n, C], h_pre [T, n], weight [C] -> the aggregate's RMSNorm [T, C], rounded once."""
-    return rms_norm((h_pre.unsqueeze(-1) * x.float()).sum(1), weight, eps).to(x.dtype)
+    return aggregate_normed32(x, h_pre, weight, eps).to(x.dtype)
+
+
+def aggregate_normed32(x: torch.Tensor, h_pre: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """The same in float32."""
+    return rms_norm((h_pre.unsqueeze(-1) * x.float()).sum(1), weight, eps)
+
+
+def quantize(y: torch.Tensor, power_of_two: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """y [T, C] float32 -> its e4m3 numbers [T, C], in float32, and their scales [T, ⌈C / 128⌉]."""
+    groups = -(-y.shape[-1] // 128)
+    padded = torch.nn.functional.pad(y, (0, groups * 128 - y.shape[-1])).unflatten(-1, (groups, 128))
+    scales = padded.abs().amax(-1).clamp(1e-4) / 448
+    if power_of_two:
+        scales = torch.exp2(torch.ceil(torch.log2(scales)))
+    values = (padded / scales.unsqueeze(-1)).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    return values.flatten(-2)[:, : y.shape[-1]], scales
 
 
 def pre(

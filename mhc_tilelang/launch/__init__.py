@@ -8,6 +8,7 @@
     identity       gates and post of a connection without h_res
     sinkhorn
     aggregate      alone, and with the layer's RMSNorm; mappings: with h_post and h_res beside it
+    quantized      the layer's input in float8, behind its RMSNorm
     post
     post_pre       the boundary between two sublayers; post_pre_backward
     expand_pre, post_head   those of a stream's ends
@@ -38,6 +39,7 @@ from .post_head import LastBoundary, post_head, post_head_backward
 from .post_pre import Boundary, boundary_schedule, post_pre, post_project, post_project_plan
 from .post_pre_backward import BoundaryGradients, boundary_sums, mixing_backward, post_pre_backward, separate_backward
 from .projection import parallel_blocks, project, project_backward, projection_plan, split_phi
+from .quantized import RMSNorm, aggregate_quantized, coefficients_and_quantize
 from .replay import Written, replay, replay_parts
 from .sinkhorn import sinkhorn, sinkhorn_backward, sinkhorn_sizes
 
@@ -47,6 +49,7 @@ __all__ = [
     "FirstBoundary",
     "FirstGradients",
     "LastBoundary",
+    "RMSNorm",
     "Written",
     "aggregate",
     "aggregate_backward",
@@ -54,12 +57,14 @@ __all__ = [
     "aggregate_mappings",
     "aggregate_norm",
     "aggregate_norm_backward",
+    "aggregate_quantized",
     "aligned",
     "alignment",
     "boundary_schedule",
     "boundary_sums",
     "coefficients",
     "coefficients_and_aggregate",
+    "coefficients_and_quantize",
     "coefficients_backward",
     "coefficients_beside",
     "coefficients_on",

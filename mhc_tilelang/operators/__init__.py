@@ -1,7 +1,8 @@
 """The functions as PyTorch operators, `torch.ops.mhc_tilelang.*`: what autograd and torch.compile see.
 
     declaration   X, X_out, X_backward, their fakes and X's autograd from one declaration
-    expand, aggregate, sinkhorn, post, coefficients, pre, head, post_pre, expand_pre, post_head
+    expand, aggregate, sinkhorn, post, coefficients, pre, head, post_pre, expand_pre, post_head,
+    quantized
                   a family a file: its declaration, and what its forward and backward launch
     library       how an operator is registered
     sharding      DTensor placements before and after each of them
@@ -25,6 +26,7 @@ from .post import post
 from .post_head import post_head
 from .post_pre import post_pre
 from .pre import pre
+from .quantized import post_pre_quantized, post_pre_quantized_alone, pre_quantized, pre_quantized_alone
 from .sinkhorn import sinkhorn
 
 __all__ = [
@@ -42,6 +44,10 @@ __all__ = [
     "post",
     "post_head",
     "post_pre",
+    "post_pre_quantized",
+    "post_pre_quantized_alone",
     "pre",
+    "pre_quantized",
+    "pre_quantized_alone",
     "sinkhorn",
 ]

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.plans import num_scales
 from . import prepared, sharding
 from .library import (
     check_buffers,
@@ -33,10 +34,12 @@ from .library import (
 )
 
 # Dimensions behind those of the tokens. Streams have the stream's dtype, a layer_output its own; mappings are float32.
+# A layer's input in float8 has a scale for every group of channels, G of them, and no gradient.
 STREAMS = {"x": "nC", "x_next": "nC", "h": "C", "layer_input": "C", "layer_output": "C", "output": "C"}
 MAPPINGS = {"h_pre": "n", "h_post": "n", "h_res": "nn", "logits": "nn"}
 MAPPINGS |= {f"{name}_next": dimensions for name, dimensions in MAPPINGS.items()}
-DIMENSIONS = STREAMS | MAPPINGS
+QUANTIZED = {"values": "C", "scales": "G"}
+DIMENSIONS = STREAMS | MAPPINGS | QUANTIZED
 PARAMETERS = ("phi", "alpha", "bias", "rms_norm_weight")
 PROJECTED = "projected"  # [rows of phi + 1, T], which a projection keeps for its backward
 
@@ -142,7 +145,12 @@ class Declaration:
 
     def shape(self, name: str, num_streams: int, hidden_size: int) -> tuple[int, ...]:
         """A result's dimensions behind those of the tokens."""
-        return tuple(num_streams if dimension == "n" else hidden_size for dimension in DIMENSIONS[name])
+        sizes = {"n": num_streams, "C": hidden_size, "G": num_scales(hidden_size)}
+        return tuple(sizes[dimension] for dimension in DIMENSIONS[name])
+
+    def dtype(self, name: str, stream: torch.dtype) -> torch.dtype:
+        """A result's dtype beside a stream of another."""
+        return torch.float8_e4m3fn if name == "values" else stream if name in STREAMS else torch.float32
 
     def write(self, inputs: Optionals, constants: tuple, buffers: Sequence[torch.Tensor]) -> None:
         """X_out into the buffers of `public`, in order."""
@@ -167,7 +175,7 @@ class Declaration:
                 shape: tuple[int, ...] = (rows + 1, prod(leading))
             else:
                 shape = (*leading, *self.shape(name, num_streams, last))
-            allocated.append(first.new_empty(shape, dtype=first.dtype if name in STREAMS else torch.float32))
+            allocated.append(first.new_empty(shape, dtype=self.dtype(name, first.dtype)))
         return allocated
 
     def _fake(self, *arguments: Any) -> Any:
@@ -261,7 +269,8 @@ class Declaration:
 
     def _setup_context(self, ctx: Any, inputs: Optionals, output: Any) -> None:
         returned = output if isinstance(output, tuple) else (output,)
-        ctx.mark_non_differentiable(*returned[len(self.public(inputs)) :])
+        quantized = [result for result, one in zip(returned, self.results, strict=False) if one in QUANTIZED]
+        ctx.mark_non_differentiable(*quantized, *returned[len(self.public(inputs)) :])
         ctx.save_for_backward(*inputs, *[returned[place] for place in self._saved_places])
 
     def _differentiate(self, ctx: Any, *g_returned: torch.Tensor | None) -> Optionals:

@@ -33,7 +33,8 @@ def _forward(*inputs_and_constants: Any, out: Any) -> Tensors:
     return (boundary.projected,)
 
 
-def _backward(g: Any, inputs: Any, saved: Any, constants: tuple, needs: Any) -> Optionals:
+def gradients_of_boundary(g: Any, inputs: Any, saved: Any, constants: tuple, needs: Any) -> Optionals:
+    """What the backward launches; in `quantized`, too."""
     *mixed_and_parameters, h_pre, rms_norm_weight = inputs
     *of_spec, eps = constants
     *g_results, g_h_pre_next = g
@@ -55,7 +56,7 @@ post_pre = Declaration(
     "x layer_output h_post h_res phi alpha bias h_pre? rms_norm_weight?",
     "x_next layer_input h_post_next h_res_next h_pre_next?",
     _forward,
-    _backward,
+    gradients_of_boundary,
     constants=FORM,
     kept="projected",
     saved="x_next h_pre_next projected",

@@ -49,7 +49,8 @@ def _forward(
     return (projected,)
 
 
-def _backward(g: Any, inputs: Any, saved: Any, constants: tuple, needs: Any) -> Optionals:
+def gradients_of_pre(g: Any, inputs: Any, saved: Any, constants: tuple, needs: Any) -> Optionals:
+    """What the backward launches; in `quantized`, too."""
     x, phi, alpha, bias, given, weight = inputs
     *of_spec, eps = constants
     g_layer_input, g_h_pre, g_weight = g.layer_input, None, None
@@ -74,7 +75,7 @@ pre = Declaration(
     "x phi alpha bias h_pre? rms_norm_weight?",
     "layer_input h_post h_res h_pre_next?",
     _forward,
-    _backward,
+    gradients_of_pre,
     constants=FORM,
     kept="projected",
     saved="h_pre_next projected",

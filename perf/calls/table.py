@@ -38,6 +38,7 @@ class Call:
         gives: names of its results, of the first where not all are of interest.
         launch: the function's name, unless it is the call's.
         buffers: into how many of the first results `out` has it write; None for all that `gives` names.
+        float8: what is written besides in float8, in units of C.
     """
 
     elements: Callable[[int], tuple[int, int]]
@@ -45,6 +46,7 @@ class Call:
     gives: str
     launch: str = ""
     buffers: int | None = None
+    float8: int = 0
 
     @property
     def sources(self) -> dict[str, str]:
@@ -83,6 +85,7 @@ CALLS: dict[str, Call] = {
         buffers=0,
     ),
     "aggregate_norm": Call(lambda n: (n, 1), "x h_pre weight eps", "layer_input"),
+    "aggregate_quantized": Call(lambda n: (n, 0), "x h_pre weight eps", "values scales", float8=1),
     "expand_backward": Call(lambda n: (n, 1), "g_x", "g_h"),
     "project_backward": Call(lambda n: (n, n), "g_projected x phi", "g_x g_phi"),
     AGGREGATED: Call(

@@ -68,6 +68,7 @@ VARIANTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("post", "float32 layer", "bfloat16", {"layer_dtype": "float32"}),
     ("post_backward", "float32 layer", "bfloat16", {"layer_dtype": "float32"}),
     ("post_backward", "mixing only", "bfloat16", {"needs_g_x": False, "needs_g_layer_output": False}),
+    ("aggregate_quantized", "layer input beside it", "bfloat16", {"has_layer_input": True}),
     ("coefficients_backward", "no res", "bfloat16", {"has_g_h_res": False}),
 )
 

@@ -15,6 +15,7 @@ kernels, project, aggregate and post):
 
     aggregate_gradients      reads n + 1  writes n
     aggregate_norm           reads n      writes 1
+    aggregate_quantized      reads n      writes 1 in float8, which is 1/2 of a 16-bit stream's
     aggregate_norm_backward  reads n + 1  writes 1
 
 Fused across a boundary (delayed is the form whose h_pre is there already; at n = 8 a GPU's backward is not fused):
@@ -79,9 +80,10 @@ class Traffic:
         )
 
 
-def stream_elements(call: str, num_streams: int) -> tuple[int, int]:
-    """Elements of stream dtype read and written per token, in units of C."""
-    return CALLS[call].elements(num_streams)
+def stream_elements(call: str, num_streams: int, itemsize: int = 2) -> tuple[float, float]:
+    """Elements of stream dtype, of so many bytes, read and written per token, in units of C."""
+    read, written = CALLS[call].elements(num_streams)
+    return read, written + CALLS[call].float8 / itemsize
 
 
 def small_bytes(case: Case, plan: ProjectionPlan, num_slabs: int) -> int:
@@ -191,5 +193,5 @@ def traffic(case: Case, plan: ProjectionPlan, num_slabs: int) -> Traffic:
     if len(kernels) > 1:
         return sum((traffic(Case(kernel, case.shape), plan, num_slabs) for kernel in kernels), start=Traffic())
     unit = case.shape.num_tokens * case.shape.hidden_size * case.shape.itemsize
-    read, written = stream_elements(case.kernel, n)
-    return Traffic(read * unit, written * unit, small_bytes(case, plan, num_slabs))
+    read, written = stream_elements(case.kernel, n, case.shape.itemsize)
+    return Traffic(int(read * unit), int(written * unit), small_bytes(case, plan, num_slabs))

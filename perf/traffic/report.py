@@ -18,7 +18,7 @@ from .formulas import stream_elements
 if TYPE_CHECKING:
     from .audited import Audited
 
-Pair = tuple[int, int]
+Pair = tuple[float, float]
 
 FORWARD = ("project", "coefficients", "aggregate", "post")
 BACKWARD = ("aggregate_backward", "coefficients_backward", AGGREGATED, "post_backward")
@@ -44,9 +44,9 @@ class Row:
         return num_bytes / (self.shape.num_tokens * self.shape.hidden_size * self.shape.itemsize)
 
     @property
-    def floor(self) -> int | None:
+    def floor(self) -> float | None:
         """Stream tensors of the kernel, each once; None for kernels that have none."""
-        return sum(formula(self.kernel, self.shape.num_streams)) or None
+        return sum(formula(self.kernel, self.shape.num_streams, self.shape.itemsize)) or None
 
     def as_json(self) -> dict[str, Any]:
         """One object of the JSON list."""
@@ -71,15 +71,15 @@ class Row:
         again = self.units(traffic.small_per_block - traffic.small)
         line = [self.kernel, number(self.units(traffic.stream_read)) + "*" * bool(traffic.repeated)]
         line += [number(self.units(traffic.stream_written)), f"{self.units(traffic.small):.3f}", f"{again:.3f}"]
-        line += [str(self.floor or ""), pair(paper_kernels(n).get(self.kernel)), pair(unfused(n).get(self.kernel))]
+        line += [number(self.floor or 0), pair(paper_kernels(n).get(self.kernel)), pair(unfused(n).get(self.kernel))]
         return line
 
 
-def formula(kernel: str, num_streams: int) -> Pair:
+def formula(kernel: str, num_streams: int, itemsize: int = 2) -> Pair:
     """Stream elements read and written; pre's backward has the projection's read g_layer_input too."""
     if kernel == AGGREGATED:
         return num_streams + 1, num_streams
-    return stream_elements(kernel, num_streams)
+    return stream_elements(kernel, num_streams, itemsize)
 
 
 def paper_kernels(n: int) -> dict[str, Pair]:

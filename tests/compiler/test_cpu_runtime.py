@@ -33,6 +33,7 @@ EACH(widen_bfloat16, mhc::bfloat16, float, float)
 EACH(widen_float16, mhc::float16, float, float)
 EACH(narrow_bfloat16, float, mhc::bfloat16, mhc::bfloat16)
 EACH(narrow_float16, float, mhc::float16, mhc::float16)
+EACH(narrow_float8, float, mhc::float8_e4m3fn, mhc::float8_e4m3fn)
 EACH(exponential, float, float, mhc::exp)
 ROW(row_bfloat16, mhc::bfloat16)
 ROW(row_float16, mhc::float16)
@@ -117,6 +118,22 @@ def test_narrowing_rounds_to_nearest_even(library: ctypes.CDLL, function: str, d
     is_nan = np.isnan(values)
     assert np.isnan(got[is_nan].view(DTYPES[dtype]).astype(np.float32)).all()
     np.testing.assert_array_equal(got[~is_nan], expected[~is_nan])
+
+
+def test_float8_rounds_to_nearest_even_and_saturates(library: ctypes.CDLL) -> None:
+    """As ml_dtypes does up to 464, halfway to what would come after 448; all that is larger is 448, NaN 0x7F."""
+    every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    finite = np.unique(every[np.isfinite(every)])
+    ties = (finite[1:] + finite[:-1]) / 2
+    beside = [np.nextafter(ties, np.float32(side)) for side in (np.inf, -np.inf)]
+    values = np.concatenate([interesting_floats(), every, ties, *beside])
+    got = np.empty(values.size, np.uint8)
+    call(library.narrow_float8, values, got)
+    is_nan, is_large = np.isnan(values), np.abs(values) >= 448
+    assert (got[is_nan] == 0x7F).all()
+    np.testing.assert_array_equal(got[is_large], np.where(values[is_large] < 0, 0xFE, 0x7E))
+    expected = values[~is_nan & ~is_large].astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    np.testing.assert_array_equal(got[~is_nan & ~is_large], expected)
 
 
 def test_rows_of_any_length_are_converted_to_the_end(library: ctypes.CDLL) -> None:

@@ -161,6 +161,24 @@ def test_rounding_of_16_bit_floats(name: str) -> None:
     np.testing.assert_array_equal(back.numpy(), values)
 
 
+def test_rounding_of_float8() -> None:
+    """As cvt.rn.satfinite: all values, halfway and beside that; large ones are 448, not-a-numbers 0x7F."""
+    dtype = ml_dtypes.float8_e4m3fn
+    values = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
+    finite = np.unique(values[np.isfinite(values)])
+    halfway = (finite[1:] + finite[:-1]) / 2
+    beside = [np.nextafter(halfway, np.float32(side)) for side in (np.inf, -np.inf)]
+    large = np.array([464, -465, 1e9, np.inf, -np.inf, -0.0, 1e-30, -np.nan], np.float32)
+    x = torch.from_numpy(np.resize(np.concatenate([values, halfway, *beside, large]), 1280))
+    y = torch.empty(len(x), dtype=torch.uint8)
+    body = f"int at = ((int)blockIdx.x) * 256 + {T};\ny[at] = fp8_e4_t(x[at]).bits;"
+    kernel = source(body, "const float* x, unsigned char* y", threads=256, grid=("5", "1", "1"))
+    launch(kernel, "sm_80", {"x": x, "y": y}, {})
+    numbers = x.numpy()
+    expected = np.clip(numbers, -448, 448).astype(dtype).view(np.uint8)
+    np.testing.assert_array_equal(y.numpy(), np.where(np.isnan(numbers), 0x7F, expected))
+
+
 MMA = """
 extern __shared__ __align__(1024) uchar buf_dyn_shmem[];
 {type}* a_tile = ({type}*)buf_dyn_shmem;

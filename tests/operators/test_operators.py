@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from differentiable import DELAYED, FORMS, FUNCTIONS, IDENTITY, gradients, requiring, upstream
+from differentiable import DELAYED, FORMS, FUNCTIONS, IDENTITY, QUANTIZED, gradients, requiring, upstream
 from helpers import assert_same_bits
 
 from mhc_tilelang import operators, ops
@@ -20,7 +20,9 @@ from mhc_tilelang.operators import library
 
 BF16 = Case(4, 64, torch.bfloat16, 6)
 ADJOINT = ("expand", "collapse")  # each is the other's backward
-ELSEWHERE = ("collapse_mean", *IDENTITY)  # checked so in test_collapse and test_identity
+ALONE = tuple(f"{name}_alone" for name in QUANTIZED)
+# Checked so in test_collapse, test_identity and test_quantized.
+ELSEWHERE = ("collapse_mean", *IDENTITY, *QUANTIZED, *ALONE)
 every_function = pytest.mark.parametrize("function", FORMS.values(), ids=FORMS)
 
 
@@ -77,16 +79,16 @@ def buffers_of(name, outputs, is_delayed):
     return {name: torch.zeros_like(output) for name, output in zip(names, outputs, strict=False)}
 
 
-def check_operators(name, arguments, is_delayed=False):
-    """PyTorch's own checks of X, X_out and, where there is one, X_backward."""
+def check_operators(name, arguments, is_delayed=False, **which):
+    """PyTorch's own checks of X, X_out and, where there is one, X_backward; all of them, or `test_utils`."""
     arguments = [one.detach() if isinstance(one, torch.Tensor) else one for one in arguments]
     outputs = operator(name)(*arguments)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    torch.library.opcheck(operator(f"{name}_out"), tuple(arguments), buffers_of(name, outputs, is_delayed))
+    torch.library.opcheck(operator(f"{name}_out"), tuple(arguments), buffers_of(name, outputs, is_delayed), **which)
     if hasattr(torch.ops.mhc_tilelang, f"{name}_backward"):
-        torch.library.opcheck(operator(f"{name}_backward"), tuple(arguments_behind(name, arguments)))
+        torch.library.opcheck(operator(f"{name}_backward"), tuple(arguments_behind(name, arguments)), **which)
     requiring = (one.requires_grad_() if isinstance(one, torch.Tensor) else one for one in arguments)
-    torch.library.opcheck(operator(name), tuple(requiring))
+    torch.library.opcheck(operator(name), tuple(requiring), **which)
 
 
 @pytest.mark.parametrize("num_tokens", [6, 0], ids=["tokens", "no-token"])
@@ -135,7 +137,7 @@ def test_every_operator_is_checked():
     """Tests the tests above: an operator that none of them knows."""
     names = (*FUNCTIONS, *ELSEWHERE)
     known = {f"mhc_tilelang::{name}{kind}" for name in names for kind in ("", "_out", "_backward")}
-    known -= {f"mhc_tilelang::{name}_backward" for name in (*ADJOINT, "collapse_mean")}
+    known -= {f"mhc_tilelang::{name}_backward" for name in (*ADJOINT, "collapse_mean", *ALONE)}
     assert library.LIBRARY._op_defs == known
 
 

@@ -73,7 +73,7 @@ def test_every_stream_tensor_moves_once(kernel: str, target: str, shape: Shape) 
     counted = audit_call(Case(kernel, shape), target, BLOCKS[target])
     unit = shape.num_tokens * shape.hidden_size * shape.itemsize
     again = (stream_blocks(shape, target) - 1) * unit if kernel == AGGREGATED else 0
-    read, written = formula(kernel, shape.num_streams)
+    read, written = formula(kernel, shape.num_streams, shape.itemsize)
     assert counted.repeated == again
     assert (counted.stream_read, counted.stream_written) == (read * unit + again, written * unit)
     assert counted.small <= counted.small_per_block

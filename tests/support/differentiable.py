@@ -115,6 +115,7 @@ NORMED = {
 }
 FORMS = FUNCTIONS | {f"{name}-delayed": function for name, function in DELAYED.items()}
 FORMS |= {name: NORMED[name] for name in ("pre-normed", "post_pre-delayed-normed")}
+QUANTIZED = ("pre_quantized", "post_pre_quantized")  # and each _alone, which has no gradient
 IDENTITY = ("gates", "identity_pre", "identity_post", "identity_post_pre")  # operators, of functions listed above
 
 

@@ -93,7 +93,7 @@ def assert_same_bits(got, expected):
     """Equal to the bit and in dtype; NaN equals NaN. `expected` may differ in shape: both are flattened."""
     for g, e in zip(got, expected, strict=True):
         assert g.dtype == e.dtype
-        integers = {2: torch.int16, 4: torch.int32}[g.element_size()]
+        integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[g.element_size()]
         torch.testing.assert_close(g.flatten().view(integers), e.flatten().view(integers), rtol=0, atol=0)
 
 

@@ -52,6 +52,13 @@ class Normed:
         scale_bound = np.square(scale) / case.hidden_size * summed + 4 * U32
         return cls(u, scale, numpy64(rms_norm_weight(case, inputs.x.device)), magnitude, u_bound, scale_bound)
 
+    @property
+    def normed_bound(self) -> Array:
+        """Of y = u · r · w in float32, not yet rounded to another dtype: what u and r are off, and two products."""
+        y = self.u * self.scale * self.weight
+        carried = np.abs(self.scale * self.weight) * self.u_bound + np.abs(y) * self.scale_bound
+        return carried + 2 * U32 * np.abs(y)
+
 
 @check("layer_input")
 def check_aggregate_norm(case: Case, inputs: Inputs) -> list[Comparison]:

@@ -73,6 +73,22 @@ struct float16 {
   }
 };
 
+// Four significant bits from 2^-6 to 448; beyond it saturates, infinity too. Kernels only write it.
+struct float8_e4m3fn {
+  uint8_t bits;
+  float8_e4m3fn() = default;
+  MHC_INLINE explicit float8_e4m3fn(float value) {
+    const uint32_t word = bit_cast<uint32_t>(value), magnitude = word & 0x7fffffffu;
+    // Normal results: move the exponent's bias from 127 to 7 and round the 20 bits that fall off.
+    const uint32_t normal = (magnitude - 0x3c000000u + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20;
+    // Below 2^-6 adding 2^14 makes the float unit round to the fixed spacing of 2^-9.
+    const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0x1p14f) - 0x46800000u;
+    uint32_t result = magnitude < 0x3c800000u ? subnormal : normal;
+    result = magnitude >= 0x43e00000u ? 0x7eu : result;  // 448
+    bits = uint8_t(magnitude > 0x7f800000u ? 0x7fu : ((word >> 24) & 0x80u) | result);  // NaN has no sign
+  }
+};
+
 #ifdef __AVX512BF16__
 // Whether a magnitude is below 2^-126 and not zero.
 MHC_INLINE __mmask16 any_subnormal(__m512 v) {

@@ -132,8 +132,7 @@ def reduce(emitter, call) -> None:
     variables = {k: emitter.fresh(f"r{k}") for k in range(len(source.extent))}
     is_row = kind == "sum" and axis == len(kept) and int(source.extent[axis]) % LANES == 0
     if clear:
-        identity = "0.0f" if kind == "sum" else "-__builtin_inff()"
-        loops(emitter, target, f"= {identity};")
+        loops(emitter, target, f"= {identity_of(kind, target.array.dtype)};")
     for k in kept if is_row else [axis, *kept]:
         emitter.open(
             f"for (int64_t {variables[k]} = 0; {variables[k]} < {emitter.expr(source.extent[k])}; ++{variables[k]})"
@@ -144,9 +143,18 @@ def reduce(emitter, call) -> None:
         term = f"mhc::sum_row<{int(source.extent[axis])}>(&{row})"
     else:
         term = source.element(emitter, variables)
-    emitter.line(f"{into} = {into} + {term};" if kind == "sum" else f"{into} = mhc::max<float>({into}, {term});")
+    emitter.line(
+        f"{into} = {into} + {term};" if kind == "sum" else f"{into} = mhc::max<{target.array.c_type}>({into}, {term});"
+    )
     for _ in range(len(kept) + (not is_row)):
         emitter.close()
+
+
+def identity_of(kind: str, dtype: str) -> str:
+    """What a reduction starts from."""
+    if dtype == "int32" and kind == "max":
+        return "INT32_MIN"
+    return "0.0f" if kind == "sum" else "-__builtin_inff()"
 
 
 def gemm(emitter, call) -> None:

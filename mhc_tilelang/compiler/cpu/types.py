@@ -13,6 +13,7 @@ C_TYPES = {
     "float32": "float",
     "bfloat16": "mhc::bfloat16",
     "float16": "mhc::float16",
+    "float8_e4m3fn": "mhc::float8_e4m3fn",
     "int32": "int32_t",
     "int64": "int64_t",
     "uint32": "uint32_t",

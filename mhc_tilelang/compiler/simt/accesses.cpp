@@ -19,7 +19,7 @@ void Executor::access(char* at, int bytes, bool write, const void* site) {
                      region ? "shared memory" : launch.tensors[tensor].name, bytes);
         abort_launch();
     }
-    if (bytes < UNIT) {
+    if (bytes < touched.unit) {
         findings.add("unsupported access", site, "a single byte is %s", write ? "written" : "read");
         abort_launch();
     }
@@ -96,24 +96,24 @@ void Executor::touch_tensor(int tensor, char* at, int bytes, bool write, const v
         }
         return;
     }
-    for (int64_t unit = offset / UNIT; unit < (offset + bytes) / UNIT; ++unit) {
+    for (int64_t unit = offset / region.unit; unit < (offset + bytes) / region.unit; ++unit) {
         uint32_t &writer = region.writer_block[unit], &reader = region.reader_block[unit];
         if (writer != block_number && reader != block_number) region.shadow.forget(unit);
         const bool others_wrote = writer && writer != block_number;
         const bool others_read = region.read_before[unit] || (reader && reader != block_number);
         if (others_wrote || (write && others_read))
             findings.add("race between blocks", site, "%s %s byte %lld of %s, which another block %s: blocks have no order",
-                         who(index()).c_str(), write ? "writes" : "reads", (long long)(unit * UNIT), counted.name, others_wrote ? "wrote" : "read");
+                         who(index()).c_str(), write ? "writes" : "reads", (long long)(unit * region.unit), counted.name, others_wrote ? "wrote" : "read");
         if (write) {
-            if (!writer) counted.written_distinct += UNIT;
+            if (!writer) counted.written_distinct += region.unit;
             writer = block_number;
         } else {
-            if (!reader) counted.read_distinct += UNIT;
+            if (!reader) counted.read_distinct += region.unit;
             region.read_before[unit] = region.read_before[unit] || (reader && reader != block_number);
             reader = block_number;
         }
         const uint16_t rival = write ? region.shadow.write(unit, index(), current->clock) : region.shadow.read(unit, index(), current->clock);
-        if (rival != NOBODY) race(counted.name, unit * UNIT, rival, write, site);
+        if (rival != NOBODY) race(counted.name, unit * region.unit, rival, write, site);
     }
 }
 

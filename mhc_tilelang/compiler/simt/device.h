@@ -124,6 +124,30 @@ struct half_t {
     }
 };
 
+// e4m3, rounded to nearest even and saturated as cvt.rn.satfinite does; NaN is 0x7F.
+using __nv_fp8x2_storage_t = uint16_t;
+enum { __NV_SATFINITE, __NV_E4M3 };
+
+struct fp8_e4_t {
+    uint8_t bits;
+    fp8_e4_t() = default;
+    explicit SIMT_INLINE fp8_e4_t(float value) : bits(of(value)) {}
+    static uint8_t of(float value) {
+        const uint8_t sign = simt_bits<uint32_t>(value) >> 24 & 0x80;
+        const float size = std::fabs(value);
+        if (value != value) return 0x7F;
+        if (size >= 448.0f) return sign | 0x7E;
+        const int exponent = size < 0x1p-6f ? -6 : std::ilogb(size);
+        const int units = int(std::nearbyint(std::ldexp(size, 3 - exponent)));  // 8 to 16 above 2^-6: that carries
+        return sign | uint8_t((exponent + 6) * 8 + units);
+    }
+};
+SIMT_VECTOR(fp8_e4_2_t, uint8_t, 2, x, y)
+SIMT_VECTOR(fp8_e4_4_t, uint8_t, 4, x, y, z, w)
+SIMT_VECTOR(fp8_e4_8_t, uint32_t, 2, x, y)
+
+SIMT_INLINE uint16_t __nv_cvt_float2_to_fp8x2(float2 v, int, int) { return fp8_e4_t::of(v.x) | fp8_e4_t::of(v.y) << 8; }
+
 // Two of them are one 32-bit register.
 template <typename Half>
 struct alignas(4) SimtPair {

@@ -135,7 +135,8 @@ void Executor::place_tensors() {
         region.base = at + reinterpret_cast<uintptr_t>(tensor.data) % 256;
         region.bytes = tensor.bytes;
         std::memcpy(region.base, tensor.data, tensor.bytes);
-        const size_t units = tensor.bytes / UNIT + 1;
+        region.unit = launch.resident ? UNIT : std::min(UNIT, int(tensor.element_bytes));
+        const size_t units = tensor.bytes / region.unit + 1;
         region.shadow.reset(units);
         region.writer_block.assign(units, 0);
         region.reader_block.assign(units, 0);

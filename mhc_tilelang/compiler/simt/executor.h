@@ -58,6 +58,7 @@ struct Thread {
 struct Region {
     char* base = nullptr;
     int64_t bytes = 0;
+    int unit = UNIT;  // 1 for a tensor of single bytes
     Shadow shadow;
     std::vector<uint16_t> copying;  // shared memory: thread + 1 whose copy is under way
     // Tensors: the block that wrote last, the one that read last, whether an earlier one read. 0: none.

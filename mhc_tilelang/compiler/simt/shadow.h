@@ -6,7 +6,7 @@
 // which one writes and neither is ordered after the other are a race. (The scheme is FastTrack's, Flanagan and Freund,
 // PLDI 2009: the last write as one thread and step, reads as one until two are unordered, then as a set.)
 //
-// Memory is watched in units of two bytes, the narrowest element in use.
+// Memory is watched in units of two bytes, tensors of single bytes byte by byte.
 
 #pragma once
 
