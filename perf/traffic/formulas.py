@@ -80,10 +80,14 @@ class Traffic:
         )
 
 
-def stream_elements(call: str, num_streams: int, itemsize: int = 2) -> tuple[float, float]:
-    """Elements of stream dtype, of so many bytes, read and written per token, in units of C."""
-    read, written = CALLS[call].elements(num_streams)
-    return read, written + CALLS[call].float8 / itemsize
+def stream_elements(call: str, num_streams: int) -> tuple[int, int]:
+    """Elements of stream dtype read and written per token, in units of C."""
+    return CALLS[call].elements(num_streams)
+
+
+def float8_elements(call: str, itemsize: int) -> float:
+    """What is written besides in float8, in elements of so many bytes, per token and in units of C."""
+    return CALLS[call].float8 / itemsize
 
 
 def small_bytes(case: Case, plan: ProjectionPlan, num_slabs: int) -> int:
@@ -193,5 +197,6 @@ def traffic(case: Case, plan: ProjectionPlan, num_slabs: int) -> Traffic:
     if len(kernels) > 1:
         return sum((traffic(Case(kernel, case.shape), plan, num_slabs) for kernel in kernels), start=Traffic())
     unit = case.shape.num_tokens * case.shape.hidden_size * case.shape.itemsize
-    read, written = stream_elements(case.kernel, n, case.shape.itemsize)
-    return Traffic(int(read * unit), int(written * unit), small_bytes(case, plan, num_slabs))
+    read, written = stream_elements(case.kernel, n)
+    float8 = CALLS[case.kernel].float8 * case.shape.num_tokens * case.shape.hidden_size
+    return Traffic(read * unit, written * unit + float8, small_bytes(case, plan, num_slabs))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..calls.cases import Shape
 from ..calls.table import AGGREGATED
-from .formulas import stream_elements
+from .formulas import float8_elements, stream_elements
 
 if TYPE_CHECKING:
     from .audited import Audited
@@ -76,10 +76,11 @@ class Row:
 
 
 def formula(kernel: str, num_streams: int, itemsize: int = 2) -> Pair:
-    """Stream elements read and written; pre's backward has the projection's read g_layer_input too."""
+    """Elements of so many bytes read and written; pre's backward has the projection's read g_layer_input too."""
     if kernel == AGGREGATED:
         return num_streams + 1, num_streams
-    return stream_elements(kernel, num_streams, itemsize)
+    read, written = stream_elements(kernel, num_streams)
+    return read, written + float8_elements(kernel, itemsize)
 
 
 def paper_kernels(n: int) -> dict[str, Pair]:

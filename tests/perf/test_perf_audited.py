@@ -34,7 +34,7 @@ from mhc_tilelang.perf.calls.launches import launches
 from mhc_tilelang.perf.calls.table import AGGREGATED, CALLS
 from mhc_tilelang.perf.traffic.audited import Audited, audit_call
 from mhc_tilelang.perf.traffic.command import PARALLEL_BLOCKS
-from mhc_tilelang.perf.traffic.formulas import stream_elements, traffic
+from mhc_tilelang.perf.traffic.formulas import traffic
 from mhc_tilelang.perf.traffic.report import BACKWARD, FORWARD, formula
 
 BLOCKS = {"cuda": PARALLEL_BLOCKS, "cpu": 2}
@@ -222,7 +222,7 @@ def test_json(tmp_path: Path) -> None:
     for row in rows.values():
         assert list(row) == keys.split()
         assert (row["num_streams"], row["hidden_size"], row["dtype"]) == (4, 640, "bfloat16")
-        assert (row["reads_C"], row["writes_C"]) == stream_elements(row["kernel"], 4)
+        assert (row["reads_C"], row["writes_C"]) == formula(row["kernel"], 4)
     papers = {name: (row["paper_reads_C"], row["paper_writes_C"], row["floor_C"]) for name, row in rows.items()}
     assert papers["post"] == (5, 4, 9)
     assert papers["project"] == (4, 0, 4)

@@ -13,7 +13,7 @@ from tvm import arith, tirx
 
 from ...errors import LoweringError
 from .types import Array
-from .views import paired_axes
+from .views import paired_axes, same
 
 LANES = 16  # as in runtime.h
 GEMMS = {(False, True): "gemm_nt", (False, False): "gemm_nn", (True, False): "gemm_tn"}
@@ -64,7 +64,10 @@ def copy(emitter, call) -> None:
         return  # the tile is where it would be copied to
     source, target = Region.of(emitter, call.args[0]), Region.of(emitter, call.args[1])
     pairs = paired_axes(source.extent, target.extent)
-    if not pairs or (pairs[-1][0] + 1, pairs[-1][1] + 1) != (len(source.first), len(target.first)):
+    ends = (len(source.first), len(target.first))
+    if len(pairs) > 1 and pairs[-1] == (ends[0] - 1, ends[1] - 1) and is_of_ones(source) and is_of_ones(target):
+        pairs, ends = pairs[:-1], pairs[-1]  # vectors of one element: a row is along the axis before
+    if not pairs or (pairs[-1][0] + 1, pairs[-1][1] + 1) != ends:
         raise LoweringError(f"T.copy whose last axis is not contiguous on both sides: {call}")
     variables: list[str] = []
     is_written = target.array.is_global and source.array.dtype == target.array.dtype
@@ -112,6 +115,11 @@ def copy(emitter, call) -> None:
     emitter.open("")
     level(0, inside=True)
     emitter.close()
+
+
+def is_of_ones(region: Region) -> bool:
+    """Whether the last axis of the region's buffer has one element, which the region covers."""
+    return same(region.array.shape[-1], 1) and is_zero(region.first[-1])
 
 
 def fill(emitter, call) -> None:
