@@ -11,6 +11,7 @@ are run-time values, so one compilation serves every batch.
     aggregate     Eq. 3       n streams -> the layer's input
     aggregate_mappings  Eq. 3, 18   the same, and beside it h_post and h_res, which are needed after the layer
     aggregate_norm      Eq. 3       the same, and the layer's own RMSNorm
+    aggregate_quantized Eq. 3       the same in float8, with a scale for every 128 channels
     post          Eq. 3       mix the streams, add the layer's output
     replay        Eq. 3       post and aggregate of a block of sublayers again, without a projection, for the backward
     post_project  Eq. 3, 14   post, and the projection of what it made, from the same tile

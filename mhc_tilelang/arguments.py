@@ -93,6 +93,8 @@ class Arguments:
         if tuple(shape[max(split, 0) :]) != trailing or (not batched and split != 0):
             wanted = ", ".join(map(str, [*(["..."] if batched else []), *trailing]))
             hint = " (transposed?)" if value.ndim == 2 and tuple(shape[::-1]) == trailing else ""
+            if batched and len(trailing) == 2 and tuple(shape[-1:]) == (trailing[0] * trailing[1],):
+                hint = " (packed? .unflatten(-1, [n, C]) is a view)"
             raise ValueError(f"{self.function}: {name}: expected shape [{wanted}], got {list(shape)}{hint}")
         if batched and self.leading is None:
             self.leading = leading

@@ -4,9 +4,10 @@
     alpha_pre, alpha_post, alpha_res   [1] each   alpha
     bias                               [M]
 
-Its stream is packed, [s, b, n·C]: `x.view(s, b, n, C)` is ours. Versions differ in H_res, under the same names and
-shapes. The main branch of 2026 mixes with H_res transposed, as DeepSeek does; before that it mixed with H_res itself,
-rows normalised first, as Liger does. Ask `convert.orientation` which one a copy has, and pass the convention.
+Its stream is packed, [s, b, n·C]: `unpack_streams` and `pack_streams` are views of it and back. Versions differ in
+H_res, under the same names and shapes. The main branch of 2026 mixes with H_res transposed, as DeepSeek does; before
+that it mixed with H_res itself, rows normalised first, as Liger does. Ask `convert.orientation` which one a copy has,
+and pass the convention.
 
 Its norm divides by rms + 1e-6, eps outside the root: for a stream of rms 1 that is within 1e-6 of ours, and no spec
 makes it equal. Its single-pass form (`mhc_single_pass`) has eps inside the root and is `delayed_pre` here. The earlier
@@ -20,6 +21,7 @@ from collections.abc import Mapping
 
 import torch
 
+from ..arguments import check_streams, sizes_of
 from ..spec import MHCSpec
 from . import state as checks
 from .conventions import CONVENTIONS, IN_OUT, OUTERMOST, Convention
@@ -36,6 +38,29 @@ MAIN = CONVENTIONS["deepseek"]
 def spec(hidden_size: int, num_streams: int = 4, **changes: float) -> MHCSpec:
     """Return the constants of the main branch: every eps 1e-6, 20 iterations; see above for its norm."""
     return MHCSpec(hidden_size, **{"num_streams": num_streams, **changes})  # type: ignore[arg-type]
+
+
+def unpack_streams(hidden_states: torch.Tensor, num_streams: int) -> torch.Tensor:
+    """View packed streams [..., n·C] as [..., n, C]; no token changes its place, and nothing is copied.
+
+    Raises:
+        ValueError: n·C is no multiple of n, or the tensor is not contiguous, so that functions would need a copy.
+    """
+    function = "megatron.unpack_streams"
+    check_streams(function, "num_streams", num_streams)
+    (size,) = sizes_of(function, "hidden_states", hidden_states, ("n·C",))
+    if size % num_streams:
+        raise ValueError(f"{function}: hidden_states: expected [..., {num_streams}·C], got {list(hidden_states.shape)}")
+    _check_contiguous(function, "hidden_states", hidden_states)
+    return hidden_states.view(*hidden_states.shape[:-1], num_streams, size // num_streams)
+
+
+def pack_streams(x: torch.Tensor) -> torch.Tensor:
+    """View streams [..., n, C] as [..., n·C], which is what Megatron's pipeline sends. Raises as `unpack_streams`."""
+    function = "megatron.pack_streams"
+    num_streams, hidden_size = sizes_of(function, "x", x, ("n", "C"))
+    _check_contiguous(function, "x", x)
+    return x.view(*x.shape[:-2], num_streams * hidden_size)
 
 
 def import_state(state: State, convention: Convention = MAIN) -> Converted:
@@ -89,3 +114,11 @@ def _check_convention(function: str, convention: Convention) -> None:
 def _rows(tensor: torch.Tensor, num_streams: int, convention: Convention) -> torch.Tensor:
     """Convert between its order of the res rows and ours."""
     return swapped_rows(tensor, num_streams) if convention.res == IN_OUT else tensor
+
+
+def _check_contiguous(function: str, name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"{function}: {name}: expected a contiguous tensor, of which a view is enough, got strides "
+            f"{tuple(tensor.stride())} for shape {list(tensor.shape)}; call .contiguous() first"
+        )

@@ -92,11 +92,12 @@ def copy(emitter, call) -> None:
             to = pointer(target, 1)
             if inside:
                 rest = f"{to}, {pointer(source, 0)}, {limit}"
+                begin = f"if ({limit} > 0) " if clips and emitter.checked else ""  # a row beyond the edge has no start
                 if is_written:
                     sizes = " * ".join(f"int64_t({emitter.expr(extent)})" for extent in target.array.shape)
-                    emitter.line(f"mhc::copy_out({rest}, {sizes} * sizeof({target.array.c_type}));")
+                    emitter.line(f"{begin}mhc::copy_out({rest}, {sizes} * sizeof({target.array.c_type}));")
                 else:
-                    emitter.line(f"mhc::copy_row({rest});")
+                    emitter.line(f"{begin}mhc::copy_row({rest});")
             if clear_rest or not inside:
                 skipped = limit if inside else "0"
                 emitter.line(f"mhc::clear_row({to} + {skipped}, {extent} - {skipped});")
