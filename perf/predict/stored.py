@@ -75,6 +75,20 @@ def connection(device: str, hidden_size: int, num_streams: int) -> Connection | 
     return Connection(*found)
 
 
+def delayed(connection: Connection, device: str, hidden_size: int, is_beside: bool) -> Connection | None:
+    """Return a connection with the forward of the delayed form, if that is stored; where the coefficients are beside
+    the layer, without them, who cost nothing there. The backward is as it was: the delayed one is not predicted.
+    """
+    row = rows().get((device.lower(), "post_pre_delayed", hidden_size))
+    if row is None or row["low"] is None:
+        return None
+    middle = row["us"] or (row["low"] + row["high"]) / 2
+    hidden = [part for part in row["parts"] if part["family"] == "coefficients"] if is_beside else []
+    times = zip((middle, row["low"], row["high"]), ("us", "low", "high"), strict=True)
+    forward = [us - sum(part[key] for part in hidden) for us, key in times]
+    return Connection((forward[0], forward[1], forward[2]), connection.backward)
+
+
 def write(again: bool) -> None:
     """Predict what has changed since it was stored, or everything; each row is stored as it comes."""
     from .predicted import predict

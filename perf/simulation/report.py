@@ -8,7 +8,7 @@ from typing import Any
 
 from ..overhead.model import DEVICES
 from ..overhead.report import PAPER, percent
-from ..predict.stored import TOKENS, connection
+from ..predict.stored import TOKENS, Connection, connection, delayed
 from ..sizes import NUM_LAYERS, SEQUENCE
 from .costs import FUSED, Assumptions, Measured, costs, forms
 from .overhead import Change, Solution, overhead, pipeline_of, sensitivity, solve, step_overhead
@@ -24,7 +24,8 @@ side by side take from each other, the optimizer, embedding, head. The paper nam
 
 PREDICTED = """\
 The same with kernel times that mhc-tilelang predict reads from machine code, launches in it, in place of bytes over an
-assumed share of the bandwidth; from, to: the prediction's interval. Predicted, not measured."""
+assumed share of the bandwidth; from, to: the prediction's interval. Predicted, not measured. Delayed: forward alone,
+with the coefficients before the layer, and beside it (overlap_coefficients), where they are taken as free."""
 
 
 @dataclass(frozen=True)
@@ -132,14 +133,22 @@ def predicted_table(results: Results) -> str:
         if isinstance(found, str):
             reasons.append(f"{model}: as above, by bytes: {found}")
             continue
-        shares = [
-            overhead(replace(given, measured=Measured(forward * 1e-6 / TOKENS, backward * 1e-6 / TOKENS, "predicted")))
-            for forward, backward in zip(*found, strict=True)
-        ]
-        lines.append([model, *(f"{us[0]:.0f}" for us in found), *map(percent, shares)])
+        lines.append(predicted_line(model, given, found))
+        for label, is_beside in ((f"{model}, delayed", False), (f"{model}, delayed, beside", True)):
+            if form := delayed(found, given.device, given.sizes.hidden_size, is_beside):
+                lines.append(predicted_line(label, given, form))
     headers = ["model", "post_pre, us", "post_pre_backward, us", "mHC adds", "from", "to"]
     shown = [table(headers, lines, ["left", *["right"] * 5])] if lines else []
     return "\n\n".join([PREDICTED, *shown, *(["\n".join(reasons)] if reasons else [])])
+
+
+def predicted_line(label: str, given: Assumptions, found: Connection) -> list[str]:
+    """Return a row of `predicted_table`."""
+    shares = [
+        overhead(replace(given, measured=Measured(forward * 1e-6 / TOKENS, backward * 1e-6 / TOKENS, "predicted")))
+        for forward, backward in zip(*found, strict=True)
+    ]
+    return [label, *(f"{us[0]:.0f}" for us in found), *map(percent, shares)]
 
 
 def models_table(rows: Sequence[ModelRow]) -> str:

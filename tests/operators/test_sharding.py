@@ -62,7 +62,10 @@ def every_function(t: dict[str, torch.Tensor]) -> torch.Tensor:
     x = mhc.post(x, layer_input * t["layer_output"], h_post, h_res * mhc.sinkhorn(t["logits"]))
     x, layer_input, h_post, h_res = mhc.post_pre(x, t["layer_output"], h_pre, h_res, *parameters)
     norm = {"rms_norm_weight": t["rms_norm_weight"]}
-    layer_input, _, _, h_pre = mhc.pre(x, *delayed, h_pre=mhc.first_pre(x) + h_post, **norm)
+    quantized, _, _, h_pre = mhc.pre_quantized(
+        x, *delayed, h_pre=mhc.first_pre(x) + h_post, keeps_layer_input=True, **norm
+    )
+    layer_input = quantized.layer_input
     x, layer_input, h_post, h_res, _ = mhc.post_pre(x, layer_input, h_post, h_res, *delayed, h_pre=h_pre, **norm)
     x = mhc.post(x, layer_input * t["layer_output"], h_post, h_res)
     head = (t["head_phi"], t["head_alpha"], t["head_bias"], SPEC)

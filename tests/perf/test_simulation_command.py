@@ -15,6 +15,7 @@ import pytest
 from mhc_tilelang import cli
 from mhc_tilelang.perf.calls.cases import BACKWARD_KERNELS, KERNELS
 from mhc_tilelang.perf.overhead.model import DEVICES
+from mhc_tilelang.perf.predict import stored
 from mhc_tilelang.perf.predict.stored import Connection
 from mhc_tilelang.perf.simulation import report
 from mhc_tilelang.perf.simulation.costs import Assumptions, costs
@@ -116,6 +117,24 @@ def test_predicted_kernels_take_the_place_of_bytes(monkeypatch: pytest.MonkeyPat
     assert "not measured" in text
     alone = report.predicted_table(report.simulate(Assumptions(form="kernel by kernel"), ("27b",)))
     assert "27b: as above, by bytes: connections are not the fused boundary's" in alone
+
+
+def test_coefficients_beside_the_layer_add_less() -> None:
+    """By their stored prediction in the delayed form. Catches a kernel taken out of both rows, or of neither."""
+    text = report.predicted_table(report.simulate(Assumptions(), ("27b",)))
+    lines = [line for line in text.splitlines() if line.startswith("27b, delayed")]
+    assert [line.split("  ")[0] for line in lines] == ["27b, delayed", "27b, delayed, beside"]
+    inline, beside = (float(re.findall(r"([\d.]+) %", line)[0]) for line in lines)
+    assert beside < inline
+    fused = stored.connection("H200", 2560, 4)
+    assert isinstance(fused, Connection)
+    forms = [stored.delayed(fused, "H200", 2560, is_beside) for is_beside in (False, True)]
+    [hidden] = [
+        part["us"]
+        for part in stored.rows()["h200", "post_pre_delayed", 2560]["parts"]
+        if part["family"] == "coefficients"
+    ]
+    assert forms[0].forward[0] - forms[1].forward[0] == pytest.approx(hidden)  # type: ignore[union-attr]
 
 
 def test_pictures(tmp_path: Path) -> None:
