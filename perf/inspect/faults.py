@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ...kernels.plans import BYTES
 from .machine_accesses import UNKNOWN
 from .occupancy import ARCHITECTURES
 from .row import Row
 
 WIDE = 16  # bytes of the widest access that every architecture has
+FLOAT8 = "values"  # a thread has as many channels of it as 16 bytes of the stream
 MIXED = "16-bit layer"  # beside a float32 stream: a thread has four channels, 16 bytes of the one and 8 of the other
 
 
@@ -65,8 +67,9 @@ def narrow(row: Row) -> list[str]:
         return []
     found = []
     for streams, how in ((row.stream_reads, "read"), (row.stream_writes, "written")):
-        for bytes_wide in sorted({widths[0] for widths in streams.values() if widths[0] < wide(row)}):
-            names = ", ".join(name for name, widths in streams.items() if widths[0] == bytes_wide)
+        for bytes_wide in sorted({widths[0] for name, widths in streams.items() if widths[0] < wide(row, name)}):
+            narrow_ones = {name: widths for name, widths in streams.items() if widths[0] < wide(row, name)}
+            names = ", ".join(name for name, widths in narrow_ones.items() if widths[0] == bytes_wide)
             found.append(f"{names} {how} {bytes_wide} bytes wide")
     return found
 
@@ -84,9 +87,10 @@ def splits(row: Row) -> list[str]:
         ("written", row.stream_writes, row.machine_writes, row.global_stores),
     )
     for how, in_source, by_tensor, of_all in sides:
-        of_wide = {name: widths for name, widths in in_source.items() if widths[0] >= wide(row)}
+        of_wide = {name: widths for name, widths in in_source.items() if widths[0] >= wide(row, name)}
         if by_tensor is not None:
-            found += [split for name in of_wide if (split := split_of(name, how, by_tensor.get(name, {}), wide(row)))]
+            each = (split_of(name, how, by_tensor.get(name, {}), wide(row, name)) for name in of_wide)
+            found += [split for split in each if split]
             hidden = {bits: number for bits, number in by_tensor.get(UNKNOWN, {}).items() if is_narrow(bits, WIDE)}
             if in_source and sum(int(bits) // 8 * number for bits, number in hidden.items()) >= WIDE:
                 found.append(f"a tensor that the listing does not tell {how} {list_widths(hidden)}")
@@ -124,6 +128,8 @@ def starts_anywhere(row: Row) -> bool:
     return row.hidden_size is None or row.hidden_size % 8 != 0
 
 
-def wide(row: Row) -> int:
-    """Bytes that accesses to its stream tensors should have."""
+def wide(row: Row, name: str) -> int:
+    """Bytes that accesses to one of its stream tensors should have."""
+    if name == FLOAT8:
+        return WIDE // BYTES[row.dtype or ""]
     return WIDE // 2 if row.variant == MIXED else WIDE

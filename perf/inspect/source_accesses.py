@@ -23,7 +23,7 @@ CAST = re.compile(r"\(\s*(\w+)\s*\*\s*\)\s*\($")
 GLOBAL = re.compile(r"tl::(load|store)_global_(\d+)(?:_conditional)?\(")
 ASYNC = re.compile(r"cp_async_gs(?:_conditional)?<(\d+)>")
 ELEMENT_BYTES = {
-    **dict.fromkeys(("char", "uchar", "signed", "unsigned", "int8_t", "uint8_t", "bool"), 1),
+    **dict.fromkeys(("char", "uchar", "signed", "unsigned", "int8_t", "uint8_t", "bool", "fp8_e4_t"), 1),
     **dict.fromkeys(("bfloat16_t", "half_t", "half", "short", "ushort", "int16_t", "uint16_t", "__nv_bfloat16"), 2),
     **dict.fromkeys(("float", "int", "uint", "int32_t", "uint32_t", "tfloat32_t"), 4),
     **dict.fromkeys(("double", "long", "ulong", "longlong", "ulonglong", "int64_t", "uint64_t"), 8),
@@ -102,7 +102,8 @@ def is_assigned(text: str, depth: int) -> bool:
 
 
 def bytes_of(vector: str) -> int:
-    """Bytes of a vector type: 16 of uint4, 4 of uint1."""
+    """Bytes of a vector type: 16 of uint4, 4 of uint1, 8 of fp8_e4_8_t."""
+    vector = re.sub(r"^fp8_e4_(\d+)_t$", r"uchar\1", vector)
     if vector in ELEMENT_BYTES:
         return ELEMENT_BYTES[vector]
     found = re.fullmatch(r"(\w+?)(\d+)", vector)
