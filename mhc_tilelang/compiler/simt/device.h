@@ -134,11 +134,11 @@ struct fp8_e4_t {
     explicit SIMT_INLINE fp8_e4_t(float value) : bits(of(value)) {}
     static uint8_t of(float value) {
         const uint8_t sign = simt_bits<uint32_t>(value) >> 24 & 0x80;
-        const float size = std::fabs(value);
+        const float size = __builtin_fabsf(value);
         if (value != value) return 0x7F;
         if (size >= 448.0f) return sign | 0x7E;
-        const int exponent = size < 0x1p-6f ? -6 : std::ilogb(size);
-        const int units = int(std::nearbyint(std::ldexp(size, 3 - exponent)));  // 8 to 16 above 2^-6: that carries
+        const int exponent = size < 0x1p-6f ? -6 : __builtin_ilogbf(size);
+        const int units = int(__builtin_nearbyintf(__builtin_ldexpf(size, 3 - exponent)));  // 8 to 16 from 2^-6 on: that carries
         return sign | uint8_t((exponent + 6) * 8 + units);
     }
 };
