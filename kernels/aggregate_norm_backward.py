@@ -42,8 +42,8 @@ def load_gradient(g, g_frag, g_layer_input, token, step, slot, tile: NormTile):
 
 
 @T.macro
-def add_dots(dots, inner, squares, x_frag, u, g, weight_frag, num_streams: int, slot, tile: NormTile):
-    """Row i of dots: A[i]; row n + i: B[i]; inner: D; squares: Σ u². All of them lane by lane.
+def add_dots(dots, own_dots, inner, squares, x_frag, u, g, weight_frag, num_streams: int, slot, tile: NormTile):
+    """Row i of dots: A[i]; row n + i, of one stream that of own_dots: B[i]; inner: D; squares: Σ u². Lane by lane, all.
 
     Loops apart, since one takes a fragment by a single form of index.
     """
@@ -63,14 +63,19 @@ def add_dots(dots, inner, squares, x_frag, u, g, weight_frag, num_streams: int, 
     for lane in T.Parallel(tile.lanes):
         for c in T.unroll(tile.width):
             for i in T.unroll(num_streams):
-                dots[num_streams + i, lane] = T.ieee_fmaf(
-                    u[slot, lane, c], T.cast(x_frag[i, lane, c], T.float32), dots[num_streams + i, lane]
-                )
+                if num_streams == 1:  # tilelang takes no constant index of a fragment but 0
+                    own_dots[i, lane] = T.ieee_fmaf(
+                        u[slot, lane, c], T.cast(x_frag[i, lane, c], T.float32), own_dots[i, lane]
+                    )
+                else:
+                    dots[num_streams + i, lane] = T.ieee_fmaf(
+                        u[slot, lane, c], T.cast(x_frag[i, lane, c], T.float32), dots[num_streams + i, lane]
+                    )
     add_squares(squares, u, slot, tile)
 
 
 @T.macro
-def combine(g_h_pre, scale, pull, dot_sums, token, num_streams: int, hidden_size: int):
+def combine(g_h_pre, scale, pull, dot_sums, own_sums, token, num_streams: int, hidden_size: int):
     """pull[0], D so far, becomes r³ · D / C, by which g_u is pulled towards u; then g_h_pre."""
     combined = T.alloc_fragment((num_streams,), T.float32)
     for k in T.Parallel(1):
@@ -78,7 +83,10 @@ def combine(g_h_pre, scale, pull, dot_sums, token, num_streams: int, hidden_size
     for i in T.Parallel(num_streams):
         combined[i] = scale[0] * dot_sums[i]
     for i in T.Parallel(num_streams):
-        combined[i] = T.ieee_fmaf(-pull[0], dot_sums[num_streams + i], combined[i])
+        if num_streams == 1:
+            combined[i] = T.ieee_fmaf(-pull[0], own_sums[i], combined[i])
+        else:
+            combined[i] = T.ieee_fmaf(-pull[0], dot_sums[num_streams + i], combined[i])
     T.copy(combined, g_h_pre[token, 0])
 
 
@@ -158,10 +166,12 @@ def aggregate_norm_backward_kernel(
             g = T.alloc_fragment((slots, lanes, width), dtype)
             g_weight = T.alloc_fragment((slots, lanes, width), T.float32)
             result = T.alloc_fragment((lanes, width), T.float32)
-            dots = T.alloc_fragment((2 * n, lanes), T.float32)
+            dots = T.alloc_fragment((n if n == 1 else 2 * n, lanes), T.float32)
+            apart = [dots, *(T.alloc_fragment((n, lanes), T.float32) for _ in range(n == 1))]
             inner = T.alloc_fragment((1, lanes), T.float32)
             squares = T.alloc_fragment((1, lanes), T.float32)
-            dot_sums = T.alloc_fragment((2 * n,), T.float32)
+            dot_sums = T.alloc_fragment((n if n == 1 else 2 * n,), T.float32)
+            sums_apart = [dot_sums, *(T.alloc_fragment((n,), T.float32) for _ in range(n == 1))]
             scale = T.alloc_fragment((1,), T.float32)
             pull = T.alloc_fragment((1,), T.float32)
             if needs_g_weight:
@@ -169,6 +179,8 @@ def aggregate_norm_backward_kernel(
             first = group * tokens_per_block
             for t in T.serial(T.min(tokens_per_block, num_tokens - first)):
                 T.clear(dots)
+                if n == 1:
+                    T.clear(apart[-1])
                 T.clear(inner)
                 T.clear(squares)
                 for step in T.unroll(steps, unroll_factor=slots):
@@ -176,11 +188,13 @@ def aggregate_norm_backward_kernel(
                     aggregate_step(u, x_frag, x, h_pre, first + t, step, slot, tile)
                     load_gradient(g, g_frag, g_layer_input, first + t, step, slot, tile)
                     T.copy(weight[step * lanes, 0], weight_frag)
-                    add_dots(dots, inner, squares, x_frag, u, g, weight_frag, n, slot, tile)
-                T.reduce_sum(dots, dot_sums, dim=1, batch=2 * n)
+                    add_dots(dots, apart[-1], inner, squares, x_frag, u, g, weight_frag, n, slot, tile)
+                T.reduce_sum(dots, dot_sums, dim=1, batch=n if n == 1 else 2 * n)
+                if n == 1:
+                    T.reduce_sum(apart[-1], sums_apart[-1], dim=1)
                 T.reduce_sum(inner, pull, dim=1)
                 inverse_rms(scale, squares, hidden_size, eps)
-                combine(g_h_pre, scale, pull, dot_sums, first + t, n, hidden_size)
+                combine(g_h_pre, scale, pull, dot_sums, sums_apart[-1], first + t, n, hidden_size)
                 for step in T.unroll(steps, unroll_factor=slots):
                     slot = step if tile.kept else 0
                     if not tile.kept:

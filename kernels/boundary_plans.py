@@ -6,7 +6,7 @@ Imports nothing but `plans`, so that a kernel found on disk is launched without 
 from dataclasses import dataclass, replace
 from functools import cache
 
-from .plans import BYTES, MAX_ACCESS_BYTES, MAX_THREADS, WARP, ChannelTile, channel_tile, tokens_per_block
+from .plans import BYTES, MAX_ACCESS_BYTES, WARP, ChannelTile, channel_tile, tokens_per_block
 from .projection_plans import (
     LARGE_SHARED_BYTES,
     MAX_PARTIALS,
@@ -60,10 +60,11 @@ def tile_post_project_plan(
     """The same for the kernels in which a block's threads share out tiles."""
     projection = tile_projection_plan(rows, hidden_size, dtype, platform)
     if platform == "cpu":
-        return PostProjectPlan(projection, rows=32 // num_streams)
+        return PostProjectPlan(projection, rows=max(r for r in (32, 16, 8, 4) if r * num_streams <= 32))
     tokens = 64 if num_streams <= 4 else 32
-    most_warps = (tokens // 16) * (projection.padded_rows // 8)  # that share out the tensor core's tiles of 16 x 8
-    projection = replace(projection, threads=min(MAX_THREADS, WARP * most_warps), tokens=tokens)
+    # The most warps that share out the tensor core's tiles of 16 x 8 evenly.
+    warps = next(w for w in (8, 4, 2, 1) if projection.padded_rows // 8 % max(1, w // (tokens // 16)) == 0)
+    projection = replace(projection, threads=WARP * warps, tokens=tokens)
     vectors = projection.channels * BYTES[dtype] // MAX_ACCESS_BYTES
     rows_at_once = min(projection.tokens, projection.threads // vectors)
     fits_twice = dtype == "bfloat16" and num_streams <= 4 and not has_h_pre
@@ -103,7 +104,7 @@ class AggregateMappingsPlan:
 
 # That hold Sinkhorn's matrix without a spill; left alone, the compiler takes 64 and 166, where `aggregate` takes 32 and
 # 55.
-MAPPING_REGISTERS = {2: 48, 4: 48, 8: 96}
+MAPPING_REGISTERS = {1: 48, 2: 48, 3: 48, 4: 48, 5: 64, 6: 80, 7: 96, 8: 96}
 
 
 @cache
@@ -204,9 +205,10 @@ class BoundaryBackwardPlan(ProjectionBackwardPlan):
 
 
 def backward_is_fused(num_streams: int, platform: str) -> bool:
-    """Whether a boundary's backward is: on a GPU not at n = 8, where tilelang's layouts take minutes and 6 GB to find.
+    """Whether a boundary's backward is: on a GPU up to four streams.
 
-    There the separate kernels run, which round the gradient of x_next to the stream's dtype.
+    At n = 8 tilelang's layouts take minutes and 6 GB to find. There the separate kernels run, which round the gradient
+    of x_next to the stream's dtype.
     """
     return platform == "cpu" or num_streams <= 4
 
@@ -223,15 +225,15 @@ def boundary_backward_plan(
 ) -> BoundaryBackwardPlan | WarpsPlan:
     """The plan for phi with `rows` rows. It must not depend on the token count: the channels of a block fix the bits.
 
-    On a GPU, n is 2 or 4 (see `backward_is_fused`). Thread-level code, with a stage less where `shared_bytes`, what a
-    block may use, are too few for two; the tile-level kernel for float32, for a layer of another dtype than the
-    stream's (where one is said), and where rows start on less than 16 bytes.
+    On a GPU, n is 4 at most (see `backward_is_fused`). Thread-level code, with a stage less where `shared_bytes`, what
+    a block may use, are too few for two; the tile-level kernel for float32, for a layer of another dtype than the
+    stream's (where one is said), where rows start on less than 16 bytes, and for one or three streams.
     """
     if platform == "cpu":
         channels = min(128 if num_streams <= 4 else 32, -(-hidden_size // 16) * 16)
         tokens = 16 if dtype == "float32" else 24  # what a stack holds
         return BoundaryBackwardPlan(rows, False, "float32", tokens, channels, threads=1)
-    if num_streams <= 4 and has_warps(hidden_size, dtype, platform) and layer_dtype in ("", dtype):
+    if num_streams in (2, 4) and has_warps(hidden_size, dtype, platform) and layer_dtype in ("", dtype):
         plan = WarpsPlan(rows, num_streams)
         return plan if boundary_shared_bytes(plan) <= shared_bytes else replace(plan, stages=1)
     operand = "bfloat16" if dtype == "bfloat16" else "float32"

@@ -23,8 +23,15 @@ from .sinkhorn_backward import sinkhorn_backward_inplace
 
 
 def a_row_a_thread(outer: int, inner: int, threads: int) -> T.Fragment:
-    """The layout of sums over a block's tokens: one a thread, or several; again in the threads that are left."""
+    """The layout of sums over a block's tokens: one a thread, or several; again in the threads that are left.
+
+    All of them in every thread where they would not be shared out evenly.
+    """
     rows = outer * inner
+    if rows > threads and rows % threads:
+        return T.Fragment((outer, inner), lambda a, b, k: (k, a * inner + b), replicate=threads)
+    if threads // 2 < rows < threads:
+        return T.Fragment((outer, inner), lambda a, b: (a * inner + b, 0))
     if rows >= threads:
         return T.Fragment((outer, inner), lambda a, b: ((a * inner + b) % threads, (a * inner + b) // threads))
     return T.Fragment((outer, inner), lambda a, b, k: (k * rows + a * inner + b, 0), replicate=threads // rows)

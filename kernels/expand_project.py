@@ -41,10 +41,10 @@ from .projection_plans import LANES, ProjectionPlan
 @T.macro
 def sum_streams(phi_sum, phi_rows, phi, first, num_streams: int, plan: ProjectionPlan):
     """phi_sum[m, c] = Σ_j phi[m, j, first + c], streams in ascending order; phi_rows is for one of them."""
-    T.copy(phi[0 : plan.rows, 0, first : first + plan.channels], phi_sum)
+    T.copy(phi[0 : plan.held_rows, 0, first : first + plan.channels], phi_sum)
     for j in tuple(range(1, num_streams)):
-        T.copy(phi[0 : plan.rows, j, first : first + plan.channels], phi_rows)
-        for m, c in T.Parallel(plan.rows, plan.channels):
+        T.copy(phi[0 : plan.held_rows, j, first : first + plan.channels], phi_rows)
+        for m, c in T.Parallel(plan.held_rows, plan.channels):
             phi_sum[m, c] += phi_rows[m, c]
 
 
@@ -84,10 +84,10 @@ def expand_project_kernel(num_streams: int, hidden_size: int, dtype: str, plan: 
         ):
             h_rows = T.alloc_fragment((tokens, channels), dtype)
             h_tile = T.alloc_shared((tokens, channels), tile_dtype)
-            phi_rows = T.alloc_fragment((projection.rows, channels), T.float32)
-            phi_sum = T.alloc_fragment((projection.rows, channels), T.float32)
-            phi_high = T.alloc_fragment((projection.rows, channels), projection.operand_dtype)
-            phi_low = T.alloc_fragment((projection.rows, channels), projection.operand_dtype)
+            phi_rows = T.alloc_fragment((projection.held_rows, channels), T.float32)
+            phi_sum = T.alloc_fragment((projection.held_rows, channels), T.float32)
+            phi_high = T.alloc_fragment((projection.held_rows, channels), projection.operand_dtype)
+            phi_low = T.alloc_fragment((projection.held_rows, channels), projection.operand_dtype)
             phi_tile = T.alloc_shared((projection.padded_rows, channels), projection.operand_dtype)
             dots = T.alloc_fragment((tokens, projection.padded_rows), T.float32)
             squares = T.alloc_fragment((tokens, LANES), T.float32)

@@ -117,7 +117,11 @@ def post_backward_tile(num_streams: int, hidden_size: int, itemsize: int, platfo
     if platform == "cpu":
         return PostBackwardTile(tile.lanes, tile.width, stages=1, blocks_per_sm=1)
     vectors = hidden_size // tile.width
-    lanes = min((128, 64, 32), key=lambda lanes: -(-vectors // lanes) * lanes)
+    sums = num_streams**2  # of g_h_res, which threads have to share out evenly where they are fewer
+    lanes = min(
+        (lanes for lanes in (128, 64, 32) if sums <= lanes or sums % lanes == 0),
+        key=lambda lanes: -(-vectors // lanes) * lanes,
+    )
     if num_streams > 4:  # all registers are taken
         return PostBackwardTile(lanes, tile.width, stages=1, blocks_per_sm=1)
     return PostBackwardTile(lanes, tile.width, stages=2, blocks_per_sm=16 * WARP // lanes)

@@ -115,11 +115,17 @@ def widen(next_tile, squares, rounded, first_row):
 @T.macro
 def store_halves(phi_tile, phi_rows, high, low, plan: ProjectionPlan):
     """phi_tile = high halves of phi_rows, then low ones."""
-    for m, c in T.Parallel(plan.rows, plan.channels):
+    for m, c in T.Parallel(plan.held_rows, plan.channels):
         high[m, c] = T.cast(high_half(phi_rows[m, c], plan.operand_dtype), plan.operand_dtype)
         low[m, c] = T.cast(phi_rows[m, c] - high_half(phi_rows[m, c], plan.operand_dtype), plan.operand_dtype)
-    T.copy(high, phi_tile[0 : plan.rows, 0 : plan.channels])
-    T.copy(low, phi_tile[plan.rows : 2 * plan.rows, 0 : plan.channels])
+    if plan.held_rows == plan.rows:
+        T.copy(high, phi_tile[0 : plan.rows, 0 : plan.channels])
+        T.copy(low, phi_tile[plan.rows : 2 * plan.rows, 0 : plan.channels])
+    else:
+        for m, c in T.Parallel(plan.held_rows, plan.channels):
+            if m < plan.rows:
+                phi_tile[m, c] = high[m, c]
+                phi_tile[plan.rows + m, c] = low[m, c]
 
 
 def post_project_kernel(
@@ -174,9 +180,9 @@ def post_project_kernel(
             next_rows = fragment_each(together[0], (rows, channels), T.float32)
             rounded = fragment_each(streams, (rows, channels), dtype)
             input_rows = T.alloc_fragment((rows, channels), T.float32)
-            phi_rows = T.alloc_fragment((projection.rows, channels), T.float32)
-            phi_high = T.alloc_fragment((projection.rows, channels), projection.operand_dtype)
-            phi_low = T.alloc_fragment((projection.rows, channels), projection.operand_dtype)
+            phi_rows = T.alloc_fragment((projection.held_rows, channels), T.float32)
+            phi_high = T.alloc_fragment((projection.held_rows, channels), projection.operand_dtype)
+            phi_low = T.alloc_fragment((projection.held_rows, channels), projection.operand_dtype)
             dots = T.alloc_fragment((tokens, projection.padded_rows), T.float32)
             squares = T.alloc_fragment((tokens, LANES), T.float32)
             group_dots = T.alloc_fragment((tokens, projection.padded_rows), T.float32)
@@ -199,7 +205,7 @@ def post_project_kernel(
             for chunk in T.serial(first_chunk, T.min(first_chunk + chunks_per_split, num_chunks)):
                 first = chunk * channels
                 if projection.split:
-                    T.copy(phi[0 : projection.rows, 0, first : first + channels], phi_rows)
+                    T.copy(phi[0 : projection.held_rows, 0, first : first + channels], phi_rows)
                 else:
                     clear(sums)
                 for step in T.unroll(tokens // rows, unroll_factor=1):
@@ -228,7 +234,7 @@ def post_project_kernel(
                     if projection.split:
                         store_halves(phi_tile, phi_rows, phi_high, phi_low, projection)
                         if j + 1 < n:
-                            T.copy(phi[0 : projection.rows, j + 1, first : first + channels], phi_rows)
+                            T.copy(phi[0 : projection.held_rows, j + 1, first : first + channels], phi_rows)
                     else:
                         T.copy(phi[0 : projection.rows, j, first : first + channels], phi_tile)
                     if projection.split:

@@ -5,6 +5,7 @@ Imports nothing but `plans`, so that a kernel found on disk is launched without 
 
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from math import gcd
 
 from .plans import BYTES, MAX_ACCESS_BYTES, WARP
 
@@ -43,6 +44,12 @@ class ProjectionPlan:
     def padded_rows(self) -> int:
         """Rows of phi in a tile: both halves, padded to the tensor core's 16."""
         return -(-2 * self.rows // 16) * 16 if self.split else self.rows
+
+    @property
+    def held_rows(self) -> int:
+        """Rows of phi that a block's threads hold of a tile: as many as they share out evenly, the last ones empty."""
+        step = 8 if self.split and self.rows > 4 else 4 if self.split and self.rows == 3 else 1
+        return -(-self.rows // step) * step
 
     @property
     def slab_rows(self) -> int:
@@ -268,13 +275,13 @@ def projection_backward_plan(
     rows: int, hidden_size: int, dtype: str, platform: str, num_streams: int = 0, shared_bytes: int = LARGE_SHARED_BYTES
 ) -> ProjectionBackwardPlan | WarpsPlan:
     """The plan for phi with `rows` rows: thread-level code where it does it (see `has_warps`) and the number of streams
-    is given, with as many of them a block as leave room for another block; the tile-level kernel else.
+    is given, with as many of them a block as leave room for another block and divide n; the tile-level kernel else.
     """
     if platform == "cpu":
         channels = min(512 if rows <= 32 else 256, -(-hidden_size // LANES) * LANES)
         return ProjectionBackwardPlan(rows, False, "float32", tokens=48, channels=channels, threads=1)
     if num_streams and has_warps(hidden_size, dtype, platform):
-        plan = WarpsPlan(rows, min(num_streams, 4 if rows <= 32 else 2))
+        plan = WarpsPlan(rows, gcd(num_streams, 4 if rows <= 32 else 2))
         return plan if projection_shared_bytes(plan) <= shared_bytes else replace(plan, stages=1)
     # 256 threads: with 128 the sums of a tile take 200 registers on sm_90a, and more than there are on sm_100a.
     if dtype == "bfloat16":

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-STREAM_COUNTS = (2, 4, 8)
+STREAM_COUNTS = tuple(range(1, 9))
 RESIDUAL_MAPPINGS = ("sinkhorn", "identity")
 MAX_ITERS = 10_000  # far beyond convergence
 HIDDEN_SIZES = {"3b": 1280, "9b": 1920, "27b": 2560, "v4-flash": 4096, "v4-pro": 7168}  # the paper's, DeepSeek-V4's
@@ -22,7 +22,7 @@ class MHCSpec:
 
     Attributes:
         hidden_size: C, channels of a stream, at least 1.
-        num_streams: n, lanes of the residual stream: 2, 4 or 8.
+        num_streams: n, lanes of the residual stream: 1 to 8.
         sinkhorn_iters: Sinkhorn-Knopp iterations, 1 to 10,000 (the paper: 20).
         sinkhorn_eps: added after the softmax and to every later row and column sum.
         pre_eps: added to h_pre after its sigmoid.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..cli.device import EXECUTOR, add_device_argument, describe, pick_device, versions
 from ..cli.json_output import add_json_argument, write_json
+from ..spec import STREAM_COUNTS
 
 if TYPE_CHECKING:
     from .run import Row
@@ -21,6 +22,8 @@ EXECUTED_TOKENS = 64  # of the real stream, by an executor that runs a thread at
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `mhc-tilelang check`."""
     add_device_argument(parser, EXECUTOR)
+    streams = "check these numbers of residual streams alone, in every dtype (default: all, and other sizes)"
+    parser.add_argument("--streams", nargs="+", type=int, choices=STREAM_COUNTS, metavar="N", help=streams)
     text = "carry the bytes of FILE through the real stream (default: a source file of the Python installation)"
     parser.add_argument("--text", type=Path, metavar="FILE", help=text)
     add_json_argument(parser)
@@ -39,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     executed = args.device == EXECUTOR
     if executed:
         tokens = tokens[:EXECUTED_TOKENS]
-    cases = checks.small_cases() if executed else checks.cases()
+    cases = checks.small_cases(args.streams) if executed else checks.cases(args.streams)
     streams = (real_stream.check_stream(tokens, dtype, device) for dtype in STREAM_DTYPES)
     total = len(cases) * len(checks.CHECKS) + len(STREAM_DTYPES)
     rows = list(

@@ -30,24 +30,35 @@ class Row:
     passed: bool
 
 
-def cases() -> list[Case]:
+POWERS_OF_TWO = (2, 4, 8)  # numbers of streams that are checked in every dtype; the others in bfloat16
+
+
+def everywhere(hidden_size: int, num_tokens: int, streams: Iterable[int] | None = None) -> list[Case]:
+    """Return every n and dtype at one width; every dtype of each n where some `streams` are named."""
+    return [
+        Case(n, hidden_size, dtype, num_tokens)
+        for n in streams or STREAM_COUNTS
+        for dtype in (STREAM_DTYPES if streams or n in POWERS_OF_TWO else (torch.bfloat16,))
+    ]
+
+
+def cases(streams: Iterable[int] | None = None) -> list[Case]:
     """Return every n and dtype at one small width; wide, odd and single-channel streams at n = 4; few tokens and many;
-    a float32 layer in a 16-bit stream.
+    a float32 layer in a 16-bit stream. Of some `streams` alone every dtype, and wide logits.
     """
-    everywhere = [Case(n, 192, dtype, 127) for n in STREAM_COUNTS for dtype in STREAM_DTYPES]
+    wide_logits = [Case(n, 192, torch.float32, 511, logit_std=6.0) for n in streams or POWERS_OF_TWO]
+    if streams:
+        return [*everywhere(192, 127, streams), *wide_logits]
     shapes = [(2560, 63), (1000, 128), (333, 65), (1, 4097), (64, 1), (64, 0)]
     spread = [Case(4, size, torch.bfloat16, tokens) for size, tokens in shapes]
-    wide_logits = [Case(n, 192, torch.float32, 511, logit_std=6.0) for n in STREAM_COUNTS]
     wide_layer = Case(4, 192, torch.bfloat16, 127, layer_dtype=torch.float32)
-    return [*everywhere, *spread, *wide_logits, wide_layer]
+    return [*everywhere(192, 127), *spread, *wide_logits, wide_layer]
 
 
-def small_cases() -> list[Case]:
+def small_cases(streams: Iterable[int] | None = None) -> list[Case]:
     """Return cases for an executor that runs a thread at a time: every n and dtype, odd and single-channel streams."""
-    everywhere = [Case(n, 144, dtype, 37) for n in STREAM_COUNTS for dtype in STREAM_DTYPES]
-    return everywhere + [
-        Case(4, size, torch.bfloat16, tokens) for size, tokens in [(33, 3), (1, 130), (64, 1), (64, 0)]
-    ]
+    sizes = [] if streams else [(33, 3), (1, 130), (64, 1), (64, 0)]
+    return everywhere(144, 37, streams) + [Case(4, size, torch.bfloat16, tokens) for size, tokens in sizes]
 
 
 def check_case(kernel: str, case: Case, inputs: Inputs) -> Row:

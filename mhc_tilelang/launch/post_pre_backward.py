@@ -1,7 +1,8 @@
 """The backward of a sublayer boundary, launched: as `post_pre`, for the gradients.
 
     post_pre_backward   aggregate_backward, coefficients_backward, boundary_backward, boundary_sums: four launches;
-                        at n = 8 on a GPU the separate kernels, six launches and two more for their partial sums;
+                        with more than four streams on a GPU the separate kernels, six launches and two more for their
+                        partial sums;
                         aggregate_norm_backward and its partial sums in place of aggregate_backward where layer_input is
                         normalised
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from ...cli.device import pick_device
 from ...cli.json_output import add_json_argument, write_json
 from ...errors import MHCError
+from ...spec import STREAM_COUNTS
 from ..calls.cases import Shape
 from ..options import DTYPES, positive
 
@@ -218,7 +219,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
     one = argparse.ArgumentParser(prog="python -m mhc_tilelang.perf.gpu.counters", description=__doc__.split("\n")[0])
     one.add_argument("--tokens", type=positive, default=16384, metavar="T", help="token count (default: 16384)")
-    one.add_argument("--streams", type=int, choices=(2, 4, 8), default=4, help="residual streams, n (default: 4)")
+    one.add_argument("--streams", type=int, choices=STREAM_COUNTS, default=4, help="residual streams, n (default: 4)")
     one.add_argument("--width", type=positive, default=2560, metavar="C", help="hidden size (default: 2560)")
     one.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the stream (default: bfloat16)")
     one.add_argument("--csv", type=Path, metavar="FILE", help="keep ncu's output in FILE")

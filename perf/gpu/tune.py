@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ...cli.device import add_device_argument, describe, pick_device
 from ...cli.json_output import add_json_argument, write_json
 from ...errors import MHCError
+from ...spec import STREAM_COUNTS
 from ..calls.cases import Shape
 from ..options import DTYPES, positive
 from .building import Job, build_all
@@ -186,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("families", nargs="+", metavar="FAMILY", help="kernel families, such as post_project")
     add_device_argument(one)
     one.add_argument("--tokens", type=positive, metavar="T", help="token count (default: 4096, on a CPU 1024)")
-    one.add_argument("--streams", type=int, choices=(2, 4, 8), default=4, help="residual streams, n (default: 4)")
+    one.add_argument("--streams", type=int, choices=STREAM_COUNTS, default=4, help="residual streams, n (default: 4)")
     one.add_argument("--width", type=positive, default=2560, metavar="C", help="hidden size (default: 2560)")
     one.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the stream (default: bfloat16)")
     one.add_argument("--plans", type=positive, metavar="N", help="plans besides the heuristic's (default: all)")

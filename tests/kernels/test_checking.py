@@ -54,8 +54,11 @@ def transposing_post(monkeypatch):
 def test_cases_cover_what_they_say():
     """Every n and dtype, wide and odd widths, one channel, no token."""
     full = run.cases()
-    pairs = {(n, dtype) for n in run.STREAM_COUNTS for dtype in run.STREAM_DTYPES}
+    pairs = {(n, dtype) for n in (2, 4, 8) for dtype in run.STREAM_DTYPES}
+    pairs |= {(n, torch.bfloat16) for n in range(1, 9)}
     assert {(case.num_streams, case.dtype) for case in full} == pairs
+    named = {(case.num_streams, case.dtype) for case in run.cases([3])}
+    assert named == {(3, dtype) for dtype in run.STREAM_DTYPES}
     assert {1, 2560} <= {case.hidden_size for case in full}
     assert any(case.hidden_size % 2 and case.hidden_size > 256 for case in full)
     assert {0, 1} <= {case.num_tokens for case in full}
@@ -224,7 +227,7 @@ def test_real_stream_sees_a_transposed_mix(dtype, transposing_post):
 @pytest.mark.full
 def test_the_command_executes_cuda_code(monkeypatch, capsys, tmp_path):
     """`--device simt` runs a GPU's kernels; a defect in one of them ends the command with its name."""
-    monkeypatch.setattr(run, "small_cases", lambda: TINY[:1])
+    monkeypatch.setattr(run, "small_cases", lambda *_: TINY[:1])
     text = tmp_path / "text"
     text.write_text("a real stream")
     assert main(["check", "--device", "simt", "--text", str(text)]) == 0
@@ -246,7 +249,7 @@ def test_what_the_executor_finds_fails_the_command(monkeypatch, capsys, tmp_path
 
     monkeypatch.setattr(target, "load_or_generate", damaged)
     monkeypatch.setattr(compiler, "_kernels", {})
-    monkeypatch.setattr(run, "small_cases", lambda: [Case(4, 144, torch.bfloat16, 5)])
+    monkeypatch.setattr(run, "small_cases", lambda *_: [Case(4, 144, torch.bfloat16, 5)])
     monkeypatch.setattr(run, "CHECKS", {"expand": CHECKS["expand"]})
     assert main(["check", "--device", "simt"]) == 1
     error = capsys.readouterr().err

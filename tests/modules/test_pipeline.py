@@ -203,8 +203,8 @@ def test_what_cannot_cross_is_refused() -> None:
     stream.read(mhc.HyperConnection(SPEC))
     with pytest.raises(RuntimeError, match=r"ResidualStream.hand_over: expected write\(layer_output\) for the read"):
         stream.hand_over()
-    with pytest.raises(ValueError, match=r"ResidualStream.from_streams: x: expected one of \(2, 4, 8\) streams, got 3"):
-        mhc.ResidualStream.from_streams(torch.randn(2, 3, 64))
+    with pytest.raises(ValueError, match=r"ResidualStream.from_streams: x: expected one of .* streams, got 9"):
+        mhc.ResidualStream.from_streams(torch.randn(2, 9, 64))
     with pytest.raises(ValueError, match=r"ResidualStream.from_streams: x: expected shape \[..., n, C\], got \[64\]"):
         mhc.ResidualStream.from_streams(torch.randn(64))
     with pytest.raises(TypeError, match=r"ResidualStream.from_streams: x: expected dtype .*, got torch.float64"):

@@ -188,9 +188,9 @@ def test_leading_dimensions_that_disagree(function, argument, leading):
     assert_refused(ValueError, function, argument, parts, **{argument: tensor})
 
 
-@pytest.mark.parametrize("num_streams", [0, 1, 3, 5, 16, -4])
+@pytest.mark.parametrize("num_streams", [0, 9, 16, -4])
 def test_stream_counts_without_kernels(num_streams):
-    parts = ["(2, 4, 8)", f"got {num_streams}"]
+    parts = ["(1, 2, 3, 4, 5, 6, 7, 8)", f"got {num_streams}"]
     assert_refused(ValueError, "expand", "num_streams", parts, num_streams=num_streams)
     if num_streams > 0:
         sized = torch.zeros(T, num_streams, num_streams)
