@@ -29,8 +29,9 @@ TOKENS_PER_RANGE = 768
 
 @dataclass(frozen=True)
 class PostProjectPlan:
-    """What is compiled into `post_project`: the projection's plan, how many of its tokens are mixed at a time, and how
-    many blocks shall find room on a multiprocessor, which holds the compiler to its share of the registers.
+    """Compile-time constants of `post_project`: the projection's plan, and how many of its tokens are mixed at a time.
+
+    `blocks_per_sm` blocks shall find room on a multiprocessor, which holds the compiler to its share of the registers.
     """
 
     projection: ProjectionPlan
@@ -57,7 +58,7 @@ def post_project_plan(
 def tile_post_project_plan(
     rows: int, num_streams: int, hidden_size: int, dtype: str, platform: str, has_h_pre: bool = False
 ) -> PostProjectPlan:
-    """The same for the kernels in which a block's threads share out tiles."""
+    """Return the plan for the kernels in which a block's threads share out tiles."""
     projection = tile_projection_plan(rows, hidden_size, dtype, platform)
     if platform == "cpu":
         return PostProjectPlan(projection, rows=max(r for r in (32, 16, 8, 4) if r * num_streams <= 32))
@@ -73,9 +74,7 @@ def tile_post_project_plan(
 
 @dataclass(frozen=True)
 class ExpandProjectPlan:
-    """What is compiled into `expand_project`: the projection's plan, and how many blocks shall find room on a
-    multiprocessor.
-    """
+    """Compile-time constants of `expand_project`: the projection's plan, and the least blocks a multiprocessor."""
 
     projection: ProjectionPlan
     blocks_per_sm: int = 1
@@ -93,8 +92,9 @@ def expand_project_plan(rows: int, num_streams: int, hidden_size: int, dtype: st
 
 @dataclass(frozen=True)
 class AggregateMappingsPlan:
-    """What is compiled into `aggregate_mappings`: the tile of `aggregate`, the tokens of a block that makes mappings,
-    one a thread on a GPU, and how many blocks shall find room on a multiprocessor.
+    """Compile-time constants of `aggregate_mappings`: the tile of `aggregate`, the tokens of a block of mappings.
+
+    On a GPU these are one a thread; `blocks_per_sm` blocks shall find room on a multiprocessor.
     """
 
     tile: ChannelTile
@@ -124,8 +124,9 @@ def aggregate_mappings_plan(
 
 @dataclass(frozen=True)
 class CoefficientsAggregatePlan:
-    """What is compiled into `coefficients_aggregate`: the projection's plan, the threads of a block, and how many
-    blocks shall find room on a multiprocessor.
+    """Compile-time constants of `coefficients_aggregate`: the projection's plan, the threads of a block.
+
+    `blocks_per_sm` blocks shall find room on a multiprocessor.
     """
 
     projection: WarpProjectionPlan
@@ -157,7 +158,7 @@ def defers_mappings(platform: str) -> bool:
 
 @dataclass(frozen=True)
 class BoundarySchedule:
-    """How a batch's tiles of tokens and chunks of channels are shared out; it never changes results.
+    """Schedule of a batch's tiles of tokens and chunks of channels over blocks; it never changes results.
 
     "tokens" where every block takes all chunks of its tile, as with thousands of tokens; "channels" where the chunks
     of a tile go to several blocks, so that a few tokens still fill the device, as in decoding.
@@ -201,7 +202,7 @@ def boundary_schedule(
 
 @dataclass(frozen=True)
 class BoundaryBackwardPlan(ProjectionBackwardPlan):
-    """What is compiled into `boundary_backward`: the same, for some channels of all streams."""
+    """Compile-time constants of `boundary_backward`: as a projection's backward, for some channels of all streams."""
 
 
 def backward_is_fused(num_streams: int, platform: str) -> bool:

@@ -117,7 +117,7 @@ class Nest:
 
     @property
     def shape(self) -> tuple[tuple[str, ...], str]:
-        """What nests that share a function have in common."""
+        """Key of nests that share a function: parameters, and the text without its offsets."""
         return self.taken, OFFSET.sub("?", self.text)
 
     def function(self, varying: Sequence[int]) -> str:
@@ -129,5 +129,5 @@ class Nest:
         return f"({taken}) {{\n{text}\n}}\n"
 
     def arguments(self, varying: Sequence[int]) -> list[str]:
-        """What the call gives to `function`."""
+        """Return the arguments of a call of `function`."""
         return [*self.given, *(self.offsets[place] for place in varying)]
