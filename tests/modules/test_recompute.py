@@ -230,7 +230,7 @@ def test_the_default_length_is_the_argmin():
     with pytest.raises(TypeError, match="recompute_length: num_sublayers: expected an int, got float"):
         mhc.recompute_length(32.0)
     with pytest.raises(ValueError, match="recompute_length: num_streams: expected one of"):
-        mhc.recompute_length(32, 3)
+        mhc.recompute_length(32, 9)
 
 
 @pytest.mark.gpu

@@ -366,8 +366,8 @@ def test_embeddings_that_do_not_fit(kind):
         mhc.ResidualStream(torch.zeros(*TOKENS, C, dtype=torch.int64), connection=kind)
     with pytest.raises(TypeError, match=r"ResidualStream: h: expected a torch.Tensor, got list"):
         mhc.ResidualStream([1.0], connection=kind)
-    with pytest.raises(ValueError, match=r"ResidualStream: num_streams: expected one of .* got 3"):
-        mhc.ResidualStream(normal(*TOKENS, C), 3, kind)
+    with pytest.raises(ValueError, match=r"ResidualStream: num_streams: expected one of .* got 9"):
+        mhc.ResidualStream(normal(*TOKENS, C), 9, kind)
     with pytest.raises(ValueError, match=r"ResidualStream: connection: expected one of .* got 'mHC'"):
         mhc.ResidualStream(normal(*TOKENS, C), connection="mHC")
 

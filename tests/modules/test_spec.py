@@ -16,7 +16,7 @@ from mhc_tilelang import MHCSpec
         ({"hidden_size": 64.0}, TypeError),
         ({"hidden_size": "64"}, TypeError),
         ({"hidden_size": True}, TypeError),
-        ({"num_streams": 3}, ValueError),
+        ({"num_streams": 9}, ValueError),
         ({"num_streams": 16}, ValueError),
         ({"num_streams": 4.0}, TypeError),
         ({"sinkhorn_iters": 0}, ValueError),

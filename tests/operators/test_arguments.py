@@ -90,11 +90,11 @@ def test_wrong_shape(function, argument):
         if (argument == "h" and (function == "expand" or axis == 0)) or (argument in ("x", "logits") and axis == 0):
             continue  # any C will do for h, and the first tensor says how many tokens there are
         if function == "collapse" or (function, argument) == ("aggregate", "x"):
-            if axis == 1:  # any C will do here too
-                assert_refused(ValueError, function, "x", ["expected", "got 3"], x=short)
+            if axis == 1 and function == "aggregate":  # any n and C will do to collapse
+                assert_refused(ValueError, function, "h_pre", ["expected", "got [6, 4]"], x=short)
             continue
         if (function, argument) == ("post", "x"):
-            blamed = "x" if axis == 1 else "layer_output"  # n = 3 is none of ours; C = 63 is not layer_output's
+            blamed = "h_post" if axis == 1 else "layer_output"  # n = 3 is not h_post's, nor C = 63 layer_output's
             assert_refused(ValueError, function, blamed, ["expected", "got"], x=short)
             continue
         leading = axis == 0 and (function, argument) in TOKEN_TENSORS

@@ -273,7 +273,7 @@ def test_options_arrive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize(
-    "options", [["--kernels", "head"], ["--tokens", "0"], ["--streams", "3"], ["--dtype", "int8"], ["--device", "gpu"]]
+    "options", [["--kernels", "head"], ["--tokens", "0"], ["--streams", "9"], ["--dtype", "int8"], ["--device", "gpu"]]
 )
 def test_bad_options_exit_2(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

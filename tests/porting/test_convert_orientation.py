@@ -113,7 +113,7 @@ def test_what_cannot_be_told_is_said():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_streams": 3}, "probe: num_streams: expected one of"),
+        ({"num_streams": 9}, "probe: num_streams: expected one of"),
         ({"hidden_size": 0}, "probe: hidden_size: expected an int of at least 1, got 0"),
         ({"hidden_size": 4}, "probe: hidden_size: expected another number than num_streams"),
         ({"sinkhorn_iters": 2.0}, "probe: sinkhorn_iters: expected an int"),

@@ -121,7 +121,7 @@ def test_heads(name):
     with pytest.raises(ValueError, match=f"{name}.import_head: {fn}: expected shape \\[4, 4·C\\]"):
         module.import_head({**head, fn: states("deepseek")["fn"]})
     with pytest.raises(ValueError, match=f"{name}.import_head: {base}: expected one of"):
-        module.import_head({**head, base: torch.ones(3)})
+        module.import_head({**head, base: torch.ones(9)})
     with pytest.raises(ConversionError, match=f"missing {scale}"):
         module.import_head({fn: head[fn], base: head[base]})
 

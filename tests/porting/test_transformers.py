@@ -150,8 +150,8 @@ def test_convert_to_modules_of_ours(eager):
 
 
 def test_nothing_is_replaced_by_halves(monkeypatch):
-    """Three streams have no kernels: the error names the module, and the model is as it was."""
-    model = tiny(hc_mult=3)
+    """Nine streams have no kernels: the error names the module, and the model is as it was."""
+    model = tiny(hc_mult=9)
     classes = [type(module) for module in model.modules()]
     message = "replace: model.layers.0.attn_hc: num_streams: expected one of"
     with pytest.raises(ValueError, match=message):
