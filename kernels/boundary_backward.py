@@ -24,6 +24,9 @@ g_phi, whose sums stay in registers; the product with phi, stream by stream; thr
 thread holds consecutive channels, everything else. Sums over channels leave a partial sum a block of channels, g_phi
 one a range of tokens: `boundary_sums` adds them up in order. A token's gradients depend on no other token.
 
+**Identity connections.** Without h_res, where H_res is the identity, x_next[j] = x[j] + h_post[j] · F in one fma, g_x
+is g, and there is no g_h_res: of the sums over channels g_h_post is left.
+
 Between the terms of g nothing is rounded to the stream's dtype, where the separate kernels round twice: gradients equal
 theirs within that tolerance, not to the bit.
 """
@@ -32,7 +35,7 @@ import tilelang.language as T
 
 from .boundary_backward_warps import boundary_backward_warps_kernel
 from .boundary_plans import BoundaryBackwardPlan
-from .post_project import fragment_each, mix
+from .post_project import add_output, fragment_each, mix
 from .projection import high_half
 from .projection_plans import WarpsPlan
 
@@ -86,17 +89,19 @@ def boundary_backward_kernel(
     has_g_x_next: bool,
     has_g_layer_input: bool,
     needs_g_h_pre: bool,
+    has_h_res: bool = True,
 ):
     """g_x_next [T, n, C], g_layer_input [T, C], g_projected [M + 1, T], x [T, n, C], layer_output [T, C], h_pre, h_post
     [T, n], h_res [T, n, n], phi [M, n, C] -> g_x [T, n, C], g_layer_output [T, C], partial_phi [ranges, M, n, C],
     partial_mixing [channel blocks, sums, T], the sums being, for each j, g_h_post[j], g_h_res[j] and, with
     `needs_g_h_pre`, g_h_pre[j].
 
-    `has_g_layer_input` stands for h_pre, too. What is absent is a one-element placeholder, never accessed.
+    `has_g_layer_input` stands for h_pre, too. What is absent is a one-element placeholder, never accessed; there are no
+    sums for g_h_res without h_res.
     """
     if isinstance(plan, WarpsPlan):
         return boundary_backward_warps_kernel(
-            num_streams, hidden_size, dtype, plan, has_g_x_next, has_g_layer_input, needs_g_h_pre
+            num_streams, hidden_size, dtype, plan, has_g_x_next, has_g_layer_input, needs_g_h_pre, has_h_res
         )
     n, rows, tokens, channels = num_streams, plan.rows, plan.tokens, plan.channels
     num_tokens = T.dynamic("num_tokens")
@@ -106,7 +111,8 @@ def boundary_backward_kernel(
     together = tuple((j,) for j in streams) if plan.split else (streams,)
     operand = plan.operand_dtype
     next_is_split = plan.split and dtype == "float32"
-    sums_per_stream = n + 1 + needs_g_h_pre
+    mixed = streams if has_h_res else ()  # whose products with g are summed
+    sums_per_stream = 1 + len(mixed) + needs_g_h_pre
     num_blocks = -(-hidden_size // channels)
     tile_shape = (tokens, channels)
 
@@ -119,7 +125,7 @@ def boundary_backward_kernel(
         layer_output: T.Tensor[(num_tokens, hidden_size), layer_dtype],
         h_pre: T.Tensor[(num_tokens, n) if has_g_layer_input else unused, T.float32],
         h_post: T.Tensor[(num_tokens, n), T.float32],
-        h_res: T.Tensor[(num_tokens, n, n), T.float32],
+        h_res: T.Tensor[(num_tokens, n, n) if has_h_res else unused, T.float32],
         phi: T.Tensor[(rows, n, hidden_size), T.float32],
         g_x: T.Tensor[(num_tokens, n, hidden_size), dtype],
         g_layer_output: T.Tensor[(num_tokens, hidden_size), layer_dtype],
@@ -167,7 +173,10 @@ def boundary_backward_kernel(
                     T.copy(g_layer_input[row : row + tokens, first : first + channels], g_input_rows)
                 load_g_dots(g_high, g_low, g_projected, row, plan)
                 for group in together:
-                    mix(next_rows, x_rows, layer_rows, h_post, h_res, row, group)
+                    if has_h_res:
+                        mix(next_rows, x_rows, layer_rows, h_post, h_res, row, group)
+                    else:
+                        add_output(next_rows, x_rows, layer_rows, h_post, row, group)
                     for values, j in zip(next_rows, group, strict=True):
                         T.copy(values, rounded[j % len(rounded)])
                         if next_is_split:
@@ -199,7 +208,7 @@ def boundary_backward_kernel(
                             )
                         if has_g_x_next:
                             g_rows[j][t, c] += T.cast(g_next_rows[t, c], T.float32)
-                    factors = [(g_rows[j], layer_rows), *((g_rows[j], x_rows[i]) for i in streams)]
+                    factors = [(g_rows[j], layer_rows), *((g_rows[j], x_rows[i]) for i in mixed)]
                     factors += [(rounded[j % len(rounded)], g_input_rows)] if needs_g_h_pre else []
                     for place, (values, others) in enumerate(factors):
                         for t, c in T.Parallel(tokens, channels):
@@ -217,13 +226,16 @@ def boundary_backward_kernel(
                         )
                 T.copy(g_layer_rows, g_layer_output[row : row + tokens, first : first + channels])
                 for i in streams:
-                    for t, c in T.Parallel(tokens, channels):
-                        g_x_rows[t, c] = 0.0
-                        for j in streams:
-                            g_x_rows[t, c] = T.ieee_fmaf(
-                                h_res[T.min(row + t, num_tokens - 1), j, i], g_rows[j][t, c], g_x_rows[t, c]
-                            )
-                    T.copy(g_x_rows, g_x[row : row + tokens, i, first : first + channels])
+                    if has_h_res:
+                        for t, c in T.Parallel(tokens, channels):
+                            g_x_rows[t, c] = 0.0
+                            for j in streams:
+                                g_x_rows[t, c] = T.ieee_fmaf(
+                                    h_res[T.min(row + t, num_tokens - 1), j, i], g_rows[j][t, c], g_x_rows[t, c]
+                                )
+                        T.copy(g_x_rows, g_x[row : row + tokens, i, first : first + channels])
+                    else:
+                        T.copy(g_rows[i], g_x[row : row + tokens, i, first : first + channels])
             for j in streams:
                 for m, c in T.Parallel(plan.padded_rows, channels):
                     if m < rows and first + c < hidden_size:

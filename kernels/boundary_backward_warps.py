@@ -118,11 +118,12 @@ def copy_tile(tiles: Tiles, given: Given, place: Place, row, stage, tile: WarpTi
                 given.g_layer_input[token, place.channel],
                 is_inside(given.x, token, place.channel, tile),
             )
-    for r in T.unroll(-(-tokens * n // tile.threads)):
-        at = r * tile.threads + thread
-        if at < tokens * n:
-            inside = row + at // n < num_tokens
-            copy_inside(tiles.res[stage * tokens * n + at, 0], given.h_res[row + at // n, at % n, 0], inside, n)
+    if given.h_res is not None:
+        for r in T.unroll(-(-tokens * n // tile.threads)):
+            at = r * tile.threads + thread
+            if at < tokens * n:
+                inside = row + at // n < num_tokens
+                copy_inside(tiles.res[stage * tokens * n + at, 0], given.h_res[row + at // n, at % n, 0], inside, n)
     if thread < tokens:
         inside = row + thread < num_tokens
         copy_inside(tiles.rho[stage * tokens + thread], given.g_projected[tile.rows, row + thread], inside, 1)
@@ -169,8 +170,13 @@ def mix_token(
     needs_g_h_pre,
     tile,
 ):
-    """Everything of one of a lane's two tokens: x_next, its gradient g, and what follows from g."""
-    n, vectors, sums = tile.num_streams, tile.vectors, tile.num_streams + 1 + needs_g_h_pre
+    """Everything of one of a lane's two tokens: x_next, its gradient g, and what follows from g.
+
+    Without h_res, a slot is mixed with nothing: its x is its own stream's, and its g is g_x.
+    """
+    n, vectors = tile.num_streams, tile.vectors
+    mixed = 0 if given.h_res is None else n
+    sums = 1 + mixed + needs_g_h_pre
     x = T.alloc_local((n * VECTOR,), T.float32)
     layer = T.alloc_local((VECTOR,), T.float32)
     g_input = T.alloc_local((VECTOR,), T.float32)
@@ -184,7 +190,7 @@ def mix_token(
     at = place.of_streams + (stage * tile.tokens + half * 8) * n * vectors
     of_layers = place.of_layers + (stage * tile.tokens + half * 8) * vectors
     token = stage * tile.tokens + place.token + half * 8  # among the coefficients
-    for i in T.unroll(n):
+    for i in T.unroll(mixed):
         for e in T.vectorized(VECTOR):
             vector[e] = tiles.x[at + i * vectors, e]
         unpack(x, i * VECTOR, vector, words)
@@ -204,15 +210,23 @@ def mix_token(
     rho = tiles.rho[token]
     for s in T.unroll(n):
         j = T.bitwise_xor(place.q % n, s)
-        for i in T.vectorized(n):
-            h[i] = tiles.res[token * n + j, i]
+        if mixed > 0:
+            for i in T.vectorized(n):
+                h[i] = tiles.res[token * n + j, i]
+        else:
+            for e in T.vectorized(VECTOR):
+                vector[e] = tiles.x[T.bitwise_xor(at + place.q % n * vectors, s * vectors), e]
+            unpack(x, 0, vector, words)
         post = tiles.post[token, j]
         for k in T.unroll(sums):
             own[k] = 0.0
         for e in T.unroll(VECTOR):
-            x_next[e] = post * layer[e]
-            for i in T.unroll(n):
-                x_next[e] = fma(h[i], x[i * VECTOR + e], x_next[e])
+            if mixed > 0:
+                x_next[e] = post * layer[e]
+                for i in T.unroll(n):
+                    x_next[e] = fma(h[i], x[i * VECTOR + e], x_next[e])
+            else:
+                x_next[e] = fma(post, layer[e], x[e])
         for e in T.vectorized(VECTOR):
             vector[e] = T.cast(x_next[e], vector.dtype)
         for e in T.vectorized(VECTOR):
@@ -225,11 +239,16 @@ def mix_token(
                 g[place_of_g] = fma(tiles.pre[token, j], g_input[e], g[place_of_g])
             own[0] = fma(g[place_of_g], layer[e], own[0])
             g_layer_acc[e] = fma(post, g[place_of_g], g_layer_acc[e])
-            for i in T.unroll(n):
+            for i in T.unroll(mixed):
                 own[1 + i] = fma(g[place_of_g], x[i * VECTOR + e], own[1 + i])
                 g_x_acc[i * VECTOR + e] = fma(h[i], g[place_of_g], g_x_acc[i * VECTOR + e])
             if needs_g_h_pre:
-                own[n + 1] = fma(g_input[e], x_next[e], own[n + 1])
+                own[mixed + 1] = fma(g_input[e], x_next[e], own[mixed + 1])
+        if mixed == 0:
+            for e in T.vectorized(VECTOR):
+                vector[e] = T.cast(g[accumulator(s, half, e)], vector.dtype)
+            to = row + place.token + half * 8
+            store_vector(g_x[to, j, place.channel], words, 0, is_inside(given.x, to, place.channel, tile))
         for k in T.unroll(sums):
             total[k] = T.if_then_else(s == 0, own[k], total[k] + T.shfl_xor(own[k], s))
     if n < 4:
@@ -240,7 +259,7 @@ def mix_token(
             group = place.thread // WARP % tile.groups
             tiles.sums[group * sums + k, (place.token + half * 8) * n + place.q] = total[k]
     inside = is_inside(given.x, row + place.token + half * 8, place.channel, tile)
-    for i in T.unroll(n):
+    for i in T.unroll(mixed):
         for e in T.vectorized(VECTOR):
             vector[e] = T.cast(g_x_acc[i * VECTOR + e], vector.dtype)
         store_vector(g_x[row + place.token + half * 8, i, place.channel], words, 0, inside)
@@ -272,6 +291,7 @@ def boundary_backward_warps_kernel(
     has_g_x_next: bool,
     has_g_layer_input: bool,
     needs_g_h_pre: bool,
+    has_h_res: bool = True,
 ):
     """Build `boundary_backward_kernel` by warps; C is a multiple of 8, and layer_output has the stream's dtype."""
     n, rows = num_streams, plan.rows
@@ -280,7 +300,7 @@ def boundary_backward_warps_kernel(
     num_tokens = T.dynamic("num_tokens")
     num_ranges = T.dynamic("num_ranges")
     unused = (1,)
-    sums = n + 1 + needs_g_h_pre
+    sums = (n if has_h_res else 0) + 1 + needs_g_h_pre
     num_blocks = -(-hidden_size // plan.channels)
 
     @T.prim_func
@@ -292,7 +312,7 @@ def boundary_backward_warps_kernel(
         layer_output: T.Tensor[(num_tokens, hidden_size), dtype],
         h_pre: T.Tensor[(num_tokens, n) if has_g_layer_input else unused, T.float32],
         h_post: T.Tensor[(num_tokens, n), T.float32],
-        h_res: T.Tensor[(num_tokens, n, n), T.float32],
+        h_res: T.Tensor[(num_tokens, n, n) if has_h_res else unused, T.float32],
         phi: T.Tensor[(rows, n, hidden_size), T.float32],
         g_x: T.Tensor[(num_tokens, n, hidden_size), dtype],
         g_layer_output: T.Tensor[(num_tokens, hidden_size), dtype],
@@ -334,8 +354,8 @@ def boundary_backward_warps_kernel(
             of_streams = of_layers + token * (n - 1) * tile.vectors
             place = Place(thread, lane % 4, token, channel, of_streams, of_layers)
             given = Given(
-                *(x, g_x_next if has_g_x_next else None, layer_output),
-                *(g_layer_input if has_g_layer_input else None, g_projected, h_pre, h_post, h_res),
+                *(x, g_x_next if has_g_x_next else None, layer_output, g_layer_input if has_g_layer_input else None),
+                *(g_projected, h_pre, h_post, h_res if has_h_res else None),
             )
             tiles = Tiles(
                 *(x_tile, g_tile, layer_tile, g_input_tile, words_of_dots),

@@ -45,12 +45,14 @@ def add_mixing(total, partial, place, index, first_token, block: int):
             total[first_token + t, index] = sums[t]
 
 
-def boundary_sums_kernel(num_streams: int, needs_g_h_pre: bool, has_ranges: bool, lanes: int, block: int):
+def boundary_sums_kernel(
+    num_streams: int, needs_g_h_pre: bool, has_ranges: bool, lanes: int, block: int, has_h_res: bool = True
+):
     """partial_phi [ranges, M·K], partial_mixing [channel blocks, sums, T], partial_parameters [blocks, 3 + M]
     -> g_phi [M·K], g_h_post [T, n], g_h_res [T, n·n], g_h_pre [T, n], g_parameters [3 + M].
 
     Without `has_ranges`, g_phi is complete: it and its partial sum are one-element placeholders, never accessed,
-    as is g_h_pre unless `needs_g_h_pre`.
+    as is g_h_pre unless `needs_g_h_pre`, and g_h_res without `has_h_res`.
     """
     n = num_streams
     num_tokens = T.dynamic("num_tokens")
@@ -59,7 +61,8 @@ def boundary_sums_kernel(num_streams: int, needs_g_h_pre: bool, has_ranges: bool
     num_channel_blocks = T.dynamic("num_channel_blocks")
     num_blocks = T.dynamic("num_blocks")
     num_parameters = T.dynamic("num_parameters")
-    sums_per_stream = n + 1 + needs_g_h_pre
+    mixed = n if has_h_res else 0
+    sums_per_stream = mixed + 1 + needs_g_h_pre
     num_sums = n * sums_per_stream
 
     @T.prim_func
@@ -69,7 +72,7 @@ def boundary_sums_kernel(num_streams: int, needs_g_h_pre: bool, has_ranges: bool
         partial_parameters: T.Tensor[(num_blocks, num_parameters), T.float32],
         g_phi: T.Tensor[(num_weights,), T.float32],
         g_h_post: T.Tensor[(num_tokens, n), T.float32],
-        g_h_res: T.Tensor[(num_tokens, n * n), T.float32],
+        g_h_res: T.Tensor[(num_tokens, n * n) if has_h_res else (1,), T.float32],
         g_h_pre: T.Tensor[(num_tokens, n) if needs_g_h_pre else (1,), T.float32],
         g_parameters: T.Tensor[(num_parameters,), T.float32],
     ):
@@ -91,8 +94,9 @@ def boundary_sums_kernel(num_streams: int, needs_g_h_pre: bool, has_ranges: bool
                 first = (tile - weight_blocks) % token_blocks * block
                 if k == 0:
                     add_mixing(g_h_post, partial_mixing, place, j, first, block)
-                elif k <= n:
-                    add_mixing(g_h_res, partial_mixing, place, j * n + k - 1, first, block)
+                elif k <= mixed:
+                    if has_h_res:
+                        add_mixing(g_h_res, partial_mixing, place, j * n + k - 1, first, block)
                 else:
                     if needs_g_h_pre:
                         add_mixing(g_h_pre, partial_mixing, place, j, first, block)

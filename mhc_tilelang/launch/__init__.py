@@ -30,7 +30,16 @@ from .coefficients import (
 )
 from .expand import expand, expand_backward
 from .expand_pre import FirstBoundary, FirstGradients, expand_pre, expand_pre_backward, expand_project, total_h_pre
-from .identity import gate_plan, gates, gates_backward, identity_post, identity_post_backward, identity_post_pre
+from .identity import (
+    IdentityBoundary,
+    gate_plan,
+    gates,
+    gates_backward,
+    identity_post,
+    identity_post_backward,
+    identity_post_pre,
+    identity_post_pre_backward,
+)
 from .mappings import aggregate_mappings, coefficients_and_aggregate
 from .operands import aligned, alignment
 from .partial_sums import sum_partials
@@ -48,6 +57,7 @@ __all__ = [
     "BoundaryGradients",
     "FirstBoundary",
     "FirstGradients",
+    "IdentityBoundary",
     "LastBoundary",
     "RMSNorm",
     "Written",
@@ -82,6 +92,7 @@ __all__ = [
     "identity_post",
     "identity_post_backward",
     "identity_post_pre",
+    "identity_post_pre_backward",
     "mappings_backward",
     "mixing_backward",
     "parallel_blocks",

@@ -1,9 +1,16 @@
-"""Launches of an identity hyper-connection (H_res = I), in place of `coefficients` and `post`, both directions.
+"""What an identity hyper-connection (H_res = I) launches in place of `coefficients`, `post` and the boundary, both
+directions.
+
+    identity_post_pre            post_project, coefficients, aggregate; the first two in the delayed form
+    identity_post_pre_backward   aggregate_backward, coefficients_backward, boundary_backward, boundary_sums: four
+                                 launches; with more than four streams on a GPU the separate kernels
 
 Tensors come flat and contiguous, [T, …]; `operators` sees to that. Gradients that are not needed are skipped.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,13 +18,25 @@ from .. import compiler
 from ..compiler.kernel import dtype_name
 from ..kernels import boundary_plans, plans, projection_plans
 from ..spec import MHCSpec
-from .aggregate import aggregate
+from .aggregate import aggregate, aggregate_backward
 from .coefficients import partial_sums, split_parameters
 from .operands import Gradient, aligned, by_width, channel_kernel, placeholder_if_none, stream_kernel
 from .partial_sums import sum_partials
 from .post_pre import post_project
+from .post_pre_backward import BoundaryGradients, boundary_sums, mixing_backward
+from .projection import project_backward
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class IdentityBoundary(NamedTuple):
+    """Results of a boundary without h_res; `Boundary` has the others."""
+
+    x_next: torch.Tensor
+    layer_input: torch.Tensor
+    h_post: torch.Tensor
+    h_pre: torch.Tensor
+    projected: torch.Tensor
 
 
 def gate_plan(x: torch.Tensor, rows: int) -> projection_plans.ProjectionPlan:
@@ -33,9 +52,10 @@ def gates(
     spec: MHCSpec,
     plan: projection_plans.ProjectionPlan,
     *,
-    out: Pair,
-) -> torch.Tensor:
-    """Partial sums, alpha [2], bias [2n] -> projected [2n + 1, T]; `out` has h_pre and h_post [T, n]."""
+    out: Pair | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Partial sums, alpha [2], bias [2n] -> h_pre, h_post [T, n], which `out` has, and projected [2n + 1, T]."""
+    h_pre, h_post = out or (partial.new_empty(partial.shape[-1], spec.num_streams) for _ in range(2))
     projected = partial.new_empty(spec.num_coefficients + 1, partial.shape[-1])
     target = compiler.target_of(partial.device)
     kernel = compiler.kernel(
@@ -51,15 +71,15 @@ def gates(
         partial=partial,
         alpha=aligned(alpha),
         bias=aligned(bias),
-        h_pre=out[0],
-        h_post=out[1],
+        h_pre=h_pre,
+        h_post=h_post,
         projected=projected,
         pre_eps=spec.pre_eps,
         rms_eps=spec.rms_eps,
         post_scale=spec.post_scale,
         post_eps=spec.post_eps,
     )
-    return projected
+    return h_pre, h_post, projected
 
 
 def gates_backward(
@@ -74,6 +94,23 @@ def gates_backward(
     -> g_projected [2n + 1, T], g_alpha [2], g_bias [2n].
     """
     g_projected = torch.empty_like(projected)
+    partial = gate_mappings_backward(g_h_pre, g_h_post, projected, alpha, bias, spec, out=g_projected)
+    return g_projected, *split_parameters(sum_partials(partial), alpha, bias)
+
+
+def gate_mappings_backward(
+    g_h_pre: Gradient,
+    g_h_post: Gradient,
+    projected: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    spec: MHCSpec,
+    *,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """The kernel of `gates_backward`: writes g_projected to `out`, returns the gradients of alpha and bias with their
+    sums over tokens still in parts, [blocks, 2 + 2n].
+    """
     target = compiler.target_of(projected.device)
     block = plans.tokens_per_block(target)
     kernel = compiler.kernel(
@@ -93,11 +130,11 @@ def gates_backward(
         projected=projected,
         alpha=aligned(alpha),
         bias=aligned(bias),
-        g_projected=g_projected,
+        g_projected=out,
         partial=partial,
         post_scale=spec.post_scale,
     )
-    return g_projected, *split_parameters(sum_partials(partial), alpha, bias)
+    return partial
 
 
 def identity_post_pre(
@@ -109,25 +146,84 @@ def identity_post_pre(
     bias: torch.Tensor,
     spec: MHCSpec,
     *,
-    h_pre: torch.Tensor | None,
-    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-) -> torch.Tensor:
+    h_pre: torch.Tensor | None = None,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+) -> IdentityBoundary:
     """Launch the boundary: x [T, n, C], layer_output [T, C], h_post [T, n] of the sublayer that ends, phi [2n, K],
-    alpha [2], bias [2n] of the one that begins -> projected [2n + 1, T].
+    alpha [2], bias [2n] of the one that begins -> x_next [T, n, C], layer_input [T, C], h_post and h_pre [T, n], which
+    `out` has, and projected [2n + 1, T].
 
-    `out` has x_next [T, n, C], layer_input [T, C], h_post and h_pre [T, n]. With an h_pre [T, n] layer_input is
-    aggregated with that, in the first of two launches; without, in a third.
+    With an h_pre [T, n] layer_input is aggregated with that, in the first of two launches; without, in a third.
     """
-    x_next, layer_input, h_post_next, h_pre_next = out
+    x_next, layer_input, h_post_next, h_pre_next = out or (
+        *(torch.empty_like(x), x.new_empty(x.shape[0], x.shape[2])),
+        *(torch.empty_like(h_post, memory_format=torch.contiguous_format) for _ in range(2)),
+    )
     rows, has_h_pre = phi.shape[0], h_pre is not None
     sizes = (rows, *x.shape[1:], dtype_name(x.dtype), compiler.platform_of(x.device), has_h_pre)
     plan = boundary_plans.tile_post_project_plan(*sizes)
     made = (x_next, layer_input if has_h_pre else None)
     _, partial, _ = post_project(x, layer_output, h_post, None, phi, plan, h_pre=h_pre, out=made)
-    projected = gates(partial, alpha, bias, spec, gate_plan(x, rows), out=(h_pre_next, h_post_next))
+    *_, projected = gates(partial, alpha, bias, spec, gate_plan(x, rows), out=(h_pre_next, h_post_next))
     if not has_h_pre:
         aggregate(x_next, h_pre_next, out=layer_input)
-    return projected
+    return IdentityBoundary(x_next, layer_input, h_post_next, h_pre_next, projected)
+
+
+def identity_post_pre_backward(
+    g_x_next: Gradient,
+    g_layer_input: Gradient,
+    g_h_post_next: Gradient,
+    x: torch.Tensor,
+    layer_output: torch.Tensor,
+    h_post: torch.Tensor,
+    phi: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    x_next: torch.Tensor,
+    h_pre: torch.Tensor,
+    projected: torch.Tensor,
+    spec: MHCSpec,
+    *,
+    is_delayed: bool = False,
+    g_h_pre_next: Gradient = None,
+) -> BoundaryGradients:
+    """As `post_pre_backward`, without h_res: gradients of x_next [T, n, C], layer_input [T, C], h_post [T, n]; the
+    arguments of `identity_post_pre`, x_next, the h_pre of the aggregation and projected -> gradients of its arguments.
+    """
+    _, n, _ = x.shape
+    g_h_pre = None
+    if g_layer_input is not None and not is_delayed:
+        g_h_pre = aggregate_backward(g_layer_input, x_next)
+    g_gate = g_h_pre_next if is_delayed else g_h_pre
+    needs_g_h_pre = is_delayed and g_layer_input is not None
+    g_projected = torch.empty_like(projected)
+    partial_parameters = gate_mappings_backward(g_gate, g_h_post_next, projected, alpha, bias, spec, out=g_projected)
+    if not boundary_plans.backward_is_fused(n, compiler.platform_of(x.device)):
+        weights = None if g_layer_input is None else h_pre
+        g_x, g_phi = torch.empty_like(x), torch.empty_like(phi)
+        project_backward(g_projected, x_next, phi, h_pre=weights, g_layer_input=g_layer_input, out=(g_x, g_phi))
+        if g_x_next is not None:
+            g_x += g_x_next
+        g_layer_output, g_post = identity_post_backward(g_x, layer_output, h_post)
+        if needs_g_h_pre and g_layer_input is not None:
+            g_h_pre = aggregate_backward(g_layer_input, x_next)
+        g_parameters = sum_partials(partial_parameters)
+    else:
+        g_x, g_layer_output, partial_phi, partial_mixing = mixing_backward(
+            *(g_x_next, g_layer_input, g_projected, x, layer_output, h_pre, h_post, None, phi),
+            needs_g_h_pre=needs_g_h_pre,
+        )
+        g_phi, g_post, _, g_summed, g_parameters = boundary_sums(
+            partial_phi, partial_mixing, partial_parameters, n, needs_g_h_pre, has_h_res=False
+        )
+        g_h_pre = g_summed if needs_g_h_pre else g_h_pre
+        if x.shape[0] == 0:
+            g_phi, g_parameters = torch.zeros_like(phi), torch.zeros_like(g_parameters)
+    g_alpha, g_bias = split_parameters(g_parameters, alpha, bias)
+    of_parameters = (g_phi.view(phi.shape), g_alpha, g_bias)
+    gradients: Any = (g_x, g_layer_output, g_post, None, *of_parameters, g_h_pre if is_delayed else None)
+    return BoundaryGradients(*gradients)
 
 
 def identity_post(

@@ -31,13 +31,13 @@ class BoundaryGradients(NamedTuple):
     """Gradients of the boundary's inputs: the sublayer that ends, then the parameters of the one that begins.
 
     g_h_pre is the gradient of a given h_pre, g_rms_norm that of a norm's weight; None where there is none, or it is
-    zero.
+    zero. g_h_res is None where there is no h_res.
     """
 
     g_x: torch.Tensor
     g_layer_output: torch.Tensor
     g_h_post: torch.Tensor
-    g_h_res: torch.Tensor
+    g_h_res: Gradient
     g_phi: torch.Tensor
     g_alpha: torch.Tensor
     g_bias: torch.Tensor
@@ -155,7 +155,7 @@ def mixing_backward(
     layer_output: torch.Tensor,
     h_pre: torch.Tensor,
     h_post: torch.Tensor,
-    h_res: torch.Tensor,
+    h_res: torch.Tensor | None,
     phi: torch.Tensor,
     *,
     needs_g_h_pre: bool = False,
@@ -166,7 +166,7 @@ def mixing_backward(
     `coefficients_backward`, what was mixed, the h_pre of the aggregation, phi [M, K]
     -> g_x [T, n, C], g_layer_output [T, C], and partial sums: of g_phi [ranges, M·K], and [channel blocks, n² + n, T]
     of g_h_post[j], g_h_res[j] for each j; n² + 2n where it `needs_g_h_pre`, with g_h_pre[j]. `out` has g_x and
-    g_layer_output.
+    g_layer_output. Without h_res H_res is the identity, and there are no sums for g_h_res.
     """
     num_tokens, n, hidden_size = x.shape
     rows = phi.shape[0]
@@ -174,7 +174,7 @@ def mixing_backward(
     tiles_per_range = boundary_plans.tiles_per_range(num_tokens, plan, hidden_size, parallel_blocks(x.device))
     ranges = max(1, -(-num_tokens // (tiles_per_range * plan.tokens)))
     partial_phi = phi.new_empty(ranges, rows, n, hidden_size)
-    num_sums = n + n * n + (n if needs_g_h_pre else 0)
+    num_sums = n + (0 if h_res is None else n * n) + (n if needs_g_h_pre else 0)
     partial_mixing = phi.new_empty(-(-hidden_size // plan.channels), num_sums, num_tokens)
     g_x, g_layer_output = out or (torch.empty_like(x), torch.empty_like(layer_output))
     kernel = stream_kernel(
@@ -185,6 +185,7 @@ def mixing_backward(
         has_g_x_next=g_x_next is not None,
         has_g_layer_input=g_layer_input is not None,
         needs_g_h_pre=needs_g_h_pre,
+        **({"has_h_res": False} if h_res is None else {}),
     )
     kernel(
         g_x_next=placeholder_if_none(g_x_next, x),
@@ -194,7 +195,7 @@ def mixing_backward(
         layer_output=aligned(layer_output),
         h_pre=placeholder_if_none(None if g_layer_input is None else h_pre, phi),
         h_post=aligned(h_post),
-        h_res=aligned(h_res),
+        h_res=placeholder_if_none(h_res, phi),
         phi=aligned(phi).view(rows, n, hidden_size),
         g_x=g_x,
         g_layer_output=g_layer_output,
@@ -222,16 +223,20 @@ def boundary_sums(
     partial_parameters: torch.Tensor,
     num_streams: int,
     needs_g_h_pre: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Gradient, torch.Tensor]:
+    has_h_res: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, Gradient, Gradient, torch.Tensor]:
     """The partial sums of `mixing_backward` and `coefficients_backward` added up
     -> g_phi [M·K], g_h_post [T, n], g_h_res [T, n, n], g_h_pre [T, n] or None, and of alpha and bias [3 + M].
+
+    g_h_res is None without h_res.
     """
     n, num_tokens = num_streams, partial_mixing.shape[2]
     has_ranges = partial_phi.shape[0] > 1  # one range of tokens: its partial sum is the sum
     g_phi = partial_phi.new_empty(partial_phi.shape[1]) if has_ranges else partial_phi[0]
-    g_h_post, g_h_res, g_parameters = (
-        partial_phi.new_empty(shape) for shape in ((num_tokens, n), (num_tokens, n * n), (partial_parameters.shape[1],))
+    g_h_post, g_parameters = (
+        partial_phi.new_empty(shape) for shape in ((num_tokens, n), (partial_parameters.shape[1],))
     )
+    g_h_res = partial_phi.new_empty(num_tokens, n * n) if has_h_res else None
     g_h_pre = partial_phi.new_empty(num_tokens, n) if needs_g_h_pre else None
     kernel = compiler.kernel(
         "boundary_sums",
@@ -241,6 +246,7 @@ def boundary_sums(
         has_ranges=has_ranges,
         lanes=plans.partial_lanes(partial_parameters.shape[0]),
         block=plans.PARTIAL_THREADS,
+        **({} if has_h_res else {"has_h_res": False}),
     )
     kernel(
         partial_phi=partial_phi,
@@ -248,8 +254,9 @@ def boundary_sums(
         partial_parameters=partial_parameters,
         g_phi=g_phi,
         g_h_post=g_h_post,
-        g_h_res=g_h_res,
+        g_h_res=placeholder_if_none(g_h_res, partial_phi),
         g_h_pre=placeholder_if_none(g_h_pre, partial_phi),
         g_parameters=g_parameters,
     )
-    return g_phi, g_h_post, g_h_res.view(num_tokens, n, n), g_h_pre, g_parameters
+    g_res = None if g_h_res is None else g_h_res.view(num_tokens, n, n)
+    return g_phi, g_h_post, g_res, g_h_pre, g_parameters

@@ -3,7 +3,8 @@
     gates          x [..., n, C], phi [2n, K], alpha [2], bias [2n] -> h_pre [..., n], h_post [..., n]
     identity_pre   the same, and the streams aggregated, as in `pre`  -> layer_input [..., C], h_post, h_pre_next
     identity_post  x, layer_output [..., C], h_post -> x_next [..., n, C]
-    identity_post_pre   the last two, the stream read and written once for `post` and the projection
+    identity_post_pre   the last two, the stream read and written once for `post` and the projection; its backward is
+                        that of `post_pre` without h_res
 
 `gates` and `identity_pre` also return `projected` [2n + 1, T], which the backward starts from. The gradient of x in
 `identity_post` is that of x_next, handed on as it is.
@@ -11,7 +12,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ def _spec(x: torch.Tensor, constants: tuple) -> MHCSpec:
 
 def _gates(x: torch.Tensor, phi: torch.Tensor, alpha: Any, bias: Any, constants: tuple, out: Any) -> torch.Tensor:
     plan = launch.gate_plan(x, phi.shape[0])
-    return launch.gates(launch.project(x, phi, plan), alpha, bias, _spec(x, constants), plan, out=tuple(out))
+    return launch.gates(launch.project(x, phi, plan), alpha, bias, _spec(x, constants), plan, out=tuple(out))[2]
 
 
 def _gates_forward(
@@ -96,36 +97,21 @@ def _hand_on(g: Any, inputs: Any, needs: Any) -> Optionals:
     return (g.x_next, *rest)
 
 
-class _Upstream(NamedTuple):
-    layer_input: torch.Tensor | None
-    h_post: torch.Tensor | None
-    h_pre_next: torch.Tensor | None
-
-
-class _Needs(NamedTuple):
-    x: bool
-    phi: bool
-    h_pre: bool
-
-
 def _boundary_forward(*inputs_and_constants: Any, out: Any) -> Tensors:
     h_pre, constants = inputs_and_constants[6], inputs_and_constants[7:]
     arguments: Any = (*inputs_and_constants[:6], _spec(inputs_and_constants[0], constants))
-    return (launch.identity_post_pre(*arguments, h_pre=h_pre, out=tuple(out)),)
+    return (launch.identity_post_pre(*arguments, h_pre=h_pre, out=tuple(out)).projected,)
 
 
 def _boundary_backward(g: Any, inputs: Any, saved: Any, constants: tuple, needs: Any) -> Optionals:
-    _, layer_output, h_post, *parameters, given = inputs
-    of_pre = (g.layer_input, g.h_post_next, g.h_pre_next)
-    arguments = (saved.x_next, *parameters, given)
-    needed = _Needs(True, needs.phi, needs.h_pre)
-    g_x: Any
-    g_x, *rest = _pre_backward(_Upstream(*of_pre), arguments, saved, constants, needed)
-    total = g_x if g.x_next is None else g_x.add_(g.x_next)
-    found = launch.identity_post_backward(
-        total, layer_output, h_post, needs_g_layer_output=needs.layer_output, needs_g_h_post=needs.h_post
+    *mixed_and_parameters, given = inputs
+    kept = (saved.x_next, saved.h_pre_next if given is None else given, saved.projected)
+    found = launch.identity_post_pre_backward(
+        *(g.x_next, g.layer_input, g.h_post_next, *mixed_and_parameters, *kept, _spec(inputs.x, constants)),
+        is_delayed=given is not None,
+        g_h_pre_next=g.h_pre_next,
     )
-    return total if needs.x else None, *found, *rest
+    return *found[:3], *found[4:8]
 
 
 PARAMETERS = "x phi alpha bias"
