@@ -160,7 +160,7 @@ QUANTIZED_GROUP = 128  # channels that share a scale, as DeepGEMM's products tak
 
 @dataclass(frozen=True)
 class QuantizedTile(NormTile):
-    """The same for rows of which groups of channels are quantised: a step has several groups, or a group several steps.
+    """A tile for rows quantised by groups of channels: a step has several groups, or a group several steps.
 
     Steps are whole groups: those beyond the last channel have zeros.
     """

@@ -66,7 +66,7 @@ def aggregate_normed(x: torch.Tensor, h_pre: torch.Tensor, weight: torch.Tensor,
 
 
 def aggregate_normed32(x: torch.Tensor, h_pre: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """The same in float32."""
+    """Compute the aggregate's RMSNorm, in float32."""
     return rms_norm((h_pre.unsqueeze(-1) * x.float()).sum(1), weight, eps)
 
 

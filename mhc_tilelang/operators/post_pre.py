@@ -34,7 +34,7 @@ def _forward(*inputs_and_constants: Any, out: Any) -> Tensors:
 
 
 def gradients_of_boundary(g: Any, inputs: Any, saved: Any, constants: tuple, needs: Any) -> Optionals:
-    """What the backward launches; in `quantized`, too."""
+    """Launch the backward; shared with `quantized`."""
     *mixed_and_parameters, h_pre, rms_norm_weight = inputs
     *of_spec, eps = constants
     *g_results, g_h_pre_next = g

@@ -50,7 +50,7 @@ def _forward(
 
 
 def gradients_of_pre(g: Any, inputs: Any, saved: Any, constants: tuple, needs: Any) -> Optionals:
-    """What the backward launches; in `quantized`, too."""
+    """Launch the backward; shared with `quantized`."""
     x, phi, alpha, bias, given, weight = inputs
     *of_spec, eps = constants
     g_layer_input, g_h_pre, g_weight = g.layer_input, None, None

@@ -86,7 +86,7 @@ def stream_elements(call: str, num_streams: int) -> tuple[int, int]:
 
 
 def float8_elements(call: str, itemsize: int) -> float:
-    """What is written besides in float8, in elements of so many bytes, per token and in units of C."""
+    """Return what is also written in float8, in elements of `itemsize` bytes, per token and in units of C."""
     return CALLS[call].float8 / itemsize
 
 

@@ -121,7 +121,7 @@ def test_narrowing_rounds_to_nearest_even(library: ctypes.CDLL, function: str, d
 
 
 def test_float8_rounds_to_nearest_even_and_saturates(library: ctypes.CDLL) -> None:
-    """As ml_dtypes does up to 464, halfway to what would come after 448; all that is larger is 448, NaN 0x7F."""
+    """ml_dtypes rounds so up to 464, halfway to what would come after 448; all that is larger is 448, NaN 0x7F."""
     every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     finite = np.unique(every[np.isfinite(every)])
     ties = (finite[1:] + finite[:-1]) / 2

@@ -162,7 +162,7 @@ def test_rounding_of_16_bit_floats(name: str) -> None:
 
 
 def test_rounding_of_float8() -> None:
-    """As cvt.rn.satfinite: all values, halfway and beside that; large ones are 448, not-a-numbers 0x7F."""
+    """cvt.rn.satfinite rounds so: all values, halfway and beside that; large ones are 448, not-a-numbers 0x7F."""
     dtype = ml_dtypes.float8_e4m3fn
     values = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
     finite = np.unique(values[np.isfinite(values)])

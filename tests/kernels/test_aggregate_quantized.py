@@ -58,7 +58,7 @@ def test_gpu_tile_matches_float64(case, monkeypatch):
 
 @pytest.mark.parametrize("ue8m0", [False, True])
 def test_bits_are_those_of_the_formula(ue8m0):
-    """Of a float32 stream, whose layer_input is y itself: to the bit, rows of all sizes."""
+    """A float32 stream's layer_input is y itself: equal to the bit, rows of all sizes."""
     case = replace(CASE, dtype=torch.float32)
     inputs = Inputs.of(case, CPU)
     weight = rms_norm_weight(case, CPU) * torch.logspace(-16, 9, case.hidden_size)
@@ -69,7 +69,7 @@ def test_bits_are_those_of_the_formula(ue8m0):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layer_input_is_that_of_the_norm(dtype):
-    """To the bit, and values and scales are the same without it."""
+    """Bits are equal, and values and scales are the same without it."""
     case = replace(CASE, dtype=dtype)
     inputs, weight = Inputs.of(case, CPU), rms_norm_weight(case, CPU)
     *got, layer_input = quantized(inputs, case, has_layer_input=True)

@@ -24,7 +24,7 @@ every_form = pytest.mark.parametrize(("name", "delayed"), FORMS)
 
 
 def arguments(name, delayed, case=CASE):
-    """By name, in the order of the operator."""
+    """Return the arguments by name, in the order of the operator."""
     drawn = {**vars(Inputs.of(case, CPU)), "rms_norm_weight": rms_norm_weight(case, CPU)}
     taken = getattr(operators, name).inputs
     return {one: drawn[one] for one in taken if delayed or one != "h_pre"}
@@ -76,7 +76,7 @@ def test_what_comes_back():
 
 @every_form
 def test_gradients_go_straight_through(name, delayed):
-    """Those of the plain function to the bit: of layer_input, or of a product that takes values and scales for it."""
+    """Gradients are the plain function's to the bit: of layer_input, or of a product of values and scales."""
     tensors = requiring(arguments(name, delayed))
     results = call(name, tensors, keeps_layer_input=True)
     expected = plain(name, tensors)
@@ -94,7 +94,7 @@ def test_gradients_go_straight_through(name, delayed):
 
 
 class Product(torch.autograd.Function):
-    """What an FP8 product does: it computes with values and scales, and returns the gradient of layer_input."""
+    """An FP8 product: it computes with values and scales, and returns the gradient of layer_input."""
 
     @staticmethod
     def forward(ctx, values, scales, layer_input):
@@ -170,7 +170,7 @@ def test_leading_dimensions(leading):
 
 
 def test_refusals():
-    """By name, before a kernel starts."""
+    """Errors name the argument, before a kernel starts."""
     tensors = arguments("pre_quantized", False)
     with pytest.raises(TypeError, match=r"pre_quantized: rms_norm_weight: expected a torch.Tensor, got None"):
         mhc.pre_quantized(**{**tensors, "rms_norm_weight": None}, spec=SPEC)

@@ -120,7 +120,7 @@ def test_predicted_kernels_take_the_place_of_bytes(monkeypatch: pytest.MonkeyPat
 
 
 def test_coefficients_beside_the_layer_add_less() -> None:
-    """By their stored prediction in the delayed form. Catches a kernel taken out of both rows, or of neither."""
+    """The stored prediction of the delayed form counts. Catches a kernel taken out of both rows, or of neither."""
     text = report.predicted_table(report.simulate(Assumptions(), ("27b",)))
     lines = [line for line in text.splitlines() if line.startswith("27b, delayed")]
     assert [line.split("  ")[0] for line in lines] == ["27b, delayed", "27b, delayed, beside"]

@@ -54,7 +54,7 @@ class Normed:
 
     @property
     def normed_bound(self) -> Array:
-        """Of y = u · r · w in float32, not yet rounded to another dtype: what u and r are off, and two products."""
+        """Bound of y = u · r · w in float32, not yet rounded to another dtype: u's and r's errors, and two products."""
         y = self.u * self.scale * self.weight
         carried = np.abs(self.scale * self.weight) * self.u_bound + np.abs(y) * self.scale_bound
         return carried + 2 * U32 * np.abs(y)

@@ -73,7 +73,7 @@ def compare_quantized(
 
 
 def largest_of_groups(values: Array) -> Array:
-    """Of every group of channels, [T, ⌈C / 128⌉]."""
+    """Return the largest value of every group of channels, [T, ⌈C / 128⌉]."""
     starts = range(0, values.shape[-1], GROUP)
     return np.stack([values[..., start : start + GROUP].max(-1, initial=0.0) for start in starts], -1)
 

@@ -160,7 +160,7 @@ def reduce(emitter, call) -> None:
 
 
 def identity_of(kind: str, dtype: str) -> str:
-    """What a reduction starts from."""
+    """Return the start value of a reduction."""
     if dtype == "int32" and kind == "max":
         return "INT32_MIN"
     return "0.0f" if kind == "sum" else "-__builtin_inff()"
