@@ -33,7 +33,7 @@ from .registers import (
 )
 
 RESULTLESS = ("STG", "ST", "STS", "STL", "RED", "BAR", "DEPBAR", "LDGSTS", "LDGDEPBAR", "BRA", "CALL", "BSSY", "EXIT")
-COMPARING = ("ISETP", "UISETP", "PLOP3", "UPLOP3")  # two predicates are all that they write
+COMPARING = ("ISETP", "UISETP", "PLOP3", "UPLOP3", "FSETP")  # two predicates are all that they write
 CARRYING = ("IADD3", "UIADD3", "IADD", "UIADD", "VIADD", "UVIADD", "IMAD", "UIMAD", "LEA", "ULEA")
 PAIRS = ("FADD2", "FMUL2", "FFMA2", "F2F", "CS2R")
 REGISTERS = {"64": 2, "128": 4, "256": 4, "U64": 2, "S64": 2, "WIDE": 2}  # each of LDG.256's two results has four
@@ -212,6 +212,24 @@ def compare(step: Instruction, r: Registers) -> Sequence[Value]:
     return join(result, other), join(invert(result), other)
 
 
+def compare_floats(step: Instruction, r: Registers) -> Sequence[Value]:
+    """FSETP.NEU.AND P, P, a, b, Pin, of registers and constants as they are: such as an eps of the launch."""
+    a, b, joined = step.operands[2:5]
+    name = next((name for name in step.modifiers if name.removesuffix("U") in COMPARE), "")
+    has_sign = any(sign in operand for sign in "-|~" for operand in (a, b))
+    result: Value = None
+    with suppress(UnknownError):
+        if name and not has_sign:
+            left, right = (float_of(r.word(one)) for one in (a, b))
+            result = COMPARE[name.removesuffix("U")](left, right)
+            if name.endswith("U"):  # or unordered
+                result = result | np.isnan(left) | np.isnan(right)
+            result = result if np.ndim(result) else bool(result)
+    join = JOIN[next(name for name in step.modifiers if name in JOIN)]
+    other = r.predicate(joined)
+    return join(result, other), join(invert(result), other)
+
+
 def scaled_add(step: Instruction, r: Registers) -> Sequence[Value]:
     """LEA Rd, [Pcarry,] a, b, by; LEA.HI[.X] Rd, a, b, c, by, [Pin]: the upper half of c:a << by, and b."""
     (a, b, *others), carried = sources(step)
@@ -367,6 +385,7 @@ STEPS: dict[str, Step] = {
     **dict.fromkeys(("LOP3", "ULOP3"), logic),
     **dict.fromkeys(("PLOP3", "UPLOP3"), predicate_logic),
     **dict.fromkeys(("ISETP", "UISETP"), compare),
+    "FSETP": compare_floats,
     **dict.fromkeys(("LEA", "ULEA"), scaled_add),
     **dict.fromkeys(("SEL", "USEL"), select),
     **dict.fromkeys(("VIMNMX", "UVIMNMX", "IMNMX", "UIMNMX", "VIADDMNMX", "UVIADDMNMX"), extreme),

@@ -78,8 +78,11 @@ class Entry:
         for number, argument in enumerate(self.arguments):
             size = SIZES.get(argument.kind, 8)
             place = -(-place // size) * size
-            value = (number + 1) << BUFFER_SHIFT if argument.kind == "buffer" else int(argument.value)
-            if argument.kind not in ("tensor map", "float32"):  # what is computed with a float is not followed
+            if argument.kind == "float32":  # looked at by comparisons; what is computed with it is not followed
+                value = int(np.float32(argument.value).view(np.uint32))
+            else:
+                value = (number + 1) << BUFFER_SHIFT if argument.kind == "buffer" else int(argument.value)
+            if argument.kind != "tensor map":
                 bank |= {place + offset: value >> 8 * offset & 0xFFFFFFFF for offset in range(0, size, 4)}
             place += size
         return bank

@@ -56,6 +56,24 @@ def test_a_loop_without_end_is_an_error(monkeypatch):
         times(LOOP.format(start="RZ", step="0x0", end="0x5"))
 
 
+@pytest.mark.parametrize(("compare", "eps", "skipped"), [("NEU", 0.0, False), ("NEU", 1e-6, True), ("EQ", 1e-6, False)])
+def test_a_branch_on_a_float_of_the_launch_is_decided(compare, eps, skipped):
+    """As on Sinkhorn's eps, whose two forms are both in the code; one on what is computed with it is not."""
+    entry = Entry("sm_90a", (Argument("eps", "float32", eps),), (1, 1, 1), (32, 1, 1))
+    text = f"""
+    LDC R1, c[0x0][0x210]
+    FADD R2, R1, R1
+    FSETP.{compare}.AND P0, PT, {{}}, RZ, PT
+    @P0 BRA `(.L_x_1)
+    MUFU.RCP R3, R2
+.L_x_1:
+    EXIT
+"""
+    counted, found = times(text.format("R1"), entry)
+    assert (counted["MUFU"], dict(found.undecided)) == (int(not skipped), {})
+    assert all(times(text.format(operand), entry)[1].undecided for operand in ("R2", "-R1"))
+
+
 def test_a_branch_on_loaded_data_is_undecided():
     _, found = times("""
         LDC.64 R2, c[0x0][0x210]
