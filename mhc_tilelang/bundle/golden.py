@@ -10,6 +10,9 @@ float32 kernel with another order of sums, or an exp of a few ULPs, is well with
 
     |got − expected| ≤ atol + rtol · |expected|              atol = rtol = 0 where nothing is rounded
 
+Kernels written thread by thread (`kernels.warps`) have no such form and no golden vector: a model's run takes their
+results from the executor of generated CUDA code, so that the kernels behind them have their inputs.
+
 Inputs are those that the kernels get when a model of a few tokens runs; a kernel that only many tokens need gets
 random ones. Of an output of many elements every STEP-th is kept, STEP having no divisor in common with its sizes.
 
@@ -75,6 +78,8 @@ class Recorder:
     def load(self, family: str, parameters: dict[str, Any]) -> Kernel:
         """Return a kernel as `compile.emulating` asks for it."""
         kernel = self.kernels[key_of(family, parameters)]
+        if is_by_threads(kernel):
+            return self.executed(kernel)
         library = compile_float64(kernel, self.scratch)
 
         def launch(tensors: Sequence[torch.Tensor], sizes: dict[str, int], scalars: list[float]) -> None:
@@ -86,6 +91,21 @@ class Recorder:
                 self.tick()
 
         return Kernel(family, kernel.signature, launch)
+
+    def executed(self, kernel: Described) -> Kernel:
+        """Return a kernel written by threads, as the executor runs its CUDA code."""
+        from ..compiler.simt.launch import launch
+        from ..compiler.simt.target import load_or_generate
+
+        source, signature = load_or_generate(kernel.family, kernel.parameters, self.target)
+        self.tick()
+
+        def run(tensors: Sequence[torch.Tensor], sizes: dict[str, int], scalars: list[float]) -> None:
+            pairs = zip(signature.buffers, tensors, strict=True)
+            used = {buffer.name: tensor for buffer, tensor in pairs if buffer.name in source.arguments}
+            launch(source, self.target, used, {**sizes, **dict(zip(signature.scalars, scalars, strict=True))})
+
+        return Kernel(kernel.family, signature, run)
 
     def record(
         self, library: ctypes.CDLL, kernel: Described, tensors: Sequence[torch.Tensor], numbers: Mapping[str, float]
@@ -119,6 +139,13 @@ class Recorder:
         return known
 
 
+def is_by_threads(kernel: Described) -> bool:
+    """Tell whether a kernel is thread-level code, which the CPU lowering does not take."""
+    from ..kernels.warps import PASS_CONFIGS_ATTR
+
+    return PASS_CONFIGS_ATTR in (kernel.func.attrs or {})
+
+
 def step_of(elements: int) -> int:
     """1 where all elements of an output are kept; else a step that visits every channel, stream and token alike."""
     step = 1
@@ -144,7 +171,8 @@ def make(
         with compiler.emulating(workload.emulator(target, recorder.load)):
             workload.run(spec, workload.inputs_of(spec, dtype), forward_only, torch.randn_like, rms_norm_eps)
         for kernel in kernels:
-            if kernel.name not in recorder.vectors and not kernel.signature.scalars:
+            recorded = kernel.name in recorder.vectors or is_by_threads(kernel)
+            if not recorded and not kernel.signature.scalars:
                 recorder.load(kernel.family, kernel.parameters)(**random_arguments(kernel))
     return [recorder.vectors[kernel.name] for kernel in kernels if kernel.name in recorder.vectors]
 
