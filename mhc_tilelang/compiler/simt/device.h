@@ -176,6 +176,9 @@ SIMT_INLINE unsigned __pack_half2(half_t x, half_t y) { return __half2(x, y).who
 
 SIMT_INLINE float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 extern "C" float expf(float);  // all that kernels call of <cmath>, which takes half of their compilation to read
+namespace tl {
+SIMT_INLINE float fast_rcp(float x) { return 1.0f / x; }
+}  // namespace tl
 SIMT_INLINE float rsqrtf(float x) { return 1.0f / __builtin_sqrtf(x); }
 
 template <typename T>
