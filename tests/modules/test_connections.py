@@ -17,7 +17,7 @@ from mhc_tilelang.checking.comparison import numpy64
 
 SPEC = mhc.MHCSpec.deepseek_v4(hidden_size=64)
 TOKENS = (2, 5)
-STREAMS = (1, 2, 3, 4, 7, 8)
+STREAMS = (2, 3, 4, 8)
 MODULES = {
     "mhc": lambda **kwargs: mhc.HyperConnection(SPEC, sublayer=6, **kwargs),
     "hc": lambda **kwargs: mhc.UnconstrainedHyperConnection(SPEC, sublayer=6, **kwargs),
