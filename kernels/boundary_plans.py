@@ -206,12 +206,13 @@ class BoundaryBackwardPlan(ProjectionBackwardPlan):
 
 
 def backward_is_fused(num_streams: int, platform: str) -> bool:
-    """Whether a boundary's backward is: on a GPU up to four streams.
+    """Whether a boundary's backward is: on a GPU up to four streams; on a CPU the fused kernel takes longer than the
+    separate ones (docs/tuning.md).
 
     At n = 8 tilelang's layouts take minutes and 6 GB to find. There the separate kernels run, which round the gradient
     of x_next to the stream's dtype.
     """
-    return platform == "cpu" or num_streams <= 4
+    return platform != "cpu" and num_streams <= 4
 
 
 @cache

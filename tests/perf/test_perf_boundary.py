@@ -245,7 +245,7 @@ def test_table_and_json(results: tuple[Path, str]) -> None:
     for kernel, result in found.items():
         separate = result["separate"]
         assert separate["over_kernel"] == pytest.approx(separate["time"]["median"] / result["time"]["median"])
-        assert (separate["error"] == 0) == (kernel in (POST_PRE, POST_PRE_DELAYED))  # the same bits
+        assert separate["error"] == 0  # the same bits: a CPU's backward is by the separate kernels
         [line] = [line for line in out.splitlines() if line.split(" ")[0].rstrip("*") == kernel]
         assert f"  {separate['over_kernel']:.2f}×  " in line
         parts = next(form["parts"] for form in result["torch"] if form["form"] == boundary_parts.NAME)
@@ -253,7 +253,7 @@ def test_table_and_json(results: tuple[Path, str]) -> None:
         assert not result["cuda_graph"]
     unit = 32 * 64 * 2
     assert found[POST_PRE]["traffic"]["stream_read"] == 9 * unit
-    assert found[POST_PRE_BACKWARD]["traffic"]["stream_written"] == 5 * unit
+    assert found[POST_PRE_BACKWARD]["traffic"]["stream_written"] == 9 * unit  # project_backward's, post_backward's
     assert found[BOUNDARY_STEP]["traffic"]["total"] == sum(
         found[kernel]["traffic"]["total"] for kernel in (POST_PRE, POST_PRE_BACKWARD)
     )

@@ -64,7 +64,7 @@ def measure(modes: tuple[str, ...], num_kernels: int) -> overhead.Measurement:
 
 def test_overhead_is_the_ratio_within_rounds() -> None:
     """Rounds double in time; the ratios, and their quartiles, stay."""
-    measured = measure(("forward", "training"), num_kernels=7)
+    measured = measure(("forward", "training"), num_kernels=8)
     for timings in measured.modes.values():
         assert timings[KERNELS].time.median == 1.25 * 2.0**4  # two rounds of warm-up, and the third of five
         for kind, seconds in SECONDS.items():
@@ -73,17 +73,17 @@ def test_overhead_is_the_ratio_within_rounds() -> None:
 
 
 def test_the_kernels_part_counts_both_sublayers() -> None:
-    measured = measure(("forward", "training"), num_kernels=7)
-    assert set(measured.kernels) == {*overhead.FORWARD_KERNELS, *overhead.BACKWARD_KERNELS}
+    measured = measure(("forward", "training"), num_kernels=8)
+    assert set(measured.kernels) == {*overhead.FORWARD_KERNELS, *overhead.SEPARATE_BACKWARD}
     assert measured.kernel_seconds("forward") == pytest.approx(2 * 3 * 0.16)
-    assert measured.kernel_seconds("training") == pytest.approx(2 * 7 * 0.16)
+    assert measured.kernel_seconds("training") == pytest.approx(2 * 8 * 0.16)
 
 
-def test_where_the_backward_is_not_fused_the_separate_kernels_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight streams on a GPU are such a case; every call runs."""
-    monkeypatch.setattr(overhead.boundary_plans, "backward_is_fused", lambda *_: False)
+def test_where_the_backward_is_fused_its_kernels_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU fuses it; every call runs."""
+    monkeypatch.setattr(overhead.boundary_plans, "backward_is_fused", lambda *_: True)
     alone = overhead.kernels_alone(layers()[KERNELS].x, training=True)
-    assert set(alone) == {*overhead.FORWARD_KERNELS, *overhead.SEPARATE_BACKWARD}
+    assert set(alone) == {*overhead.FORWARD_KERNELS, *overhead.BACKWARD_KERNELS}
     for run in alone.values():
         run()
 
@@ -255,7 +255,7 @@ def test_a_tiny_layer_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for kind, timing_of in got["measured"]["training"].items():
         if kind != RESIDUAL:
             assert overhead_report.percent(timing_of["overhead"]["median"]) in out
-    assert set(got["kernels"]) == {*overhead.FORWARD_KERNELS, *overhead.BACKWARD_KERNELS}
+    assert set(got["kernels"]) == {*overhead.FORWARD_KERNELS, *overhead.SEPARATE_BACKWARD}
     assert got["memory"]["kind"] == "saved for backward"
     assert set(got["memory"]["bytes"]) == set(KINDS)
     assert got["layer"] == {"model": "custom", **vars(SIZES), "num_streams": 4, "dtype": "bfloat16"}
@@ -297,7 +297,7 @@ def test_a_failed_check_ends_it_without_a_number(
 
 
 def test_on_a_gpu_the_figure_is_not_called_incomparable() -> None:
-    measured = measure(("training",), num_kernels=7)
+    measured = measure(("training",), num_kernels=8)
     assert overhead_report.conclusion(measured, "cuda") == (
         "measured: mHC with our kernels adds 25.0 % (quartiles 25.0 % to 25.0 %) to forward + backward of this layer; "
         "the paper: 6.7 %."
