@@ -20,8 +20,9 @@ are run-time values, so one compilation serves every batch.
     head                      the coefficients of the last aggregation
     X_backward                the gradients of each, derived where it begins
     boundary_backward         that of post, and of the next projection and aggregation, from one read
+    coefficients_aggregate_backward   that of an aggregation and of its coefficients, in one launch
     boundary_sums             every kind of partial sum that it leaves, in one launch
-    projection_warps, post_project_warps, sinkhorn_thread   the same as thread-level code, of `warps`
+    projection_warps, post_project_warps, sinkhorn_thread…   the same as thread-level code, of `warps`
     partial_sums              sums over blocks of tokens, added up: the gradients of parameters
     plans                     tiles, threads, stages: what is compiled in, chosen from sizes and target
     projection_plans          the same for what has a product
@@ -52,6 +53,10 @@ FAMILIES = {
     "sinkhorn_backward": ("sinkhorn_backward", "sinkhorn_backward_kernel"),
     "aggregate_backward": ("aggregate_backward", "aggregate_backward_kernel"),
     "aggregate_gradients": ("aggregate_backward", "aggregate_gradients_kernel"),
+    "coefficients_aggregate_backward": (
+        "coefficients_aggregate_backward",
+        "coefficients_aggregate_backward_kernel",
+    ),
     "aggregate_norm_backward": ("aggregate_norm_backward", "aggregate_norm_backward_kernel"),
     "post_backward": ("post_backward", "post_backward_kernel"),
     "expand_backward": ("expand_backward", "expand_backward_kernel"),

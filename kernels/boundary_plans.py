@@ -215,6 +215,40 @@ def backward_is_fused(num_streams: int, platform: str) -> bool:
     return platform != "cpu" and num_streams <= 4
 
 
+@dataclass(frozen=True)
+class CoefficientsAggregateBackwardPlan:
+    """What is compiled into `coefficients_aggregate_backward`: iterations that Sinkhorn's backward has room for, the
+    warps of a block that sum over channels, and how many blocks shall find room on a multiprocessor.
+    """
+
+    capacity: int
+    summing_warps: int = 8
+    blocks_per_sm: int = 2
+
+
+def mappings_by_threads(num_streams: int, platform: str) -> bool:
+    """Whether thread-level code is Sinkhorn's backward in `coefficients_backward`: on a GPU, of two streams or four,
+    whose rows of a matrix are one access; at n = 8 matrix, gradient and logits are 192 registers.
+    """
+    return platform != "cpu" and num_streams in (2, 4)
+
+
+def joins_coefficients(num_streams: int, hidden_size: int, dtype: str, platform: str) -> bool:
+    """Whether `coefficients_aggregate_backward` takes the place of two launches: for 16-bit streams whose rows start on
+    16 bytes, where there is thread-level code for both.
+    """
+    return mappings_by_threads(num_streams, platform) and has_warps(hidden_size, dtype, platform)
+
+
+def joined_tokens(num_tokens: int, plan: CoefficientsAggregateBackwardPlan, parallel_blocks: int) -> int:
+    """Tokens of its block: as few as fill a device that runs `parallel_blocks` at a time once, or some times where a
+    warp of them is too few; a multiple of the warps that share them. It changes no token's bits.
+    """
+    waves = max(1, -(-num_tokens // (WARP * parallel_blocks)))
+    tokens = -(-num_tokens // (waves * parallel_blocks))
+    return min(WARP, max(1, -(-tokens // plan.summing_warps)) * plan.summing_warps)
+
+
 @cache
 def boundary_backward_plan(
     rows: int,

@@ -114,6 +114,7 @@ def coefficients_backward_kernel(
     has_g_h_res: bool = False,
     capacity: int = 1,
     has_h_res: bool = True,
+    by_threads: bool = False,
 ):
     """g_h_pre, g_h_post [T, n], g_h_res [T, n, n], projected [M + 1, T], alpha [3], bias [M]
     -> g_projected [M + 1, T], partial [blocks, 3 + M] of g_alpha and g_bias.
@@ -125,6 +126,11 @@ def coefficients_backward_kernel(
         from .gates import gates_backward_kernel
 
         return gates_backward_kernel(num_streams, hidden_size, block, has_g_h_pre, has_g_h_post)
+    if by_threads:
+        from .coefficients_thread_backward import coefficients_backward_by_threads_kernel
+
+        has_given = (has_g_h_pre, has_g_h_post, has_g_h_res)
+        return coefficients_backward_by_threads_kernel(num_streams, hidden_size, *has_given, capacity)
     n = num_streams
     pre, post, res = row_groups(n)
     num_rows = n * n + 2 * n

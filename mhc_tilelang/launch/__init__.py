@@ -22,6 +22,7 @@ from .aggregate import aggregate, aggregate_backward, aggregate_gradients, aggre
 from .beside import coefficients_beside, coefficients_on
 from .coefficients import (
     coefficients,
+    coefficients_aggregate_backward,
     coefficients_backward,
     head_coefficients,
     head_coefficients_backward,
@@ -73,6 +74,7 @@ __all__ = [
     "boundary_schedule",
     "boundary_sums",
     "coefficients",
+    "coefficients_aggregate_backward",
     "coefficients_and_aggregate",
     "coefficients_and_quantize",
     "coefficients_backward",

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 
 from .. import compiler
+from ..compiler.kernel import dtype_name
 from ..kernels import boundary_plans, plans, projection_plans
 from ..spec import MHCSpec
-from .operands import Gradient, aligned, placeholder_if_none
+from .aggregate import aggregate_backward
+from .operands import Gradient, aligned, placeholder_if_none, stream_kernel
 from .partial_sums import sum_partials
+from .projection import parallel_blocks
 from .sinkhorn import sinkhorn_sizes
 
 
@@ -141,6 +144,7 @@ def mappings_backward(
         hidden_size=spec.hidden_size,
         capacity=capacity,
         block=block,
+        by_threads=boundary_plans.mappings_by_threads(spec.num_streams, compiler.platform_of(projected.device)),
         has_g_h_pre=g_h_pre is not None,
         has_g_h_post=g_h_post is not None,
         has_g_h_res=g_h_res is not None,
@@ -157,6 +161,55 @@ def mappings_backward(
         iters=spec.sinkhorn_iters,
         sinkhorn_eps=spec.sinkhorn_eps,
         post_scale=spec.post_scale,
+    )
+    return partial
+
+
+def coefficients_aggregate_backward(
+    g_layer_input: torch.Tensor,
+    x: torch.Tensor,
+    g_h_post: Gradient,
+    g_h_res: Gradient,
+    projected: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    spec: MHCSpec,
+    *,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """`aggregate_backward` of g_layer_input [T, C] and x [T, n, C], and with its g_h_pre `mappings_backward`: in one
+    launch where there is a kernel for it.
+    """
+    num_tokens, n, hidden_size = x.shape
+    platform = compiler.platform_of(x.device)
+    if not boundary_plans.joins_coefficients(n, hidden_size, dtype_name(x.dtype), platform):
+        g_h_pre = aggregate_backward(g_layer_input, x)
+        return mappings_backward(g_h_pre, g_h_post, g_h_res, projected, alpha, bias, spec, out=out)
+    capacity, _ = sinkhorn_sizes(n, spec.sinkhorn_iters, compiler.target_of(x.device))
+    plan = boundary_plans.CoefficientsAggregateBackwardPlan(capacity)
+    tokens = boundary_plans.joined_tokens(num_tokens, plan, max(1, parallel_blocks(x.device) // 2))
+    kernel = stream_kernel(
+        "coefficients_aggregate_backward",
+        x,
+        plan=plan,
+        has_g_h_post=g_h_post is not None,
+        has_g_h_res=g_h_res is not None,
+    )
+    partial = partial_sums(projected, tokens, alpha.numel() + bias.numel())
+    kernel(
+        g_layer_input=aligned(g_layer_input),
+        x=aligned(x),
+        g_h_post=placeholder_if_none(g_h_post, projected),
+        g_h_res=placeholder_if_none(g_h_res, projected),
+        projected=projected,
+        alpha=aligned(alpha),
+        bias=aligned(bias),
+        g_projected=out,
+        partial=partial,
+        iters=spec.sinkhorn_iters,
+        sinkhorn_eps=spec.sinkhorn_eps,
+        post_scale=spec.post_scale,
+        tokens=tokens,
     )
     return partial
 

@@ -1,10 +1,11 @@
 """The backward of a sublayer boundary, launched: as `post_pre`, for the gradients.
 
-    post_pre_backward   aggregate_backward, coefficients_backward, boundary_backward, boundary_sums: four launches;
-                        with more than four streams on a GPU the separate kernels, six launches and two more for their
-                        partial sums;
-                        aggregate_norm_backward and its partial sums in place of aggregate_backward where layer_input is
-                        normalised
+    post_pre_backward   coefficients_aggregate_backward, boundary_backward, boundary_sums: three launches; four where
+                        there is no kernel for both coefficients and aggregation, which then are one each, or where
+                        layer_input is normalised: aggregate_norm_backward is in place of aggregate_backward, with a
+                        launch for its partial sums;
+                        on a CPU, and with more than four streams, the separate kernels, six launches and two
+                        more for their partial sums
 
 Tensors come flat and contiguous, [T, …]. A gradient that is not given is None and counts as zero; nothing of it is
 read. Sums over tokens and channels are taken in an order that the sizes fix, those of g_phi as in `project_backward`.
@@ -21,7 +22,7 @@ from ..compiler.kernel import dtype_name
 from ..kernels import boundary_plans, plans, projection_plans
 from ..spec import MHCSpec
 from .aggregate import aggregate_backward, aggregate_norm_backward
-from .coefficients import coefficients_backward, mappings_backward, split_parameters
+from .coefficients import coefficients_aggregate_backward, coefficients_backward, mappings_backward, split_parameters
 from .operands import Gradient, aligned, placeholder_if_none, stream_kernel
 from .post import post_backward
 from .projection import parallel_blocks, project_backward
@@ -82,12 +83,14 @@ def post_pre_backward(
         g_layer_input, g_h_pre, g_norm = aggregate_norm_backward(
             g_layer_input, x_next, h_pre, rms_norm_weight, rms_norm_eps, needs_g_weight=needs_g_weight
         )
-    elif g_layer_input is not None and not is_delayed:
+    is_fused = boundary_plans.backward_is_fused(num_streams, compiler.platform_of(x.device))
+    is_joined = is_fused and g_h_pre is None and not is_delayed
+    if g_layer_input is not None and g_h_pre is None and not (is_joined or is_delayed):
         g_h_pre = aggregate_backward(g_layer_input, x_next)
     if not is_delayed:
         g_h_pre_next = g_h_pre
     needs_g_h_pre = is_delayed and g_layer_input is not None and g_h_pre is None
-    if not boundary_plans.backward_is_fused(num_streams, compiler.platform_of(x.device)):
+    if not is_fused:
         g_projected, g_alpha, g_bias = coefficients_backward(
             g_h_pre_next, g_h_post_next, g_h_res_next, projected, alpha, bias, spec
         )
@@ -98,9 +101,11 @@ def post_pre_backward(
             g_h_pre = aggregate_backward(g_layer_input, x_next)
         return BoundaryGradients(*g_mixed, g_phi, g_alpha, g_bias, g_h_pre if is_delayed else None, g_norm)
     g_projected = torch.empty_like(projected)
-    partial_parameters = mappings_backward(
-        g_h_pre_next, g_h_post_next, g_h_res_next, projected, alpha, bias, spec, out=g_projected
-    )
+    mappings = (g_h_post_next, g_h_res_next, projected, alpha, bias, spec)
+    if g_layer_input is not None and is_joined:
+        partial_parameters = coefficients_aggregate_backward(g_layer_input, x_next, *mappings, out=g_projected)
+    else:
+        partial_parameters = mappings_backward(g_h_pre_next, *mappings, out=g_projected)
     g_x, g_layer_output, partial_phi, partial_mixing = mixing_backward(
         *(g_x_next, g_layer_input, g_projected, x, layer_output, h_pre, h_post, h_res, phi),
         needs_g_h_pre=needs_g_h_pre,

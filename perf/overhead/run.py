@@ -29,7 +29,7 @@ from .layers import EAGER, KERNELS, KINDS, RESIDUAL, WAITING, Layer
 from .model import SUBLAYERS, TRAINING
 
 FORWARD_KERNELS = ("post_project", "coefficients", "aggregate")
-BACKWARD_KERNELS = ("aggregate_backward", "coefficients_backward", "boundary_backward", "boundary_sums")
+BACKWARD_KERNELS = ("coefficients_aggregate_backward", "boundary_backward", "boundary_sums")
 # Where a boundary's backward is not fused, with the sum of post's and pre's gradient of the stream, no kernel of ours.
 GRADIENT_SUM = "sum of g_x"
 SEPARATE_BACKWARD = ("aggregate_backward", "coefficients_backward", "project_backward", GRADIENT_SUM, "post_backward")
@@ -153,21 +153,19 @@ def kernels_alone(x: torch.Tensor, training: bool) -> dict[str, Run]:
     }
     if not training:
         return runs
-    runs["aggregate_backward"] = Buffered(given, "aggregate_backward").run
     fused = boundary_plans.backward_is_fused(num_streams, compiler.platform_of(x.device))
     return {**runs, **(fused_backward(given) if fused else separate_backward(given))}
 
 
 def fused_backward(given: Given) -> dict[str, Run]:
-    """Return the launches of `post_pre_backward` behind the first one, each with what those before it leave."""
+    """Return the launches of `post_pre_backward`, each with what those before it leave; the first may be two."""
     i, left, g = given.inputs, given.after, given.gradients
     g_projected, out = torch.empty_like(left.projected), (torch.empty_like(i.x), torch.empty_like(i.layer_output))
     mixing = (i.x, i.layer_output, left.h_pre, i.h_post, i.h_res, i.phi)
 
     def mappings() -> torch.Tensor:
-        return launch.mappings_backward(
-            i.h_pre, g.g_h_post, g.g_h_res, left.projected, i.alpha, i.bias, given.spec, out=g_projected
-        )
+        of_mappings = (g.g_h_post, g.g_h_res, left.projected, i.alpha, i.bias, given.spec)
+        return launch.coefficients_aggregate_backward(g.g_h, left.x_next, *of_mappings, out=g_projected)
 
     def boundary() -> tuple[torch.Tensor, ...]:
         return launch.mixing_backward(g.g_x, g.g_h, g_projected, *mixing, out=out)
@@ -176,7 +174,7 @@ def fused_backward(given: Given) -> dict[str, Run]:
     *_, partial_phi, partial_mixing = boundary()
     partial = (partial_phi, partial_mixing, partial_parameters)
     return {
-        "coefficients_backward": mappings,
+        "coefficients_aggregate_backward": mappings,
         "boundary_backward": boundary,
         "boundary_sums": lambda: launch.boundary_sums(*partial, given.case.num_streams),
     }
@@ -186,6 +184,7 @@ def separate_backward(given: Given) -> dict[str, Run]:
     """Return the separate backward kernels that run where none is fused, the sum of both g_x included."""
     one, other = torch.ones_like(given.inputs.x), torch.ones_like(given.inputs.x)
     return {
+        "aggregate_backward": Buffered(given, "aggregate_backward").run,
         "coefficients_backward": Buffered(given, "coefficients_backward").run,
         "project_backward": Buffered(given, AGGREGATED).run,
         GRADIENT_SUM: lambda: one.add_(other),

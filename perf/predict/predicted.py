@@ -25,7 +25,7 @@ from .walk import walk
 BANDS = {"memory": 1.08, "memory and SM": 1.3, "SM": 1.25, "launch and latency": 1.4}
 FUSED = (
     *("post_project", "expand_project", "boundary_backward", "replay"),
-    *("aggregate_mappings", "coefficients_aggregate"),
+    *("aggregate_mappings", "coefficients_aggregate", "coefficients_aggregate_backward"),
 )
 FUSED_BAND = 1.6  # nothing in the published set resembles them: until one is measured
 CANNOT_SAY = 1.22  # predicted ratio, below which the faster one of two was wrong too often

@@ -140,7 +140,9 @@ def split_phi_bytes(case: Case, plan: ProjectionPlan) -> int:
 
 
 def boundary_backward_bytes(case: Case, plan: ProjectionPlan) -> int:
-    """Return the small bytes of `post_pre_backward`: four kernels, of h_pre, mappings, mixing with phi, sums."""
+    """Return the small bytes of `post_pre_backward`: of h_pre, mappings, mixing with phi, sums; the first two can be
+    one launch, which keeps h_pre's gradient on the chip.
+    """
     shape, rows = case.shape, plan.rows
     n, tokens, mixing = shape.num_streams, shape.num_tokens, shape.num_streams * (shape.num_streams + 1)
     backward = boundary_plans.boundary_backward_plan(rows, n, shape.hidden_size, shape.dtype, target_of(plan))
@@ -149,9 +151,11 @@ def boundary_backward_bytes(case: Case, plan: ProjectionPlan) -> int:
     blocks = -(-shape.hidden_size // backward.channels)
     phi = rows * n * shape.hidden_size
     ranges = 2 * num_ranges * phi if num_ranges > 1 else 0  # partial sums in and out; a single range's is g_phi itself
-    token_sums = 2 * num_token_sums(case, plan) * (3 + rows)
+    is_joined = boundary_plans.joins_coefficients(n, shape.hidden_size, shape.dtype, target_of(plan))
+    token_sums = 2 * (num_joined_sums(tokens) if is_joined else num_token_sums(case, plan)) * (3 + rows)
     parameters = 2 * (3 + rows)  # alpha and bias in, their gradients out
-    per_token = n + (3 * rows + 2) + (rows + 1 + n + mixing) + mixing  # pre, mappings, what the mixing reads, sums out
+    pre = -n if is_joined else n  # joined, it is not read either
+    per_token = pre + (3 * rows + 2) + (rows + 1 + n + mixing) + mixing  # pre, mappings, what is mixed, sums out
     elements = (per_token + 2 * blocks * mixing) * tokens + 2 * phi + ranges + token_sums + parameters
     return elements * FLOAT32
 
@@ -163,6 +167,12 @@ def separate_backward(case: Case, plan: ProjectionPlan) -> Traffic:
     kernels = ("aggregate_backward", "coefficients_backward", "project_backward", "post_backward")
     parts = (traffic(Case(kernel, shape), plan, num_slabs=1) for kernel in kernels)
     return sum(parts, start=Traffic(unit, 0, n * shape.num_tokens * FLOAT32))
+
+
+def num_joined_sums(num_tokens: int) -> int:
+    """Return the same of `coefficients_aggregate_backward`, a block of which has a multiprocessor to itself."""
+    plan = boundary_plans.CoefficientsAggregateBackwardPlan(capacity=1)
+    return -(-num_tokens // boundary_plans.joined_tokens(num_tokens, plan, PARALLEL_BLOCKS // 2))
 
 
 def num_token_sums(case: Case, plan: ProjectionPlan) -> int:

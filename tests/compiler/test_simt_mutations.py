@@ -26,6 +26,7 @@ CHECKED_BY = {
     "expand_project": "expand_pre",
     "post_project": "post_pre",
     "coefficients_aggregate": "post_pre",
+    "coefficients_aggregate_backward": "post_pre_backward",
     "boundary_backward": "post_pre_backward",
     "boundary_sums": "post_pre_backward",
 }
@@ -62,6 +63,7 @@ MASKS = {
     "aggregate_mappings": TOKENS,
     "project_backward": TOKENS,
     "coefficients_backward": TOKENS,
+    "coefficients_aggregate_backward": TOKENS,
     "head_coefficients_backward": TOKENS,
     "sum_partials": (r" < num_elements\)", " <= num_elements)"),
     "sinkhorn_backward": TOKENS,
@@ -99,6 +101,7 @@ def test_swapped_rows_of_h_res_are_caught(family: str) -> None:
 # Barriers that tilelang sets and nothing needs: what follows begins with one, or touches what the same thread touched.
 REDUNDANT = {"aggregate_norm_backward": 1, "post_backward": 1}
 SYNCHRONIZED = {"project": 2, "project_backward": 2, "post_project": 2, "boundary_backward": 3}
+SYNCHRONIZED |= {"coefficients_backward": 1, "coefficients_aggregate_backward": 2}
 SYNCHRONIZED |= {"aggregate_norm_backward": 1, "expand_project": 2, "post_backward": 2}
 """How many barriers and waits there are, besides those of reductions."""
 

@@ -164,6 +164,9 @@ def test_every_call_is_launched_and_listed(tmp_path: Path) -> None:
         "split_phi",
         "aggregate_mappings",
         "coefficients_aggregate",
+        "coefficients_aggregate_backward",
+        "boundary_backward",
+        "boundary_sums",
     }  # a GPU's
     post = next(one for one in listed if one["family"] == "post")
     unit = 5 * 48 * 2
