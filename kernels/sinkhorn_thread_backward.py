@@ -7,18 +7,8 @@ lie in shared memory, row step · n + k, a column a thread.
 import tilelang.language as T
 
 from .sinkhorn import iterations
-from .sinkhorn_thread import first_iteration, max_columns, sum_columns
+from .sinkhorn_thread import first_iteration, invert, max_columns, sum_columns
 from .warps import fma
-
-
-@T.macro
-def invert(values, at):
-    """values[at] = 1 / values[at], rounded once, of a normal number below 2^126: the hardware's guess and one step of
-    Newton's, which is how nvcc divides as well, without its branch around rare operands.
-    """
-    guess = T.alloc_local((1,), T.float32)
-    guess[0] = T.call_extern("float32", "tl::fast_rcp", values[at])
-    values[at] = fma(fma(-values[at], guess[0], T.float32(1)), guess[0], guess[0])
 
 
 def element(k, other, axis, n):
