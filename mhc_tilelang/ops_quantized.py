@@ -82,8 +82,8 @@ def pre_quantized(
     autograd.Function takes `layer_input` beside them, and returns the gradient as its.
 
     Args:
-        x, phi, alpha, bias, spec, h_pre, norm_weight: as in `pre`.
-        rms_norm_weight, rms_norm_eps: of the layer's own norm, as in `pre`.
+        x: as in `pre`, and so are phi, alpha, bias, spec, h_pre and norm_weight.
+        rms_norm_weight: of the layer's own norm, with rms_norm_eps, as in `pre`.
         ue8m0: round scales up to powers of two, which are UE8M0 numbers as the exponents of their float32.
         keeps_layer_input: write layer_input, too: for gradients, and for what else reads it.
         out: the results' buffers: values, scales, layer_input if kept, h_post, h_res, and h_pre in the delayed form.
@@ -122,7 +122,8 @@ def post_pre_quantized(
     """`post_pre` with a rms_norm_weight, the next layer's input in float8 as `pre_quantized` has it.
 
     Args:
-        x, layer_output, h_post, h_res: of the sublayer that ends, as in `post_pre`; the others as in `pre_quantized`.
+        x: of the sublayer that ends, as layer_output, h_post and h_res, all as in `post_pre`; the others are those of
+            `pre_quantized`.
         out: x_next's buffer, then those of `pre_quantized`.
 
     Returns:

@@ -295,8 +295,9 @@ class HyperHead(StreamModule):
         device: as for `HyperConnection`.
 
     Parameters (float32): phi [n, K] starts at 0, alpha [1] at 0.01 and bias [n] at −log(n − 1), where the
-    sigmoid gives 1/n. So a head starts as the mean of the streams (to pre_eps); our choice. With
-    residual_mapping="identity" phi starts as a connection's, which is Hy4's.
+    sigmoid gives 1/n. So a head starts as the mean of the streams (to pre_eps); our choice. Of one stream
+    bias starts at 0, and the head as half of it: no finite bias gives 1. With residual_mapping="identity" phi starts as
+    a connection's, which is Hy4's.
     """
 
     def __init__(self, spec: MHCSpec, device: Device = None) -> None:
