@@ -216,17 +216,14 @@ def compare_floats(step: Instruction, r: Registers) -> Sequence[Value]:
     """FSETP.NEU.AND P, P, a, b, Pin, of registers and constants as they are: such as an eps of the launch."""
     a, b, joined = step.operands[2:5]
     name = next((name for name in step.modifiers if name.removesuffix("U") in COMPARE), "")
-    has_sign = any(sign in operand for sign in "-|~" for operand in (a, b))
     result: Value = None
-    with suppress(UnknownError):
-        if name and not has_sign:
+    if name and not any(sign in operand for sign in "-|~" for operand in (a, b)):
+        with suppress(UnknownError):
             left, right = (float_of(r.word(one)) for one in (a, b))
-            result = COMPARE[name.removesuffix("U")](left, right)
-            if name.endswith("U"):  # or unordered
-                result = result | np.isnan(left) | np.isnan(right)
+            unordered = name.endswith("U") & (np.isnan(left) | np.isnan(right))
+            result = COMPARE[name.removesuffix("U")](left, right) | unordered
             result = result if np.ndim(result) else bool(result)
-    join = JOIN[next(name for name in step.modifiers if name in JOIN)]
-    other = r.predicate(joined)
+    join, other = JOIN[next(name for name in step.modifiers if name in JOIN)], r.predicate(joined)
     return join(result, other), join(invert(result), other)
 
 
