@@ -14,6 +14,7 @@ from typing import Any
 
 from ...kernels.boundary_plans import (
     AggregateMappingsPlan,
+    CoefficientsAggregateBackwardPlan,
     CoefficientsAggregatePlan,
     ExpandProjectPlan,
     PostProjectPlan,
@@ -84,6 +85,8 @@ def plans_like(plan: Any, parameters: Parameters, target: str) -> Iterator[Any]:
             yield replace(plan, tile=tile, tokens=tile.threads, blocks_per_sm=blocks)
     elif isinstance(plan, CoefficientsAggregatePlan):
         yield from (replace(plan, blocks_per_sm=blocks) for blocks in (2, 3, 4, 6))
+    elif isinstance(plan, CoefficientsAggregateBackwardPlan):
+        yield from (replace(plan, blocks_per_sm=blocks) for blocks in (1, 2, 3))
     elif isinstance(plan, WarpsPlan):
         for stages, blocks in product((1, 2), room(target)):
             yield replace(plan, stages=stages, blocks_per_sm=blocks)

@@ -98,6 +98,7 @@ def test_gradients_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(bool(gradient.any()) for gradient in beside)
 
 
+@pytest.mark.full  # half a minute of lowering; `test_warps` holds the thread-level kernels to the tiles' bits
 def test_on_a_gpus_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Generated CUDA has equal bits too; there a block of mappings has as many tokens as `pre` has threads."""
     case = Case(4, 144, FP16, 37)

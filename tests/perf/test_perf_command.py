@@ -316,7 +316,7 @@ def test_options_reach_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:
         "--widths 0",
         "--widths wide",
         "--tokens -1",
-        "--streams 3",
+        "--streams 9",
         "--repeats 0",
         "--baselines some",
         "--device tpu",

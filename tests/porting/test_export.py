@@ -43,13 +43,13 @@ def test_every_launch_of_the_audit_is_exported(num_streams: int, target: str) ->
     """The bundle has every launch of `perf.calls.launches`, at any number of tokens.
 
     Catches a workload that does not reach a function, a reduction or a form, or a token count that compiles anew.
-    Recomputation is left out: a kernel for every length of block.
+    Recomputation is left out: a kernel for every length of block. So is float8, which bundles do not have.
     """
     exported = workload.kernels_of(MHCSpec(256, num_streams), DTYPE, target, rms_norm_eps=1e-6)
     platform = "cpu" if target == "cpu" else "cuda"
     for num_tokens in (1, 63, *range(128, 2304, 128), 20_000):
         shape = Shape(num_tokens, num_streams, 256, DTYPE)
-        for call in set(CALLS) - {"replay"}:
+        for call in set(CALLS) - {"replay", "aggregate_quantized"}:
             for launch in launches(Case(call, shape), platform, workload.GPU_BLOCKS):
                 assert (launch.family, launch.parameters) in exported, num_tokens
 
