@@ -2,8 +2,7 @@
 
     post_head            three launches: post_project on the head's phi, its coefficients, and the aggregation
     post_head_backward   aggregate_backward, head_coefficients_backward, boundary_backward, boundary_sums: four
-                         launches;
-                         with more than four streams on a GPU the separate kernels
+                         launches; the separate kernels where `post_pre_backward` takes them
 
 Tensors come flat, [T, …], checked and contiguous; `operators` sees to that. Results have the bits of `post`, then the
 head's kernels. Sums over tokens and channels are taken in the order of `post_pre_backward`.
