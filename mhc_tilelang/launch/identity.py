@@ -3,7 +3,7 @@ directions.
 
     identity_post_pre            post_project, coefficients, aggregate; the first two in the delayed form
     identity_post_pre_backward   aggregate_backward, coefficients_backward, boundary_backward, boundary_sums: four
-                                 launches; with more than four streams on a GPU the separate kernels
+                                 launches; the separate kernels where `post_pre_backward` takes them
 
 Tensors come flat and contiguous, [T, …]; `operators` sees to that. Gradients that are not needed are skipped.
 """
@@ -23,8 +23,7 @@ from .coefficients import partial_sums, split_parameters
 from .operands import Gradient, aligned, by_width, channel_kernel, placeholder_if_none, stream_kernel
 from .partial_sums import sum_partials
 from .post_pre import post_project
-from .post_pre_backward import BoundaryGradients, boundary_sums, mixing_backward
-from .projection import project_backward
+from .post_pre_backward import BoundaryGradients, boundary_sums, mixing_backward, stream_backward
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -200,11 +199,7 @@ def identity_post_pre_backward(
     g_projected = torch.empty_like(projected)
     partial_parameters = gate_mappings_backward(g_gate, g_h_post_next, projected, alpha, bias, spec, out=g_projected)
     if not boundary_plans.backward_is_fused(n, compiler.platform_of(x.device)):
-        weights = None if g_layer_input is None else h_pre
-        g_x, g_phi = torch.empty_like(x), torch.empty_like(phi)
-        project_backward(g_projected, x_next, phi, h_pre=weights, g_layer_input=g_layer_input, out=(g_x, g_phi))
-        if g_x_next is not None:
-            g_x += g_x_next
+        g_x, g_phi = stream_backward(g_x_next, g_layer_input, g_projected, h_pre, phi, x_next)
         g_layer_output, g_post = identity_post_backward(g_x, layer_output, h_post)
         if needs_g_h_pre and g_layer_input is not None:
             g_h_pre = aggregate_backward(g_layer_input, x_next)

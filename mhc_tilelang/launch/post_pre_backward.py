@@ -121,6 +121,25 @@ def post_pre_backward(
     return BoundaryGradients(g_x, g_layer_output, g_post, g_res, g_phi.view(phi.shape), g_alpha, g_bias, g_pre, g_norm)
 
 
+def stream_backward(
+    g_x_next: Gradient,
+    g_layer_input: Gradient,
+    g_projected: torch.Tensor,
+    h_pre: torch.Tensor,
+    phi: torch.Tensor,
+    x_next: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All that reaches x_next [T, n, C], from outside and from what was projected and aggregated, and phi's gradient:
+    rounded, then added and rounded again.
+    """
+    g_next, g_phi = torch.empty_like(x_next), torch.empty_like(phi)
+    weights = None if g_layer_input is None else h_pre
+    project_backward(g_projected, x_next, phi, h_pre=weights, g_layer_input=g_layer_input, out=(g_next, g_phi))
+    if g_x_next is not None:
+        g_next += g_x_next
+    return g_next, g_phi
+
+
 def separate_backward(
     g_x_next: Gradient,
     g_layer_input: Gradient,
@@ -140,11 +159,7 @@ def separate_backward(
 
     `out` has the first two.
     """
-    g_next, g_phi = torch.empty_like(x), torch.empty_like(phi)
-    weights = None if g_layer_input is None else h_pre
-    project_backward(g_projected, x_next, phi, h_pre=weights, g_layer_input=g_layer_input, out=(g_next, g_phi))
-    if g_x_next is not None:
-        g_next += g_x_next
+    g_next, g_phi = stream_backward(g_x_next, g_layer_input, g_projected, h_pre, phi, x_next)
     g_x, g_layer_output = out or (torch.empty_like(x), torch.empty_like(layer_output))
     g_post, g_res = (torch.empty_like(each, memory_format=torch.contiguous_format) for each in (h_post, h_res))
     of_mixing = (g_x, g_layer_output, g_post, g_res)
