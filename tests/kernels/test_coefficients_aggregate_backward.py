@@ -79,6 +79,7 @@ FORMS = {
     "every-gradient": (4, 200, 37, BF16),
     "two-streams-and-no-g_h_post": (2, 40, 21, FP16, ("g_h_post",)),
     "no-g_h_res": (4, 200, 9, BF16, ("g_h_res",)),
+    "a-real-width": (4, 2560, 9, BF16),
 }
 
 
