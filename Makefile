@@ -54,10 +54,10 @@ docs-predict: $(READY) ## predict anew what changed (nvcc), write the tables of 
 	$(BIN)/python -m mhc_tilelang.perf.predict.report docs/predict.md docs/tuning.md
 
 test: $(READY) ## run the tests, without those that take minutes
-	$(BIN)/pytest -n $(JOBS) --dist loadgroup -m "not full" $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadscope -m "not full" $(ARGS)
 
 test-full: $(READY) ## run all tests
-	$(BIN)/pytest -n $(JOBS) --dist loadgroup $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadscope $(ARGS)
 
 lint: $(READY) ## check style, formatting and types
 	$(BIN)/ruff check .

@@ -41,11 +41,18 @@ class Recorded:
     streams: tuple[str, ...] = ()
 
     @cached_property
+    def function(self) -> Any:
+        """The kernel's TIR function. Loads tilelang."""
+        from .tracing import trace
+
+        return trace(self.family, self.parameters)
+
+    @cached_property
     def signature(self) -> Signature:
         """Signature of the kernel. Loads tilelang."""
-        from .tracing import signature_of, trace
+        from .tracing import signature_of
 
-        return signature_of(trace(self.family, self.parameters))
+        return signature_of(self.function)
 
     @cached_property
     def sizes(self) -> dict[str, float]:

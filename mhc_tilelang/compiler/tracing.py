@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from importlib import import_module
+from types import CellType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 from ..kernels import FAMILIES
@@ -22,26 +23,32 @@ if TYPE_CHECKING:
 
 def trace(family: str, parameters: dict[str, Any]) -> Any:
     """Return the family's TIR function for these sizes, before any target sees it. Loads tilelang."""
-    share_macros()
+    parse_once()
     module, factory = FAMILIES[family]
     return getattr(import_module(f"mhc_tilelang.kernels.{module}"), factory)(**parameters)
 
 
 @cache
-def share_macros() -> None:
-    """Have tilelang parse and compile the macro of its reductions once, not at every T.reduce.
+def parse_once() -> None:
+    """Have tilelang parse and compile a kernel or macro once, not each time that its factory is called.
 
-    That takes 40 ms; `boundary_backward` of eight streams has 72 reductions, and was traced in 3 s.
+    That takes 20 to 60 ms, half of a trace; `boundary_backward` of eight streams has 72 reductions, a macro each.
+    What a factory's arguments change is in the closure, which is bound anew.
     """
-    from tilelang.language import reduce_op
+    from tilelang.language.eager import builder, utils
 
-    parse, known = reduce_op.macro, dict[tuple[Any, ...], Any]()
+    parse, known = builder.mutate, dict[tuple[Any, ...], Any]()
 
-    def macro(function: Any) -> Any:
-        enclosed = [repr(cell.cell_contents) for cell in function.__closure__ or ()]
-        return known.get(key := (function.__code__, *enclosed)) or known.setdefault(key, parse(function))
+    def mutate(function: Any) -> Any:
+        enclosed = utils.get_func_nonlocals(function)
+        key = (function.__code__, *enclosed)
+        first = known.get(key) or known.setdefault(key, parse(function))
+        if first.extra_type_hints:  # types declared in the body follow from the closure
+            return parse(function)
+        cells = tuple(CellType(enclosed[name]) for name in first.gen.__code__.co_freevars)
+        return replace(first, gen=FunctionType(first.gen.__code__, function.__globals__, closure=cells))
 
-    reduce_op.macro = macro
+    builder.mutate = mutate
 
 
 def signature_of(func: Any) -> Signature:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ...compiler.disk_cache import Made, get_or_make
 from .matrix import Subject
-from .row import Row, build_function
+from .row import Row, build_function, hash_source
 
 HERE = Path(__file__).parent
 MAKERS = (
@@ -61,12 +61,11 @@ def entry_name(func: Any, subject: Subject, arch: str) -> str:
     """Return the name a kernel's row is cached under: a hash of everything it is made from."""
     from ...compiler import cuda_source
     from ...compiler.cpu.build import digest
-    from ...compiler.cuda import configs_of
     from .compiler import COMPILE_FLAGS, versions
 
     makers = [Path(cuda_source.__file__), *(HERE / f"{name}.py" for name in MAKERS)]
-    made_from = [func.script(show_meta=True), str(subject.launch.streams), arch, str(versions()), str(configs_of(func))]
-    made_from += [*COMPILE_FLAGS, *(path.read_text(encoding="utf-8") for path in makers)]
+    made_from = [hash_source(func, subject, arch), str(versions()), *COMPILE_FLAGS]
+    made_from += [path.read_text(encoding="utf-8") for path in makers]
     return digest(chr(0).join(made_from))
 
 

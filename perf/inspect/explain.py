@@ -93,9 +93,9 @@ def traffic(subjects: Iterable[Subject]) -> str:
 
 def count_traffic(subject: Subject) -> dict[str, Any]:
     """Count the traffic of each buffer."""
-    from ..traffic.audit import audit
+    from ..traffic.audit import audit_function
 
-    return audit(subject.kernel, subject.launch.parameters, subject.launch.sizes)
+    return audit_function(subject.launch.function, subject.launch.sizes)
 
 
 def units(num_bytes: float) -> str:
@@ -107,13 +107,12 @@ def units(num_bytes: float) -> str:
 def launch_shape(subjects: Iterable[Subject]) -> str:
     """Return a table of grids and threads, and what was compiled in."""
     from ...compiler.cuda_source import CudaSource, text_of
-    from ...compiler.tracing import trace
     from .fragments import tiles_of
 
     rows = [f"| kernel | grid | at {STUDIED.num_tokens} tokens | threads |", "|---|---|---|---|"]
     compiled = []
     for subject in subjects:
-        func = trace(subject.kernel, subject.launch.parameters)
+        func = subject.launch.function
         grid = [text_of(extent) for extent in grid_of(func)]
         x, y, z = [*grid, "1", "1"][:3]
         at_sizes = CudaSource("", "", (), (x, y, z), (1, 1, 1), 0).grid_at(subject.launch.sizes)

@@ -28,6 +28,8 @@ class Row:
         truncated: fragments that tilelang gave too little room, see `fragments`.
         machine_reads, machine_writes: accesses to each stream tensor in the machine code by their width in bits, see
             `machine_accesses`; None in rows that were stored before it was counted, and of other implementations.
+        made_from: hash of what was built, see `hash_source`; empty in rows stored before there was one, and of other
+            implementations.
     """
 
     kernel: str
@@ -57,6 +59,7 @@ class Row:
     truncated: list[str]
     machine_reads: dict[str, dict[str, int]] | None = None
     machine_writes: dict[str, dict[str, int]] | None = None
+    made_from: str = ""
 
     @property
     def key(self) -> tuple[str, str, str, int | None, int | None, str | None]:
@@ -67,6 +70,15 @@ class Row:
     def label(self) -> str:
         """The family, and the variant in brackets."""
         return f"{self.kernel} ({self.variant})" if self.variant else self.kernel
+
+
+def hash_source(func: Any, subject: Subject, arch: str) -> str:
+    """Hash all that a row follows from, except for tools: TIR, streams, architecture, what tilelang is told."""
+    from ...compiler.cpu.build import digest
+    from ...compiler.cuda import configs_of
+
+    made_from = [func.script(show_meta=True), str(subject.launch.streams), arch, str(configs_of(func))]
+    return digest(chr(0).join(made_from))
 
 
 def build_function(func: Any, subject: Subject, arch: str) -> Row:
@@ -94,6 +106,7 @@ def build_function(func: Any, subject: Subject, arch: str) -> Row:
         truncated=find_truncated(func, source.code),
         machine_reads=machine_reads,
         machine_writes=machine_writes,
+        made_from=hash_source(func, subject, arch),
         **measure_build(source, compiled, arch),
     )
 

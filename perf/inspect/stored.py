@@ -27,12 +27,17 @@ def write(path: Path | None, rows: Iterable[Row], more_versions: Mapping[str, st
 
     if path is None:
         return
-    lines = ",\n".join(f"    {json.dumps(asdict(row))}" for row in rows)
+    lines = ",\n".join(f"    {json.dumps(facts_of(row))}" for row in rows)
     facts = json.dumps({**versions(), **(more_versions or {})})
     try:
         path.write_text(f'{{\n  "versions": {facts},\n  "rows": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
     except OSError as error:
         raise MHCError(f"cannot write --json {path}: {error.strerror or error}") from error
+
+
+def facts_of(row: Row) -> dict[str, Any]:
+    """A row's fields, without the hash where it has none."""
+    return {name: value for name, value in asdict(row).items() if name != "made_from" or value}
 
 
 def read(path: Path) -> tuple[dict[str, str], list[Row]]:

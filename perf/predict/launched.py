@@ -106,10 +106,9 @@ class Launched(NamedTuple):
 
 def walk_launch(launch: Recorded, arch: str) -> Launched:
     """Build, walk and check one launch. Raises MHCError where it cannot be built or walked."""
-    from ...compiler.tracing import trace
     from ..traffic.audit import audit_function
 
-    func = trace(launch.family, launch.parameters)
+    func = launch.function
     built = build_function(func, arch)
     entry = built.entry(launch.sizes)
     walked = walk_grid(built, entry)

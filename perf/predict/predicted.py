@@ -185,10 +185,8 @@ def compare(one: Prediction, other: Prediction) -> str:
 
 def steady_of(case: Case, device: Device, family: str) -> tuple[Steady, str]:
     """Return the steady iteration of a call's first launch, or of its first launch of a family, and that family."""
-    from ...compiler.tracing import trace
-
     launch = launches_of(case, device, family)[0]
-    built = build_function(trace(launch.family, launch.parameters), device.arch)
+    built = build_function(launch.function, device.arch)
     entry, latency = built.entry(launch.sizes), device.constants.latency
     found = walk(built.code, entry)
     slowest = max(map(found.of_warp, (0, entry.warps - 1)), key=lambda steps: cycles(built.code, steps, latency))

@@ -39,11 +39,10 @@ def cases(width: int) -> list[Case]:
 
 def digest(case: Case, device: Device) -> str:
     """Hash the inputs of a prediction, except for the tools and the model. Loads tilelang."""
-    from ...compiler.tracing import trace
     from .predicted import launches_of
 
     launches = launches_of(case, device, "")
-    texts = [f"{trace(one.family, one.parameters).script()} {sorted(one.sizes.items())}" for one in launches]
+    texts = [f"{one.function.script()} {sorted(one.sizes.items())}" for one in launches]
     return hashlib.sha256("\0".join([*texts, FILES[device.name].read_text()]).encode()).hexdigest()[:16]
 
 

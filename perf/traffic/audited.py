@@ -11,7 +11,7 @@ from functools import cache
 
 from ..calls.cases import Case
 from ..calls.launches import launches
-from .audit import audit
+from .audit import audit_function
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def audit_call(case: Case, target: str, parallel_blocks: int) -> Audited:
     """Count the traffic of one call; the arguments are those of `launches`."""
     total = Audited()
     for launch in launches(case, target, parallel_blocks):
-        buffers = audit(launch.family, launch.parameters, launch.sizes)
+        buffers = audit_function(launch.function, launch.sizes)
         streams = [buffers.pop(name) for name in launch.streams if name in buffers]
         small = buffers.values()
         total += Audited(

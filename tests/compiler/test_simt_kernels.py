@@ -83,9 +83,6 @@ def test_against_float64(case: Case, kernel: str, poisoned: None) -> None:
     assert row.passed, f"{row.error:.1e} exceeds {row.tolerance:.1e}"
 
 
-in_one_process = pytest.mark.xdist_group("all_launches")
-
-
 @pytest.fixture(scope="module")
 def all_launches() -> list[Launched]:
     """Every launch of every check at one case whose rows are whole sectors."""
@@ -96,14 +93,12 @@ def all_launches() -> list[Launched]:
     return launches
 
 
-@in_one_process
 def test_every_family_is_executed(all_launches: list[Launched]) -> None:
     """Catches a family that no check launches."""
     assert {launched.family for launched in all_launches} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("family", STREAMS)
-@in_one_process
 def test_traffic_is_as_audited(family: str, all_launches: list[Launched]) -> None:
     """Threads request the stream's bytes that the audit counts in the TIR, in whole sectors."""
     for launched in (launched for launched in all_launches if launched.family == family):
@@ -191,7 +186,6 @@ def test_misaligned_views(kernel: str) -> None:
 @pytest.mark.parametrize(
     "family", [pytest.param(f, marks=[pytest.mark.full] * (f not in SOON_GENERATED)) for f in FAMILIES]
 )
-@in_one_process
 def test_what_ran_is_what_ships(family: str, all_launches: list[Launched]) -> None:
     """The source for sm_90a is that for sm_80, which was executed.
 

@@ -9,15 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    CPU,
-    DTYPES,
-    STREAMS,
-    assert_matches_float64,
-    assert_same_bits,
-    map_tokens,
-    named,
-)
+from helpers import CPU, DTYPES, STREAMS, assert_matches_float64, assert_same_bits, every_n_and_dtype, map_tokens, named
 
 from mhc_tilelang import launch, ops, reference
 from mhc_tilelang.checking.comparison import numpy64
@@ -28,7 +20,7 @@ from mhc_tilelang.kernels import plans
 pytestmark = pytest.mark.usefixtures("poisoned")
 CASE = Case(4, 333, torch.bfloat16, 63)
 KEPT = plans.MAX_THREADS * plans.KEPT_CHANNELS
-CASES = [named("every-n-and-dtype", Case(n, 192, dtype, 127)) for n in STREAMS for dtype in DTYPES]
+CASES = every_n_and_dtype(127)
 CASES += [named("width", Case(4, size, torch.bfloat16, 5)) for size in (1, 7, 200, 1000, 333)]
 CASES += [named("tokens", Case(4, 192, torch.bfloat16, tokens)) for tokens in (0, 1, 3)]
 CASES += [named("nothing-kept", Case(2, KEPT + 8, torch.bfloat16, 3))]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from differentiable import NORMED, gradients, requiring, upstream
-from helpers import CPU, DTYPES, STREAMS, assert_matches_float64, assert_same_bits, named
+from helpers import CPU, DTYPES, STREAMS, assert_matches_float64, assert_same_bits, every_n_and_dtype, named
 from helpers_backward import BACKWARD
 
 from mhc_tilelang import HyperConnection, MHCSpec, ResidualStream, convert, launch, ops
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 CASE = Case(4, 333, torch.bfloat16, 63)
 FUNCTION = BACKWARD["aggregate_norm_backward"]
 KEPT = plans.MAX_THREADS * plans.KEPT_CHANNELS
-CASES = [named("every-n-and-dtype", Case(n, 192, dtype, 127)) for n in STREAMS for dtype in DTYPES]
+CASES = every_n_and_dtype(127)
 CASES += [named("width", Case(4, size, torch.bfloat16, 5)) for size in (1, 7, 200, 1000, 333)]
 CASES += [named("tokens", Case(4, 192, torch.bfloat16, tokens)) for tokens in (0, 1, 3, 16, 17)]
 CASES += [named("nothing-kept", Case(2, KEPT + 8, torch.bfloat16, 18))]

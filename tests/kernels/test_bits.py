@@ -15,10 +15,8 @@ from mhc_tilelang.checking.inputs import Case, Inputs
 NUM_TOKENS = 70
 CASES = {
     "n4-bfloat16": Case(4, 1000, torch.bfloat16, NUM_TOKENS),  # four chunks, so that splits matter
-    "n4-float16": Case(4, 333, torch.float16, NUM_TOKENS),
-    "n4-float32": Case(4, 333, torch.float32, NUM_TOKENS),
-    "n2-bfloat16": Case(2, 333, torch.bfloat16, NUM_TOKENS),
-    "n8-bfloat16": Case(8, 333, torch.bfloat16, NUM_TOKENS),
+    "n2-float16": Case(2, 192, torch.float16, NUM_TOKENS),
+    "n8-float32": Case(8, 192, torch.float32, NUM_TOKENS),
 }
 
 
@@ -168,7 +166,7 @@ def test_given_outputs_of_a_backward_are_written(name):
     """`out=`: the same bits, in that memory."""
     function = BACKWARD[name]
     for num_tokens in (NUM_TOKENS, 1100):  # one range of tokens for g_phi, and three
-        arguments = take_tokens(function.arguments(CASES["n4-float32"]), torch.arange(num_tokens) % NUM_TOKENS)
+        arguments = take_tokens(function.arguments(CASES["n8-float32"]), torch.arange(num_tokens) % NUM_TOKENS)
         expected = function(arguments)
         given = [in_nan(torch.full_like(tensor, torch.nan), 0) for tensor in expected.values()]
         returned = function(arguments, out=tuple(given) if len(given) > 1 else given[0])

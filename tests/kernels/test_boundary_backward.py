@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, DTYPES, MIXED_DTYPES, STREAMS, assert_same_bits, named
+from helpers import CPU, DTYPES, MIXED_DTYPES, assert_same_bits, every_n_and_dtype, named
 from helpers_backward import in_nan
 
 from mhc_tilelang import launch, reference
@@ -20,16 +20,10 @@ from mhc_tilelang.kernels import boundary_plans
 pytestmark = pytest.mark.usefixtures("poisoned")
 SMALL = Case(4, 333, torch.bfloat16, 67)
 # A CPU's tile has 24 tokens, 16 for float32; 768 share a partial g_phi; a block has 128 channels, 32 at n = 8.
-BUILT = [(4, dtype) for dtype in DTYPES] + [(n, torch.bfloat16) for n in (2, 8)]  # the rest of the cross is `full`
-CROSS = [(Case(n, 192, d, 67), () if (n, d) in BUILT else pytest.mark.full) for n in STREAMS for d in DTYPES]
-CASES = [named("every-n-and-dtype", case, marks) for case, marks in CROSS]
+CASES = every_n_and_dtype(67)
 CASES += [named(path, Case(4, size, torch.bfloat16, 67)) for path, size in {"one-channel": 1, "odd-tail": 333}.items()]
 CASES += [named("tokens", Case(4, 64, torch.float32, tokens)) for tokens in (1, 16, 17, 768, 769, 4300)]
-GPU_CASES = [
-    named("gpu-plan", case, marks if case.dtype == torch.bfloat16 else pytest.mark.full)
-    for case, marks in CROSS
-    if case.num_streams <= 4
-]
+GPU_CASES = [case for case in every_n_and_dtype(67, "gpu-plan") if case.values[0].num_streams <= 4]
 UPSTREAM = ("g_x", "g_h", "g_h_post", "g_h_res")
 NAMES = ("g_x", "g_layer_output", "g_h_post", "g_h_res", "g_phi", "g_alpha", "g_bias")
 WIDE = ("g_x", "g_layer_output")

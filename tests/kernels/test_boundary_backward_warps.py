@@ -233,8 +233,9 @@ def test_ranges_follow_the_device(multiprocessors, ranges):
 
 def test_shared_bytes_are_what_the_kernel_takes():
     """The plan counts what tilelang allocates for the largest form, but for alignment."""
-    drawn = Drawn(4, 72, BF16, 1, delayed=True)
-    drawn.run()
-    source, _ = load_or_generate("boundary_backward", drawn.launched.parameters, "sm_80")
+    sizes, changes, arch = FORMS["float16, delayed"]
+    drawn = Drawn(*sizes, **changes)
+    drawn.run(arch)
+    source, _ = load_or_generate("boundary_backward", drawn.launched.parameters, arch)
     counted = boundary_plans.boundary_shared_bytes(drawn.launched.parameters["plan"])
     assert source.shared_bytes <= counted <= source.shared_bytes + 1024

@@ -18,7 +18,7 @@ from mhc_tilelang.checking.run import CHECKS
 from mhc_tilelang.cli import main
 
 CPU = torch.device("cpu")
-TINY = [Case(4, 64, torch.bfloat16, 5), Case(2, 192, torch.float32, 3)]
+TINY = [Case(4, 64, torch.bfloat16, 5), Case(8, 192, torch.float32, 3)]
 ROW = {
     "kernel": str,
     "dtype": str,

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import CPU, DTYPES, STREAMS, assert_matches_float64, assert_same_bits, named
+from helpers import CPU, assert_matches_float64, assert_same_bits, every_n_and_dtype, named
 from helpers_backward import in_nan
 
 from mhc_tilelang import launch
@@ -19,12 +19,7 @@ from mhc_tilelang.kernels.projection_plans import LANES
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 # A GPU's chunks have 128 channels for bfloat16, 64 and 32 for float16 and float32 at n = 4; its tiles 64 tokens.
-BUILT = [(4, torch.bfloat16), (8, torch.float32), (2, torch.float16)]  # the rest of the cross is `full`
-CASES = [
-    named("every-n-and-dtype", Case(n, 192, d, 65), () if (n, d) in BUILT else pytest.mark.full)
-    for n in STREAMS
-    for d in DTYPES
-]
+CASES = every_n_and_dtype(65)
 CASES += [named("chunk-and-odd-tail", Case(4, 333, torch.bfloat16, 65))]
 WIDTHS = {1: "one-channel", 7: "below-a-vector", 1280: "many-chunks"}
 CASES += [named(path, Case(4, size, torch.bfloat16, 65), pytest.mark.full) for size, path in WIDTHS.items()]

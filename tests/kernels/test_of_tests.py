@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, DTYPES, STREAMS, replace_launch, verdicts
+from helpers import CPU, DTYPES, STREAMS, is_built, replace_launch, verdicts
 
 from mhc_tilelang import launch, reference
 from mhc_tilelang.checking.comparison import OUTPUTS, compare, numpy64
@@ -28,7 +28,6 @@ def over(cases):
 
 
 every_case = over(CASES)
-BUILT = [(4, torch.bfloat16), (8, torch.float32), (2, torch.float16)]  # the rest of the cross is `full`
 SLOW = ("post_pre_backward", "post_head_backward")  # to compile at n = 8
 every_narrow_case = over([case for case in CASES if case.dtype != torch.float32])
 
@@ -41,7 +40,7 @@ def every_output_of_every_case(test):
             output,
             case,
             id=f"n{case.num_streams}-{dtype_name(case.dtype)}-{kernel}-{output}",
-            marks=[pytest.mark.full] * ((case.num_streams, case.dtype) not in BUILT[: 1 if kernel in SLOW else 3]),
+            marks=[pytest.mark.full] * (not is_built(case) or (kernel in SLOW and case.num_streams != 4)),
         )
         for kernel, output in EVERY_OUTPUT
         for case in CASES

@@ -6,7 +6,14 @@ what was mixed, the separate kernels' path called with arguments in another orde
 
 import pytest
 import torch
-from helpers import CPU, DTYPES, MIXED_DTYPES, STREAMS, assert_matches_float64, assert_same_bits, named
+from helpers import (
+    CPU,
+    MIXED_DTYPES,
+    assert_matches_float64,
+    assert_same_bits,
+    every_n_and_dtype,
+    named,
+)
 
 from mhc_tilelang import launch
 from mhc_tilelang.checking.families.expand_pre import parameters
@@ -16,14 +23,11 @@ from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
 from mhc_tilelang.kernels import boundary_plans
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-BUILT = [(4, torch.bfloat16), (8, torch.float32), (2, torch.float16)]  # the rest of the cross is `full`
-CROSS = [(Case(n, 192, d, 67), () if (n, d) in BUILT else pytest.mark.full) for n in STREAMS for d in DTYPES]
-CASES = [named("every-n-and-dtype", case, marks) for case, marks in CROSS]
+CASES = every_n_and_dtype(67)
 CASES += [named("odd-tail", Case(4, 333, torch.bfloat16, 67))]
 CASES += [named("one-channel", Case(4, 1, torch.bfloat16, 67), pytest.mark.full)]
 TOKENS = [named("tokens", Case(4, 192, torch.bfloat16, tokens)) for tokens in (0, 1, 770)]
-GPU_CASES = [named("gpu-plan", case, () if case.dtype == torch.bfloat16 else pytest.mark.full) for case, _ in CROSS]
-GPU_CASES = [case for case in GPU_CASES if case.values[0].num_streams == 4]
+GPU_CASES = [case for case in every_n_and_dtype(67, "gpu-plan") if case.values[0].num_streams == 4]
 SMALL = Case(4, 333, torch.bfloat16, 70)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import CPU, DTYPES, MIXED_DTYPES, STREAMS, assert_same_bits, map_tokens, named
+from helpers import CPU, DTYPES, MIXED_DTYPES, STREAMS, assert_same_bits, every_n_and_dtype, map_tokens, named
 from helpers_backward import in_nan
 
 from mhc_tilelang import launch
@@ -19,7 +19,7 @@ from mhc_tilelang.kernels import boundary_plans
 pytestmark = pytest.mark.usefixtures("poisoned")
 # A GPU's chunks have 128 channels for bfloat16, 64 and 32 for float16 and float32 at n = 4; its tiles 64 tokens.
 WIDTHS = {1: "one-channel", 7: "below-a-vector", 333: "chunk-and-odd-tail", 1280: "many-chunks"}
-CASES = [named("every-n-and-dtype", Case(n, 192, dtype, 65)) for n in STREAMS for dtype in DTYPES]
+CASES = every_n_and_dtype(65)
 CASES += [named(path, Case(4, size, torch.bfloat16, 65)) for size, path in WIDTHS.items()]
 TOKENS = [named("tokens", Case(4, 192, torch.bfloat16, tokens)) for tokens in (0, 1, 3, 32, 33, 1000)]
 HEADS = [named("head", Case(n, 192, torch.bfloat16, 65)) for n in STREAMS]

@@ -9,7 +9,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, DTYPES, STREAMS, assert_matches_float64, assert_same_bits, replace_launch, verdicts
+from helpers import (
+    CPU,
+    DTYPES,
+    assert_matches_float64,
+    assert_same_bits,
+    every_n_and_dtype,
+    named,
+    replace_launch,
+    verdicts,
+)
 
 from mhc_tilelang import launch
 from mhc_tilelang.checking.comparison import numpy64
@@ -20,9 +29,9 @@ from mhc_tilelang.kernels import plans, projection_plans
 pytestmark = pytest.mark.usefixtures("poisoned")
 TARGETS = ("cpu", "cuda")
 # The GPU's chunks have 128 channels for bfloat16, 64 and 32 for float16 and float32 at n = 4.
-GPU_CASES = [Case(n, 192, dtype, 63) for n in STREAMS for dtype in DTYPES]
-GPU_CASES += [Case(4, size, dtype, 65) for size in (1, 7, 333) for dtype in DTYPES]
-READERS = [Case(4, 333, dtype, 65) for dtype in DTYPES] + [Case(n, 192, torch.bfloat16, 63) for n in (2, 8)]
+GPU_CASES = every_n_and_dtype(63)
+GPU_CASES += [named("width", Case(4, size, dtype, 65)) for size, dtype in zip((1, 7, 333), DTYPES, strict=True)]
+READERS = [Case(4, 333, torch.bfloat16, 65), Case(2, 192, torch.float16, 63), Case(8, 192, torch.float32, 63)]
 
 
 def plan_of(case, target, rows=None):
@@ -44,7 +53,7 @@ def gpu_plan(monkeypatch):
     replace_launch(monkeypatch, "projection_plan", plan)
 
 
-@pytest.mark.parametrize("case", GPU_CASES, ids=label)
+@pytest.mark.parametrize("case", GPU_CASES)
 @pytest.mark.usefixtures("gpu_plan")
 def test_gpu_plan_matches_float64(case):
     """Halves, masks and padding columns of the GPU's plan. The bound is that of the plan, splitting included."""

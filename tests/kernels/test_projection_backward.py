@@ -12,9 +12,9 @@ import torch
 from helpers import (
     CPU,
     DTYPES,
-    STREAMS,
     assert_matches_float64,
     assert_same_bits,
+    every_n_and_dtype,
     named,
     replace_launch,
     verdicts,
@@ -35,8 +35,8 @@ FUNCTION = BACKWARD["project_backward_aggregated"]
 SMALL = Case(2, 64, torch.bfloat16, 0)
 # A CPU's tile has 48 tokens; up to 528 share one partial g_phi, and 4300 tokens reach the limit of eight.
 TOKENS = (47, 48, 49, 95, 96, 97, 527, 528, 529, 530, 1055, 1056, 1057, 1100, 4300)
-GPU_CASES = [Case(n, 192, dtype, 63) for n in STREAMS for dtype in DTYPES]
-GPU_CASES += [Case(4, size, dtype, 65) for size in (1, 333) for dtype in DTYPES]
+GPU_CASES = every_n_and_dtype(63, "gpu-plan")
+GPU_CASES += [named("gpu-plan", Case(4, size, dtype, 65)) for size, dtype in zip((1, 7, 333), DTYPES, strict=True)]
 
 
 def plan_of(case, target):
@@ -57,7 +57,7 @@ def test_every_boundary_of_tokens(num_tokens):
     assert_matches_float64("project_backward_aggregated", replace(SMALL, num_tokens=num_tokens))
 
 
-@pytest.mark.parametrize("case", [named("gpu-plan", case) for case in GPU_CASES])
+@pytest.mark.parametrize("case", GPU_CASES)
 @pytest.mark.usefixtures("gpu_plan")
 def test_gpu_plan_matches_float64(case):
     """Halves, masks and padding rows of the GPU's plan. The bound is that of the plan, splitting included."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import CPU, DTYPES, STREAMS, assert_same_bits, named, replace_launch
+from helpers import CPU, assert_same_bits, every_n_and_dtype, named, replace_launch
 
 from mhc_tilelang import launch
 from mhc_tilelang.checking.comparison import compare
@@ -19,12 +19,7 @@ from mhc_tilelang.checking.run import CHECKS
 from mhc_tilelang.launch import Written
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-THIN = [(2, torch.bfloat16), (4, torch.bfloat16), (4, torch.float32), (8, torch.float16)]
-CASES = [
-    named("n-and-dtype", Case(n, 192, d, 63), *(() if (n, d) in THIN else [pytest.mark.full]))
-    for n in STREAMS
-    for d in DTYPES
-]
+CASES = every_n_and_dtype(63)
 CASES += [
     named("odd-channels", Case(4, 333, torch.bfloat16, 3)),
     named("one-channel", Case(4, 1, torch.bfloat16, 130), pytest.mark.full),

@@ -81,7 +81,7 @@ def test_rows_of_phi_that_threads_do_not_share_out_evenly() -> None:
 @pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.full), 3])
 def test_bits_and_batches(n: int) -> None:
     """The same call twice, and a token alone, have the same bits, forward and backward."""
-    case = Case(n, 24, BF16, 9)
+    case = Case(n, 72, BF16, 9)
     i = Inputs.of(case, CPU)
     h_post, h_res = i.h_post, i.h_res
 

@@ -177,7 +177,6 @@ def test_streams_are_indexed_in_64_bits(family):
     assert not re.findall(r"\* 2560\)", source)
 
 
-@pytest.mark.xdist_group("deferred-coefficients")  # lowered once
 @pytest.mark.parametrize("sinkhorn_eps", [1e-6, 0.0])
 @pytest.mark.parametrize("blocks", [FEWEST, MOST])
 def test_one_launch_has_the_bits_of_two(blocks, sinkhorn_eps):

@@ -19,6 +19,7 @@ from mhc_tilelang.checking.inputs import Case
 from mhc_tilelang.operators import library
 
 BF16 = Case(4, 64, torch.bfloat16, 6)
+OF_RESULTS = ("test_schema", "test_faketensor")  # opcheck's tests of an operator's results, of all that it has
 ADJOINT = ("expand", "collapse")  # each is the other's backward
 ALONE = tuple(f"{name}_alone" for name in QUANTIZED)
 # Checked so in test_collapse, test_identity and test_quantized.
@@ -79,6 +80,11 @@ def buffers_of(name, outputs, is_delayed):
     return {name: torch.zeros_like(output) for name, output in zip(names, outputs, strict=False)}
 
 
+def tried(num_tokens):
+    """Return opcheck's tests: without tokens those of results, which is where sizes matter."""
+    return {} if num_tokens else {"test_utils": OF_RESULTS}
+
+
 def check_operators(name, arguments, is_delayed=False, **which):
     """PyTorch's own checks of X, X_out and, where there is one, X_backward; all of them, or `test_utils`."""
     arguments = [one.detach() if isinstance(one, torch.Tensor) else one for one in arguments]
@@ -99,24 +105,27 @@ def test_forward_operators(function, num_tokens):
     for k, argument in enumerate(arguments):
         if isinstance(argument, torch.Tensor):
             arguments[k] = argument.requires_grad_()
-    torch.library.opcheck(operator(function.name), tuple(arguments))
+    torch.library.opcheck(operator(function.name), tuple(arguments), **tried(num_tokens))
 
 
 @pytest.mark.parametrize("num_tokens", [6, 0], ids=["tokens", "no-token"])
 @pytest.mark.parametrize("function", [f for f in FORMS.values() if f.name not in ADJOINT], ids=lambda f: f.name)
 def test_backward_operators(function, num_tokens):
-    """Backward operators too; nothing needed and all of it, no upstream gradient but the last and all of them."""
+    """Backward operators too; nothing needed and all of it, no upstream gradient but the last and all of them.
+
+    What is asked for changes the results, and whether the fake has them: AOTAutograd is tried once, with all of it.
+    """
     arguments = backward_arguments(function, Case(4, 64, torch.bfloat16, num_tokens))
     check = operator(f"{function.name}_backward")
-    torch.library.opcheck(check, tuple(arguments))
+    torch.library.opcheck(check, tuple(arguments), **tried(num_tokens))
     declared = getattr(operators, function.name)
     results, inputs = len(declared.results), len(declared.inputs)
     last = [None] * (results - 1) + arguments[results - 1 : results]
     if results > 1 and last[-1] is not None:
-        torch.library.opcheck(check, (*last, *arguments[results:]))
+        torch.library.opcheck(check, (*last, *arguments[results:]), test_utils=OF_RESULTS)
     for needed in range(inputs):
         needs = [k == needed and arguments[-inputs:][k] for k in range(inputs)]
-        torch.library.opcheck(check, (*arguments[:-inputs], *needs))
+        torch.library.opcheck(check, (*arguments[:-inputs], *needs), test_utils=OF_RESULTS)
 
 
 @pytest.mark.parametrize("num_tokens", [6, 0], ids=["tokens", "no-token"])
@@ -130,6 +139,7 @@ def test_out_operators(function, num_tokens):
         operator(f"{function.name}_out"),
         tuple(arguments),
         buffers_of(function.name, outputs, "h_pre" in function.arguments),
+        **tried(num_tokens),
     )
 
 

@@ -106,7 +106,7 @@ def _run_threads(func: Any, sizes: Mapping[str, float]) -> dict[str, BufferTraff
 
     def movement(buffer: Any, is_write: bool) -> Movement:
         found = touched.get((buffer.data, is_write))
-        counts = (found.accessed, found.per_block, int(found.ever.sum())) if found else (0, 0, 0)
+        counts = (found.accessed, found.per_block, found.distinct) if found else (0, 0, 0)
         return Movement(*(count * buffer.dtype.itemsize for count in counts))
 
     return {

@@ -27,7 +27,7 @@ from .values import BINARY, AuditError
 Array = Any
 Expression = Callable[[], Array]
 WARP = 32
-BATCH = 32  # blocks that run at once
+BATCH = 256  # blocks that run at once
 CALLS: dict[str, Callable[..., Array]] = {
     "tirx.if_then_else": np.where,
     "tirx.bitwise_and": np.bitwise_and,
@@ -46,27 +46,31 @@ class Touched:
     size: int
     accessed: int = 0
     per_block: int = 0
-    in_batch: list[Array] = field(default_factory=list)  # first element, elements, block
-    ever: Array = None
+    in_batch: list[tuple[Array, Array, int]] = field(default_factory=list)  # first elements, their blocks, width
+    unit: int = 1  # elements that are only ever touched together
+    ever: Array = None  # by unit
 
-    def close_batch(self) -> None:
-        """Count what the blocks that ran touched."""
+    def close_batch(self, first_block: int) -> None:
+        """Count what the blocks that ran, from one on, touched."""
         if not self.in_batch:
             return
-        unit = gcd(*(width for *_, width in self.in_batch), *(int(np.gcd.reduce(first)) for first, *_ in self.in_batch))
-        unit = max(1, unit)
-        parts = [
-            (block * self.size + first)[:, None] // unit + np.arange(width // unit)
-            for first, block, width in self.in_batch
-        ]
-        found = ascending(np.concatenate([part.ravel() for part in parts]))
-        self.per_block += len(found) * unit
+        starts, widths = [first for first, *_ in self.in_batch], {width for *_, width in self.in_batch}
+        unit = gcd(self.unit if self.ever is not None else self.size, *widths, *(int(np.gcd.reduce(s)) for s in starts))
         if self.ever is None:
-            self.ever = np.zeros(self.size, dtype=bool)
-        start = found % -(-self.size // unit) if self.size % unit == 0 else found
-        for k in range(unit):
-            self.ever[start * unit + k] = True
+            self.ever, self.unit = np.zeros(self.size // unit, dtype=bool), unit
+        self.ever, self.unit = np.repeat(self.ever, self.unit // unit), unit
+        places = []
+        for first, block, width in self.in_batch:
+            units = (first // unit)[:, None] + np.arange(width // unit)
+            self.ever[units] = True
+            places.append((((block - first_block) * len(self.ever))[:, None] + units).ravel())
+        self.per_block += len(ascending(np.concatenate(places))) * unit
         self.in_batch = []
+
+    @property
+    def distinct(self) -> int:
+        """Elements touched."""
+        return int(self.ever.sum()) * self.unit
 
 
 class Threads:
@@ -98,7 +102,7 @@ class Threads:
             if run:
                 run()
             for touched in self.touched.values():
-                touched.close_batch()
+                touched.close_batch(first)
 
     def enter(self, stmt: Any) -> Any:
         """Return the body of a block: the grid's axes and the threads are noted on the way."""
