@@ -13,6 +13,12 @@ DeepGEMM's per_token_cast_to_fp8, so a group of zeros has the scale of 1e-4. Pea
 orders magnitudes, infinity and NaN: with one of the last two a group's scale is infinite and its values are 0 or NaN,
 so that 0 · ∞ dequantises to NaN.
 
+Both quotients have the bits of a division and none of its branches. With R = 1/448 in float32, q = peak · R is off by
+less than a unit in the last place, what is left, peak - 448 · q, is exact, and q + left · R rounds to the quotient:
+of all 2^23 mantissas, since a peak is at least 1e-4 and nothing underflows. 1 / scale is the hardware's guess and a
+step of Newton's (see `sinkhorn_thread`), of a scale below 2^120; on a CPU a division. An infinity, which either step
+would turn into NaN, stays.
+
 Traffic per token: n·C read; C bytes and 4 bytes a group written instead of C elements, or beside them with
 `has_layer_input`. A group lies within 16 or more neighbouring lanes, who exchange its peak by shuffles; on a CPU it is
 several steps (`parts`). r and layer_input have the bits of `aggregate_norm`: lanes and their order are the same.
@@ -22,9 +28,11 @@ import tilelang.language as T
 
 from .aggregate_norm import add_squares, aggregate_step, inverse_rms
 from .plans import QuantizedTile
+from .warps import fma
 
 E4M3 = "float8_e4m3fn"
 LARGEST = 448.0
+ONE_OF_LARGEST = 0x124924A * 2.0**-33  # 1 / 448, in float32
 LEAST_PEAK, INFINITY = 0x38D1B717, 0x7F800000  # the bits of 1e-4 and of infinity
 MAGNITUDE, EXPONENT, MANTISSA = 0x7FFFFFFF, 0x7F800000, 0x7FFFFF
 
@@ -49,11 +57,22 @@ def raise_peaks(peak, y, part, tile: QuantizedTile):
 
 
 @T.macro
-def scale_of_peaks(group_scale, inverse, peaks, power_of_two):
-    """group_scale[g] from the bits of a peak, and 1 / group_scale[g]."""
-    for g in T.Parallel(peaks.shape[0]):
-        group_scale[g] = T.reinterpret(T.min(T.max(peaks[g], LEAST_PEAK), INFINITY), T.float32) / T.float32(LARGEST)
-    for g in T.Parallel(peaks.shape[0]):
+def scale_of_peaks(group_scale, inverse, peaks, power_of_two, tile: QuantizedTile):
+    """group_scale[g] from the bits of a peak, and 1 / group_scale[g], with the bits of two divisions."""
+    for g in T.Parallel(tile.groups):
+        peaks[g] = T.min(T.max(peaks[g], LEAST_PEAK), INFINITY)
+        group_scale[g] = T.reinterpret(peaks[g], T.float32) * T.float32(ONE_OF_LARGEST)
+    for g in T.Parallel(tile.groups):
+        group_scale[g] = T.if_then_else(
+            peaks[g] < INFINITY,
+            fma(
+                fma(T.float32(-LARGEST), group_scale[g], T.reinterpret(peaks[g], T.float32)),
+                T.float32(ONE_OF_LARGEST),
+                group_scale[g],
+            ),
+            group_scale[g],
+        )
+    for g in T.Parallel(tile.groups):
         group_scale[g] = T.if_then_else(
             power_of_two != 0,
             T.reinterpret(
@@ -61,8 +80,18 @@ def scale_of_peaks(group_scale, inverse, peaks, power_of_two):
             ),
             group_scale[g],
         )
-    for g in T.Parallel(peaks.shape[0]):
-        inverse[g] = T.float32(1.0) / group_scale[g]
+    if tile.guesses:
+        for g in T.Parallel(tile.groups):
+            inverse[g] = T.call_extern("float32", "tl::fast_rcp", group_scale[g])
+        for g in T.Parallel(tile.groups):
+            inverse[g] = T.if_then_else(
+                peaks[g] < INFINITY,
+                fma(fma(-group_scale[g], inverse[g], T.float32(1)), inverse[g], inverse[g]),
+                inverse[g],
+            )
+    else:
+        for g in T.Parallel(tile.groups):
+            inverse[g] = T.float32(1.0) / group_scale[g]
 
 
 @T.macro
@@ -135,7 +164,7 @@ def aggregate_quantized_kernel(
                     normalise(y, u, weight_frag, weight, scale, k * parts + part, slot, part, tile)
                     raise_peaks(peak, y, part, tile)
                 T.reduce_max(peak, peaks, dim=1)
-                scale_of_peaks(group_scale, inverse, peaks, power_of_two)
+                scale_of_peaks(group_scale, inverse, peaks, power_of_two, tile)
                 T.copy(group_scale, scales[token, k * tile.groups])
                 for part in T.serial(parts):
                     store_values(values, rounded, y, inverse, token, k * parts + part, part, tile)

@@ -162,8 +162,11 @@ QUANTIZED_GROUP = 128  # channels that share a scale, as DeepGEMM's products tak
 class QuantizedTile(NormTile):
     """A tile for rows quantised by groups of channels: a step has several groups, or a group several steps.
 
-    Steps are whole groups: those beyond the last channel have zeros.
+    Steps are whole groups: those beyond the last channel have zeros. With `guesses` a reciprocal is the hardware's
+    guess and a step of Newton's.
     """
+
+    guesses: bool = False
 
     @property
     def groups(self) -> int:
@@ -197,7 +200,7 @@ def num_scales(hidden_size: int) -> int:
 def quantized_tile(hidden_size: int, itemsize: int, platform: str) -> QuantizedTile:
     """The tile of `norm_tile`, whose sums the norm must have."""
     tile = norm_tile(hidden_size, itemsize, platform)
-    return QuantizedTile(tile.lanes, tile.width, tile.kept)
+    return QuantizedTile(tile.lanes, tile.width, tile.kept, guesses=platform == "cuda")
 
 
 def norm_tokens(num_tokens: int, platform: str) -> int:

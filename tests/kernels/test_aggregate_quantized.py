@@ -1,8 +1,8 @@
 """The layer's input in float8: the kernel, its scales, what is no number, against float64 and DeepGEMM's formula.
 
 Would catch: a scale of another group, token or step, a peak that misses lanes or a rest of channels, y rounded to the
-stream's dtype before it is quantised, a scale rounded down, NaN that a maximum swallows, a token's bits that depend on
-its batch.
+stream's dtype before it is quantised, a scale rounded down, a quotient that is off by a bit, NaN that a maximum
+swallows, a token's bits that depend on its batch.
 """
 
 from dataclasses import replace
@@ -16,13 +16,16 @@ from mhc_tilelang import launch, reference
 from mhc_tilelang.checking.comparison import numpy64
 from mhc_tilelang.checking.families.aggregate_norm import EPS, rms_norm_weight
 from mhc_tilelang.checking.inputs import Case, Inputs
+from mhc_tilelang.compiler.simt import executing
 from mhc_tilelang.kernels import plans
+from mhc_tilelang.kernels.aggregate_quantized import ONE_OF_LARGEST
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 CASE = Case(4, 333, torch.bfloat16, 63)  # two groups and 77 channels
 KEPT = plans.MAX_THREADS * plans.KEPT_CHANNELS
 LEAST = torch.tensor(1e-4) / 448
-CASES = [named("dtype", replace(CASE, dtype=dtype)) for dtype in DTYPES]
+# Of float16 the kernels below; its tile is bfloat16's.
+CASES = [named("dtype", replace(CASE, dtype=t), [pytest.mark.full] * (t == torch.float16)) for t in DTYPES]
 CASES += [named("streams", Case(8, 256, torch.bfloat16, 5)), named("nothing-kept", Case(2, KEPT + 8, torch.float16, 2))]
 CASES += [named("width", Case(4, size, torch.bfloat16, 3), pytest.mark.full) for size in (1, 127, 128, 129, 2560)]
 
@@ -48,7 +51,7 @@ def test_kernel_matches_float64(case):
     assert_matches_float64("aggregate_quantized", case)
 
 
-@pytest.mark.parametrize("case", [CASE, Case(2, KEPT + 128, torch.float32, 2)])
+@pytest.mark.parametrize("case", [CASE, pytest.param(Case(2, KEPT + 128, torch.float32, 2), marks=pytest.mark.full)])
 def test_gpu_tile_matches_float64(case, monkeypatch):
     """Tiles that hang over, several groups a step; the last one reads x twice."""
     tile = plans.norm_tile(case.hidden_size, case.dtype.itemsize, "cuda")
@@ -56,7 +59,7 @@ def test_gpu_tile_matches_float64(case, monkeypatch):
     assert_matches_float64("aggregate_quantized", case)
 
 
-@pytest.mark.parametrize("ue8m0", [False, True])
+@pytest.mark.parametrize("ue8m0", [pytest.param(False, marks=pytest.mark.full), True])  # as CUDA both are below
 def test_bits_are_those_of_the_formula(ue8m0):
     """A float32 stream's layer_input is y itself: equal to the bit, rows of all sizes."""
     case = replace(CASE, dtype=torch.float32)
@@ -65,6 +68,40 @@ def test_bits_are_those_of_the_formula(ue8m0):
     got = quantized(inputs, case, weight=weight, power_of_two=ue8m0, has_layer_input=True)
     assert_same_bits(got[:2], by_formula(got[2], ue8m0))
     assert (got[1] == (2.0**-22 if ue8m0 else LEAST)).any()  # a group of which all is below 1e-4
+
+
+@pytest.mark.parametrize("size", [1e-9, 1.0, 3e30, float("inf")])
+@pytest.mark.parametrize("ue8m0", [False, True])
+def test_bits_as_cuda(ue8m0, size):
+    """The same of a GPU's code, which divides without divisions; one channel's weight has this size."""
+    case = Case(4, 72, torch.float32, 3)
+    inputs = Inputs.of(case, CPU)
+    weight = torch.linspace(1e-6, 1e-4, case.hidden_size)
+    weight[20] = size
+    with executing() as launches:
+        *got, y = quantized(inputs, case, weight=weight, power_of_two=ue8m0, has_layer_input=True)
+    expected = by_formula(y, ue8m0)
+    assert launches
+    assert (got[1] == torch.inf).all() == (size == torch.inf)
+    assert_same_bits(got[1:], expected[1:])
+    for each in (*got[:1], *expected[:1]):  # a NaN's sign is none of the formula
+        each.view(torch.uint8)[each.isnan()] = 0x7F
+    assert_same_bits(got[:1], expected[:1])
+
+
+def test_every_quotient():
+    """x / 448 by a product and the step that adds what it is off: all 2^23 mantissas; powers of two shift what follows.
+
+    Every product and sum here has less than 53 bits, so that float64 holds it and one rounding is the fma's.
+    """
+    x = np.arange(1 << 23, 1 << 24, dtype=np.float64)
+    guess = (x * ONE_OF_LARGEST).astype(np.float32)
+    left = x - 448 * guess.astype(np.float64)
+    assert (left.astype(np.float32) == left).all()
+    quotient = (guess.astype(np.float64) + left * ONE_OF_LARGEST).astype(np.float32)
+    expected = x.astype(np.float32) / np.float32(448)
+    assert (quotient == expected).all()
+    assert (guess != expected).any()  # the product alone is no quotient
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -28,6 +28,7 @@ from .values import BINARY, AuditError, Loop, Values
 
 COPY = "tl.tileop.copy"
 ARITHMETIC = {*CALLS, *BITWISE, "tirx.reinterpret"}
+INSTRUCTIONS = ("tl::fast_rcp",)  # functions of a GPU's code that are arithmetic
 READ, WRITE = 1, 2  # bits of a region's access mask
 
 
@@ -208,6 +209,8 @@ def children(node) -> tuple:
         return node.condition, node.true_value, node.false_value
     if kind == "Call" and op_name(node) in ARITHMETIC:
         return tuple(node.args)
+    if op_name(node) == "tirx.call_extern" and node.args[0].value in INSTRUCTIONS:
+        return tuple(node.args[1:])
     if kind in ("IntImm", "FloatImm", "StringImm", "Var"):
         return ()
     raise AuditError(f"expected arithmetic, got {kind}: {node}")
