@@ -23,7 +23,9 @@ from ..launch import Written
 from ..operators.library import flat
 
 Maker = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x [T, n, C], h_pre [T, n] -> layer_input [T, C]
-Key = tuple[str, int]  # ("x" or "u", sublayer of the block)
+Quantizer = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]  # the same -> values, scales
+Key = tuple[str, int]  # ("x", "u", "values" or "scales", sublayer of the block)
+FLOAT8 = ("values", "scales")  # of a layer's input
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ class Block:
     written: list[tuple[Watched, ...]] = field(default_factory=list)  # layer_output, h_post, h_res
     h_pre: dict[int, Watched] = field(default_factory=dict)
     makers: dict[int, Maker] = field(default_factory=dict)  # of the inputs that the replay's kernel does not make
+    quantizers: dict[int, Quantizer] = field(default_factory=dict)  # of the inputs in float8
     handles: Counter[Key] = field(default_factory=Counter)
 
     def forget(self, saved: Any, key: Key, original: torch.Tensor) -> None:
@@ -143,6 +146,10 @@ class Block:
             inputs[k] = self.makers[k](streams[k - 1] if k else flat(x, 2), asked[k])
         made = {("x", k): stream.view(x.shape) for k, stream in enumerate(streams, 1)}
         made |= {("u", k): u.view(*x.shape[:-2], x.shape[-1]) for k, u in inputs.items()}
+        for k in {k for name, k in self.handles if name in FLOAT8}:
+            h_pre = flat(self.h_pre[k].tensor, 1)
+            found = self.quantizers[k](streams[k - 1] if k else flat(x, 2), h_pre)
+            made |= {(name, k): one.view(*x.shape[:-2], one.shape[-1]) for name, one in zip(FLOAT8, found, strict=True)}
         return {key: made[key] for key in self.handles}
 
     def _check(self, last: int) -> None:

@@ -30,8 +30,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .. import ops
+from .. import ops, ops_quantized
 from ..arguments import check_dense, check_eps, shape_of
+from ..operators.library import needs_gradient
 from ..ops_arguments import refuse_for_identity
 from ..spec import MHCSpec
 from .stream_module import INITIAL_ALPHA, Device, StreamModule, SublayerModule, make_parameter
@@ -99,6 +100,9 @@ class HyperConnection(SublayerModule):
         device: device of the parameters, as in torch's modules.
         rms_norm_eps: with a number, the connection normalises the layer's input, so that the layer has no RMSNorm of
             its own to begin with (`rms_norm_weight` in `pre`).
+        quantized: beside rms_norm_eps, give the layer's input in float8: a `Quantized` with values and scales, and
+            where something needs a gradient the layer_input that has it (`pre_quantized`).
+        ue8m0: beside quantized, round scales up to powers of two.
 
     Parameters (float32):
         phi [M, K] starts at 0, so that mappings depend on their biases alone; the paper is silent here, and
@@ -118,10 +122,21 @@ class HyperConnection(SublayerModule):
     rms_norm_weight: nn.Parameter | None
 
     def __init__(
-        self, spec: MHCSpec, sublayer: int = 0, device: Device = None, rms_norm_eps: float | None = None
+        self,
+        spec: MHCSpec,
+        sublayer: int = 0,
+        device: Device = None,
+        rms_norm_eps: float | None = None,
+        *,
+        quantized: bool = False,
+        ue8m0: bool = False,
     ) -> None:
         super().__init__(spec, sublayer)
-        self.rms_norm_eps = rms_norm_eps
+        self.rms_norm_eps, self.quantized, self.ue8m0 = rms_norm_eps, quantized, ue8m0
+        if quantized and rms_norm_eps is None:
+            raise ValueError("HyperConnection: quantized: expected False without a rms_norm_eps, got True")
+        if ue8m0 and not quantized:
+            raise ValueError("HyperConnection: ue8m0: expected False where quantized is, got True")
         self.phi = make_parameter(spec.num_coefficients, spec.stream_size, device=device)
         self.alpha = make_parameter(spec.num_groups, device=device)
         self.bias = make_parameter(spec.num_coefficients, device=device)
@@ -144,8 +159,9 @@ class HyperConnection(SublayerModule):
         if self.rms_norm_weight is not None:
             nn.init.ones_(self.rms_norm_weight)
 
-    def forward(self, x: torch.Tensor, *waiting: Any, expands: bool = False) -> tuple[torch.Tensor, ...]:
-        """x [..., n, C] -> layer_input [..., C], h_post [..., n], h_res [..., n, n], as `pre`.
+    def forward(self, x: torch.Tensor, *waiting: Any, expands: bool = False) -> tuple[Any, ...]:
+        """x [..., n, C] -> layer_input [..., C], h_post [..., n], h_res [..., n, n], as `pre`; in place of layer_input
+        a `Quantized` of a connection that is `quantized`.
 
         With what the sublayer before has not merged yet, its layer_output, h_post and h_res, the merge and the read
         are one operator, `post_pre`, and x_next [..., n, C] comes before the other results. Where it `expands`, x is an
@@ -172,11 +188,19 @@ class HyperConnection(SublayerModule):
         self.check_parameters(*parameters[:3])
         if expands:
             return ops.expand_pre(x, *parameters)
-        if not written:
-            return ops.pre(x, *parameters, h_pre=h_pre, **self.rms_norm())
-        layer_output, h_post, *h_res = written
-        res = h_res[0] if h_res else None
-        return ops.post_pre(x, layer_output, h_post, res, *parameters, h_pre=h_pre, **self.rms_norm())
+        pre: Any = ops_quantized.pre_quantized if self.quantized else ops.pre
+        post_pre: Any = ops_quantized.post_pre_quantized if self.quantized else ops.post_pre
+        options = {**self.rms_norm(), "h_pre": h_pre}
+        if self.quantized:
+            taken = (x, *waiting, *parameters[:3], self.rms_norm_weight)
+            options |= {"ue8m0": self.ue8m0, "keeps_layer_input": needs_gradient(taken)}
+        results: tuple[Any, ...]
+        if written:
+            layer_output, h_post, *h_res = written
+            results = post_pre(x, layer_output, h_post, h_res[0] if h_res else None, *parameters, **options)
+        else:
+            results = pre(x, *parameters, **options)
+        return results
 
     def rms_norm(self) -> dict[str, Any]:
         """Return the arguments of `pre` and `post_pre` for the layer's norm: none without one."""
@@ -187,7 +211,8 @@ class HyperConnection(SublayerModule):
     def extra_repr(self) -> str:
         text = super().extra_repr() + (", delayed_pre=True" if self.spec.delayed_pre else "")
         text += ", residual_mapping='identity'" if self.spec.is_identity else ""
-        return text + (f", rms_norm_eps={self.rms_norm_eps}" if self.rms_norm_eps is not None else "")
+        text += f", rms_norm_eps={self.rms_norm_eps}" if self.rms_norm_eps is not None else ""
+        return text + (f", quantized=True, ue8m0={self.ue8m0}" if self.quantized else "")
 
     @staticmethod
     def merge(

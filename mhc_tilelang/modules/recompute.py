@@ -33,6 +33,7 @@ import torch
 
 from .. import launch
 from ..arguments import check_streams
+from ..ops_quantized import Quantized
 from .blocks import Block, Watched, Workspace
 from .connections import HyperConnection
 from .saved import PLAIN, is_untouched, nodes, saved_by, sequence_number
@@ -43,9 +44,11 @@ COMPILED = (
 # Nodes of the operators that read, and how many tensors they save, h_pre last but one. One that saves more aggregates
 # in some way that is not known here.
 EXPANDS = "expand_preBackward"
-READS = {EXPANDS: 6, "preBackward": 8, "post_preBackward": 12}
-GIVEN = {EXPANDS: (), "preBackward": (4, 5), "post_preBackward": (7, 8)}  # where an h_pre and the norm's weight are
-MERGES = ("postBackward", "post_preBackward", "post_headBackward")  # x and what is mixed with it come first
+PRE, BOUNDARY = ("preBackward", "pre_quantizedBackward"), ("post_preBackward", "post_pre_quantizedBackward")
+READS = {EXPANDS: 6, **dict.fromkeys(PRE, 8), **dict.fromkeys(BOUNDARY, 12)}
+# Where an h_pre and the norm's weight are.
+GIVEN = {EXPANDS: (), **dict.fromkeys(PRE, (4, 5)), **dict.fromkeys(BOUNDARY, (7, 8))}
+MERGES = ("postBackward", *BOUNDARY, "post_headBackward")  # x and what is mixed with it come first
 HOOKED = "BackwardHookFunctionBackward"  # a module's full backward hooks: views of its results
 
 
@@ -109,20 +112,21 @@ class Recorder:
         self._block: Block | None = None  # none where nothing has a gradient
         self._sublayer = 0  # of the block, at the stream as it stands
         self._x: Watched | None = None
-        self._input: Watched | None = None
+        self._inputs: dict[str, Watched] = {}  # of the layer, by their names in blocks
         self._since = 0  # sequence number of the first node after the last read or write
 
     def read(
         self,
         connection: HyperConnection,
         x: torch.Tensor,
-        layer_input: torch.Tensor,
+        result: torch.Tensor | Quantized,
         given_pre: torch.Tensor | None = None,
     ) -> None:
-        """`connection` read x, to make `layer_input`; with `given_pre` in the delayed form."""
+        """`connection` read x, to make a layer's input, the `result`; with `given_pre` in the delayed form."""
         if torch.compiler.is_compiling():
             raise RuntimeError(COMPILED)
-        if layer_input.requires_grad:
+        layer_input = result.layer_input if isinstance(result, Quantized) else result
+        if layer_input is not None and layer_input.requires_grad:
             reading, own_pre = _own_pre_of(layer_input, self._since)
             if self._block is None or self._sublayer == self._length or not self._stands_at(x):
                 self._block, self._sublayer = Block(Watched(x), self._workspace), 0
@@ -130,25 +134,29 @@ class Recorder:
             # A sharded weight is so again by now, and still so when its layer asks for the input.
             is_plain = weight is None or type(weight) in PLAIN
             can_be_made = is_plain and _is_read_from(layer_input, x, given_pre, weight)
-            self._x, self._input = Watched(x), None
+            self._x, self._inputs = Watched(x), {}
             self._register(layer_input)
             if can_be_made:
-                self._input = Watched(layer_input)
+                self._inputs = {"u": Watched(layer_input)}
                 self._block.h_pre[self._sublayer] = Watched(own_pre if given_pre is None else given_pre)
                 if reading == EXPANDS:
                     self._block.makers[self._sublayer] = _of_equal_streams
                 if connection.rms_norm_eps is not None:  # C numbers, as they are now
-                    self._block.makers[self._sublayer] = partial(
-                        launch.aggregate_norm, weight=weight.detach().clone(), eps=connection.rms_norm_eps
-                    )
+                    norm = {"weight": weight.detach().clone(), "eps": connection.rms_norm_eps}
+                    self._block.makers[self._sublayer] = partial(launch.aggregate_norm, **norm)
+                    if isinstance(result, Quantized):
+                        self._inputs |= {"values": Watched(result.values), "scales": Watched(result.scales)}
+                        self._block.quantizers[self._sublayer] = partial(
+                            launch.aggregate_quantized, power_of_two=connection.ue8m0, **norm
+                        )
         else:
             self._block = self._x = None
         self._since = sequence_number()
 
     def written(self, layer_output: torch.Tensor) -> None:
         """The layer of the last read has run."""
-        self._register(layer_output, self._input)
-        self._input = None
+        self._register(layer_output, **self._inputs)
+        self._inputs = {}
         self._since = sequence_number()
 
     def merged(self, x: torch.Tensor, mixed: Iterable[torch.Tensor], x_next: torch.Tensor) -> None:
@@ -173,13 +181,13 @@ class Recorder:
         known = self._x
         return known is not None and known.is_unchanged and known.tensor.data_ptr() == x.data_ptr()
 
-    def _register(self, result: torch.Tensor, layer_input: Watched | None = None) -> None:
-        """Handles for the stream, unless it starts the block, and for the layer's input, where the graph of `result`
+    def _register(self, result: torch.Tensor, **layer_inputs: Watched) -> None:
+        """Handles for the stream, unless it starts the block, and for the layer's inputs, where the graph of `result`
         saved them since the last read or write.
         """
         if self._block is None:
             return
-        candidates = [("x", self._x)] * (self._sublayer > 0) + [("u", layer_input)]
+        candidates = [*[("x", self._x)] * (self._sublayer > 0), *layer_inputs.items()]
         wanted = {one.storage: (name, one) for name, one in candidates if one and one.is_unchanged and one.storage}
         if not wanted:
             return
@@ -226,7 +234,7 @@ def _is_read_from(layer_input: torch.Tensor, x: torch.Tensor, *given: torch.Tens
         return False
     saved = node._raw_saved_tensors
     # Only `pre` is given the stream, the others make it.
-    has_x = _saved_these(saved, (x,)) if node.name() == "preBackward" else _maker(x) is node
+    has_x = _saved_these(saved, (x,)) if node.name() in PRE else _maker(x) is node
     places = GIVEN[node.name()]
     return has_x and _saved_these([saved[place] for place in places], given[: len(places)])
 

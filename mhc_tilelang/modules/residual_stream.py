@@ -162,8 +162,10 @@ class ResidualStream:
         self._written = (0, True, False)  # version of the layer's output, grad mode, inference mode
         self._backward_pass = backward_pass()
 
-    def read(self, connection: Connection) -> torch.Tensor:
-        """Return the next layer's input, [..., C] in the stream's dtype, after merging a waiting write."""
+    def read(self, connection: Connection) -> Any:
+        """Return the next layer's input, [..., C] in the stream's dtype, after merging a waiting write; a `Quantized`
+        from a connection that is `quantized`.
+        """
         self._check_turn("read", writes=False)
         self._check_connection(connection)
         self._delayed = is_delayed(connection)
@@ -179,7 +181,7 @@ class ResidualStream:
         self._reader = connection, tuple(mappings)
         return layer_input
 
-    def _call(self, connection: Connection) -> tuple[torch.Tensor, list[torch.Tensor], tuple[torch.Tensor, ...]]:
+    def _call(self, connection: Connection) -> tuple[Any, list[torch.Tensor], tuple[torch.Tensor, ...]]:
         """Return the layer's input, the mappings, and what a delayed connection aggregated with."""
         read: Any = connection  # which takes more than x where it is HyperConnection, or delayed
         if self._can_fuse(connection):
