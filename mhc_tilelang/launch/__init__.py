@@ -49,7 +49,7 @@ from .post_head import LastBoundary, post_head, post_head_backward
 from .post_pre import Boundary, boundary_schedule, post_pre, post_project, post_project_plan
 from .post_pre_backward import BoundaryGradients, boundary_sums, mixing_backward, post_pre_backward, separate_backward
 from .projection import parallel_blocks, project, project_backward, projection_plan, split_phi
-from .quantized import RMSNorm, aggregate_quantized, coefficients_and_quantize
+from .quantized import RMSNorm, aggregate_quantized, coefficients_and_quantize, post_pre_quantized
 from .replay import Written, replay, replay_parts
 from .sinkhorn import sinkhorn, sinkhorn_backward, sinkhorn_sizes
 
@@ -104,6 +104,7 @@ __all__ = [
     "post_head_backward",
     "post_pre",
     "post_pre_backward",
+    "post_pre_quantized",
     "post_project",
     "post_project_plan",
     "project",

@@ -2,6 +2,7 @@
 
     aggregate_quantized                n·C read, C bytes and the scales written; C elements more beside them if asked
     coefficients_and_quantize          the mappings of a sublayer, and its input by its own h_pre or a given one
+    post_pre_quantized                 three launches: post_project, and these two
 
 Tensors come flat and contiguous, [T, …]; `operators` sees to that. The layer's RMSNorm is a part of it, as in
 `aggregate_norm`, whose bits layer_input has.
@@ -20,6 +21,8 @@ from ..spec import MHCSpec
 from .beside import coefficients_beside
 from .coefficients import coefficients
 from .operands import aligned, by_width, stream_kernel
+from .post_pre import post_project
+from .projection import projection_plan
 
 Quantized = tuple[torch.Tensor, ...]  # values, scales, and layer_input where it is wanted
 
@@ -44,14 +47,9 @@ def aggregate_quantized(
     """x [T, n, C], h_pre [T, n], weight [C] -> values [T, C] in float8_e4m3fn, scales [T, ⌈C / 128⌉], and with
     `has_layer_input` layer_input [T, C]. Scales are powers of two if asked. `out` has them, and says which.
     """
-    num_tokens, _, hidden_size = x.shape
-    tile = plans.quantized_tile(hidden_size, x.element_size(), compiler.platform_of(x.device))
+    tile = plans.quantized_tile(x.shape[2], x.element_size(), compiler.platform_of(x.device))
     row = by_width(weight, tile)
-    values, scales, *beside = out or (
-        x.new_empty(num_tokens, hidden_size, dtype=torch.float8_e4m3fn),
-        h_pre.new_empty(num_tokens, plans.num_scales(hidden_size)),
-        *([x.new_empty(num_tokens, hidden_size)] if has_layer_input else []),
-    )
+    values, scales, *beside = out or empty_quantized(x, has_layer_input)
     kernel = stream_kernel(
         "aggregate_quantized",
         x,
@@ -70,6 +68,16 @@ def aggregate_quantized(
         power_of_two=int(power_of_two),
     )
     return values, scales, *beside
+
+
+def empty_quantized(x: torch.Tensor, has_layer_input: bool) -> Quantized:
+    """Buffers for the layer's input of a stream x [T, n, C]."""
+    num_tokens, _, hidden_size = x.shape
+    return (
+        x.new_empty(num_tokens, hidden_size, dtype=torch.float8_e4m3fn),
+        x.new_empty(num_tokens, plans.num_scales(hidden_size), dtype=torch.float32),
+        *([x.new_empty(num_tokens, hidden_size)] if has_layer_input else []),
+    )
 
 
 def coefficients_and_quantize(
@@ -99,3 +107,45 @@ def coefficients_and_quantize(
     weights = mappings[0] if h_pre is None else h_pre
     aggregate_quantized(x, weights, norm.weight, norm.eps, power_of_two=power_of_two, out=quantized)
     return projected
+
+
+def post_pre_quantized(
+    x: torch.Tensor,
+    layer_output: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    phi: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    spec: MHCSpec,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    power_of_two: bool = False,
+    has_layer_input: bool = False,
+    h_pre: torch.Tensor | None = None,
+    out: tuple[torch.Tensor, ...] | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Arguments of `post_pre`, weight [C] and eps of the layer's norm -> x_next [T, n, C]; of the sublayer that begins
+    what `aggregate_quantized` gives, h_post, h_res, h_pre; projected [M + 1, T]. `out` has all but the last.
+    """
+    x_next, *quantized, h_post_next, h_res_next, h_pre_next = out or (
+        torch.empty_like(x),
+        *empty_quantized(x, has_layer_input),
+        *(torch.empty_like(one) for one in (h_post, h_res, h_post)),
+    )
+    _, partial, _ = post_project(x, layer_output, h_post, h_res, phi, out=(x_next, None))
+    projected = coefficients_and_quantize(
+        x_next,
+        partial,
+        alpha,
+        bias,
+        spec,
+        projection_plan(x, phi.shape[0]),
+        RMSNorm(weight, eps),
+        power_of_two,
+        h_pre=h_pre,
+        quantized=tuple(quantized),
+        mappings=(h_pre_next, h_post_next, h_res_next),
+    )
+    return x_next, *quantized, h_post_next, h_res_next, h_pre_next, projected

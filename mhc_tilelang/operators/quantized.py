@@ -27,37 +27,12 @@ PARAMETERS = "phi alpha bias h_pre? rms_norm_weight"
 
 
 def _pre_forward(x: torch.Tensor, *inputs_and_constants: Any, out: Any) -> Tensors:
-    phi = inputs_and_constants[0]
-    plan = launch.projection_plan(x, phi.shape[0])
-    return (_quantize(x, launch.project(x, phi, plan), plan, *inputs_and_constants[1:], out=out),)
-
-
-def _post_pre_forward(x: torch.Tensor, *inputs_and_constants: Any, out: Any) -> Tensors:
-    x_next, *rest = out
-    *mixed_and_phi, alpha, bias, h_pre, weight = inputs_and_constants[:8]
-    _, partial, _ = launch.post_project(x, *mixed_and_phi, out=(x_next, None))
-    plan = launch.projection_plan(x, mixed_and_phi[-1].shape[0])
-    arguments = (alpha, bias, h_pre, weight, *inputs_and_constants[8:])
-    return (_quantize(x_next, partial, plan, *arguments, out=rest),)
-
-
-def _quantize(
-    x: torch.Tensor,
-    partial: torch.Tensor,
-    plan: Any,
-    alpha: torch.Tensor,
-    bias: torch.Tensor,
-    h_pre: torch.Tensor | None,
-    weight: torch.Tensor,
-    *constants: Any,
-    out: Any,
-) -> torch.Tensor:
-    """`projected`; into `out` values, scales, layer_input unless it is missing, h_post, h_res and h_pre_next."""
+    phi, alpha, bias, h_pre, weight, *of_spec, eps, power_of_two = inputs_and_constants
     *quantized, h_post, h_res, h_pre_next = out
-    *of_spec, eps, power_of_two = constants
-    return launch.coefficients_and_quantize(
+    plan = launch.projection_plan(x, phi.shape[0])
+    projected = launch.coefficients_and_quantize(
         x,
-        partial,
+        launch.project(x, phi, plan),
         alpha,
         bias,
         spec_of(x, *of_spec),
@@ -68,6 +43,15 @@ def _quantize(
         quantized=tuple(quantized),
         mappings=(h_pre_next, h_post, h_res),
     )
+    return (projected,)
+
+
+def _post_pre_forward(*inputs_and_constants: Any, out: Any) -> Tensors:
+    *mixed_and_parameters, h_pre, weight = inputs_and_constants[:9]
+    *of_spec, eps, power_of_two = inputs_and_constants[9:]
+    arguments: Any = (*mixed_and_parameters, spec_of(mixed_and_parameters[0], *of_spec), weight, eps)
+    *_, projected = launch.post_pre_quantized(*arguments, power_of_two=power_of_two, h_pre=h_pre, out=tuple(out))
+    return (projected,)
 
 
 def _pre_backward(g: Any, inputs: Any, saved: Any, constants: tuple, needs: Any) -> Optionals:

@@ -44,10 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     every = cases.KERNELS + cases.BACKWARD_KERNELS + cases.BOUNDARY_KERNELS
     text = (
-        f"any of {', '.join(every)} (default: all), {cases.SUBLAYER_INPUT} (default with peers), or "
-        f"{cases.BOUNDARY_STEP}, both passes of a boundary by autograd"
+        f"any of {', '.join(every)} (default: all), {cases.SUBLAYER_INPUT} (default with peers), "
+        f"{', '.join(cases.FLOAT8_KERNELS)}, or {cases.BOUNDARY_STEP}, both passes of a boundary by autograd"
     )
-    choices = (*every, cases.SUBLAYER_INPUT, cases.BOUNDARY_STEP)
+    choices = (*every, cases.SUBLAYER_INPUT, *cases.FLOAT8_KERNELS, cases.BOUNDARY_STEP)
     add("--kernels", nargs="+", choices=choices, metavar="KERNEL", help=text)
     text = f"hidden sizes (default: {join_numbers(cases.WIDTHS)}; on a CPU {join_numbers(cases.CPU_WIDTHS)})"
     add("--widths", nargs="+", type=positive, metavar="C", help=text)

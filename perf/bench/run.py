@@ -21,7 +21,7 @@ from ..torch_forms import backward_post as backward_post_forms
 from ..torch_forms import backward_streams as backward_stream_forms
 from ..torch_forms import backward_tokens as backward_token_forms
 from ..torch_forms import boundary as boundary_forms
-from ..torch_forms import boundary_parts
+from ..torch_forms import boundary_parts, float8
 from ..torch_forms import streams as stream_forms
 from ..torch_forms import tokens as token_forms
 from ..torch_forms.baselines import Baseline, applicable, prepare, verify
@@ -34,6 +34,7 @@ FORMS = {
     **backward_stream_forms.FORMS,
     **backward_post_forms.FORMS,
     **backward_token_forms.FORMS,
+    **float8.FORMS,
 }
 COMPOSED_FORMS = {SUBLAYER_INPUT: stream_forms.SUBLAYER_INPUT_FORMS, **boundary_forms.FORMS}
 KERNEL, COPY = "kernel", "copy"

@@ -20,6 +20,9 @@ POST_PRE, POST_PRE_DELAYED, POST_PRE_BACKWARD = "post_pre", "post_pre_delayed", 
 BOUNDARY_STEP = "post_pre+post_pre_backward"
 BOUNDARY_KERNELS = (POST_PRE, POST_PRE_DELAYED, POST_PRE_BACKWARD)
 FORWARD_PARTS = ("post", "project", "coefficients", "aggregate")
+# With the layer's input in float8: measured where they are asked for.
+AGGREGATE_QUANTIZED, POST_PRE_QUANTIZED = "aggregate_quantized", "post_pre_quantized"
+FLOAT8_KERNELS = (AGGREGATE_QUANTIZED, POST_PRE_QUANTIZED)
 BACKWARD_PARTS = ("aggregate_backward", "coefficients_backward", AGGREGATED, "post_backward")
 # What else is run where these are measured: the parts, the separate kernels, those that make the inputs of a backward.
 MADE_OF = {
@@ -28,6 +31,7 @@ MADE_OF = {
     SUBLAYER_INPUT: ("project", "coefficients", "aggregate"),
     POST_PRE: FORWARD_PARTS,
     POST_PRE_DELAYED: FORWARD_PARTS,
+    POST_PRE_QUANTIZED: (POST_PRE, "coefficients", AGGREGATE_QUANTIZED),  # whose kernels it launches
     POST_PRE_BACKWARD: (POST_PRE, *BACKWARD_PARTS),
     BOUNDARY_STEP: (POST_PRE, POST_PRE_BACKWARD, *FORWARD_PARTS, *BACKWARD_PARTS),
 }
@@ -62,8 +66,8 @@ class Case:
 
     @property
     def calls(self) -> tuple[str, ...]:
-        """Names of the calls that measuring this case runs: itself, if it is one call, and its parts."""
-        itself = () if self.kernel in (SUBLAYER_INPUT, BOUNDARY_STEP) else (self.kernel,)
+        """Names of the calls that measuring this case runs: itself, if it is one call with a check, and its parts."""
+        itself = () if self.kernel in (SUBLAYER_INPUT, BOUNDARY_STEP, POST_PRE_QUANTIZED) else (self.kernel,)
         return (*itself, *MADE_OF.get(self.kernel, ()))
 
     @property

@@ -111,6 +111,12 @@ CALLS: dict[str, Call] = {
     "post_pre_delayed": Call(
         lambda n: (n + 1, n + 1), f"{MIXED} {MAPPED} spec h_pre", " ".join((*FORWARD_RESULTS, "h_pre_next")), "post_pre"
     ),
+    "post_pre_quantized": Call(
+        lambda n: (2 * n + 1, n),
+        f"{MIXED} {MAPPED} spec weight eps",
+        "x_next values scales h_post_next h_res_next h_pre_next",
+        float8=1,
+    ),
     "post_head": Call(lambda n: (2 * n + 1, n + 1), f"{MIXED} {HEAD} spec", "x_next h"),
     "expand_pre": Call(lambda n: (2, n + 1), f"h {MAPPED} spec", "x layer_input h_post h_res h_pre"),
     "post_pre_backward": Call(

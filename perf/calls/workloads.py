@@ -5,6 +5,7 @@ allocation of the outputs. Composed are:
 
     project+coefficients+aggregate    what precedes a layer
     post_pre, post_pre_delayed        fused; separate are post, project, coefficients, aggregate
+    post_pre_quantized                fused; its launches are those of others, which are checked
     post_pre_backward                 fused; separate are the kernels of pre's and of post's backward, and the sum of
                                       the stream's gradients between them, as autograd runs them
     post_pre+post_pre_backward        both through the public functions and autograd, as a training step runs them
@@ -23,7 +24,15 @@ import torch
 
 from ... import launch, ops
 from ..traffic.formulas import Traffic, traffic
-from .cases import BOUNDARY_KERNELS, BOUNDARY_STEP, POST_PRE_BACKWARD, POST_PRE_DELAYED, SUBLAYER_INPUT, Case
+from .cases import (
+    BOUNDARY_KERNELS,
+    BOUNDARY_STEP,
+    POST_PRE_BACKWARD,
+    POST_PRE_DELAYED,
+    POST_PRE_QUANTIZED,
+    SUBLAYER_INPUT,
+    Case,
+)
 from .every_call import Given, function
 from .table import AGGREGATED, CALLS, FORWARD_RESULTS, GRADIENTS, MIXING, PARAMETERS
 
@@ -83,7 +92,7 @@ class Buffered:
 def workload(case: Case, given: Given) -> Workload:
     """Return the case's kernel on these inputs."""
     fused = case.kernel in (*BOUNDARY_KERNELS, BOUNDARY_STEP)
-    if fused:
+    if fused or case.kernel == POST_PRE_QUANTIZED:
         slabs = launch.boundary_schedule(given.inputs.x, given.spec.num_coefficients).slabs
     else:
         slabs = given.partial.shape[0] if case.kernel in PROJECTED else 0

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from ... import compiler, ops
+from ... import compiler, ops, ops_quantized
 from ...compiler.kernel import Kernel
 from ..calls import cases
 from ..calls.every_call import Given
@@ -32,6 +32,9 @@ PUBLIC: Calls = {
     cases.SUBLAYER_INPUT: lambda s: ops.pre(s.x, *_parameters(s)),
     cases.POST_PRE: lambda s: ops.post_pre(*_mixed(s), *_parameters(s)),
     cases.POST_PRE_DELAYED: lambda s: ops.post_pre(*_mixed(s), *_parameters(s), h_pre=s.h_pre),
+    cases.POST_PRE_QUANTIZED: lambda s: ops_quantized.post_pre_quantized(
+        *_mixed(s), *_parameters(s), rms_norm_weight=s.weight, rms_norm_eps=s.eps
+    ),
 }
 
 

@@ -25,7 +25,8 @@ WIDTHS = (WIDTH,)  # at which `simulate` has them; each further one is minutes o
 BOUNDARY = ("post_pre", "post_pre_backward")
 CALLS = (
     *("expand", "aggregate", "aggregate_norm", "post", "project", "coefficients", "sinkhorn"),
-    *("post_pre", "post_pre_delayed", "replay", "expand_backward", "aggregate_backward", "aggregate_norm_backward"),
+    *("aggregate_quantized", "post_pre", "post_pre_delayed", "post_pre_quantized", "replay"),
+    *("expand_backward", "aggregate_backward", "aggregate_norm_backward"),
     *("post_backward", "project_backward_aggregated", "coefficients_backward", "sinkhorn_backward"),
     "post_pre_backward",
 )

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ...errors import MHCError
-from ..calls.cases import BACKWARD_KERNELS, BOUNDARY_KERNELS, BOUNDARY_STEP, KERNELS, SUBLAYER_INPUT
+from ..calls.cases import BACKWARD_KERNELS, BOUNDARY_KERNELS, BOUNDARY_STEP, FLOAT8_KERNELS, KERNELS, SUBLAYER_INPUT
 from ..overhead.model import IN_MODE, LABELS
 from .results import Facts, KernelResults, Measurement, OverheadResults, OverheadRow, Prediction, Spread, TorchForm
 
@@ -133,7 +133,7 @@ def kernel_results(path: Path, entry: Entry) -> KernelResults:
 
 def measurement(entry: Entry) -> Measurement:
     """One of the results."""
-    known = (*KERNELS, *BACKWARD_KERNELS, *BOUNDARY_KERNELS, SUBLAYER_INPUT, BOUNDARY_STEP)
+    known = (*KERNELS, *BACKWARD_KERNELS, *BOUNDARY_KERNELS, SUBLAYER_INPUT, BOUNDARY_STEP, *FLOAT8_KERNELS)
     if entry["kernel"].text() not in known:
         raise entry["kernel"].error("one of " + ", ".join(known))
     forms = entry["torch"].items()

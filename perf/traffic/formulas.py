@@ -22,6 +22,7 @@ Fused across a boundary (delayed is the form whose h_pre is there already; at n 
 
     post_pre, post_head         reads 2n + 1  writes n + 1
     post_pre_delayed            reads n + 1   writes n + 1
+    post_pre_quantized          reads 2n + 1  writes n, and 1 in float8
     post_pre_backward           reads 3n + 3  writes n + 1
     post_pre_delayed_backward   reads 2n + 2  writes n + 1
     post_head_backward          reads 3n + 3  writes n + 1
@@ -45,7 +46,7 @@ from ...kernels import boundary_plans, plans, projection_plans
 from ...kernels.plans import BYTES
 from ...kernels.projection_plans import ProjectionPlan, WarpProjectionPlan
 from ...spec import MHCSpec
-from ..calls.cases import POST_PRE, POST_PRE_BACKWARD, POST_PRE_DELAYED, Case
+from ..calls.cases import POST_PRE, POST_PRE_BACKWARD, POST_PRE_DELAYED, POST_PRE_QUANTIZED, Case
 from ..calls.table import CALLS
 
 PARALLEL_BLOCKS = 2 * 132  # on the multiprocessors of an H100 or H200: they set how tokens are cut in ranges
@@ -105,6 +106,14 @@ def small_bytes(case: Case, plan: ProjectionPlan, num_slabs: int) -> int:
     if case.kernel == "coefficients_backward":  # g_h_*, and what is projected in and out; alpha, bias in and out
         token_sums = 2 * num_token_sums(case, plan) * (3 + rows)
         return ((3 * rows + 2) * tokens + 2 * (3 + rows) + token_sums) * FLOAT32
+    if case.kernel == "aggregate_quantized":  # h_pre in, scales out, and the norm's weight
+        per_row = n + plans.num_scales(case.shape.hidden_size)
+        return (per_row * tokens + case.shape.hidden_size) * FLOAT32
+    if case.kernel == POST_PRE_QUANTIZED:  # h_post, h_res and phi, then what its other two launches move
+        read = (n + n * n) * tokens + rows * n * case.shape.hidden_size
+        partial += split_phi_bytes(case, plan) if isinstance(plan, WarpProjectionPlan) else 0
+        launched = (Case(kernel, case.shape) for kernel in ("coefficients", "aggregate_quantized"))
+        return read * FLOAT32 + partial + sum(small_bytes(one, plan, num_slabs) for one in launched)
     if case.kernel in (POST_PRE, POST_PRE_DELAYED):  # h_pre, h_post, h_res and phi, then what `coefficients` moves
         read = (2 * n + n * n) * tokens + rows * n * case.shape.hidden_size
         if isinstance(plan, WarpProjectionPlan):  # a launch splits phi; another one has mappings and aggregation

@@ -22,10 +22,12 @@ from mhc_tilelang.kernels import FAMILIES, boundary_plans, projection_plans
 from mhc_tilelang.perf.calls.cases import (
     BACKWARD_KERNELS,
     BOUNDARY_KERNELS,
+    FLOAT8_KERNELS,
     KERNELS,
     POST_PRE,
     POST_PRE_BACKWARD,
     POST_PRE_DELAYED,
+    POST_PRE_QUANTIZED,
     Case,
     Shape,
 )
@@ -37,6 +39,7 @@ from mhc_tilelang.perf.traffic.command import PARALLEL_BLOCKS
 from mhc_tilelang.perf.traffic.formulas import traffic
 from mhc_tilelang.perf.traffic.report import BACKWARD, FORWARD, formula
 
+FORWARD_BOUNDARIES = (POST_PRE, POST_PRE_DELAYED, POST_PRE_QUANTIZED)
 BLOCKS = {"cuda": PARALLEL_BLOCKS, "cpu": 2}
 CLI_SHAPE = Shape(1100, 4, 640, "bfloat16")  # several slabs of x·phi, several partials of g_phi
 SHAPES = [
@@ -79,13 +82,13 @@ def test_every_stream_tensor_moves_once(kernel: str, target: str, shape: Shape) 
     assert counted.small <= counted.small_per_block
 
 
-@pytest.mark.parametrize("kernel", KERNELS + BACKWARD_KERNELS + BOUNDARY_KERNELS)
+@pytest.mark.parametrize("kernel", KERNELS + BACKWARD_KERNELS + BOUNDARY_KERNELS + FLOAT8_KERNELS)
 @pytest.mark.parametrize(("target", "shape"), SHAPES)
 def test_formulas_are_what_the_code_does(kernel: str, target: str, shape: Shape) -> None:
     """The benchmark's bytes, small tensors included."""
     case, n = Case(kernel, shape), shape.num_streams
     plan = projection_plans.projection_plan(n * n + 2 * n, shape.hidden_size, shape.dtype, target)
-    slabs = num_slabs(kernel if kernel in (POST_PRE, POST_PRE_DELAYED) else "project", shape, target)
+    slabs = num_slabs(kernel if kernel in FORWARD_BOUNDARIES else "project", shape, target)
     stated, counted = traffic(case, plan, slabs), audit_call(case, target, BLOCKS[target])
     again = counted.repeated  # of separate kernels, where the backward of a boundary is not fused
     assert again == 0 or (kernel == POST_PRE_BACKWARD and not boundary_plans.backward_is_fused(n, target))

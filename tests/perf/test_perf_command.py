@@ -27,7 +27,7 @@ from mhc_tilelang.perf.measure import timing
 from mhc_tilelang.perf.measure.timing import Sample
 
 SMALL = ("--device", "cpu", "--widths", "48", "--tokens", "32", "--repeats", "2")
-UNUSUAL = (*cases.BOUNDARY_KERNELS, cases.SUBLAYER_INPUT, cases.BOUNDARY_STEP)
+UNUSUAL = (*cases.BOUNDARY_KERNELS, cases.SUBLAYER_INPUT, cases.BOUNDARY_STEP, cases.POST_PRE_QUANTIZED)
 PASSED = Row("post", "bfloat16", 4, 192, 127, error=1e-3, tolerance=2e-3, torch_error=1e-3, passed=True)
 FAILED = Row("post", "float32", 4, 192, 127, error=0.5, tolerance=1e-6, torch_error=1e-7, passed=False)
 
