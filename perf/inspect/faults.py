@@ -17,7 +17,6 @@ MIXED = "16-bit layer"  # beside a float32 stream: a thread has four channels, 1
 # Kernels whose accesses to the stream nvcc may split, and why they are left so. A test drops what is no longer needed.
 SPLIT = {
     "coefficients_aggregate": "no access of the stream: loads of partial sums that the listing has without a line",
-    "coefficients_aggregate_backward": "no access of the stream: one of four bytes, without a line in the listing",
     "expand_project": "stores x from registers, as tiles do",
     "boundary_backward": "stores g_x and g_layer_output from registers; to be rebuilt with a wider layout",
 }
@@ -103,11 +102,15 @@ def splits(row: Row) -> list[str]:
 
 
 def split_of(name: str, how: str, machine: dict[str, int], bytes_wide: int) -> str | None:
-    """Describe split accesses to a tensor; None if there are none. No access at all is a fault too: it went unseen."""
+    """Describe split accesses to a tensor; None if there are none. No access at all is a fault too: it went unseen.
+
+    Parts are together as wide as what they are parts of: fewer bytes are a small tensor's, of a line that has both.
+    """
     narrow_ones = {bits: number for bits, number in machine.items() if is_narrow(bits, bytes_wide)}
-    if machine and not narrow_ones:
+    narrow_bytes = sum(int(bits) // 8 * number for bits, number in narrow_ones.items())
+    if len(machine) > len(narrow_ones) and narrow_bytes < bytes_wide:
         return None
-    in_parts = -(-sum(int(bits) // 8 * number for bits, number in narrow_ones.items()) // bytes_wide)
+    in_parts = -(-narrow_bytes // bytes_wide)
     accesses = in_parts + sum(number for bits, number in machine.items() if bits not in narrow_ones)
     if not accesses:
         return f"{name} {how} in the source, not in the machine code"

@@ -22,7 +22,7 @@ def find_truncated(func: Any, code: str) -> list[str]:
     threads, buffers = tiles_of(func)
     fragments = [buffer for buffer in buffers if buffer.scope() == "local.fragment"]
     wrong = []
-    for name in dict.fromkeys(buffer.name for buffer in fragments):
+    for name in dict.fromkeys(buffer.name for buffer in fragments if buffer.name):  # one without is not to be found
         needed = [-(-prod(map(int, b.shape)) // threads) for b in fragments if b.name == name]
         given = [int(size) for declared_name, size in declared if declared_name == name]
         given += [0] * (len(needed) - len(given))
