@@ -17,6 +17,7 @@ MIXED = "16-bit layer"  # beside a float32 stream: a thread has four channels, 1
 # Kernels whose accesses to the stream nvcc may split, and why they are left so. A test drops what is no longer needed.
 SPLIT = {
     "coefficients_aggregate": "no access of the stream: loads of partial sums that the listing has without a line",
+    "coefficients_aggregate_backward": "g_layer_input's vectors count as x's, for a listing that has both in one line",
     "expand_project": "stores x from registers, as tiles do",
     "boundary_backward": "stores g_x and g_layer_output from registers; to be rebuilt with a wider layout",
 }
