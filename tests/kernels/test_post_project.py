@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import CPU, DTYPES, MIXED_DTYPES, STREAMS, assert_same_bits, every_n_and_dtype, map_tokens, named
+from helpers import CPU, MIXED_DTYPES, STREAMS, assert_same_bits, every_n_and_dtype, map_tokens, named
 from helpers_backward import in_nan
 
 from mhc_tilelang import launch
@@ -79,7 +79,7 @@ def assert_gpu_plan_equals_separate(case, rows):
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
-@pytest.mark.parametrize("case", [*(Case(4, 333, dtype, 63) for dtype in DTYPES), Case(2, 192, torch.bfloat16, 3)])
+@pytest.mark.parametrize("case", [SMALL, *(case for case in every_n_and_dtype(3) if case.values[0].num_streams != 4)])
 def test_delayed_form_aggregates_with_what_it_is_given(case, target):
     """The kernel's own aggregation is that of `pre`, and x_next and the sums are those without it."""
     inputs = Inputs.of(case, CPU)
