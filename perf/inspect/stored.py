@@ -19,6 +19,8 @@ from .row import Row
 # Beside this folder in a checkout; a wheel has no results.
 FOLDER = Path(__file__).resolve().parents[1] / "results" / "inspect"
 KERNELS, TILE_KERNELS = FOLDER / "kernels.json", FOLDER / "tile-kernels.json"
+# `mhc-tilelang inspect --arch sm_90a --streams 1 3 5 6 7 --json` this: CI compares it with nothing but the calls.
+OTHER_STREAMS = FOLDER / "other-streams.json"
 
 
 def write(path: Path | None, rows: Iterable[Row], more_versions: Mapping[str, str] | None = None) -> None:

@@ -96,6 +96,7 @@ WRITTEN = {"x_next": {"128": 4}}
         (READ, WRITTEN, []),
         (READ, {"x_next": {"bulk": 1}}, []),
         (READ, {"x_next": {"256": 2}}, []),
+        ({**READ, "x": {"128": 4, "32": 3}}, WRITTEN, []),  # h_pre's, in one line with x's
         (READ, {"x_next": {"128": 3, "32": 4}}, ["1 of 4 accesses by which x_next is written split: 3×16 4×4 bytes"]),
         (READ, {"x_next": {"64": 4}}, ["2 of 2 accesses by which x_next is written split: 4×8 bytes"]),
         (
