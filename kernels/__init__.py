@@ -15,6 +15,7 @@ are run-time values, so one compilation serves every batch.
     post          Eq. 3       mix the streams, add the layer's output
     replay        Eq. 3       post and aggregate of a block of sublayers again, without a projection, for the backward
     post_project  Eq. 3, 14   post, and the projection of what it made, from the same tile
+    post_pre      Eq. 3, 14–19   the whole boundary in one launch, for few tokens
     expand                    an embedding -> n equal streams
     expand_project            expand, and the projection of what is the same in every stream
     head                      the coefficients of the last aggregation
@@ -45,6 +46,7 @@ FAMILIES = {
     "post": ("post", "post_kernel"),
     "replay": ("replay", "replay_kernel"),
     "post_project": ("post_project", "post_project_kernel"),
+    "post_pre": ("post_pre", "post_pre_kernel"),
     "expand": ("expand", "expand_kernel"),
     "expand_project": ("expand_project", "expand_project_kernel"),
     "project_backward": ("projection_backward", "project_backward_kernel"),

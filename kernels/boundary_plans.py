@@ -157,22 +157,54 @@ def defers_mappings(platform: str) -> bool:
 
 
 @dataclass(frozen=True)
+class PostPrePlan:
+    """What is compiled into `post_pre`, the boundary in one launch: the projection's plan, tokens and threads of a
+    block, and how many blocks shall find room on a multiprocessor.
+    """
+
+    projection: WarpProjectionPlan
+    tokens: int = 16
+    threads: int = 128
+    blocks_per_sm: int = 4
+
+    def num_tiles(self, num_tokens: int) -> int:
+        """Tiles of tokens."""
+        return -(-num_tokens // self.tokens)
+
+
+MOST_TOKENS_AT_ONCE = 128  # beyond, blocks come in waves, of which the list of steps says nothing
+# How often a block of `post_pre` asks whether the others have come, some 0.5 µs each time, before it leaves a note.
+POLLS = 64
+
+
+def post_pre_plan(plan: ProjectionPlan) -> PostPrePlan | None:
+    """The plan of the boundary in one launch, beside one of three with this projection; None where there is none.
+
+    By warps alone, for bfloat16 and the mappings of four streams.
+    """
+    by_warps = isinstance(plan, WarpProjectionPlan) and plan.operand_dtype == "bfloat16"
+    return PostPrePlan(plan) if by_warps and plan.rows == 24 else None
+
+
+@dataclass(frozen=True)
 class BoundarySchedule:
     """Schedule of a batch's tiles of tokens and chunks of channels over blocks; it never changes results.
 
     "tokens" where every block takes all chunks of its tile, as with thousands of tokens; "channels" where the chunks
-    of a tile go to several blocks, so that a few tokens still fill the device, as in decoding.
+    of a tile go to several blocks, so that a few tokens still fill the device; "one launch" where these blocks also
+    hand over to each other what is otherwise left to the launches after, as in decoding.
     """
 
     token_blocks: int
     chunks_per_split: int
     splits: int
     slabs: int
+    one_launch: bool = False
 
     @property
     def regime(self) -> str:
-        """What is shared out: "tokens", or "channels" too."""
-        return "tokens" if self.splits == 1 else "channels"
+        """What is shared out: "tokens", or "channels" too, or all in "one launch"."""
+        return "one launch" if self.one_launch else "tokens" if self.splits == 1 else "channels"
 
     def __str__(self) -> str:
         return (
@@ -187,10 +219,19 @@ def boundary_schedule(
     plan: PostProjectPlan | ExpandProjectPlan,
     parallel_blocks: int,
     per_split: int | None = None,
+    one_launch: bool | None = False,
 ) -> BoundarySchedule:
-    """The schedule for a batch on a device that runs `parallel_blocks` at a time; `per_split` chunks where given."""
+    """The schedule for a batch on a device that runs `parallel_blocks` at a time; `per_split` chunks where given.
+
+    `one_launch` says whether `post_pre` is one; None: where that is predicted to end first.
+    """
     projection = plan.projection
     num_chunks = projection.num_chunks(hidden_size)
+    at_once = post_pre_plan(projection)
+    if at_once and one_launch is None and per_split is None:
+        one_launch = ends_at_once(num_tokens, hidden_size, at_once, parallel_blocks // 2)
+    if at_once and one_launch:
+        return BoundarySchedule(at_once.num_tiles(num_tokens), 1, num_chunks, num_chunks, one_launch=True)
     per_split = per_split or chunks_per_split(num_tokens, num_chunks, projection, parallel_blocks)
     return BoundarySchedule(
         token_blocks=-(-num_tokens // projection.tokens),
@@ -198,6 +239,18 @@ def boundary_schedule(
         splits=-(-num_chunks // per_split),
         slabs=num_slabs(per_split, num_chunks, projection),
     )
+
+
+# µs on an H200, predicted (docs/critical-path.md): `post_pre` while its blocks find room at a time, each further wave
+# of them; the three launches, which take as long for 128 tokens as for one.
+AT_ONCE_US, WAVE_US, THREE_LAUNCHES_US = 8.0, 3.0, 20.0
+
+
+def ends_at_once(num_tokens: int, hidden_size: int, plan: PostPrePlan, num_sms: int) -> bool:
+    """Whether the boundary is predicted to end earlier in one launch, on a device of `num_sms` multiprocessors."""
+    blocks = plan.num_tiles(num_tokens) * plan.projection.num_chunks(hidden_size)
+    waves = -(-blocks // (max(1, num_sms) * plan.blocks_per_sm))
+    return num_tokens <= MOST_TOKENS_AT_ONCE and AT_ONCE_US + (waves - 1) * WAVE_US < THREE_LAUNCHES_US
 
 
 @dataclass(frozen=True)

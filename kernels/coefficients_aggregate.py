@@ -74,20 +74,33 @@ def sum_token_slabs(total, partial, token, group_slabs, rows):
 
 
 @T.macro
-def make_mappings(h_pre, h_post, h_res, projected, z, alpha, bias, token, numbers: Numbers, n):
-    """The token's mappings from its sums z, and what a backward reads: one thread's work."""
+def scale_sums(z, projected, token, numbers: Numbers, n):
+    """The token's sums z as s·(x·phi), and s for Σx²; `projected`, if given, gets them too."""
     num_rows = n * n + 2 * n
-    P = T.alloc_local((n * n,), T.float32)
-    pre, post, res = row_groups(n)
     z[num_rows] = T.rsqrt(z[num_rows] * numbers.inverse_size + numbers.rms_eps)
-    projected[num_rows, token] = z[num_rows]
+    if projected is not None:
+        projected[num_rows, token] = z[num_rows]
     for m in T.unroll(num_rows):
         z[m] = z[m] * z[num_rows]
-        projected[m, token] = z[m]
+        if projected is not None:
+            projected[m, token] = z[m]
+
+
+@T.macro
+def make_gates(h_pre, h_post, z, alpha, bias, token, numbers: Numbers, n):
+    """The token's h_pre and h_post from its scaled sums: one thread's work."""
+    pre, post, _ = row_groups(n)
     for j in T.unroll(n):
         h_pre[token, j] = sigmoid(alpha[pre.index] * z[j] + bias[j]) + numbers.pre_eps
         post_logit = alpha[post.index] * z[post.first + j] + bias[post.first + j]
         h_post[token, j] = numbers.post_scale * sigmoid(post_logit)
+
+
+@T.macro
+def make_h_res(h_res, z, alpha, bias, token, numbers: Numbers, n):
+    """The token's h_res from its scaled sums: one thread's work."""
+    P = T.alloc_local((n * n,), T.float32)
+    res = row_groups(n)[2]
     for m in T.unroll(n * n):
         P[m] = alpha[res.index] * z[res.first + m] + bias[res.first + m]
     sinkhorn_token(P, n, numbers.iters, numbers.sinkhorn_eps)
@@ -103,7 +116,9 @@ def map_token(h_pre, h_post, h_res, projected, partial, alpha, bias, token, grou
     z = T.alloc_local((rows,), T.float32)
     if token < partial.shape[2]:
         sum_token_slabs(z, partial, token, group_slabs, tuple(range(rows)))
-        make_mappings(h_pre, h_post, h_res, projected, z, alpha, bias, token, numbers, n)
+        scale_sums(z, projected, token, numbers, n)
+        make_gates(h_pre, h_post, z, alpha, bias, token, numbers, n)
+        make_h_res(h_res, z, alpha, bias, token, numbers, n)
 
 
 @T.macro

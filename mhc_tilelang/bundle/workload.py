@@ -52,7 +52,8 @@ def kernels_of(
 
 def emulator(target: str, load: Any) -> compiler.Emulator:
     """Return an emulator that takes every launch on CPU tensors as the target's."""
-    return compiler.Emulator(target, load, GPU_BLOCKS, "cpu" if target == "cpu" else "cuda", {})
+    platform = "cpu" if target == "cpu" else "cuda"
+    return compiler.Emulator(target, load, GPU_BLOCKS, platform, {}, has_counters=False)
 
 
 def inputs_of(spec: MHCSpec, dtype: str) -> Inputs:

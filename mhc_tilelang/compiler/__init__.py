@@ -43,6 +43,7 @@ class Emulator:
         platform: whose plans the kernels follow, "cuda" or "cpu".
         kernels: where those it has loaded are kept, if not with all others: a target may bear the name of a real one.
         device: the type of the tensors' device.
+        has_counters: whether kernels find the zeros by which their blocks synchronise (`launch.workspace`).
     """
 
     target: str
@@ -51,6 +52,7 @@ class Emulator:
     platform: str = "cuda"
     kernels: dict[tuple, Kernel] | None = None
     device: str = "cpu"
+    has_counters: bool = True
 
 
 _emulators: list[Emulator] = []  # those that are entered, the one in force last
@@ -127,6 +129,12 @@ def target_of(device: torch.device) -> str:
     if major < 8:
         raise ValueError(f"device: expected compute capability 8.0 or newer, got {major}.{minor} ({device})")
     return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+
+
+def has_counters(device: torch.device) -> bool:
+    """Whether kernels for a device's tensors find counters: not those of a bundle, whose hosts are told of none."""
+    emulator = emulator_of(device)
+    return emulator.has_counters if emulator else not os.environ.get(BUNDLE_VARIABLE)
 
 
 def shared_bytes(device: torch.device) -> int:

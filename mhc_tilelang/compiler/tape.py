@@ -31,6 +31,10 @@ ALLOCATIONS = (
 Slots = list[Any]  # tensors by number: first those that are given, then those that are made
 
 
+class NotThereError(Exception):
+    """What a tape would use of others' memory is not to be had now. The call may be made from its beginning."""
+
+
 class Step(NamedTuple):
     """Tensors that are made, a launch, and tensors that are let go of.
 
@@ -136,6 +140,10 @@ class Recorder(TorchDispatchMode):
             kinds = kernel.native.argtypes[len(tensors) :]  # converted once: at each call it took a third of it
             constants = tuple(kind(number) for kind, number in zip(kinds, numbers, strict=True))
             self._noted.append(_Noted(kernel.native, self._find(tensors), constants, by_address=True))
+
+    def given(self, tensor: torch.Tensor, find: Callable[[], torch.Tensor | None]) -> None:
+        """Note memory of others that the call uses: each replay asks `find` for it."""
+        self._noted.append(_Noted(lambda _: find(), made=(self._add(tensor),)))
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and note what it is."""
@@ -278,6 +286,8 @@ def _making(call: Callable[..., Any], picked: Callable[[Slots], Any], made: tupl
 
     def make(slots: Slots) -> torch.Tensor:
         returned = call(picked(slots))
+        if returned is None:
+            raise NotThereError
         if not isinstance(returned, torch.Tensor):
             for slot, one in zip(made, returned, strict=True):
                 slots[slot] = one

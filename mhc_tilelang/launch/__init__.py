@@ -13,6 +13,7 @@
     post_pre       the boundary between two sublayers; post_pre_backward
     expand_pre, post_head   those of a stream's ends
     replay         a block of sublayers once more, for the backward
+    workspace      counters of blocks that hand over to each other
 
 Tensors come flat, [T, …], checked and contiguous; `operators` sees to that. Nothing here changes a result: plans are
 functions of sizes and target.
@@ -46,7 +47,7 @@ from .operands import aligned, alignment
 from .partial_sums import sum_partials
 from .post import post, post_backward
 from .post_head import LastBoundary, post_head, post_head_backward
-from .post_pre import Boundary, boundary_schedule, post_pre, post_project, post_project_plan
+from .post_pre import Boundary, boundary_schedule, post_pre, post_pre_at_once, post_project, post_project_plan
 from .post_pre_backward import BoundaryGradients, boundary_sums, mixing_backward, post_pre_backward, separate_backward
 from .projection import parallel_blocks, project, project_backward, projection_plan, split_phi
 from .quantized import RMSNorm, aggregate_quantized, coefficients_and_quantize, post_pre_quantized
@@ -103,6 +104,7 @@ __all__ = [
     "post_head",
     "post_head_backward",
     "post_pre",
+    "post_pre_at_once",
     "post_pre_backward",
     "post_pre_quantized",
     "post_project",

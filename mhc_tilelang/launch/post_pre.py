@@ -1,7 +1,8 @@
 """The boundary between two sublayers, launched: `post` of the one, `pre` of the next, fused and in its parts.
 
     post_pre          three launches: post_project, coefficients, and the aggregation; two in the delayed form, but
-                      three again with a norm of the layer's input, since no block of post_project has a whole row
+                      three again with a norm of the layer's input, since no block of post_project has a whole row;
+                      one for few tokens (`post_pre_at_once`), where the schedule says so
     post_project      post, the projection of the next sublayer, and with h_pre its layer input
     schedule          how a batch's work is shared out over blocks: print it, or give another
 
@@ -17,14 +18,17 @@ import torch
 
 from .. import compiler
 from ..compiler.kernel import dtype_name
-from ..kernels import boundary_plans, projection_plans
+from ..kernels import boundary_plans, plans, projection_plans
 from ..spec import MHCSpec
 from .aggregate import aggregate_norm
 from .beside import coefficients_beside
 from .coefficients import coefficients
 from .mappings import coefficients_and_aggregate
-from .operands import aligned, stream_kernel
+from .operands import aligned, alignment, stream_kernel
 from .projection import parallel_blocks, projection_plan, split_phi
+from .workspace import counters
+
+MOST_CHUNKS = 1023  # that a word of the one launch counts
 
 
 class Boundary(NamedTuple):
@@ -68,6 +72,14 @@ def post_pre(
         x.new_empty(num_tokens, hidden_size),
         *(h_post.new_empty(num_tokens, *rest) for rest in ((n,), (n, n), (n,))),
     )
+    if h_pre is None and rms_norm_weight is None:
+        schedule = schedule or boundary_schedule(x, phi.shape[0])
+        mixed, parameters = (x, layer_output, h_post, h_res), (phi, alpha, bias)
+        every = (x_next, layer_input, h_pre_next, h_post_next, h_res_next)
+        if schedule.one_launch and (projected := post_pre_at_once(*mixed, *parameters, spec, out=every)) is not None:
+            return Boundary(x_next, layer_input, h_post_next, h_res_next, h_pre_next, projected)
+    if schedule is not None and schedule.one_launch:
+        schedule = boundary_schedule(x, phi.shape[0], one_launch=False)
     given = h_pre if rms_norm_weight is None else None  # what post_project aggregates with, if it does
     _, partial, _ = post_project(
         x,
@@ -93,6 +105,66 @@ def post_pre(
         weights = h_pre_next if h_pre is None else h_pre
         aggregate_norm(x_next, weights, rms_norm_weight, rms_norm_eps, out=layer_input)
     return Boundary(x_next, layer_input, h_post_next, h_res_next, h_pre_next, projected)
+
+
+def post_pre_at_once(
+    x: torch.Tensor,
+    layer_output: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    phi: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    spec: MHCSpec,
+    *,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    polls: int = boundary_plans.POLLS,
+) -> torch.Tensor | None:
+    """The ordinary form in one launch -> projected [M + 1, T]; `out` has x_next, layer_input, h_pre, h_post and h_res.
+
+    None, and nothing is done, where the kernel does not take these tensors: rows that do not start on 16 bytes, a layer
+    of another dtype, 65,536 channels, or no counters for it while a CUDA graph is captured. `polls`: how often a block
+    asks whether the others have come. Neither that nor the order of blocks moves a bit.
+    """
+    num_tokens, n, hidden_size = x.shape
+    x_next, layer_input, h_pre_next, h_post_next, h_res_next = out
+    plan = boundary_plans.post_pre_plan(projection_plan(x, phi.shape[0]))
+    starts = alignment(x, layer_output, x_next, layer_input)
+    if plan is None or starts < plans.MAX_ACCESS_BYTES or layer_output.dtype != x.dtype:
+        return None
+    num_tiles, num_chunks = plan.num_tiles(num_tokens), plan.projection.num_chunks(hidden_size)
+    if num_chunks > MOST_CHUNKS:
+        return None
+    most = plan.num_tiles(max(num_tokens, boundary_plans.MOST_TOKENS_AT_ONCE))
+    if (sync := counters(x.device, most * (1 + num_chunks))) is None:
+        return None
+    partial = phi.new_empty(num_tiles, num_chunks, plan.projection.slab_rows, plan.tokens)
+    projected = phi.new_empty(plan.projection.slab_rows, num_tokens)
+    kernel = stream_kernel("post_pre", x, plan=plan)
+    kernel(
+        x=x,
+        layer_output=layer_output,
+        h_post=aligned(h_post),
+        h_res=aligned(h_res),
+        phi=aligned(phi).view(-1, n, hidden_size),
+        alpha=aligned(alpha),
+        bias=aligned(bias),
+        x_next=x_next,
+        layer_input=layer_input,
+        h_pre_next=h_pre_next,
+        h_post_next=h_post_next,
+        h_res_next=h_res_next,
+        projected=projected,
+        partial=partial,
+        sync=sync[: num_tiles * (1 + num_chunks)].view(num_tiles, -1),
+        iters=spec.sinkhorn_iters,
+        sinkhorn_eps=spec.sinkhorn_eps,
+        pre_eps=spec.pre_eps,
+        rms_eps=spec.rms_eps,
+        post_scale=spec.post_scale,
+        polls=polls,
+    )
+    return projected
 
 
 def post_project(
@@ -155,18 +227,24 @@ def post_project_plan(x: torch.Tensor, rows: int, has_h_pre: bool = False) -> bo
 
 
 def boundary_schedule(
-    x: torch.Tensor, rows: int, chunks_per_split: int | None = None
+    x: torch.Tensor, rows: int, chunks_per_split: int | None = None, one_launch: bool | None = None
 ) -> boundary_plans.BoundarySchedule:
     """Return, for `print`, how blocks share a stream x [T, n, C]'s boundary on its device; phi has `rows` rows.
 
-    With `chunks_per_split`, from 1 to all, every block takes that number of chunks of channels instead.
+    With `chunks_per_split`, from 1 to all, every block takes that number of chunks of channels instead. `one_launch`
+    asks for the boundary in one launch, or in several; unless given, what is predicted to end first is taken. Bundles
+    have several launches alone: their hosts know of no counters.
 
     Raises:
-        ValueError: chunks_per_split is below 1.
+        ValueError: chunks_per_split is below 1; one_launch is asked for where there is no such form.
     """
     if chunks_per_split is not None and chunks_per_split < 1:
         raise ValueError(f"schedule: chunks_per_split: expected at least 1, got {chunks_per_split}")
-    plan = post_project_plan(x, rows)
+    plan, (num_tokens, _, hidden_size) = post_project_plan(x, rows), x.shape
+    if one_launch and boundary_plans.post_pre_plan(plan.projection) is None:
+        raise ValueError(f"schedule: one_launch: expected a stream that is projected by warps, got {plan.projection}")
+    if one_launch is None and not compiler.has_counters(x.device):
+        one_launch = False
     return boundary_plans.boundary_schedule(
-        x.shape[0], x.shape[2], plan, parallel_blocks(x.device), per_split=chunks_per_split
+        num_tokens, hidden_size, plan, parallel_blocks(x.device), chunks_per_split, one_launch
     )

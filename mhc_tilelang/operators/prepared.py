@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import compiler, kernels, launch
-from ..compiler.tape import Tape, record
+from ..compiler.tape import NotThereError, Tape, record
 from ..kernels.plans import MAX_ACCESS_BYTES
 from ..launch import beside
 
@@ -46,7 +47,8 @@ class Prepared:
     def __call__(self, *tensors: Any) -> tuple[Any, ...]:
         """The results of `run`."""
         if self._tape is not None:
-            return self._tape.replay(tensors)
+            with suppress(NotThereError):
+                return self._tape.replay(tensors)
         if self._is_recorded:
             return tuple(self._run(*tensors))
         results, self._tape = record(self._run, tensors)

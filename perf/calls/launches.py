@@ -35,7 +35,11 @@ def launches(case: Case, target: str, parallel_blocks: int) -> tuple[Recorded, .
     wide: dict[str, list[tuple[str, ...]]] = {}
     for one in reversed(told_apart):
         wide.setdefault(one.family, []).append(one.wide(tokens, width))
-    return tuple(replace(one, streams=wide[one.family].pop()) for one in found)
+    # Fewer tokens may be another kernel, whose own shapes have to do.
+    own = (shape.num_tokens, shape.hidden_size)
+    return tuple(
+        replace(one, streams=wide[one.family].pop() if one.family in wide else one.wide(*own)) for one in found
+    )
 
 
 @cache

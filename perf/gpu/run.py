@@ -28,13 +28,14 @@ TARGET = "sm_90a"
 PARALLEL_BLOCKS = 2 * 132  # sets no compiled size, only run-time ones
 TOKENS = 4096
 PARTS = ("smoke", "correctness", "bench", "overhead", "counters", "peers", "tune")
-SANITIZED = Shape(33, 4, 136, "bfloat16")  # two tiles of tokens, a width that no tile divides
+# Tiles of tokens, a width that no tile divides; few tokens, which a boundary crosses in one launch, and more.
+SANITIZED = (Shape(33, 4, 136, "bfloat16"), Shape(129, 4, 136, "bfloat16"))
 
 
 def shapes_of(part: str) -> list[Shape]:
     """Return the shapes whose kernels a part's steps launch; "smoke" is what is launched before all else."""
     if part == "smoke":
-        return [SANITIZED]
+        return [*SANITIZED]
     if part == "counters":
         return [Shape(TOKENS, 4, 2560, "bfloat16")]
     if part != "correctness":  # each of them checks its kernels at the width that it measures, with few tokens
@@ -45,7 +46,7 @@ def shapes_of(part: str) -> list[Shape]:
     checked = [Shape(c.num_tokens, c.num_streams, c.hidden_size, str(c.dtype).rpartition(".")[2]) for c in cases()]
     stream = [Shape(1024, 4, HIDDEN_SIZE, dtype) for dtype in DTYPES]
     tested = [Shape(4097, 4, 1280, "bfloat16"), Shape(300, 8, 1280, "float32"), Shape(300, 4, 7168, "float16")]
-    return [*(shape for shape in checked if shape.num_tokens), *stream, *tested, SANITIZED]
+    return [*(shape for shape in checked if shape.num_tokens), *stream, *tested, *SANITIZED]
 
 
 def jobs_of(part: str) -> list[Job]:
@@ -88,11 +89,12 @@ def launch_every_call(args: argparse.Namespace) -> int:
     from ..calls.every_call import every_call
 
     device = pick_device(args.device)
-    for name, run in every_call(SANITIZED, device).items():
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()  # what a kernel did wrong is raised before the next one starts
-        print(name, flush=True)
+    for shape in SANITIZED:
+        for name, run in every_call(shape, device).items():
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()  # what a kernel did wrong is raised before the next one starts
+            print(name, shape.num_tokens, flush=True)
     return 0
 
 

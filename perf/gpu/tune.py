@@ -60,8 +60,10 @@ def calls_with(family: str) -> list[str]:
     from ..calls.launches import launches
     from ..calls.table import CALLS
 
-    shape = Shape(4096, 4, 2560, "bfloat16")
-    found = {name: [one.family for one in launches(Case(name, shape), "cuda", 264)] for name in CALLS}
+    shapes = [Shape(tokens, 4, 2560, "bfloat16") for tokens in (4096, 64)]
+    found = {
+        name: [one.family for shape in shapes for one in launches(Case(name, shape), "cuda", 264)] for name in CALLS
+    }
     return sorted((name for name, families in found.items() if family in families), key=lambda name: len(found[name]))
 
 

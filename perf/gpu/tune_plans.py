@@ -17,6 +17,7 @@ from ...kernels.boundary_plans import (
     CoefficientsAggregateBackwardPlan,
     CoefficientsAggregatePlan,
     ExpandProjectPlan,
+    PostPrePlan,
     PostProjectPlan,
 )
 from ...kernels.plans import BYTES, MAX_ACCESS_BYTES, WARP, ChannelTile, NormTile, ReductionTile
@@ -83,7 +84,7 @@ def plans_like(plan: Any, parameters: Parameters, target: str) -> Iterator[Any]:
     elif isinstance(plan, AggregateMappingsPlan):
         for tile, blocks in product(channel_tiles(plan.tile, parameters["hidden_size"], target), (1, 4, 8, 12)):
             yield replace(plan, tile=tile, tokens=tile.threads, blocks_per_sm=blocks)
-    elif isinstance(plan, CoefficientsAggregatePlan):
+    elif isinstance(plan, CoefficientsAggregatePlan | PostPrePlan):
         yield from (replace(plan, blocks_per_sm=blocks) for blocks in (2, 3, 4, 6))
     elif isinstance(plan, CoefficientsAggregateBackwardPlan):
         yield from (replace(plan, blocks_per_sm=blocks) for blocks in (1, 2, 3))

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ...errors import MHCError
 from ...kernels import FAMILIES, boundary_plans, projection_plans
-from ..calls.cases import Case, Shape
+from ..calls.cases import POST_PRE, Case, Shape
 from ..calls.launches import launches
 from ..calls.table import CALLS
 from ..options import DTYPES
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ...compiler.recording import Recorded
 
 TOKENS = 4096  # sets the run-time sizes of a launch, and in how many lanes partial sums are added
+FEW_TOKENS = 64  # of the boundary's form for few
 PARALLEL_BLOCKS = 2 * 132  # of a projection, on the multiprocessors of an H100 or H200
 WIDTHS = (1280, 1920, 2560, 4096, 5120, 7168)
 STREAMS = (2, 4, 8)
@@ -107,10 +109,14 @@ class Subject:
 def subjects(shape: Shape, kernels: Iterable[str] = FAMILIES) -> list[Subject]:
     """Every kernel of these families at one shape, in the families' order, each once."""
     found: dict[tuple[str, str], Subject] = {}
-    for call in CALLS:
-        for launch in launches(Case(call, shape), "cuda", PARALLEL_BLOCKS):
-            subject = subject_of(launch, shape, variant_of(launch))
-            found.setdefault((subject.kernel, subject.variant), subject)
+    every = [launches(Case(call, shape), "cuda", PARALLEL_BLOCKS) for call in CALLS]
+    rows = shape.num_streams * (shape.num_streams + 2)
+    if boundary_plans.post_pre_plan(projection_plans.projection_plan(rows, shape.hidden_size, shape.dtype, "cuda")):
+        few = Case(POST_PRE, replace(shape, num_tokens=FEW_TOKENS))
+        every.append(launches(few, "cuda", PARALLEL_BLOCKS))
+    for launch in chain.from_iterable(every):
+        subject = subject_of(launch, shape, variant_of(launch))
+        found.setdefault((subject.kernel, subject.variant), subject)
     wanted = (subject for subject in found.values() if subject.kernel in kernels)
     return sorted(wanted, key=lambda subject: list(FAMILIES).index(subject.kernel))
 

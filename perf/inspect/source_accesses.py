@@ -21,6 +21,7 @@ from ...errors import MHCError
 PARAMETER = re.compile(r"(\w+)\s*\*\s*__restrict__\s+(\w+)")
 CAST = re.compile(r"\(\s*(\w+)\s*\*\s*\)\s*\($")
 GLOBAL = re.compile(r"tl::(load|store)_global_(\d+)(?:_conditional)?\(")
+ATOMIC = re.compile(r"\bAtomic(AddRet|Add|Load|Store)\(")
 ASYNC = re.compile(r"cp_async_gs(?:_conditional)?<(\d+)>")
 ELEMENT_BYTES = {
     **dict.fromkeys(("char", "uchar", "signed", "unsigned", "int8_t", "uint8_t", "bool", "fp8_e4_t"), 1),
@@ -88,6 +89,8 @@ def use_of(body: str, place: re.Match[str], element_bytes: int, name: str) -> tu
             return int(found[-1]), False
         if found := GLOBAL.findall(statement):
             return int(found[-1][1]) // 8, found[-1][0] == "store"
+        if found := ATOMIC.findall(statement):
+            return element_bytes, found[-1] != "Load"
     line = body.count("\n", 0, place.start()) + 1
     raise MHCError(f"source_accesses: {name}: expected a cast, an index or cp_async_gs, got line {line} of the kernel")
 

@@ -20,7 +20,7 @@ kernels, project, aggregate and post):
 
 Fused across a boundary (delayed is the form whose h_pre is there already; at n = 8 a GPU's backward is not fused):
 
-    post_pre, post_head         reads 2n + 1  writes n + 1
+    post_pre, post_head         reads 2n + 1  writes n + 1     post_pre in one launch, for few tokens, reads n + 1
     post_pre_delayed            reads n + 1   writes n + 1
     post_pre_quantized          reads 2n + 1  writes n, and 1 in float8
     post_pre_backward           reads 3n + 3  writes n + 1
@@ -114,6 +114,8 @@ def small_bytes(case: Case, plan: ProjectionPlan, num_slabs: int) -> int:
         partial += split_phi_bytes(case, plan) if isinstance(plan, WarpProjectionPlan) else 0
         launched = (Case(kernel, case.shape) for kernel in ("coefficients", "aggregate_quantized"))
         return read * FLOAT32 + partial + sum(small_bytes(one, plan, num_slabs) for one in launched)
+    if at_once := one_launch(case, plan):
+        return one_launch_bytes(case, at_once)
     if case.kernel in (POST_PRE, POST_PRE_DELAYED):  # h_pre, h_post, h_res and phi, then what `coefficients` moves
         read = (2 * n + n * n) * tokens + rows * n * case.shape.hidden_size
         if isinstance(plan, WarpProjectionPlan):  # a launch splits phi; another one has mappings and aggregation
@@ -136,6 +138,24 @@ def small_bytes(case: Case, plan: ProjectionPlan, num_slabs: int) -> int:
         "post_backward": 2 * (n + n * n),
     }.get(case.kernel, 0)
     return per_token * tokens * FLOAT32
+
+
+def one_launch(case: Case, plan: ProjectionPlan) -> boundary_plans.PostPrePlan | None:
+    """Return the plan of the boundary in one launch; None of another call, or of a boundary in several."""
+    found = boundary_plans.post_pre_plan(plan) if case.kernel == POST_PRE else None
+    sizes = case.shape.num_tokens, case.shape.hidden_size
+    return found if found and boundary_plans.ends_at_once(*sizes, found, PARALLEL_BLOCKS // 2) else None
+
+
+def one_launch_bytes(case: Case, plan: boundary_plans.PostPrePlan) -> int:
+    """Return the small bytes of `post_pre` in one launch: phi, coefficients, sums that blocks leave each other."""
+    n, tokens, hidden_size = case.shape.num_streams, case.shape.num_tokens, case.shape.hidden_size
+    rows, num_chunks = n * n + 2 * n, plan.projection.num_chunks(hidden_size)
+    left = tokens % plan.tokens
+    summed = tokens - left + next(size for size in (0, 4, 8, plan.tokens) if left <= size)
+    partial = num_chunks * (rows + 1) * (-(-tokens // 8) * 8 + summed)
+    mappings = (2 * n * (n + 1) + n + rows + 1) * tokens
+    return (rows * n * hidden_size + 3 + rows + mappings + partial + 2 * plan.num_tiles(tokens)) * FLOAT32
 
 
 def split_phi_bytes(case: Case, plan: ProjectionPlan) -> int:
@@ -217,5 +237,7 @@ def traffic(case: Case, plan: ProjectionPlan, num_slabs: int) -> Traffic:
         return sum((traffic(Case(kernel, case.shape), plan, num_slabs) for kernel in kernels), start=Traffic())
     unit = case.shape.num_tokens * case.shape.hidden_size * case.shape.itemsize
     read, written = stream_elements(case.kernel, n)
+    if one_launch(case, plan):
+        read -= n
     float8 = CALLS[case.kernel].float8 * case.shape.num_tokens * case.shape.hidden_size
     return Traffic(read * unit, written * unit + float8, small_bytes(case, plan, num_slabs))

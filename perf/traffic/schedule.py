@@ -10,16 +10,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...kernels.boundary_plans import BoundarySchedule, PostProjectPlan, boundary_schedule, post_project_plan
+from ...kernels.boundary_plans import (
+    BoundarySchedule,
+    PostPrePlan,
+    PostProjectPlan,
+    boundary_schedule,
+    post_project_plan,
+)
 from ..calls.cases import Shape
 
 TOKENS = tuple(1 << k for k in range(15))  # 1 to 16384
 
 FOOTNOTES = """\
 regime: "tokens" where a block takes every channel of its tile of tokens, as with thousands of tokens; "channels" where
-the chunks of a tile are shared out over splits, so that a few tokens, as in decoding, still fill the device. blocks: of
-the launch, token tiles × splits. slabs: of partial sums that the coefficients kernel adds up. No choice moves a bit of
-any result. Another one: launch.post_pre(…, schedule=launch.boundary_schedule(x, rows, chunks_per_split))."""
+the chunks of a tile are shared out over splits, so that a few tokens, as in decoding, still fill the device; "one
+launch" where that is predicted to end first: the blocks of a tile hand over to each other, and no launch follows.
+blocks: of the launch, token tiles × splits. slabs: of partial sums that the coefficients kernel adds up. No choice
+moves a bit of any result. Another one: launch.post_pre(…, schedule=launch.boundary_schedule(x, rows, chunks_per_split,
+one_launch))."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class Row:
         """The schedule on a device that runs this many blocks at a time."""
         n = shape.num_streams
         plan = post_project_plan(n * n + 2 * n, n, shape.hidden_size, shape.dtype, target)
-        schedule = boundary_schedule(shape.num_tokens, shape.hidden_size, plan, parallel_blocks)
+        schedule = boundary_schedule(shape.num_tokens, shape.hidden_size, plan, parallel_blocks, one_launch=None)
         return cls(shape, plan, schedule)
 
     def as_json(self) -> dict[str, Any]:
@@ -44,7 +52,7 @@ class Row:
         return {
             **vars(self.shape),
             "regime": schedule.regime,
-            "tokens_per_tile": projection.tokens,
+            "tokens_per_tile": PostPrePlan.tokens if schedule.one_launch else projection.tokens,
             "channels_per_chunk": projection.channels,
             "num_chunks": projection.num_chunks(self.shape.hidden_size),
             "chunks_per_split": schedule.chunks_per_split,

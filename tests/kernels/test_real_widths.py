@@ -71,7 +71,8 @@ def projection_of(one: Recorded) -> projection_plans.ProjectionPlan | None:
     """The plan of the slabs that a launch writes or reads as `partial`; None if it has none."""
     plan = one.parameters.get("plan")
     plan = getattr(plan, "projection", plan)
-    return plan if isinstance(plan, projection_plans.ProjectionPlan) and "partial" in one.arguments else None
+    has_slabs = "partial" in one.arguments and one.family != "post_pre"  # whose blocks keep them to themselves
+    return plan if isinstance(plan, projection_plans.ProjectionPlan) and has_slabs else None
 
 
 def slab_counts_of(launches: list[Recorded]) -> set[int]:
@@ -100,7 +101,7 @@ def tensors_of(launches: list[Recorded]) -> dict[str, torch.Tensor]:
     for k, one in enumerate(launches):
         plan = projection_of(one)
         for name, tensor in one.arguments.items():
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and (plan or name != "partial"):
                 added = total_of(tensor, plan, one.parameters["hidden_size"]) if plan and name == "partial" else tensor
                 found[f"{name} of {one.family}, launch {k}"] = added.flatten().view(torch.uint8)
     return found

@@ -106,6 +106,19 @@ def num_slabs(kernel: str, shape: Shape, target: str) -> int:
     return int(found)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 38])
+def test_few_tokens_are_counted_as_they_are_launched(num_tokens: int) -> None:
+    """In one launch, which does not read x_next again; blocks' sums and counters included."""
+    case = Case(POST_PRE, Shape(num_tokens, 4, 144, "bfloat16"))
+    assert [one.family for one in launches(case, "cuda", BLOCKS["cuda"])] == ["post_pre"]
+    counted = audit_call(case, "cuda", BLOCKS["cuda"])
+    stated = traffic(case, projection_plans.projection_plan(24, 144, "bfloat16", "cuda"), num_slabs=3)
+    assert counted.repeated == 0
+    assert counted.stream_read == counted.stream_written == 5 * num_tokens * 144 * 2
+    assert (stated.stream_read, stated.stream_written) == (counted.stream_read, counted.stream_written)
+    assert stated.small == counted.small
+
+
 def test_shapes_reach_both_forms_of_the_partial_sums() -> None:
     """Otherwise the formulas of slabs and partials would be compared at none."""
     for target in BLOCKS:
@@ -117,7 +130,8 @@ def test_shapes_reach_both_forms_of_the_partial_sums() -> None:
 
 
 def test_every_family_is_counted() -> None:
-    shapes = CLI_SHAPE, replace(CLI_SHAPE, dtype="float16")  # by warps, and by tiles
+    # By warps and by tiles; few tokens.
+    shapes = CLI_SHAPE, replace(CLI_SHAPE, dtype="float16"), replace(CLI_SHAPE, num_tokens=1)
     done = {one.family for call, shape in product(CALLS, shapes) for one in launches(Case(call, shape), "cuda", 264)}
     assert done == set(FAMILIES)
     assert set(CALLS) >= {*KERNELS, *BACKWARD_KERNELS, *BOUNDARY_KERNELS}

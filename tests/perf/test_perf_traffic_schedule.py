@@ -29,7 +29,8 @@ def test_schedule_of_every_batch(tmp_path: Path, capsys: pytest.CaptureFixture[s
     rows = schedules(tmp_path)
     out = capsys.readouterr().out
     assert [row["num_tokens"] for row in rows] == [1 << k for k in range(15)]
-    assert {row["slabs"] for row in rows} == {8}  # a slab a group
+    assert (rows[0]["slabs"], rows[-1]["slabs"]) == (rows[0]["num_chunks"], 8)  # a slab a chunk, then a slab a group
+    assert [row["regime"] for row in rows] == ["one launch"] * 8 + ["channels"] * 7
     for row in rows:
         assert (
             row["chunks_per_split"] * row["splits"] >= row["num_chunks"] > row["chunks_per_split"] * (row["splits"] - 1)

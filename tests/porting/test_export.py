@@ -43,7 +43,8 @@ def test_every_launch_of_the_audit_is_exported(num_streams: int, target: str) ->
     """The bundle has every launch of `perf.calls.launches`, at any number of tokens.
 
     Catches a workload that does not reach a function, a reduction or a form, or a token count that compiles anew.
-    Recomputation is left out: a kernel for every length of block. So is float8, which bundles do not have.
+    Recomputation is left out: a kernel for every length of block. So are float8, which bundles do not have, and the
+    boundary in one launch, whose counters their hosts do not know: what a bundle launches instead is there.
     """
     exported = workload.kernels_of(MHCSpec(256, num_streams), DTYPE, target, rms_norm_eps=1e-6)
     platform = "cpu" if target == "cpu" else "cuda"
@@ -51,7 +52,7 @@ def test_every_launch_of_the_audit_is_exported(num_streams: int, target: str) ->
         shape = Shape(num_tokens, num_streams, 256, DTYPE)
         for call in set(CALLS) - {"replay", *FLOAT8_KERNELS}:
             for launch in launches(Case(call, shape), platform, workload.GPU_BLOCKS):
-                assert (launch.family, launch.parameters) in exported, num_tokens
+                assert (launch.family, launch.parameters) in exported or launch.family == "post_pre", num_tokens
 
 
 def test_forward_only_leaves_out_the_backward() -> None:

@@ -34,7 +34,7 @@ def mixed(inputs: Inputs) -> Four:
 
 @check("x_next", "layer_input", "h_pre", "h_post", "h_res")
 def check_post_pre(case: Case, inputs: Inputs) -> list[Comparison]:
-    """x_next as of post; layer_input and the mappings as of pre at that x_next."""
+    """x_next as of post; layer_input and the mappings as of pre at that x_next. For few tokens in one launch too."""
     return compare_forward(case, inputs, delayed=False)
 
 
@@ -48,7 +48,16 @@ def compare_forward(case: Case, inputs: Inputs, delayed: bool) -> list[Compariso
     """All outputs of one of the two."""
     parameters, spec = (inputs.phi, inputs.alpha, inputs.bias), case.spec
     given = inputs.h_pre if delayed else None
-    got = launch.post_pre(*mixed(inputs), *parameters, spec, h_pre=given)
+    several = launch.boundary_schedule(inputs.x, spec.num_coefficients, one_launch=False)
+    got = launch.post_pre(*mixed(inputs), *parameters, spec, h_pre=given, schedule=several)
+    plan = launch.projection_plan(inputs.x, spec.num_coefficients)
+    few = case.num_tokens <= boundary_plans.MOST_TOKENS_AT_ONCE
+    if few and not delayed and boundary_plans.post_pre_plan(plan):
+        one = launch.boundary_schedule(inputs.x, spec.num_coefficients, one_launch=True)
+        at_once = launch.post_pre(*mixed(inputs), *parameters, spec, schedule=one)
+        pairs = [(numpy64(result), numpy64(other)) for result, other in zip(at_once, got, strict=True)]
+        if not all(np.array_equal(*pair, equal_nan=True) for pair in pairs):  # no result at all
+            got = got._replace(x_next=torch.full_like(got.x_next, torch.nan))
     plain_next = plain_torch.post(*mixed(inputs))
     plain = plain_torch.coefficients(plain_next, *parameters, spec)
     plain_input = plain_torch.aggregate(plain_next, inputs.h_pre if delayed else plain[0])

@@ -10,7 +10,7 @@
 
 namespace simt {
 
-constexpr int64_t IDLE_POLLS = 200000;  // of all blocks: then nothing will come any more
+constexpr int64_t IDLE_POLLS = 1000;  // of each block on the device: then nothing will come any more
 
 // ---- order ----------------------------------------------------------------------------------------------------------
 
@@ -80,7 +80,7 @@ int Executor::atomic(Atomic operation, int* at, int value, Order order, const vo
 
 void Executor::take_turns(bool polls, const void* site) {
     idle = polls ? idle + 1 : 0;
-    if (idle > IDLE_POLLS) {
+    if (idle > IDLE_POLLS * int64_t(on_device.size())) {
         findings.add("deadlock", site, "%s waits at an atomic, and so does every block that is on the device, %zu of %u; %u have ended",
                      who(index()).c_str(), on_device.size(), number_of_blocks(), ended_blocks);
         abort_launch();

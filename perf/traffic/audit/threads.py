@@ -21,6 +21,7 @@ from tvm import tirx
 
 from ....compiler.cpu.emit import scalars_of, sizes_of
 from ....compiler.cpu.types import op_name
+from .counters import ADD, LOAD, Counters, counters_of, is_integer
 from .counting import ascending
 from .values import BINARY, AuditError
 
@@ -73,7 +74,7 @@ class Touched:
         return int(self.ever.sum()) * self.unit
 
 
-class Threads:
+class Threads(Counters):
     """A thread-level function at given sizes."""
 
     def __init__(self, func: Any, sizes: Mapping[str, float]) -> None:
@@ -83,6 +84,7 @@ class Threads:
         self.buffers = {buffer.data: buffer for buffer in func.buffer_map.values()}
         self.values: dict[Any, Array] = {variables[name]: np.int64(size) for name, size in sizes.items()}
         self.locals: dict[Any, list[Array]] = {}
+        self.counters, self.memory = counters_of(func), {}
         self.mask: Array = None
         self.block: Array = None
         self.grid: list[tuple[Any, int]] = []
@@ -92,8 +94,9 @@ class Threads:
         body = self.enter(func.body)
         run = self.statement(body)
         blocks = prod(extent for _, extent in self.grid)
-        for first in range(0, blocks, BATCH):
-            number = np.arange(first, min(blocks, first + BATCH))[:, None]
+        batch = blocks if self.counters else BATCH
+        for first in range(0, blocks, batch):
+            number = np.arange(first, min(blocks, first + batch))[:, None]
             self.block = np.broadcast_to(number, (len(number), self.num_threads))
             for axis, extent in self.grid:
                 self.values[axis], number = number % extent, number // extent
@@ -179,9 +182,11 @@ class Threads:
         other = self.statement(stmt.else_case) if stmt.else_case is not None else None
         if not (then or other):
             return None
-        condition = self.expression(stmt.condition)
+        condition, seen = self.expression(stmt.condition), self.seen(stmt.condition)
 
         def run() -> None:
+            if seen:
+                seen()
             outside, holds = self.mask, condition()
             for branch, mask in ((then, outside & holds), (other, outside & np.logical_not(holds))):
                 if branch and mask.any():
@@ -213,10 +218,12 @@ class Threads:
 
     def _BufferStore(self, stmt: Any) -> Callable[[], None] | None:
         seen = self.seen(stmt.value)
+        if self.is_computed(stmt.buffer):
+            seen = self.both(seen, self.store_cell(stmt))
         if stmt.buffer.scope() == "global":
             store = self.element(stmt.buffer, stmt.indices, True, 1)
             return self.both(seen, store)
-        if stmt.buffer.scope().startswith("local") and str(stmt.buffer.dtype).startswith(("int", "bool")):
+        if stmt.buffer.scope().startswith("local") and is_integer(stmt.buffer):
             value, at = self.expression(stmt.value), self.expression(stmt.indices[0])
             size = int(stmt.buffer.shape[0])
 
@@ -249,6 +256,8 @@ class Threads:
             if node.buffer.scope() == "global":
                 return self.element(node.buffer, node.indices, False, 1)
             return None
+        if name in (ADD, LOAD):
+            return self.seen_atomic(node)
         if name in VECTOR_BYTES:
             inside = node.args[-1] if len(node.args) > (2 if ".stg" in name else 1) else None
             return self.access_through(node.args[0], ".stg" in name, VECTOR_BYTES[name], inside)
@@ -295,16 +304,12 @@ class Threads:
         if isinstance(load, tirx.BufferLoad):
             buffer, indices = load.buffer, load.indices
         else:
-            buffer, indices = self.buffer_of(pointer.args[1]), [pointer.args[2]]
+            buffer, indices = self.buffers[pointer.args[1]], [pointer.args[2]]
         if buffer.scope() != "global":
             return None
         width = size if counts_elements else size // buffer.dtype.itemsize
         access = self.element(buffer, indices, is_write, width)
         return access if inside is None else self._guarded(inside, access, None)
-
-    def buffer_of(self, data: Any) -> Any:
-        """Return the global buffer whose data a pointer has."""
-        return self.buffers[data]
 
     def element(self, buffer: Any, indices: Any, is_write: bool, width: int) -> Callable[[], None]:
         """Return an access of `width` elements from one on."""
@@ -351,17 +356,19 @@ class Threads:
         if kind in BINARY:
             one, other, apply = self.expression(node.a), self.expression(node.b), BINARY[kind]
             return lambda: apply(one(), other())
-        if kind == "Not":
-            inner = self.expression(node.a)
-            return lambda: np.logical_not(inner())
-        if kind == "Cast":
-            return self.expression(node.value)
+        if kind in ("Not", "Cast"):
+            inner = self.expression(node.a if kind == "Not" else node.value)
+            return (lambda: np.logical_not(inner())) if kind == "Not" else inner
         if kind == "BufferLoad" and node.buffer.scope().startswith("local"):
             at, data = self.expression(node.indices[0]), node.buffer.data
             return lambda: self.locals[data][int(np.max(at()))]
         if kind == "Call" and op_name(node) in CALLS:
             arguments, call = [self.expression(argument) for argument in node.args], CALLS[op_name(node)]
             return lambda: call(*(argument() for argument in arguments))
+        if kind == "BufferLoad" and self.is_computed(node.buffer):
+            return self.load_cell(node.buffer, node.indices)
+        if kind == "Call" and (atomic := self.atomic(node)):
+            return atomic
         raise AuditError(f"expected integers of sizes, threads and variables, got {kind}: {node}")
 
 

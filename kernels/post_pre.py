@@ -1,0 +1,370 @@
+"""post_pre: the whole boundary between two sublayers in one launch, for few tokens (see `warps`).
+
+Equations (3) and (14) to (19), with the bits of `post_project`, then `coefficients_aggregate`:
+
+    x_next[t, j, c]   = Σ_i h_res[t, j, i] · x[t, i, c] + h_post[t, j] · layer_output[t, c]
+    h_pre, h_post, h_res of the next sublayer from Σ_k x_next[t, k] · phi[m, k] and Σ_k x_next[t, k]²
+    layer_input[t, c] = Σ_i h_pre[t, i] · x_next[t, i, c]
+
+Traffic per token: (2n + 2)·C, x_next is not read again; phi once for 16 tokens, in float32.
+
+A block has 16 tokens and a chunk of 64 channels, of which a thread mixes 8 of one token in all streams. They stay in
+its registers:
+
+    load     x, layer_output, the coefficients, phi (a stream a warp): all at once
+    mix      x_next, stored, and left in shared memory as an operand; phi's halves beside it
+    project  the chunk's sums of 8 tokens a warp: rows 0 to 15, or the others and the squares; left in `partial`
+    arrive   one more of the tile's blocks has its sums there
+    wait     until all have, but not for long
+    end      add the chunks' sums up in their order, h_pre, layer_input of the chunk; the last that came makes
+             h_post, h_res and what a backward reads
+    leave    one more is through
+
+**Nothing depends on who waits.** A block that has waited `polls` times leaves a note instead, and the last one to leave
+does what the notes say, from x_next in memory, with the same bits. So blocks need not be on the device at a time: no
+cooperative launch is wanted, nothing can hang, and what the grid's order or another stream delays is only late.
+
+`sync` has a word a tile that counts who has arrived, left and left a note, and a note a block. All are zero before a
+launch, and the last to leave sets them to zero again: no launch clears them, and a CUDA graph may be replayed. Two
+launches that may run at a time must not share it (see `launch.workspace`).
+
+Between blocks, order is made by the word alone: adding to it releases what the block wrote, barrier first, and acquires
+what the others had; what `wait` reads acquires too.
+"""
+
+import tilelang.language as T
+
+from .boundary_plans import PostPrePlan
+from .coefficients import sigmoid
+from .coefficients_aggregate import Numbers, make_gates, make_h_res, scale_sums
+from .post_project_warps import aggregate_vector, load_span, mix_vector
+from .projection_warps import STEPS
+from .warp_tiles import copy_inside
+from .warps import (
+    PASS_CONFIGS,
+    PASS_CONFIGS_ATTR,
+    VECTOR,
+    WARP,
+    WARP_CHANNELS,
+    WORDS,
+    clear_sums,
+    copy_async,
+    high_half,
+    low_half,
+    mma,
+    pack,
+    store_vector,
+    vector_at,
+)
+
+ARRIVED, LEFT, NOTED = 1, 1 << 10, 1 << 20  # what is added to a tile's word
+QUAD = 4  # tokens whose sums a thread adds up
+
+
+@T.macro
+def copy_phi_rows(phi_tile, phi, stream, channel, lane, spans):
+    """Start to copy a stream's rows, 24 of them, to where `split_phi_rows` leaves their halves: of a lane four channels
+    of rows lane // 4, + 8 and + 16. Zeros beyond the last channel.
+    """
+    n, hidden_size = phi.shape[1], phi.shape[2]
+    whole = T.view(phi_tile, (phi_tile.shape[0], WORDS), T.float32)
+    for span in T.unroll(spans):
+        for step in T.unroll(STEPS):
+            for r in T.unroll(3):
+                to = (((span * n + stream) * STEPS + step) * 3 + r) * WARP + lane
+                first = channel + span * WARP_CHANNELS + step * WORDS
+                source = T.min(first, hidden_size - WORDS)
+                copy_inside(whole[to, 0], phi[lane // 4 + r * 8, stream, source], first < hidden_size, WORDS)
+
+
+@T.macro
+def split_phi_rows(phi_tile, stream, lane, n, spans):
+    """The halves of what the lane has copied, in its place, as `split_phi_fragments` has them."""
+    rows, halves = T.alloc_local((3 * WORDS,), T.float32), T.alloc_local((3 * WORDS,), T.uint32)
+    values = T.alloc_local((2,), T.float32)
+    copied = T.view(phi_tile, (phi_tile.shape[0], WORDS), T.float32)
+    whole = T.view(phi_tile, (phi_tile.shape[0], WORDS), T.uint32)
+    for span in T.unroll(spans):
+        for step in T.unroll(STEPS):
+            for r in T.unroll(3):
+                for e in T.vectorized(WORDS):
+                    rows[r * WORDS + e] = copied[(((span * n + stream) * STEPS + step) * 3 + r) * WARP + lane, e]
+            for r in (0, 1, 2):
+                for pair in T.unroll(2):
+                    to = pair * 2 + r % 2  # of 16 rows: high halves, then low; between them 8 rows of both
+                    to_high, to_low = (to, 2 * WORDS + to) if r < 2 else (WORDS + to, WORDS + to + 1)
+                    for e in T.unroll(2):
+                        values[e] = rows[r * WORDS + pair * 2 + e]
+                    pack(halves, to_high, values)
+                    values[0] = values[0] - low_half(halves[to_high])
+                    values[1] = values[1] - high_half(halves[to_high])
+                    pack(halves, to_low, values)
+            for m in T.unroll(3):
+                for e in T.vectorized(WORDS):
+                    whole[(((span * n + stream) * STEPS + step) * 3 + m) * WARP + lane, e] = halves[m * WORDS + e]
+
+
+@T.macro
+def project_chunk(dots, squares, phi_tile, next_tile, half, lane, n, spans, upper):
+    """The chunk's sums of 8 tokens, in the order of `project_span`: of rows 0 to 15 if `upper`, else of the other 8,
+    high halves above their low ones, and of the squares.
+    """
+    of_phi = T.alloc_local((2 * VECTOR,), T.bfloat16)
+    words, exchanged = T.alloc_local((WORDS,), T.uint32), T.alloc_local((WORDS,), T.uint32)
+    whole = T.view(next_tile, (next_tile.shape[0], WORDS), T.uint32)
+    clear_sums(dots, squares)
+    for span in T.unroll(spans):
+        for j in T.unroll(n):
+            for e in T.vectorized(WORDS):
+                words[e] = whole[((span * 2 + half) * n + j) * WARP + lane, e]
+            for step in T.unroll(STEPS):
+                unit = ((span * n + j) * STEPS + step) * 3 * WARP + lane
+                for m, tile in enumerate((0, 2) if upper else (1,)):
+                    for e in T.vectorized(VECTOR):
+                        of_phi[m * VECTOR + e] = phi_tile[unit + tile * WARP, e]
+                    mma(of_phi, m * VECTOR, words, step * 2, dots, 0)
+            if not upper:
+                for k in T.unroll(2):
+                    exchanged[k * 2] = words[k]
+                    exchanged[k * 2 + 1] = words[k + 2]
+                    mma(words, 0, exchanged, k * 2, squares, k * 4)
+
+
+@T.macro
+def store_chunk(partial, tile, chunk, dots, squares, half, lane, rows, upper):
+    """A chunk's sums, from zero as `close_chunk` adds them: `partial` has 16 tokens in a row."""
+    pair = T.alloc_local((2,), T.float32)
+    g, first = lane // 4, half * 8 + lane % 4 * 2
+    if upper:
+        for below in T.unroll(2):
+            for e in T.unroll(2):
+                pair[e] = 0.0 + dots[below * 2 + e]
+            for e in T.vectorized(2):
+                partial[tile, chunk, below * 8 + g, first + e] = pair[e]
+    else:
+        for e in T.unroll(2):
+            pair[e] = 0.0 + (dots[e] + dots[e + 2])
+        for e in T.vectorized(2):
+            partial[tile, chunk, 16 + g, first + e] = pair[e]
+        if lane % 4 == g // 2:  # which has row g on the diagonal
+            even, odd = squares[0] + squares[6], squares[1] + squares[7]
+            partial[tile, chunk, rows, half * 8 + g] = 0.0 + T.if_then_else(g % 2 == 0, even, odd)
+
+
+@T.macro
+def add_chunks(z, partial, tile, needed_rows, num_tokens, rows, n, per_group, threads):
+    """z[row, token] = the tile's sums: chunks ascending in groups, each from zero, as `sum_token_slabs` does.
+
+    Of `needed_rows` fewer than all, only h_pre's and the squares. Two threads have four tokens of a row, each half of
+    the groups: the first one's total is where the second one goes on.
+    """
+    num_chunks, tokens = partial.shape[1], partial.shape[3]
+    of_first = -(-num_chunks // (2 * per_group))  # groups
+    whole = 2 * of_first * per_group == num_chunks
+    total, of_chunk = T.alloc_local((QUAD,), T.float32), T.alloc_local((QUAD,), T.float32)
+    sums = T.alloc_local((of_first * QUAD,), T.float32)
+    # Variables, for tilelang takes half a minute to simplify what these expressions are together.
+    row, quad, chunk = T.alloc_var(T.int32), T.alloc_var(T.int32), T.alloc_var(T.int32)
+    shift, second, item, items = T.alloc_var(T.int32), T.alloc_var(T.int32), T.alloc_var(T.int32), T.alloc_var(T.int32)
+    left = num_tokens - tile * tokens
+    shift = T.if_then_else(left > 2 * QUAD, 2, T.if_then_else(left > QUAD, 1, 0))  # of four, two, one quads
+    items = T.shift_left(needed_rows, shift)
+    second = T.get_thread_binding() % 2
+    item = T.get_thread_binding() // 2
+    for _ in T.serial(T.ceildiv(items, threads // 2)):
+        row = T.shift_right(item, shift)
+        quad = item - T.shift_left(row, shift)
+        if T.And(needed_rows <= rows, row == n):
+            row = rows
+        row = T.min(row, rows)
+        clear_sums(sums, total)
+        chunk = second * of_first * per_group
+        for g in T.unroll(of_first):
+            for _ in T.unroll(per_group):
+                if whole or chunk < num_chunks:
+                    for e in T.vectorized(QUAD):
+                        of_chunk[e] = partial[tile, chunk, row, quad * QUAD + e]
+                    for e in T.unroll(QUAD):
+                        sums[g * QUAD + e] = sums[g * QUAD + e] + of_chunk[e]
+                chunk = chunk + 1
+        for half in T.unroll(2):
+            for e in T.unroll(QUAD):
+                if half == 1:
+                    total[e] = T.shfl_xor(total[e], 1)
+                for g in T.unroll(of_first):
+                    total[e] = T.Select(second == half, total[e] + sums[g * QUAD + e], total[e])
+        if T.And(second == 1, item < items):
+            for e in T.vectorized(QUAD):
+                z[row, quad * QUAD + e] = total[e]
+        item = item + threads // 2
+
+
+@T.macro
+def weigh_streams(h, z, alpha, bias, at, rows, n, numbers: Numbers):
+    """h = the token's h_pre, from its sums."""
+    scale = T.alloc_local((1,), T.float32)
+    scale[0] = T.rsqrt(z[rows, at] * numbers.inverse_size + numbers.rms_eps)
+    for i in T.unroll(n):
+        h[i] = sigmoid(alpha[0] * (z[i, at] * scale[0]) + bias[i]) + numbers.pre_eps
+
+
+def post_pre_kernel(num_streams: int, hidden_size: int, dtype: str, plan: PostPrePlan):
+    """x [T, n, C], layer_output [T, C], h_post [T, n], h_res [T, n, n], phi [M, n, C], alpha [3], bias [M]
+    -> x_next [T, n, C], layer_input [T, C], of the next sublayer h_pre [T, n], h_post [T, n], h_res [T, n, n] and
+    projected [M + 1, T]. `partial` [tiles, chunks, M + 1, 16] is between; `sync` [tiles, 1 + chunks] stays zero.
+
+    M is 24, n is 4.
+    """
+    n, projection, tokens, threads = num_streams, plan.projection, plan.tokens, plan.threads
+    num_chunks, channels, rows = projection.num_chunks(hidden_size), projection.channels, projection.rows
+    spans = channels // WARP_CHANNELS
+    group = projection.chunks_per_group
+    keeper = threads - WARP  # the thread that arrives, waits and leaves
+    num_tokens = T.dynamic("num_tokens")
+    num_tiles = T.dynamic("num_tiles")
+
+    @T.prim_func
+    def post_pre(
+        x: T.Tensor[(num_tokens, n, hidden_size), dtype],
+        layer_output: T.Tensor[(num_tokens, hidden_size), dtype],
+        h_post: T.Tensor[(num_tokens, n), T.float32],
+        h_res: T.Tensor[(num_tokens, n, n), T.float32],
+        phi: T.Tensor[(rows, n, hidden_size), T.float32],
+        alpha: T.Tensor[(3,), T.float32],
+        bias: T.Tensor[(rows,), T.float32],
+        x_next: T.Tensor[(num_tokens, n, hidden_size), dtype],
+        layer_input: T.Tensor[(num_tokens, hidden_size), dtype],
+        h_pre_next: T.Tensor[(num_tokens, n), T.float32],
+        h_post_next: T.Tensor[(num_tokens, n), T.float32],
+        h_res_next: T.Tensor[(num_tokens, n, n), T.float32],
+        projected: T.Tensor[(rows + 1, num_tokens), T.float32],
+        partial: T.Tensor[(num_tiles, num_chunks, rows + 1, tokens), T.float32],
+        sync: T.Tensor[(num_tiles, 1 + num_chunks), T.int32],
+        iters: T.int32,
+        sinkhorn_eps: T.float32,
+        pre_eps: T.float32,
+        rms_eps: T.float32,
+        post_scale: T.float32,
+        polls: T.int32,
+    ):
+        with T.Kernel(num_chunks, num_tiles, threads=threads) as (chunk, tile):
+            phi_tile = T.alloc_shared((projection.units(n), VECTOR), T.bfloat16)
+            next_tile = T.alloc_shared((2 * spans * n * WARP, VECTOR), T.bfloat16)
+            z = T.alloc_shared((rows + 1, tokens), T.float32)
+            alpha_tile, bias_tile = T.alloc_shared((3,), T.float32), T.alloc_shared((rows,), T.float32)
+            told = T.alloc_shared((3,), T.int32)  # by the keeper: all have come, it was the last to, the last to leave
+            words = T.alloc_local((2 * n * WORDS,), T.uint32)
+            layer_words = T.alloc_local((2 * WORDS,), T.uint32)
+            next_words = T.alloc_local((n * WORDS,), T.uint32)
+            input_words = T.alloc_local((WORDS,), T.uint32)
+            h = T.alloc_local((n * n + n,), T.float32)
+            dots = T.alloc_local((4,), T.float32)
+            squares = T.alloc_local((8,), T.float32)
+            of_token = T.alloc_local((rows + 1,), T.float32)
+            seen, patience, needed = T.alloc_var(T.int32), T.alloc_var(T.int32), T.alloc_var(T.int32)
+            token, channel, at = T.alloc_var(T.int32), T.alloc_var(T.int32), T.alloc_var(T.int32)
+
+            T.annotate_min_blocks_per_sm(plan.blocks_per_sm)
+            thread = T.get_thread_binding()
+            lane, warp = thread % WARP, thread // WARP
+            half, span = warp % 2, warp // 2
+            numbers = Numbers(iters, sinkhorn_eps, pre_eps, rms_eps, post_scale, 1.0 / (n * hidden_size))
+            at = half * 8 + lane // 4
+            token = tile * tokens + at
+            channel = chunk * channels + span * WARP_CHANNELS + lane % 4 * VECTOR
+            inside = T.And(token < num_tokens, channel < hidden_size)
+
+            if thread < rows:
+                copy_async(bias_tile[thread], bias[thread], 1)
+            if thread < 3:
+                copy_async(alpha_tile[thread], alpha[thread], 1)
+            copy_phi_rows(phi_tile, phi, warp, chunk * channels + lane % 4 * VECTOR, lane, spans)
+            T.ptx_commit_group()
+            load_span(words, layer_words, x, layer_output, token, 0, channel, inside)
+            for r in T.unroll(n):
+                for e in T.vectorized(n):
+                    h[r * n + e] = h_res[T.min(token, num_tokens - 1), r, e]
+            for e in T.vectorized(n):
+                h[n * n + e] = h_post[T.min(token, num_tokens - 1), e]
+
+            mix_vector(next_words, words, layer_words, h, 0, n)
+            for j in T.unroll(n):
+                store_vector(x_next[token, j, channel], next_words, j * WORDS, inside)
+                for e in T.vectorized(WORDS):
+                    T.view(next_tile, (2 * spans * n * WARP, WORDS), T.uint32)[
+                        ((span * 2 + half) * n + j) * WARP + lane, e
+                    ] = next_words[j * WORDS + e]
+            T.ptx_wait_group(0)
+            split_phi_rows(phi_tile, warp, lane, n, spans)
+            T.sync_threads()
+
+            if tile * tokens + half * 8 < num_tokens:
+                if span == 0:
+                    project_chunk(dots, squares, phi_tile, next_tile, half, lane, n, spans, True)
+                    store_chunk(partial, tile, chunk, dots, squares, half, lane, rows, True)
+                else:
+                    project_chunk(dots, squares, phi_tile, next_tile, half, lane, n, spans, False)
+                    store_chunk(partial, tile, chunk, dots, squares, half, lane, rows, False)
+            T.sync_threads()
+
+            if thread == keeper:
+                seen = T.atomic_add(sync[tile, 0], ARRIVED, memory_order="acq_rel", return_prev=True) + ARRIVED
+                told[1] = T.if_then_else(seen % LEFT == num_chunks, 1, 0)
+                patience = polls
+                while T.And(seen % LEFT < num_chunks, patience > 0):
+                    seen = T.atomic_load(sync[tile, 0], memory_order="acquire")
+                    patience = patience - 1
+                told[0] = T.if_then_else(seen % LEFT == num_chunks, 1, 0)
+            T.sync_threads()
+
+            is_last = told[1] == 1
+            if told[0] == 1:
+                needed = T.if_then_else(is_last, rows + 1, n + 1)
+                add_chunks(z, partial, tile, needed, num_tokens, rows, n, group, threads)
+                T.sync_threads()
+                # of two warps, which have nothing to aggregate of eight tokens or fewer
+                if T.And(T.And(is_last, half == 1), T.And(lane < tokens, tile * tokens + lane < num_tokens)):
+                    for m in T.unroll(rows + 1):
+                        of_token[m] = z[m, lane]
+                    if span == 0:
+                        scale_sums(of_token, None, tile * tokens + lane, numbers, n)
+                        make_h_res(h_res_next, of_token, alpha_tile, bias_tile, tile * tokens + lane, numbers, n)
+                    else:
+                        scale_sums(of_token, projected, tile * tokens + lane, numbers, n)
+                        make_gates(
+                            *(h_pre_next, h_post_next, of_token, alpha_tile, bias_tile),
+                            *(tile * tokens + lane, numbers, n),
+                        )
+                if inside:
+                    weigh_streams(h, z, alpha_tile, bias_tile, at, rows, n, numbers)
+                    aggregate_vector(input_words, next_words, h, 0, n)
+                    store_vector(layer_input[token, channel], input_words, 0, inside)
+            if thread == keeper:
+                if told[0] == 0:
+                    sync[tile, 1 + chunk] = 1
+                leaving = T.if_then_else(told[0] == 1, LEFT, LEFT + NOTED)
+                seen = T.atomic_add(sync[tile, 0], leaving, memory_order="acq_rel", return_prev=True) + leaving
+                told[2] = T.if_then_else(seen // LEFT % (NOTED // LEFT) == num_chunks, seen // NOTED + 1, 0)
+            T.sync_threads()
+
+            if told[2] > 0:  # the last to leave
+                if told[2] > 1:
+                    add_chunks(z, partial, tile, n + 1, num_tokens, rows, n, group, threads)
+                    T.sync_threads()
+                    weigh_streams(h, z, alpha_tile, bias_tile, at, rows, n, numbers)
+                    for noted in T.serial(num_chunks):
+                        if sync[tile, 1 + noted] == 1:
+                            channel = noted * channels + span * WARP_CHANNELS + lane % 4 * VECTOR
+                            if T.And(token < num_tokens, channel < hidden_size):
+                                for i in T.unroll(n):
+                                    next_words[i * WORDS : (i + 1) * WORDS] = vector_at(x_next[token, i, channel], True)
+                                aggregate_vector(input_words, next_words, h, 0, n)
+                                store_vector(layer_input[token, channel], input_words, 0, True)
+                    T.sync_threads()
+                    for k in T.serial(T.ceildiv(num_chunks, threads)):
+                        if k * threads + thread < num_chunks:
+                            sync[tile, 1 + k * threads + thread] = 0
+                if thread == keeper:
+                    sync[tile, 0] = 0
+
+    return post_pre.with_attr(PASS_CONFIGS_ATTR, list(PASS_CONFIGS))
