@@ -174,12 +174,12 @@ def test_compiler_that_fails(cold, monkeypatch, tmp_path):
 def test_two_processes_at_once(cold):
     """Both compile the same kernel into an empty cache. Catches a file that is read before it is whole."""
     arguments = [sys.executable, "-c", CALL]
-    running = [subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    running = [subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for process in running:
         _, stderr = process.communicate()
         assert process.returncode == 0, stderr
-    assert len(list(cold.rglob("*.so"))) == 1
-    assert not [path for path in cold.rglob("tmp*") if path.is_dir()]
+    files = sorted(path.name.partition("-")[0] + path.suffix for path in cold.glob("cpu-*/*"))
+    assert files == ["post.cpp", "post.json", "post.so"]
 
 
 def test_two_threads_at_once(cold, monkeypatch):
@@ -257,7 +257,7 @@ def test_a_damaged_kernel_is_rebuilt(cold):
 
     Each kind of damage is in test_disk_cache.
     """
-    assert run_python(CALL).returncode == 0
+    exec(CALL, {})
     for suffix, left in ((".so", 4096), (".json", None)):
         [damaged] = cold.rglob(f"post-*{suffix}")
         whole = damaged.read_bytes()
