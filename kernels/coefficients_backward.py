@@ -73,8 +73,13 @@ def group_backward(rho, partial, g_projected, g_z, scaled, scale, alpha, group: 
     if outer > 1:  # spares layout inference half its time
         T.annotate_layout({row_sums: a_row_a_thread(outer, inner, block)})
     T.reduce_sum(g_z, row_sums, dim=2)
-    for a, b in T.Parallel(outer, inner):
-        partial[tile, num_alphas + group.first + a * inner + b] = row_sums[a, b]
+    if outer * inner > block and outer * inner % block:  # as many rounds as rows: 36 or 49 have no layout in 32 threads
+        for a in T.unroll(outer):
+            for b in T.Parallel(inner):
+                partial[tile, num_alphas + group.first + a * inner + b] = row_sums[a, b]
+    else:
+        for a, b in T.Parallel(outer, inner):
+            partial[tile, num_alphas + group.first + a * inner + b] = row_sums[a, b]
     for a, b, t in T.Parallel(outer, inner, block):
         if tile * block + t < num_tokens:
             g_projected[group.first + a * inner + b, tile * block + t] = g_z[a, b, t] * alpha[group.index] * scale[t]
