@@ -7,6 +7,7 @@ are run-time values, so one compilation serves every batch.
     projection    Eq. 14–15   x·phi and Σx² from one read of x, in fixed chunks; phi split for tensor cores
     coefficients  Eq. 16–19   scale, bias, sigmoids and Sinkhorn of those chunk sums
     coefficients_aggregate  Eq. 3, 15   the coefficients and the aggregation in one launch
+    gates         Eq. 16–18   the coefficients of an identity hyper-connection, which has no h_res
     sinkhorn      Eq. 9, 19   logits -> h_res, alone
     aggregate     Eq. 3       n streams -> the layer's input
     aggregate_mappings  Eq. 3, 18   the same, and beside it h_post and h_res, which are needed after the layer
@@ -38,6 +39,7 @@ FAMILIES = {
     "coefficients": ("coefficients", "coefficients_kernel"),
     "coefficients_aggregate": ("coefficients_aggregate", "coefficients_aggregate_kernel"),
     "head_coefficients": ("head", "head_coefficients_kernel"),
+    "gates": ("gates", "gates_kernel"),
     "sinkhorn": ("sinkhorn", "sinkhorn_kernel"),
     "aggregate": ("aggregate", "aggregate_kernel"),
     "aggregate_mappings": ("aggregate_mappings", "aggregate_mappings_kernel"),
@@ -52,6 +54,7 @@ FAMILIES = {
     "project_backward": ("projection_backward", "project_backward_kernel"),
     "coefficients_backward": ("coefficients_backward", "coefficients_backward_kernel"),
     "head_coefficients_backward": ("head_backward", "head_coefficients_backward_kernel"),
+    "gates_backward": ("gates_backward", "gates_backward_kernel"),
     "sinkhorn_backward": ("sinkhorn_backward", "sinkhorn_backward_kernel"),
     "aggregate_backward": ("aggregate_backward", "aggregate_backward_kernel"),
     "aggregate_gradients": ("aggregate_backward", "aggregate_gradients_kernel"),

@@ -18,7 +18,8 @@ import tilelang.language as T
 
 from .aggregate import aggregate_streams
 from .boundary_plans import AggregateMappingsPlan
-from .coefficients import row_groups, scale_and_shift, store_post, store_res
+from .coefficients import store_post, store_res
+from .logits import row_groups, scale_and_shift
 
 
 @T.macro

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import tilelang.language as T
 
 from .boundary_plans import CoefficientsAggregatePlan
-from .coefficients import row_groups, sigmoid, slabs_per_group
+from .logits import row_groups, sigmoid, slabs_per_group
 from .post_project_warps import aggregate_vector
 from .projection_plans import WarpProjectionPlan
 from .sinkhorn_thread import sinkhorn_token

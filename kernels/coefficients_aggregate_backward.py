@@ -13,6 +13,8 @@ block has some tokens, whole:
 
 Traffic per token: (n + 1)·C read; small: what `coefficients_backward` reads and writes, but for g_h_pre.
 
+Without h_res, where H_res is the identity, it is `gates_backward` that is joined, of 2n rows.
+
 A sum over channels is kept in the lanes of a warp, 8 consecutive channels a step, and ends in shuffles. How many tokens
 a block has changes no token's bits.
 """
@@ -20,8 +22,8 @@ a block has changes no token's bits.
 import tilelang.language as T
 
 from .boundary_plans import CoefficientsAggregateBackwardPlan
-from .coefficients import row_groups
 from .coefficients_thread_backward import Given, Rows, gate_backward, res_backward, store_rho, sum_tokens
+from .logits import row_groups
 from .warps import PASS_CONFIGS, PASS_CONFIGS_ATTR, VECTOR, WARP, WORDS, clear_sums, fma, high_half, low_half, vector_at
 
 VECTORS_AT_ONCE = 2  # of g_layer_input and of each stream, in flight for a lane
@@ -92,15 +94,17 @@ def coefficients_aggregate_backward_kernel(
     plan: CoefficientsAggregateBackwardPlan,
     has_g_h_post: bool,
     has_g_h_res: bool,
+    has_h_res: bool = True,
 ):
     """g_layer_input [T, C], x [T, n, C], g_h_post [T, n], g_h_res [T, n, n], projected [M + 1, T], alpha [3], bias [M]
     -> g_projected [M + 1, T], partial [blocks, 3 + M] of g_alpha and g_bias; at most 32 `tokens` a block.
 
-    What is not given is a one-element placeholder, never accessed. iters may be 1 to the plan's capacity.
+    What is not given is a one-element placeholder, never accessed. iters may be 1 to the plan's capacity. Without h_res
+    there are the 2n rows and two alphas of `gates`.
     """
     n, threads, summing = num_streams, WARP * (1 + plan.summing_warps), plan.summing_warps
     pre, post, res = row_groups(n)
-    num_rows = n * n + 2 * n
+    groups, num_rows = (3, n * n + 2 * n) if has_h_res else (2, 2 * n)
     num_tokens = T.dynamic("num_tokens")
     num_partials = T.dynamic("num_partials")
     unused = (1,)
@@ -112,10 +116,10 @@ def coefficients_aggregate_backward_kernel(
         g_h_post: T.Tensor[(num_tokens, n) if has_g_h_post else unused, T.float32],
         g_h_res: T.Tensor[(num_tokens, n, n) if has_g_h_res else unused, T.float32],
         projected: T.Tensor[(num_rows + 1, num_tokens), T.float32],
-        alpha: T.Tensor[(3,), T.float32],
+        alpha: T.Tensor[(groups,), T.float32],
         bias: T.Tensor[(num_rows,), T.float32],
         g_projected: T.Tensor[(num_rows + 1, num_tokens), T.float32],
-        partial: T.Tensor[(num_partials, 3 + num_rows), T.float32],
+        partial: T.Tensor[(num_partials, groups + num_rows), T.float32],
         iters: T.int32,
         sinkhorn_eps: T.float32,
         post_scale: T.float32,
@@ -123,11 +127,12 @@ def coefficients_aggregate_backward_kernel(
     ):
         with T.Kernel(T.ceildiv(num_tokens, tokens), threads=threads) as block:
             g_pre = T.alloc_shared((WARP, n), T.float32)
-            parts = T.alloc_shared((3 + num_rows, WARP + 1), T.float32)
-            denominators = T.alloc_shared(((2 * plan.capacity - 2) * n, WARP), T.float32)
+            parts = T.alloc_shared((groups + num_rows, WARP + 1), T.float32)
+            if has_h_res:
+                denominators = T.alloc_shared(((2 * plan.capacity - 2) * n, WARP), T.float32)
             words = T.alloc_local((VECTORS_AT_ONCE * (n + 1) * WORDS,), T.uint32)
             elements = T.view(words, (VECTORS_AT_ONCE * (n + 1) * VECTOR,), dtype)
-            total = T.alloc_local((3,), T.float32)
+            total = T.alloc_local((groups,), T.float32)
             scale = T.alloc_var(T.float32)
             token, place = T.alloc_var(T.int32), T.alloc_var(T.int32)
             T.annotate_min_blocks_per_sm(plan.blocks_per_sm)
@@ -136,7 +141,7 @@ def coefficients_aggregate_backward_kernel(
             lane, warp = thread % WARP, thread // WARP
             token = block * tokens + lane  # of the first warp
             given = Given(projected, alpha, bias, scale)
-            rows = Rows(g_projected, parts)
+            rows = Rows(g_projected, parts, groups)
             if warp == 0:
                 if T.And(thread < tokens, token < num_tokens):
                     scale = projected[num_rows, token]
@@ -144,10 +149,11 @@ def coefficients_aggregate_backward_kernel(
                         *(total, rows, given, g_h_post if has_g_h_post else None),
                         *(token, post_scale, post, token, lane),
                     )
-                    res_backward(
-                        *(total, rows, given, g_h_res if has_g_h_res else None),
-                        *(denominators, res, token, lane, iters, sinkhorn_eps),
-                    )
+                    if has_h_res:
+                        res_backward(
+                            *(total, rows, given, g_h_res if has_g_h_res else None),
+                            *(denominators, res, token, lane, iters, sinkhorn_eps),
+                        )
             else:
                 for step in T.serial(T.ceildiv(tokens, summing)):
                     place = step * summing + warp - 1

@@ -18,7 +18,8 @@ a block, which `partial_sums` adds up. One token is one thread; nothing here is 
 
 import tilelang.language as T
 
-from .coefficients import RowGroup, row_groups, sigmoid
+from .coefficients_thread_backward import coefficients_backward_by_threads_kernel
+from .logits import RowGroup, row_groups, sigmoid
 from .sinkhorn_backward import sinkhorn_backward_inplace
 
 
@@ -116,24 +117,17 @@ def coefficients_backward_kernel(
     block: int,
     has_g_h_pre: bool,
     has_g_h_post: bool,
-    has_g_h_res: bool = False,
-    capacity: int = 1,
-    has_h_res: bool = True,
+    has_g_h_res: bool,
+    capacity: int,
     by_threads: bool = False,
 ):
     """g_h_pre, g_h_post [T, n], g_h_res [T, n, n], projected [M + 1, T], alpha [3], bias [M]
     -> g_projected [M + 1, T], partial [blocks, 3 + M] of g_alpha and g_bias.
 
     What is not given, as `has_…` say, is a one-element placeholder, never accessed, and counts as zero. iters may
-    be 1 to `capacity`. Without h_res, where H_res is the identity, it is the backward of `gates`.
+    be 1 to `capacity`.
     """
-    if not has_h_res:
-        from .gates import gates_backward_kernel
-
-        return gates_backward_kernel(num_streams, hidden_size, block, has_g_h_pre, has_g_h_post)
     if by_threads:
-        from .coefficients_thread_backward import coefficients_backward_by_threads_kernel
-
         has_given = (has_g_h_pre, has_g_h_post, has_g_h_res)
         return coefficients_backward_by_threads_kernel(num_streams, hidden_size, *has_given, capacity)
     n = num_streams

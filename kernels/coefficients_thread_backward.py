@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import tilelang.language as T
 
-from .coefficients import RowGroup, row_groups, sigmoid
+from .logits import RowGroup, row_groups, sigmoid
 from .sinkhorn_thread_backward import sinkhorn_token_backward
 from .warps import PASS_CONFIGS, PASS_CONFIGS_ATTR, WARP, clear_sums
 
@@ -29,13 +29,14 @@ class Rows(NamedTuple):
 
     g_projected: Any
     parts: Any
+    groups: int  # of rows, which have an alpha each
 
 
 @T.macro
 def store_row(rows: Rows, given: Given, group: RowGroup, row, g_z, token, lane):
     """One row's g_dots, and its g_z among what the block sums up."""
     rows.g_projected[row, token] = g_z * given.alpha[group.index] * given.scale
-    rows.parts[3 + row, lane] = g_z
+    rows.parts[rows.groups + row, lane] = g_z
 
 
 @T.macro
@@ -82,7 +83,7 @@ def store_rho(rows: Rows, given: Given, total, num_rows, num_elements, token, la
     """ρ = −s²/K · Σ_m g_z · alpha · m, and the groups' sums among what the block sums up."""
     rho = T.alloc_var(T.float32)
     rho = 0.0
-    for k in T.unroll(3):
+    for k in T.unroll(rows.groups):
         rho = rho + given.alpha[k] * total[k]
         rows.parts[k, lane] = total[k]
     rows.g_projected[num_rows, token] = -(given.scale * given.scale) * (1.0 / num_elements) * rho
@@ -131,7 +132,7 @@ def coefficients_backward_by_threads_kernel(
             lane = T.get_thread_binding()
             token = block * WARP + lane
             given = Given(projected, alpha, bias, scale)
-            rows = Rows(g_projected, parts)
+            rows = Rows(g_projected, parts, 3)
             if token < num_tokens:
                 scale = projected[num_rows, token]
                 gate_backward(

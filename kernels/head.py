@@ -7,7 +7,7 @@ phi has n rows only. The aggregation itself is the `aggregate` kernel.
 
 import tilelang.language as T
 
-from .coefficients import RowGroup, inverse_rms, logits, sigmoid, slabs_per_group
+from .logits import RowGroup, inverse_rms, logits, sigmoid, slabs_per_group
 from .projection_plans import ProjectionPlan
 
 

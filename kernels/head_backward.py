@@ -6,8 +6,8 @@ The rest of head's backward is that of `aggregate`: `aggregate_backward` for g_h
 
 import tilelang.language as T
 
-from .coefficients import RowGroup
 from .coefficients_backward import gate_backward, group_backward, load_scale, load_scaled, store_rho
+from .logits import RowGroup
 
 
 def head_coefficients_backward_kernel(num_streams: int, hidden_size: int, block: int):

@@ -7,7 +7,7 @@ and not symmetric.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,6 +29,11 @@ class Case:
     @property
     def spec(self) -> MHCSpec:
         return MHCSpec.deepseek_v4(self.hidden_size, num_streams=self.num_streams)
+
+    @property
+    def identity(self) -> MHCSpec:
+        """Without h_res; an eps that would be missed."""
+        return replace(self.spec, residual_mapping="identity", post_eps=5e-3)
 
 
 @dataclass(frozen=True)

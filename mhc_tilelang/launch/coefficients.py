@@ -180,13 +180,37 @@ def coefficients_aggregate_backward(
     """`aggregate_backward` of g_layer_input [T, C] and x [T, n, C], and with its g_h_pre `mappings_backward`: in one
     launch where there is a kernel for it.
     """
-    num_tokens, n, hidden_size = x.shape
-    platform = compiler.platform_of(x.device)
-    if not boundary_plans.joins_coefficients(n, hidden_size, dtype_name(x.dtype), platform):
+    if not joins_coefficients(x):
         g_h_pre = aggregate_backward(g_layer_input, x)
         return mappings_backward(g_h_pre, g_h_post, g_h_res, projected, alpha, bias, spec, out=out)
-    capacity, _ = sinkhorn_sizes(n, spec.sinkhorn_iters, compiler.target_of(x.device))
-    plan = boundary_plans.CoefficientsAggregateBackwardPlan(capacity)
+    return join_backward(g_layer_input, x, g_h_post, g_h_res, projected, alpha, bias, spec, out=out)
+
+
+def joins_coefficients(x: torch.Tensor) -> bool:
+    """Whether `join_backward` has a kernel for the stream x."""
+    _, n, hidden_size = x.shape
+    return boundary_plans.joins_coefficients(n, hidden_size, dtype_name(x.dtype), compiler.platform_of(x.device))
+
+
+def join_backward(
+    g_layer_input: torch.Tensor,
+    x: torch.Tensor,
+    g_h_post: Gradient,
+    g_h_res: Gradient,
+    projected: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    spec: MHCSpec,
+    *,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """The kernel of `coefficients_aggregate_backward`, where there is one; with an identity spec of `gates`."""
+    num_tokens, n, _ = x.shape
+    if spec.is_identity:  # of eight warps nvcc would hold the registers to 96, and spill
+        plan = boundary_plans.CoefficientsAggregateBackwardPlan(capacity=1, summing_warps=7)
+    else:
+        capacity, _ = sinkhorn_sizes(n, spec.sinkhorn_iters, compiler.target_of(x.device))
+        plan = boundary_plans.CoefficientsAggregateBackwardPlan(capacity)
     tokens = boundary_plans.joined_tokens(num_tokens, plan, max(1, parallel_blocks(x.device) // 2))
     kernel = stream_kernel(
         "coefficients_aggregate_backward",
@@ -194,6 +218,7 @@ def coefficients_aggregate_backward(
         plan=plan,
         has_g_h_post=g_h_post is not None,
         has_g_h_res=g_h_res is not None,
+        **({"has_h_res": False} if spec.is_identity else {}),
     )
     partial = partial_sums(projected, tokens, alpha.numel() + bias.numel())
     kernel(

@@ -1,9 +1,10 @@
 """What an identity hyper-connection (H_res = I) launches in place of `coefficients`, `post` and the boundary, both
 directions.
 
-    identity_post_pre            post_project, coefficients, aggregate; the first two in the delayed form
-    identity_post_pre_backward   aggregate_backward, coefficients_backward, boundary_backward, boundary_sums: four
-                                 launches; the separate kernels where `post_pre_backward` takes them
+    identity_post_pre            post_project, gates, aggregate; the first two in the delayed form
+    identity_post_pre_backward   coefficients_aggregate_backward, boundary_backward, boundary_sums: three launches;
+                                 aggregate_backward and gates_backward for the first where it is not joined, and the
+                                 separate kernels where `post_pre_backward` takes them
 
 Tensors come flat and contiguous, [T, …]; `operators` sees to that. Gradients that are not needed are skipped.
 """
@@ -19,7 +20,7 @@ from ..compiler.kernel import dtype_name
 from ..kernels import boundary_plans, plans, projection_plans
 from ..spec import MHCSpec
 from .aggregate import aggregate, aggregate_backward
-from .coefficients import partial_sums, split_parameters
+from .coefficients import join_backward, joins_coefficients, partial_sums, split_parameters
 from .operands import Gradient, aligned, by_width, channel_kernel, placeholder_if_none, stream_kernel
 from .partial_sums import sum_partials
 from .post_pre import post_project
@@ -58,13 +59,12 @@ def gates(
     projected = partial.new_empty(spec.num_coefficients + 1, partial.shape[-1])
     target = compiler.target_of(partial.device)
     kernel = compiler.kernel(
-        "coefficients",
+        "gates",
         target,
         num_streams=spec.num_streams,
         hidden_size=spec.hidden_size,
         plan=plan,
         block=plans.tokens_per_block(target),
-        has_h_res=False,
     )
     kernel(
         partial=partial,
@@ -113,14 +113,13 @@ def gate_mappings_backward(
     target = compiler.target_of(projected.device)
     block = plans.tokens_per_block(target)
     kernel = compiler.kernel(
-        "coefficients_backward",
+        "gates_backward",
         target,
         num_streams=spec.num_streams,
         hidden_size=spec.hidden_size,
         block=block,
         has_g_h_pre=g_h_pre is not None,
         has_g_h_post=g_h_post is not None,
-        has_h_res=False,
     )
     partial = partial_sums(projected, block, alpha.numel() + bias.numel())
     kernel(
@@ -191,14 +190,18 @@ def identity_post_pre_backward(
     arguments of `identity_post_pre`, x_next, the h_pre of the aggregation and projected -> gradients of its arguments.
     """
     _, n, _ = x.shape
-    g_h_pre = None
-    if g_layer_input is not None and not is_delayed:
-        g_h_pre = aggregate_backward(g_layer_input, x_next)
-    g_gate = g_h_pre_next if is_delayed else g_h_pre
+    is_fused = boundary_plans.backward_is_fused(n, compiler.platform_of(x.device))
     needs_g_h_pre = is_delayed and g_layer_input is not None
-    g_projected = torch.empty_like(projected)
-    partial_parameters = gate_mappings_backward(g_gate, g_h_post_next, projected, alpha, bias, spec, out=g_projected)
-    if not boundary_plans.backward_is_fused(n, compiler.platform_of(x.device)):
+    g_h_pre, g_projected = None, torch.empty_like(projected)
+    gates_kept = (projected, alpha, bias, spec)
+    if g_layer_input is not None and not is_delayed and is_fused and joins_coefficients(x):
+        partial_parameters = join_backward(g_layer_input, x_next, g_h_post_next, None, *gates_kept, out=g_projected)
+    else:
+        if g_layer_input is not None and not is_delayed:
+            g_h_pre = aggregate_backward(g_layer_input, x_next)
+        g_gate = g_h_pre_next if is_delayed else g_h_pre
+        partial_parameters = gate_mappings_backward(g_gate, g_h_post_next, *gates_kept, out=g_projected)
+    if not is_fused:
         g_x, g_phi = stream_backward(g_x_next, g_layer_input, g_projected, h_pre, phi, x_next)
         g_layer_output, g_post = identity_post_backward(g_x, layer_output, h_post)
         if needs_g_h_pre and g_layer_input is not None:

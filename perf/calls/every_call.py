@@ -109,6 +109,34 @@ class Given:
         return self.run("head_coefficients")()[1]
 
     @cached_property
+    def gate_phi(self) -> torch.Tensor:
+        return self.inputs.phi[: 2 * self.case.num_streams].contiguous()
+
+    @cached_property
+    def gate_alpha(self) -> torch.Tensor:
+        return self.inputs.alpha[:2].clone()
+
+    @cached_property
+    def gate_bias(self) -> torch.Tensor:
+        return self.inputs.bias[: 2 * self.case.num_streams].clone()
+
+    @cached_property
+    def gate_plan(self) -> ProjectionPlan:
+        return launch.gate_plan(self.inputs.x, 2 * self.case.num_streams)
+
+    @cached_property
+    def gate_partial(self) -> torch.Tensor:
+        return launch.project(self.inputs.x, self.gate_phi, self.gate_plan)
+
+    @cached_property
+    def gate_projected(self) -> torch.Tensor:
+        return self.run("gates")()[2]
+
+    @cached_property
+    def without_res(self) -> launch.IdentityBoundary:
+        return self.run("identity_post_pre")()
+
+    @cached_property
     def written(self) -> list[launch.Written]:
         """Layer outputs and mappings of a replayed block's sublayers, one `Written` each."""
         return [launch.Written(self.inputs.layer_output, self.inputs.h_post, self.inputs.h_res)] * (REPLAYED - 1)

@@ -20,6 +20,8 @@ GRADIENTS = tuple(f"g_{name}" for name in (*MIXING, *PARAMETERS))
 MIXED, MAPPED = " ".join(MIXING), " ".join(PARAMETERS)
 SINKHORN = "iters=spec.sinkhorn_iters eps=spec.sinkhorn_eps"
 HEAD = "phi=head_phi alpha=head_alpha bias=head_bias"
+GATES = "phi=gate_phi alpha=gate_alpha bias=gate_bias spec=case.identity"
+OF_GATES = GATES.partition(" ")[2]
 UPSTREAM = "g_x_next=g_x g_layer_input=g_h g_h_post_next=g_h_post g_h_res_next=g_h_res"
 
 
@@ -118,6 +120,19 @@ CALLS: dict[str, Call] = {
         float8=1,
     ),
     "post_head": Call(lambda n: (2 * n + 1, n + 1), f"{MIXED} {HEAD} spec", "x_next h"),
+    "gates": Call(no_stream, f"partial=gate_partial plan=gate_plan {OF_GATES}", "h_pre h_post"),
+    "gates_backward": Call(
+        no_stream, f"g_h_pre g_h_post projected=gate_projected {OF_GATES}", "g_projected g_alpha g_bias", buffers=0
+    ),
+    "identity_post_pre": Call(
+        lambda n: (2 * n + 1, n + 1), f"x layer_output h_post {GATES}", "x_next layer_input h_post_next h_pre_next"
+    ),
+    "identity_post_pre_backward": Call(
+        lambda n: (3 * n + 3, n + 1),
+        f"g_x_next=g_x g_layer_input=g_h g_h_post_next=g_h_post x layer_output h_post {GATES} {saved('without_res')}",
+        "g_x g_layer_output g_h_post",
+        buffers=0,
+    ),
     "expand_pre": Call(lambda n: (2, n + 1), f"h {MAPPED} spec", "x layer_input h_post h_res h_pre"),
     "post_pre_backward": Call(
         lambda n: (3 * n + 3, n + 1),

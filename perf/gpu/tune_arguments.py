@@ -10,7 +10,7 @@ from ...kernels.boundary_plans import BoundaryBackwardPlan
 if TYPE_CHECKING:
     from ...compiler.recording import Recorded
 
-ONE_A_BLOCK = ("coefficients_backward", "head_coefficients_backward")  # a row of partial sums
+ONE_A_BLOCK = ("coefficients_backward", "head_coefficients_backward", "gates_backward")  # a row of partial sums
 
 
 def outputs_of(one: Recorded) -> list[str]:

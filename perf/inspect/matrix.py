@@ -33,9 +33,10 @@ MAIN = "sm_90a"  # what the tiles are made for
 # Where tensor cores, long sums or much shared memory make the dtype matter more than the width of an access.
 HEAVY = ("project", "project_backward", "post_backward")
 # A dtype reaches these through the number of chunks alone: one is enough.
-COEFFICIENTS = ("coefficients", "head_coefficients")
+COEFFICIENTS = ("coefficients", "head_coefficients", "gates")
 # Flags of a launch that make a variant of their own.
 FORMS = {"has_h_pre": "aggregated", "has_g_layer_input": "aggregated", "is_deferred": "deferred"}
+GATES = projection_plans.tile_projection_plan(8, 2560, "bfloat16", "cuda")  # of an identity connection's rows
 # What else `launch` may ask for: family, variant, the dtype of the stream, what is changed.
 VARIANTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("split_phi", "head", "bfloat16", {"plan": projection_plans.projection_plan(4, 2560, "bfloat16", "cuda")}),
@@ -64,6 +65,19 @@ VARIANTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
         "head",
         "bfloat16",
         {"plan": boundary_plans.boundary_backward_plan(4, 4, 2560, "bfloat16", "cuda")},
+    ),
+    ("split_phi", "gates", "bfloat16", {"plan": GATES}),
+    ("project", "gates", "bfloat16", {"plan": GATES}),
+    ("post", "identity", "bfloat16", {"has_h_res": False}),
+    (
+        "post_project",
+        "identity, aggregated",
+        "bfloat16",
+        {
+            "plan": boundary_plans.tile_post_project_plan(8, 4, 2560, "bfloat16", "cuda", True),
+            "has_h_pre": True,
+            "has_h_res": False,
+        },
     ),
     ("post", "16-bit layer", "float32", {"layer_dtype": "bfloat16"}),
     ("post_backward", "16-bit layer", "float32", {"layer_dtype": "bfloat16"}),
@@ -136,6 +150,8 @@ def subject_of(launch: Recorded, shape: Shape, variant: str) -> Subject:
 
 def variant_of(launch: Recorded) -> str:
     """Return the variant that tells a launch from others of its family at the same sizes; empty if there is none."""
+    if not launch.parameters.get("has_h_res", True):
+        return "identity"
     for flag, form in FORMS.items():
         if launch.parameters.get(flag):
             return form
@@ -199,8 +215,9 @@ def representative(kernels: Sequence[str] = tuple(FAMILIES)) -> list[tuple[Subje
         *telling(cross(kernels, [4], width, ["float32"])),
         *cross(heavy, [8], width, ["float32"]),
     ]
-    # The aggregated form of the projection's backward holds the plain one.
+    # The aggregated form of the projection's backward holds the plain one; without h_res there is less of the same.
     others = [each for each in others if each.kernel != "project_backward" or each.variant]
+    others = [each for each in others if each.variant != "identity"]
     return [
         *((subject, arch) for subject in here for arch in ARCHITECTURES),
         *((subject, MAIN) for subject in unique([*here, *others, *variants(kernels)])[len(here) :]),

@@ -26,6 +26,8 @@ Fused across a boundary (delayed is the form whose h_pre is there already; at n 
     post_pre_backward           reads 3n + 3  writes n + 1
     post_pre_delayed_backward   reads 2n + 2  writes n + 1
     post_head_backward          reads 3n + 3  writes n + 1
+    identity_post_pre           as post_pre, without h_res
+    identity_post_pre_backward  as post_pre_backward
     expand_pre                  reads 2       writes n + 1
     expand_pre_backward         reads n + 4   writes 2, and torch adds the two, 3 more
 

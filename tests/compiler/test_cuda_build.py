@@ -29,8 +29,8 @@ pytestmark = pytest.mark.nvcc
 BUILDS = matrix.representative()
 BUILT_ANEW = ("post", "project", "coefficients_backward")
 SPILL_FREE = ("sm_90a", "sm_100a")  # what data centres have; the others may spill a little
-# 20 bytes, for two blocks a multiprocessor, which sm_90a holds in the same 128 registers without a spill.
-SPILLS = {("post_project", "sm_100a")}
+# For two blocks a multiprocessor, in 128 registers: 20 bytes, which sm_90a holds without a spill, and 32, once a chunk.
+SPILLS = {("post_project", "sm_100a"), ("post_project (identity)", "sm_90a")}
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def takes_long(subject: Subject, arch: str) -> bool:
     """
     if (subject.num_streams or 4, subject.dtype or "bfloat16") != (4, "bfloat16"):
         return True
-    if subject.variant in {variant for _, variant, *_ in matrix.VARIANTS}:
+    if subject.variant in {variant for _, variant, *_ in matrix.VARIANTS}:  # identity's among them
         return True
     return arch != matrix.MAIN and subject.kernel not in ("post", "aggregate", "post_backward")
 
@@ -94,7 +94,7 @@ def test_builds(subject: Subject, arch: str) -> None:
     kept = kept_row(subject, arch)
     func = tracing.trace(subject.kernel, subject.parameters(arch))
     row = kept if kept and kept.made_from == hash_source(func, subject, arch) else build_anew(subject, arch)
-    may_spill = arch not in SPILL_FREE or (subject.kernel, arch) in SPILLS
+    may_spill = arch not in SPILL_FREE or (subject.label, arch) in SPILLS
     assert [fault for fault in faults(row) if not (may_spill and "bytes of spills" in fault)] == []
 
 

@@ -55,7 +55,10 @@ STREAMS = {
 ALONE = [kernel for kernel in CHECKS if kernel.removesuffix("_aggregated") in STREAMS]
 OF_STREAMS = [kernel for kernel in CHECKS if kernel in ALONE or kernel.startswith(("post_", "expand_pre"))]
 # Calls whose kernels, or more of them, other checks launch.
-HELD_BY_OTHERS = ("post_head", "post_head_backward", "expand_pre_backward", "project_backward")
+HELD_BY_OTHERS = (
+    *("post_head", "post_head_backward", "expand_pre_backward", "project_backward"),
+    *("identity_post_pre", "identity_post_pre_backward"),
+)
 
 
 def runs() -> list:
@@ -68,7 +71,8 @@ def runs() -> list:
             n, hidden_size, dtype = case.num_streams, case.hidden_size, str(case.dtype).removeprefix("torch.")
             takes_long = (case != MAIN and kernel not in ALONE) or kernel in HELD_BY_OTHERS
             takes_long |= case != MAIN and kernel == "aggregate_mappings"
-            takes_long |= case.dtype != FP32 and case != MAIN and kernel in ("project", "project_backward_aggregated")
+            takes_long |= case != MAIN and kernel == "project_backward_aggregated"
+            takes_long |= case not in (MAIN, CASES[-1]) and kernel == "project"
             marks = [pytest.mark.full] if case in FULL or takes_long else []
             found.append(pytest.param(case, kernel, id=f"{kernel}-n{n}-C{hidden_size}-{dtype}", marks=marks))
     return found

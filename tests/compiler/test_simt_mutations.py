@@ -67,6 +67,8 @@ MASKS = {
     "aggregate_mappings": TOKENS,
     "project_backward": TOKENS,
     "coefficients_backward": TOKENS,
+    "gates": TOKENS,
+    "gates_backward": TOKENS,
     "coefficients_aggregate_backward": TOKENS,
     "head_coefficients_backward": TOKENS,
     "sum_partials": (r" < num_elements\)", " <= num_elements)"),

@@ -34,6 +34,7 @@ def over(cases):
 
 every_case = over(CASES)
 SLOW = ("post_pre_backward", "post_head_backward")  # to compile at n = 8
+WITHOUT_RES = ("gates", "gates_backward", "identity_post_pre", "identity_post_pre_backward")  # whose macros others have
 every_narrow_case = over([case for case in CASES if case.dtype != torch.float32])
 
 
@@ -45,7 +46,7 @@ def every_output_of_every_case(test):
             output,
             case,
             id=f"n{case.num_streams}-{dtype_name(case.dtype)}-{kernel}-{output}",
-            marks=[pytest.mark.full] * (not is_built(case) or (kernel in SLOW and case.num_streams != 4)),
+            marks=[pytest.mark.full] * (not is_built(case) or (kernel in SLOW + WITHOUT_RES and case.num_streams != 4)),
         )
         for kernel, output in EVERY_OUTPUT
         for case in CASES

@@ -70,7 +70,7 @@ def stream_blocks(shape: Shape, target: str) -> int:
 @pytest.mark.parametrize(("target", "shape"), SHAPES)
 def test_every_stream_tensor_moves_once(kernel: str, target: str, shape: Shape) -> None:
     """Traffic is the formula's, but for g_layer_input, which the projection's backward reads per block of streams."""
-    mixes = kernel.startswith(("post_pre", "post_head")) and kernel.endswith("_backward")
+    mixes = kernel.startswith(("post_pre", "post_head", "identity_post_pre")) and kernel.endswith("_backward")
     if mixes and not boundary_plans.backward_is_fused(shape.num_streams, target):
         pytest.skip("separate kernels, which have cases of their own")
     counted = audit_call(Case(kernel, shape), target, BLOCKS[target])
@@ -156,7 +156,9 @@ def test_a_sublayer_is_no_worse_than_the_papers_kernels() -> None:
         ("post_pre", 3, 14, 0.51),
         ("post_pre_delayed", 3, 10, 0.52),
         ("post_head", 4, 14, 0.5),
+        ("identity_post_pre", 3, 14, 0.24),
         ("post_pre_backward", 4, 21, 2.7),
+        ("identity_post_pre_backward", 3, 20, 0.73),
         ("post_head_backward", 4, 21, 1.9),
         ("expand_pre", 4, 7, 0.5),
         ("expand_pre_backward", 9, 10, 1.5),
@@ -170,6 +172,7 @@ def test_a_boundary_stays_within_its_limits(
 
     Of the forward's small ones, one launch splits phi, whose halves are 0.1C, and 8 slabs of partial sums are 0.3C; of
     the backward's, sums over 64 channels are 1.25C, and the partial g_phi of 13 ranges, which fill the last wave, 1.2C.
+    An identity connection has 2n rows of phi instead of n² + 2n, and n sums over channels instead of n² + n.
     """
     shape = Shape(4096, 4, 2560, "bfloat16")
     unit = shape.num_tokens * shape.hidden_size * shape.itemsize
@@ -177,6 +180,19 @@ def test_a_boundary_stays_within_its_limits(
     assert len(launches(Case(call, shape), "cuda", BLOCKS["cuda"])) <= most_launches
     assert counted.stream_read + counted.stream_written <= most_stream * unit
     assert counted.small <= most_small * unit
+
+
+@pytest.mark.parametrize("way", ["post_pre", "post_pre_backward"])
+def test_an_identitys_boundary_takes_no_more_than_sinkhorns(way: str) -> None:
+    """Of launches for every n and dtype, and of the stream's bytes; small ones have limits of their own above.
+
+    Would catch a launch that is joined with h_res alone.
+    """
+    for n, dtype, tokens in product((1, 2, 4, 8), ("bfloat16", "float32"), (4, 1100)):
+        shape = Shape(tokens, n, 640, dtype)
+        identity, sinkhorn = (len(launches(Case(f"{of}{way}", shape), "cuda", 264)) for of in ("identity_", ""))
+        assert identity <= sinkhorn, shape
+        assert formula(f"identity_{way}", n) == formula(way, n)  # which are those of the code
 
 
 @pytest.mark.parametrize("kernel", CALLS)

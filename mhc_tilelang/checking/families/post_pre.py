@@ -132,7 +132,7 @@ def compare_mixing(
     inputs: Inputs,
     upstream: Gradients,
     g_projected: torch.Tensor,
-    forward: launch.Boundary | launch.LastBoundary,
+    forward: launch.Boundary | launch.LastBoundary | launch.IdentityBoundary,
     got: launch.BoundaryGradients,
     plain: tuple[torch.Tensor, ...],
 ) -> list[Comparison]:
