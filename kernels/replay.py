@@ -15,6 +15,8 @@ of L sublayers is replayed with S = L − 1 and L layer inputs, n + L − 1 read
 **The same bits as the forward.** The fma chains are those of `post` and `aggregate`, by the same macros; x_{k+1} is
 rounded to the stream's dtype in registers before it is written, aggregated, or mixed again.
 
+Without h_res, where H_res is the identity, x_{k+1}[j] = fma(h_post_k[j], layer_output_k, x_k[j]).
+
 Each sublayer's tensors are arguments of their own, since they lie where the forward left them: `sublayers` of them are
 compiled in, and a longer block is a chain of launches.
 """
@@ -24,7 +26,7 @@ from tvm.script.ir_builder import tirx
 
 from .aggregate import aggregate_streams
 from .plans import ChannelTile
-from .post import mix_streams
+from .post import add_output, mix_streams
 
 
 def arguments(name: str, numbers, shape: tuple, dtype: str) -> list:
@@ -40,9 +42,12 @@ def replay_kernel(
     sublayers: int,
     inputs: tuple[int, ...],
     tile: ChannelTile,
+    has_h_res: bool = True,
 ):
     """x_0 [T, n, C]; layer_output_k [T, C], h_post_k [T, n], h_res_k [T, n, n] for k < `sublayers`; h_pre_k [T, n]
     for each k of `inputs` -> x_1 … x_sublayers [T, n, C]; layer_input_k [T, C] for each k of `inputs`.
+
+    Without h_res there are no h_res_k.
     """
     n, block = num_streams, tile.channels
     blocks = -(-hidden_size // block)
@@ -55,7 +60,7 @@ def replay_kernel(
         x = arguments("x", range(sublayers + 1), stream, dtype)
         layer_output = arguments("layer_output", steps, layer, layer_dtype)
         h_post = arguments("h_post", steps, (num_tokens, n), "float32")
-        h_res = arguments("h_res", steps, (num_tokens, n, n), "float32")
+        h_res = arguments("h_res", steps if has_h_res else (), (num_tokens, n, n), "float32")
         h_pre = arguments("h_pre", inputs, (num_tokens, n), "float32")
         layer_input = arguments("layer_input", inputs, layer, dtype)
         with T.Kernel(num_tokens * blocks, threads=tile.threads) as index:
@@ -72,7 +77,10 @@ def replay_kernel(
                     T.copy(input_acc, layer_input[inputs.index(k)][token, first])
                 if k < sublayers:
                     T.copy(layer_output[k][token, first], layer_output_frag)
-                    mix_streams(acc, x_frag, layer_output_frag, h_post[k], h_res[k], token)
+                    if has_h_res:
+                        mix_streams(acc, x_frag, layer_output_frag, h_post[k], h_res[k], token)
+                    else:
+                        add_output(acc, x_frag, layer_output_frag, h_post[k], token)
                     T.copy(acc, x_frag)
                     T.copy(x_frag, x[k + 1][token, 0, first])
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,11 +17,13 @@ from .operands import aligned, channel_kernel
 
 
 class Written(NamedTuple):
-    """A write that `post` merged into a stream: layer_output [T, C], h_post [T, n], h_res [T, n, n]."""
+    """A write that `post` merged into a stream: layer_output [T, C], h_post [T, n], h_res [T, n, n] or None, which is
+    the identity.
+    """
 
     layer_output: torch.Tensor
     h_post: torch.Tensor
-    h_res: torch.Tensor
+    h_res: torch.Tensor | None = None
 
 
 def replay(
@@ -30,7 +32,8 @@ def replay(
     """x_0 [T, n, C], what was written to it one after the other, and h_pre_k [T, n] for each k whose layer input is
     wanted, 0 for that of x_0 itself -> x_1, x_2, … [T, n, C], and layer_input_k [T, C] for these k.
 
-    Bits are those of `post` and `aggregate`. A launch takes eight sublayers whose layers agree in dtype.
+    Bits are those of `post` and `aggregate`. A launch takes eight sublayers whose layers agree in dtype, and in
+    having an h_res.
     """
     streams, layer_inputs = [x], dict[int, torch.Tensor]()
     for first, part in replay_parts(written):
@@ -44,10 +47,12 @@ def replay(
 
 
 def replay_parts(written: Sequence[Written]) -> list[tuple[int, Sequence[Written]]]:
-    """Runs of at most eight sublayers with one dtype of layer outputs, and where each begins; one of none for none."""
+    """Runs of at most eight sublayers with one dtype of layer outputs, all with an h_res or all without, and where each
+    begins; one of none for none.
+    """
     found: list[tuple[int, Sequence[Written]]] = []
     first = 0
-    for _, run in groupby(written, key=lambda one: one.layer_output.dtype):
+    for _, run in groupby(written, key=lambda one: (one.layer_output.dtype, one.h_res is None)):
         same = list(run)
         found += [(first + at, same[at : at + MAX_SUBLAYERS]) for at in range(0, len(same), MAX_SUBLAYERS)]
         first += len(same)
@@ -64,14 +69,14 @@ def _launch(
     layer_outputs = [one.layer_output for one in written]
     wide = [x, *made, *layer_outputs, *(layer_input for _, layer_input in inputs.values())]
     layer_dtype = dtype_name(layer_outputs[0].dtype if written else x.dtype)
-    sizes = {"layer_dtype": layer_dtype, "sublayers": len(written), "inputs": tuple(inputs)}
+    sizes: dict[str, Any] = {"layer_dtype": layer_dtype, "sublayers": len(written), "inputs": tuple(inputs)}
+    if written and written[0].h_res is None:
+        sizes["has_h_res"] = False
     named = {f"x_{k}": tensor for k, tensor in enumerate([x, *made])}
     for k, one in enumerate(written):
-        named |= {
-            f"layer_output_{k}": one.layer_output,
-            f"h_post_{k}": aligned(one.h_post),
-            f"h_res_{k}": aligned(one.h_res),
-        }
+        named |= {f"layer_output_{k}": one.layer_output, f"h_post_{k}": aligned(one.h_post)}
+        if one.h_res is not None:
+            named[f"h_res_{k}"] = aligned(one.h_res)
     for k, (h_pre, layer_input) in inputs.items():
         named |= {f"h_pre_{k}": aligned(h_pre), f"layer_input_{k}": layer_input}
     channel_kernel("replay", x, *wide, **sizes)(**named)

@@ -117,7 +117,7 @@ class Block:
 
     start: Watched
     workspace: Workspace
-    written: list[tuple[Watched, ...]] = field(default_factory=list)  # layer_output, h_post, h_res
+    written: list[tuple[Watched, ...]] = field(default_factory=list)  # layer_output, h_post, h_res if there is one
     h_pre: dict[int, Watched] = field(default_factory=dict)
     makers: dict[int, Maker] = field(default_factory=dict)  # of the inputs that the replay's kernel does not make
     quantizers: dict[int, Quantizer] = field(default_factory=dict)  # of the inputs in float8
@@ -136,8 +136,8 @@ class Block:
         self._check(last)
         x = self.start.tensor
         written = [
-            Written(*(flat(one.tensor, t) for one, t in zip(three, (1, 1, 2), strict=True)))
-            for three in self.written[:last]
+            Written(*(flat(one.tensor, t) for one, t in zip(mixed, (1, 1, 2), strict=False)))
+            for mixed in self.written[:last]
         ]
         asked = {k: flat(self.h_pre[k].tensor, 1) for name, k in self.handles if name == "u"}
         aggregated = {k: h_pre for k, h_pre in asked.items() if k not in self.makers}
@@ -155,8 +155,8 @@ class Block:
     def _check(self, last: int) -> None:
         names = ("layer output", "h_post", "h_res")
         found = [("stream at the start", self.start)]
-        for k, three in enumerate(self.written[:last]):
-            found += [(f"{name} of sublayer {k}", one) for name, one in zip(names, three, strict=True)]
+        for k, mixed in enumerate(self.written[:last]):
+            found += [(f"{name} of sublayer {k}", one) for name, one in zip(names, mixed, strict=False)]
         found += [(f"h_pre of sublayer {k}", one) for k, one in self.h_pre.items()]
         for name, one in found:
             if not one.is_unchanged:

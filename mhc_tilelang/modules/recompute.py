@@ -45,10 +45,13 @@ COMPILED = (
 # in some way that is not known here.
 EXPANDS = "expand_preBackward"
 PRE, BOUNDARY = ("preBackward", "pre_quantizedBackward"), ("post_preBackward", "post_pre_quantizedBackward")
-READS = {EXPANDS: 6, **dict.fromkeys(PRE, 8), **dict.fromkeys(BOUNDARY, 12)}
-# Where an h_pre and the norm's weight are.
+IDENTITY_PRE, IDENTITY_BOUNDARY = "identity_preBackward", "identity_post_preBackward"
+READS = {EXPANDS: 6, **dict.fromkeys(PRE, 8), **dict.fromkeys(BOUNDARY, 12), IDENTITY_PRE: 7, IDENTITY_BOUNDARY: 10}
+# Where an h_pre and the norm's weight are; identity connections have no norm.
 GIVEN = {EXPANDS: (), **dict.fromkeys(PRE, (4, 5)), **dict.fromkeys(BOUNDARY, (7, 8))}
-MERGES = ("postBackward", *BOUNDARY, "post_headBackward")  # x and what is mixed with it come first
+GIVEN |= {IDENTITY_PRE: (4,), IDENTITY_BOUNDARY: (6,)}
+# x and what is mixed with it come first.
+MERGES = ("postBackward", *BOUNDARY, "post_headBackward", "identity_postBackward", IDENTITY_BOUNDARY)
 HOOKED = "BackwardHookFunctionBackward"  # a module's full backward hooks: views of its results
 
 
@@ -160,7 +163,7 @@ class Recorder:
         self._since = sequence_number()
 
     def merged(self, x: torch.Tensor, mixed: Iterable[torch.Tensor], x_next: torch.Tensor) -> None:
-        """A layer's output, h_post and h_res were `mixed` with x, which made x_next."""
+        """A layer's output, h_post and h_res, if there is one, were `mixed` with x, which made x_next."""
         mixed = tuple(mixed)
         if self._block is None or not self._stands_at(x) or not _is_merged_from(x_next, x, *mixed):
             self._block = self._x = None
@@ -234,7 +237,7 @@ def _is_read_from(layer_input: torch.Tensor, x: torch.Tensor, *given: torch.Tens
         return False
     saved = node._raw_saved_tensors
     # Only `pre` is given the stream, the others make it.
-    has_x = _saved_these(saved, (x,)) if node.name() in PRE else _maker(x) is node
+    has_x = _saved_these(saved, (x,)) if node.name() in (*PRE, IDENTITY_PRE) else _maker(x) is node
     places = GIVEN[node.name()]
     return has_x and _saved_these([saved[place] for place in places], given[: len(places)])
 

@@ -375,8 +375,3 @@ class ResidualStream:
                 "ResidualStream.read: connection: expected HyperConnection's own forward and merge for recompute, got "
                 f"{type(connection).__name__}"
             )
-        if self._recorder and connection.spec is not None and connection.spec.is_identity:
-            raise ValueError(
-                "ResidualStream.read: connection: expected residual_mapping='sinkhorn' for recompute, got 'identity', "
-                "whose blocks have no replay"
-            )

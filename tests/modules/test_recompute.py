@@ -76,6 +76,19 @@ def test_normalised_layer_inputs(delayed):
     assert kept == 4 * 10 * C * ((DEPTH - 3) * 4 + DEPTH)
 
 
+@pytest.mark.parametrize("delayed", [pytest.param(False, marks=pytest.mark.full), True])
+def test_identity_connections(delayed):
+    """Blocks without an h_res, to the last stream, which a head reads in an operator of its own.
+
+    Would catch a replay that mixes streams, and one that stands for the h_pre that was given in the delayed form.
+    """
+    model, h = Model(delayed=delayed, identity=True, depth=4), normal(*TOKENS, C)
+    model.reduction = randomize(mhc.HyperHead(model.spec))
+    assert_same(model, h)
+    kept = saved(model, h.requires_grad_(), None) - saved(model, h, 3)
+    assert kept == 4 * 10 * C * ((4 - 2 + 1) * 4 + 4)
+
+
 def test_a_stream_that_goes_on():
     """`from_streams` passes recompute on, as a stream from an embedding does; its first x is a block's start."""
     model, h = Model(), normal(*TOKENS, C)

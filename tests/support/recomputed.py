@@ -19,10 +19,11 @@ class Model(torch.nn.Module):
     view of it.
     """
 
-    def __init__(self, n=4, dtype=torch.float32, make_layer=None, depth=DEPTH, delayed=False, eps=None):
+    def __init__(self, n=4, dtype=torch.float32, make_layer=None, depth=DEPTH, delayed=False, eps=None, identity=False):
         super().__init__()
         torch.manual_seed(0)
-        self.spec = mhc.MHCSpec(C, num_streams=n, delayed_pre=delayed)
+        mapping = "identity" if identity else "sinkhorn"
+        self.spec = mhc.MHCSpec(C, num_streams=n, delayed_pre=delayed, residual_mapping=mapping)
         self.layers = torch.nn.ModuleList(make_layer() if make_layer else Layer(dtype) for _ in range(depth))
         self.connections = torch.nn.ModuleList(
             randomize(mhc.HyperConnection(self.spec, i, rms_norm_eps=eps), i) for i in range(len(self.layers))

@@ -27,8 +27,8 @@ def check_replay(case: Case, inputs: Inputs) -> list[Comparison]:
     h_pre = [i.h_pre for i in of_sublayer]
     streams, layer_inputs = launch.replay(inputs.x, written, dict(enumerate(h_pre)))
     starts, plain = [inputs.x, *streams], [inputs.x]
-    for one in written:
-        plain.append(plain_torch.post(plain[-1], *one))
+    for i in of_sublayer[:-1]:
+        plain.append(plain_torch.post(plain[-1], i.layer_output, i.h_post, i.h_res))
 
     mixed = [join(starts[:-1]), *map(join, zip(*written, strict=True))]
     mixed_magnitude = reference.post(*map(np.abs, mixed))
