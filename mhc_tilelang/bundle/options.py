@@ -14,6 +14,7 @@ CONSTANTS = {
     "deepseek-v4": MHCSpec.deepseek_v4,
     "deepseek-v4.1": MHCSpec.deepseek_v4_1,
     "glm-5.3": MHCSpec.glm5_3,
+    "hy4": MHCSpec.hy4,
     "paper": MHCSpec.paper,
 }
 

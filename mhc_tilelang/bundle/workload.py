@@ -35,7 +35,7 @@ def kernels_of(
 ) -> list[tuple[str, dict[str, Any]]]:
     """Family and parameters of every kernel that a model of this width needs on "cpu" or a CUDA architecture.
 
-    With rms_norm_eps also those of connections that normalise the layer's input.
+    With rms_norm_eps also those of connections that normalise the layer's input, which identity connections cannot.
     """
     found: dict[Key, None] = {}
 
@@ -57,9 +57,11 @@ def emulator(target: str, load: Any) -> compiler.Emulator:
 
 
 def inputs_of(spec: MHCSpec, dtype: str) -> Inputs:
-    """The arguments of GOLDEN_TOKENS tokens."""
+    """The arguments of GOLDEN_TOKENS tokens; of an identity connection the parameters of its gates."""
     case = Case(spec.num_streams, spec.hidden_size, getattr(torch, dtype), GOLDEN_TOKENS)
-    return Inputs.of(case, torch.device("cpu"))
+    inputs, rows = Inputs.of(case, torch.device("cpu")), spec.num_coefficients
+    parameters = {"phi": inputs.phi[:rows], "alpha": inputs.alpha[: spec.num_groups], "bias": inputs.bias[:rows]}
+    return replace(inputs, **parameters)
 
 
 def unset(inputs: Inputs, num_tokens: int) -> Inputs:
@@ -112,10 +114,11 @@ def functions(spec: MHCSpec, inputs: Inputs) -> Iterator[list[torch.Tensor]]:
     n = spec.num_streams
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in vars(inputs).items()}
     parameters = (leaves["phi"], leaves["alpha"], leaves["bias"], replace(spec, delayed_pre=False))
-    mixed = (leaves["x"], leaves["layer_output"], leaves["h_post"], leaves["h_res"])
+    mixed = (leaves["x"], leaves["layer_output"], leaves["h_post"], None if spec.is_identity else leaves["h_res"])
     yield [ops.expand(leaves["h"], n)]
     yield [ops.collapse(leaves["x"])]
-    yield [ops.sinkhorn(leaves["logits"], spec.sinkhorn_iters, spec.sinkhorn_eps)]
+    if not spec.is_identity:
+        yield [ops.sinkhorn(leaves["logits"], spec.sinkhorn_iters, spec.sinkhorn_eps)]
     yield [*ops.coefficients(leaves["x"], *parameters)]
     yield [*ops.pre(leaves["x"], *parameters)]
     yield [*ops.pre(leaves["x"], *parameters, h_pre=leaves["h_pre"])]

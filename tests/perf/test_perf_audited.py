@@ -186,9 +186,10 @@ def test_a_boundary_stays_within_its_limits(
 def test_an_identitys_boundary_takes_no_more_than_sinkhorns(way: str) -> None:
     """Of launches for every n and dtype, and of the stream's bytes; small ones have limits of their own above.
 
-    Would catch a launch that is joined with h_res alone.
+    Would catch a launch that is joined with h_res alone. Few tokens, whose forward is one launch with h_res and three
+    without, are left out.
     """
-    for n, dtype, tokens in product((1, 2, 4, 8), ("bfloat16", "float32"), (4, 1100)):
+    for n, dtype, tokens in product((1, 2, 4, 8), ("bfloat16", "float32"), (1100, 4097)):
         shape = Shape(tokens, n, 640, dtype)
         identity, sinkhorn = (len(launches(Case(f"{of}{way}", shape), "cuda", 264)) for of in ("identity_", ""))
         assert identity <= sinkhorn, shape
