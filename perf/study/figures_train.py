@@ -9,19 +9,19 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from ..figures.run import BLUE, GREY, INK, ORANGE, WIDTH, Card, Picture
+from ..figures.run import BLUE, GREEN, GREY, INK, ORANGE, WIDTH, Card, Picture
 from .output import one_line
 from .runs import Evaluation, Run
 from .summary import NAMES
 
-COLOURS = {"residual": INK, "hc": ORANGE, "mhc": BLUE}
+COLOURS = {"residual": INK, "hc": ORANGE, "mhc": BLUE, "identity": GREEN}
 LEFT, RIGHT, BETWEEN, PANEL = 0.75, 0.3, 0.75, 2.1  # inches
 SMOOTHED = 20  # steps, of gradient norms
 
 
 def draw(runs: Sequence[Run], about: dict[str, Any]) -> Picture:
     """Draw four panels; a colour per connection, a line per seed."""
-    title = "A small GPT under three connections"
+    title = "A small GPT under several connections"
     setup = about["setup"]
     notes = [
         f"{setup['depth']} layers, width {setup['width']}, {setup['steps']} steps of {setup['batch']} × "

@@ -38,17 +38,22 @@ class Sizes:
 
 
 class GPT(nn.Module):
-    """Bytes [B, S] -> logits [B, S, 256], under a connection of any kind; n = 4 streams."""
+    """Bytes [B, S] -> logits [B, S, 256], under a connection of any kind; n = 4 streams.
+
+    Of "identity" the streams are mHC's, and the spec is Hy4's.
+    """
 
     def __init__(self, kind: str, sizes: Sizes) -> None:
         super().__init__()
         width = sizes.width
         layer = LayerSizes(width, sizes.heads, 8 * width // 3, width // sizes.heads)
         self.kind, self.spec = kind, MHCSpec.deepseek_v4(width)
+        if kind == "identity":
+            self.kind, self.spec = "mhc", MHCSpec.hy4(width)
         self.token, self.position = nn.Embedding(256, width), nn.Embedding(sizes.context, width)
         self.layers = nn.ModuleList(make(layer) for _ in range(sizes.depth) for make in (Attention, FeedForward))
         self.norm, self.unembed = nn.RMSNorm(width), nn.Linear(width, 256, bias=False)
-        self.connections = nn.ModuleList(connection(kind, self.spec, i) for i in range(2 * sizes.depth))
+        self.connections = nn.ModuleList(connection(self.kind, self.spec, i) for i in range(2 * sizes.depth))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Pass the embedding through every sublayer, then take the mean of the streams."""

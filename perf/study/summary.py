@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .runs import Run
 
 LAST = 20  # steps whose mean is the final training loss
-NAMES = {"residual": "plain residual", "hc": "HC", "mhc": "mHC"}
+NAMES = {"residual": "plain residual", "hc": "HC", "mhc": "mHC", "identity": "identity HC"}
 QUANTITIES: dict[str, Callable[[Run], float]] = {
     "held-out loss, lowest": lambda run: min(one.loss for one in run.evaluations),
     "held-out loss, final": lambda run: run.evaluations[-1].loss,

@@ -1,4 +1,4 @@
-"""`mhc-tilelang study train`: a small GPT under three connections, with several seeds and equal budgets."""
+"""`mhc-tilelang study train`: a small GPT under four connections, with several seeds and equal budgets."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ...cli.json_output import write_json
 from ..options import positive, positive_number
 from . import output
 
-HELP = "train a small GPT under a plain residual, HC and mHC, over several seeds, and compare"
-KINDS = ("residual", "hc", "mhc")
+HELP = "train a small GPT under a plain residual, HC, mHC and an identity HC, over several seeds, and compare"
+KINDS = ("residual", "hc", "mhc", "identity")
 WIDTHS = {"width": "channels", "depth": "layers of two sublayers", "heads": "of the attention"}
 LENGTHS = {"context": "bytes of a window", "batch": "windows of a step", "steps": "of training"}
 FULL = {"width": 256, "depth": 8, "heads": 8, "context": 256, "batch": 8, "steps": 2000, "rate": 1e-3, "seeds": 3}
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=KINDS,
         default=KINDS,
         metavar="KIND",
-        help="connections to train (default: all three)",
+        help="connections to train (default: all four)",
     )
     add("--quick", action="store_true", help="sizes for minutes on two cores")
     for name, meaning in {**WIDTHS, **LENGTHS, "seeds": "runs of each connection"}.items():

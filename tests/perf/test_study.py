@@ -27,7 +27,7 @@ from mhc_tilelang.perf.study.model import Sizes, read_text
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 EPS = 1e-6
-SIZES = Sizes(width=24, depth=1, heads=2, context=16, batch=2, steps=3, rate=1e-3)
+SIZES = Sizes(width=64, depth=1, heads=2, context=16, batch=2, steps=3, rate=1e-3)
 
 
 def assert_pictures(out, *names):
@@ -137,15 +137,20 @@ def test_gradient_errors_tell_the_methods_apart():
 def test_train_command(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_bytes(bytes(range(32, 127)) * 20)
-    arguments = ["--steps", "3", "--width", "24", "--depth", "1", "--heads", "2", "--context", "16", "--batch", "2"]
+    arguments = ["--steps", "3", "--width", "64", "--depth", "1", "--heads", "2", "--context", "16", "--batch", "2"]
     arguments += ["--seeds", "2", "--text", str(text), "--device", "cpu", "--out", str(tmp_path / "out")]
     assert cli.main(["study", "train", *arguments]) == 0
     shown = capsys.readouterr().out
-    assert all(words in shown for words in ("text.txt (1,900,", "plain residual", "mHC", "2 seeds", "1.841"))
+    assert all(
+        words in shown for words in ("text.txt (1,900,", "plain residual", "mHC", "identity HC", "2 seeds", "1.841")
+    )
     assert_pictures(tmp_path / "out", "train")
     curves = lines_of(tmp_path / "out" / "train-curves.csv")
-    assert len(curves) == 3 * 2 * 4
-    assert {line["connection"] for line in curves} == {"residual", "hc", "mhc"}
+    assert len(curves) == 4 * 2 * 4
+    assert {line["connection"] for line in curves} == {"residual", "hc", "mhc", "identity"}
+    # Streams that are not mixed gain nothing; their gates are not those of the others.
+    gains = {line["composite_forward_gain"] for line in curves if line["connection"] == "identity"}
+    assert gains == {"1"}
     # A plain hyper-connection starts as the plain residual.
     starts = {(line["connection"], line["seed"]): line["held_out_loss"] for line in curves if line["step"] == "0"}
     assert starts["hc", "0"] == starts["residual", "0"] != starts["residual", "1"]
