@@ -18,10 +18,10 @@ SPLIT = "post_project"
 
 
 def test_every_kernel_is_built() -> None:
-    """On the main architecture, in bfloat16; those that n reaches."""
+    """On the main architecture, in bfloat16; those that n reaches, but for connections without h_res."""
     _, rows = stored.read(stored.OTHER_STREAMS)
     subjects = [one for n in STREAMS for one in matrix.subjects(replace(matrix.STUDIED, num_streams=n))]
-    wanted = {one.key(matrix.MAIN) for one in subjects}
+    wanted = {one.key(matrix.MAIN) for one in subjects if "identity" not in one.variant and "gates" not in one.kernel}
     assert wanted == {row.key for row in rows}
 
 
