@@ -191,7 +191,7 @@ def coefficients_aggregate_kernel(num_streams: int, hidden_size: int, dtype: str
                         h[i] = sigmoid(alpha[0] * (total[i] * total[n]) + bias[i]) + pre_eps
                     for _ in T.serial(T.ceildiv(T.ceildiv(vectors, parts), WARP * VECTORS_AT_ONCE)):
                         for v in T.unroll(VECTORS_AT_ONCE):
-                            aggregate_vector(result, words, h, v, n)
+                            aggregate_vector(result, words, h, v, n, dtype)
                             to = at + v * WARP
                             store_vector(layer_input[token, to * VECTOR], result, 0, to < last)
                         at = at + VECTORS_AT_ONCE * WARP

@@ -95,10 +95,10 @@ def split_phi_rows(phi_tile, stream, lane, n, spans):
                     to_high, to_low = (to, 2 * WORDS + to) if r < 2 else (WORDS + to, WORDS + to + 1)
                     for e in T.unroll(2):
                         values[e] = rows[r * WORDS + pair * 2 + e]
-                    pack(halves, to_high, values)
+                    pack(halves, to_high, values, "bfloat16")
                     values[0] = values[0] - low_half(halves[to_high])
                     values[1] = values[1] - high_half(halves[to_high])
-                    pack(halves, to_low, values)
+                    pack(halves, to_low, values, "bfloat16")
             for m in T.unroll(3):
                 for e in T.vectorized(WORDS):
                     whole[(((span * n + stream) * STEPS + step) * 3 + m) * WARP + lane, e] = halves[m * WORDS + e]
@@ -287,7 +287,7 @@ def post_pre_kernel(num_streams: int, hidden_size: int, dtype: str, plan: PostPr
             for e in T.vectorized(n):
                 h[n * n + e] = h_post[T.min(token, num_tokens - 1), e]
 
-            mix_vector(next_words, words, layer_words, h, 0, n)
+            mix_vector(next_words, words, layer_words, h, 0, n, "bfloat16")
             for j in T.unroll(n):
                 store_vector(x_next[token, j, channel], next_words, j * WORDS, inside)
                 for e in T.vectorized(WORDS):
@@ -337,7 +337,7 @@ def post_pre_kernel(num_streams: int, hidden_size: int, dtype: str, plan: PostPr
                         )
                 if inside:
                     weigh_streams(h, z, alpha_tile, bias_tile, at, rows, n, numbers)
-                    aggregate_vector(input_words, next_words, h, 0, n)
+                    aggregate_vector(input_words, next_words, h, 0, n, "bfloat16")
                     store_vector(layer_input[token, channel], input_words, 0, inside)
             if thread == keeper:
                 if told[0] == 0:
@@ -358,7 +358,7 @@ def post_pre_kernel(num_streams: int, hidden_size: int, dtype: str, plan: PostPr
                             if T.And(token < num_tokens, channel < hidden_size):
                                 for i in T.unroll(n):
                                     next_words[i * WORDS : (i + 1) * WORDS] = vector_at(x_next[token, i, channel], True)
-                                aggregate_vector(input_words, next_words, h, 0, n)
+                                aggregate_vector(input_words, next_words, h, 0, n, "bfloat16")
                                 store_vector(layer_input[token, channel], input_words, 0, True)
                     T.sync_threads()
                     for k in T.serial(T.ceildiv(num_chunks, threads)):

@@ -1,4 +1,4 @@
-"""`post_project` as thread-level code (see `warps`): for bfloat16 streams of four on a GPU.
+"""`post_project` as thread-level code (see `warps`): for 16-bit streams of four on a GPU.
 
 The formulas are those of `post_project`, mixing has the fma chain of `post`, sums are those of `projection_warps`:
 x_next and partial sums have the bits of `post`, then `project`, and layer_input those of the aggregation.
@@ -76,7 +76,7 @@ def copy_coefficients(coefficients, h_res, h_post, h_pre, first_token, lane, at)
 
 
 @T.macro
-def mix_vector(next_words, words, layer_words, h, half, n):
+def mix_vector(next_words, words, layer_words, h, half, n, dtype):
     """next_words = a token's x_next, in `post`'s order; h has its h_res and h_post."""
     x = T.alloc_local((2 * n,), T.float32)
     f = T.alloc_local((2,), T.float32)
@@ -84,11 +84,11 @@ def mix_vector(next_words, words, layer_words, h, half, n):
     per_token = layer_words.shape[0] // 2
     for e in T.unroll(WORDS):
         for i in T.unroll(n):
-            x[i * 2] = low_half(words[(half * n + i) * WORDS + e])
-            x[i * 2 + 1] = high_half(words[(half * n + i) * WORDS + e])
+            x[i * 2] = low_half(words[(half * n + i) * WORDS + e], dtype)
+            x[i * 2 + 1] = high_half(words[(half * n + i) * WORDS + e], dtype)
         if per_token == WORDS:
-            f[0] = low_half(layer_words[half * per_token + e])
-            f[1] = high_half(layer_words[half * per_token + e])
+            f[0] = low_half(layer_words[half * per_token + e], dtype)
+            f[1] = high_half(layer_words[half * per_token + e], dtype)
         else:
             for k in T.unroll(2):
                 f[k] = T.reinterpret(layer_words[half * per_token + e * 2 + k], T.float32)
@@ -98,20 +98,20 @@ def mix_vector(next_words, words, layer_words, h, half, n):
             for i in T.unroll(n):
                 for k in T.unroll(2):
                     value[k] = fma(h[j * n + i], x[i * 2 + k], value[k])
-            pack(next_words, (half * n + j) * WORDS + e, value)
+            pack(next_words, (half * n + j) * WORDS + e, value, dtype)
 
 
 @T.macro
-def aggregate_vector(input_words, next_words, h, half, n):
+def aggregate_vector(input_words, next_words, h, half, n, dtype):
     """input_words = a token's layer_input, from x_next as it was rounded; h has its h_pre."""
     value = T.alloc_local((2,), T.float32)
     for e in T.unroll(WORDS):
         for k in T.unroll(2):
             value[k] = 0.0
         for j in T.unroll(n):
-            value[0] = fma(h[j], low_half(next_words[(half * n + j) * WORDS + e]), value[0])
-            value[1] = fma(h[j], high_half(next_words[(half * n + j) * WORDS + e]), value[1])
-        pack(input_words, e, value)
+            value[0] = fma(h[j], low_half(next_words[(half * n + j) * WORDS + e], dtype), value[0])
+            value[1] = fma(h[j], high_half(next_words[(half * n + j) * WORDS + e], dtype), value[1])
+        pack(input_words, e, value, dtype)
 
 
 def post_project_by_warps_kernel(
@@ -120,10 +120,11 @@ def post_project_by_warps_kernel(
     """Build `post_project_kernel` by warps, for phi [units, 8], as `split_phi_fragments_kernel` leaves it."""
     n, projection = num_streams, plan.projection
     channels, threads, tokens = projection.channels, projection.threads, projection.tokens
-    num_chunks, units, sums = projection.num_chunks(hidden_size), projection.units(n), projection.sum_tiles
+    num_chunks, units, sums = projection.num_chunks(hidden_size), projection.units(n), projection.dots_tiles
+    dtype = projection.operand_dtype
     spans = channels // WARP_CHANNELS
     whole = hidden_size % channels == 0  # the last chunk is not a part of one
-    per_token = WORDS if layer_dtype == "bfloat16" else 2 * WORDS
+    per_token = WORDS if layer_dtype == dtype else 2 * WORDS
     of_token = n + 2 if has_h_pre else n + 1  # rows of four coefficients
     num_tokens = T.dynamic("num_tokens")
     num_slabs = T.dynamic("num_slabs")
@@ -131,22 +132,22 @@ def post_project_by_warps_kernel(
 
     @T.prim_func
     def post_project(
-        x: T.Tensor[(num_tokens, n, hidden_size), T.bfloat16],
+        x: T.Tensor[(num_tokens, n, hidden_size), dtype],
         layer_output: T.Tensor[(num_tokens, hidden_size), layer_dtype],
         h_post: T.Tensor[(num_tokens, n), T.float32],
         h_res: T.Tensor[(num_tokens, n, n), T.float32],
-        phi: T.Tensor[(num_chunks * units, VECTOR), T.bfloat16],
+        phi: T.Tensor[(num_chunks * units, VECTOR), dtype],
         h_pre: T.Tensor[(num_tokens, n) if has_h_pre else unused, T.float32],
-        x_next: T.Tensor[(num_tokens, n, hidden_size), T.bfloat16],
+        x_next: T.Tensor[(num_tokens, n, hidden_size), dtype],
         partial: T.Tensor[(num_slabs, projection.slab_rows, num_tokens), T.float32],
-        layer_input: T.Tensor[(num_tokens, hidden_size) if has_h_pre else unused, T.bfloat16],
+        layer_input: T.Tensor[(num_tokens, hidden_size) if has_h_pre else unused, dtype],
         chunks_per_split: T.int32,
     ):
         with T.Kernel(T.ceildiv(num_tokens, tokens), T.ceildiv(num_chunks, chunks_per_split), threads=threads) as (
             tile,
             split,
         ):
-            phi_tile = T.alloc_shared((2 * units, VECTOR), T.bfloat16)
+            phi_tile = T.alloc_shared((2 * units, VECTOR), dtype)
             coefficients = T.alloc_shared((tokens * of_token, n), T.float32)
             words = T.alloc_local((2 * n * WORDS,), T.uint32)
             layer_words = T.alloc_local((2 * per_token,), T.uint32)
@@ -197,7 +198,7 @@ def post_project_by_warps_kernel(
                         for r in T.unroll(n + 1):
                             for e in T.vectorized(n):
                                 h[r * n + e] = coefficients[row + half * 8 * of_token + r, e]
-                        mix_vector(next_words, words, layer_words, h, half, n)
+                        mix_vector(next_words, words, layer_words, h, half, n, dtype)
                         written = token + half * 8 < num_tokens
                         inside = T.And(goes_on, written)
                         if not whole:
@@ -210,7 +211,7 @@ def post_project_by_warps_kernel(
                         if has_h_pre:
                             for e in T.vectorized(n):
                                 given[e] = coefficients[row + half * 8 * of_token + n + 1, e]
-                            aggregate_vector(input_words, next_words, given, half, n)
+                            aggregate_vector(input_words, next_words, given, half, n, dtype)
                             store_vector(layer_input[token + half * 8, channel], input_words, 0, written)
                     project_span(dots, squares, next_words, phi_tile, at, n, projection)
                     channel = channel + WARP_CHANNELS

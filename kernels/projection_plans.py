@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from math import gcd
 
-from .plans import BYTES, MAX_ACCESS_BYTES, WARP
+from .plans import BYTES, WARP
 
 SPAN = 32  # channels that a warp takes at a time, 8 consecutive ones a lane
 MOST_CHUNKS = 5  # of 64 channels in a group: longer ones leave the device fewer blocks to share out
@@ -94,6 +94,16 @@ class WarpProjectionPlan(ProjectionPlan):
         return self.full_tiles + (self.rows % 16 > 0)
 
     @property
+    def low_scale(self) -> float:
+        """What low halves are multiplied with: in float16 most were subnormal otherwise."""
+        return 2.0**11 if self.operand_dtype == "float16" else 1.0
+
+    @property
+    def dots_tiles(self) -> int:
+        """Tiles of sums in a chunk: scaled low halves have their own."""
+        return self.sum_tiles if self.low_scale == 1 else self.phi_tiles
+
+    @property
     def group_sums(self) -> int:
         """Dots of a group that a lane has of 8 tokens, high and low halves added up."""
         return self.full_tiles * 4 + (self.sum_tiles - self.full_tiles) * 2
@@ -117,9 +127,9 @@ class WarpProjectionPlan(ProjectionPlan):
 def projection_plan(rows: int, hidden_size: int, dtype: str, platform: str) -> ProjectionPlan:
     """The plan for phi with `rows` rows. It must not depend on the token count: the chunks fix the bits.
 
-    A bfloat16 stream of four (24 rows, and 4 of a head) is projected by warps where a lane's 8 channels are in a row.
+    A 16-bit stream of four (24 rows, and 4 of a head) is projected by warps where a lane's 8 channels are in a row.
     """
-    if platform != "cpu" and dtype == "bfloat16" and rows in (4, 24) and hidden_size % (MAX_ACCESS_BYTES // 2) == 0:
+    if rows in (4, 24) and has_warps(hidden_size, dtype, platform):
         plan = WarpProjectionPlan(rows, True, dtype, tokens=64, channels=64, threads=128, stages=2)
         return replace(plan, chunks_per_group=equal_group(plan.num_chunks(hidden_size), MOST_CHUNKS))
     return tile_projection_plan(rows, hidden_size, dtype, platform)

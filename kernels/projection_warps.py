@@ -1,4 +1,4 @@
-"""The projection as thread-level code (see `warps`): for bfloat16 streams of four on a GPU.
+"""The projection as thread-level code (see `warps`): for 16-bit streams of four on a GPU.
 
 The sums are those of `projection`. A warp has 16 tokens and walks over chunks of 64 channels, two spans of 32. It takes
 a span of a stream as the tensor core's m16n8k16 wants its second operand, 8 tokens a product:
@@ -11,7 +11,12 @@ from where phi has its columns, and that is settled once, by `split_phi_fragment
 needs of 16 rows for one product, and a block copies a chunk of units without a thought.
 
 Rows of phi lie in tiles of 16: high halves, then the low ones of the same rows, whose products are added to the same
-sums; 8 rows that are left have their high halves in one tile with their low ones, added up when a slab is stored.
+sums; 8 rows that are left have their high halves in one tile with their low ones, added up when a chunk is closed.
+
+**float16.** Halves are float16 as the stream is, since one product has operands of one kind. 11 bits and 11 bits hold
+phi to 2^-23 of an element. Low halves are kept 2^11 times as large, so that they are normal where the high ones are, to
+2^-36 below that, and so have sums of their own, multiplied with 2^-11 when a chunk is closed. From 65520 on an element
+of phi has no high half: its row is then NaN for every token, and with it the row's coefficients.
 
 **Squares** are the diagonal of products too: a vector's four words are two rows of a first operand, (0, 2) and (1, 3),
 and multiplied with themselves. Of 128 sums a lane uses at most two; this takes 2 instructions where 16 multiply-adds
@@ -36,11 +41,17 @@ from .warps import (
     WORDS,
     clear_sums,
     copy_async,
+    fma,
     mma,
     vector_at,
 )
 
 STEPS = WARP_CHANNELS // 16  # products that a span of a stream takes
+
+
+def scale_low(low, plan: WarpProjectionPlan):
+    """A low half as it is kept."""
+    return low if plan.low_scale == 1 else low * T.float32(plan.low_scale)
 
 
 def split_phi_fragments_kernel(num_streams: int, hidden_size: int, plan: WarpProjectionPlan):
@@ -55,11 +66,11 @@ def split_phi_fragments_kernel(num_streams: int, hidden_size: int, plan: WarpPro
     @T.prim_func
     def split_phi(
         phi: T.Tensor[(rows, n, hidden_size), T.float32],
-        phi_split: T.Tensor[(units, VECTOR), T.bfloat16],
+        phi_split: T.Tensor[(units, VECTOR), plan.operand_dtype],
     ):
         with T.Kernel(spans, n, threads=tiles * STEPS * WARP) as (span, stream):
             values = T.alloc_local((4,), T.float32)
-            halves = T.alloc_local((VECTOR,), T.bfloat16)
+            halves = T.alloc_local((VECTOR,), plan.operand_dtype)
             thread = T.get_thread_binding()
             tile, step, lane = thread // (STEPS * WARP), thread // WARP % STEPS, thread % WARP
             channel = span * WARP_CHANNELS + lane % 4 * VECTOR + step * 4
@@ -74,9 +85,9 @@ def split_phi_fragments_kernel(num_streams: int, hidden_size: int, plan: WarpPro
                     for e in T.vectorized(4):
                         values[e] = phi[first + lane // 4, stream, channel + e]
                 for e in T.unroll(4):
-                    high = T.cast(T.cast(values[e], T.bfloat16), T.float32)
+                    high = T.cast(T.cast(values[e], plan.operand_dtype), T.float32)
                     halves[e // 2 * 4 + lower * 2 + e % 2] = T.cast(
-                        T.if_then_else(is_low, values[e] - high, high), T.bfloat16
+                        T.if_then_else(is_low, scale_low(values[e] - high, plan), high), plan.operand_dtype
                     )
             unit = (((span * n + stream) * STEPS + step) * tiles + tile) * WARP + lane
             for e in T.vectorized(VECTOR):
@@ -97,8 +108,8 @@ def copy_phi(phi_tile, phi, chunk, stage, thread, plan: WarpProjectionPlan):
 @T.macro
 def project_span(dots, squares, words, phi_tile, at, num_streams, plan: WarpProjectionPlan):
     """dots and squares += those of a span: words[(half · n + stream) · 4 : …], and phi's units from `at` on."""
-    n, tiles, sums = num_streams, plan.phi_tiles, plan.sum_tiles
-    of_phi = T.alloc_local((tiles * VECTOR,), T.bfloat16)
+    n, tiles, sums, dtype = num_streams, plan.phi_tiles, plan.dots_tiles, plan.operand_dtype
+    of_phi = T.alloc_local((tiles * VECTOR,), dtype)
     exchanged = T.alloc_local((WORDS,), T.uint32)
     for j in T.unroll(n):
         for step in T.unroll(STEPS):
@@ -108,12 +119,25 @@ def project_span(dots, squares, words, phi_tile, at, num_streams, plan: WarpProj
             for m in T.unroll(tiles):
                 for half in T.unroll(2):
                     of_x = (half * n + j) * WORDS + step * 2
-                    mma(of_phi, m * VECTOR, words, of_x, dots, (half * sums + m % sums) * 4)
+                    mma(of_phi, m * VECTOR, words, of_x, dots, (half * sums + m % sums) * 4, dtype)
         for half in T.unroll(2):
             for k in T.unroll(2):
                 exchanged[k * 2] = words[(half * n + j) * WORDS + k]
                 exchanged[k * 2 + 1] = words[(half * n + j) * WORDS + k + 2]
-                mma(words, (half * n + j) * WORDS, exchanged, k * 2, squares, (half * 2 + k) * 4)
+                mma(words, (half * n + j) * WORDS, exchanged, k * 2, squares, (half * 2 + k) * 4, dtype)
+
+
+def both_halves(high, low, plan: WarpProjectionPlan):
+    """A dot from its products with both halves of phi."""
+    return high + low if plan.low_scale == 1 else fma(low, T.float32(1 / plan.low_scale), high)
+
+
+def full_half(dots, half, e, plan: WarpProjectionPlan):
+    """A dot of a full tile: high and low halves are in one sum, or low ones that are scaled in one of their own."""
+    at = half * plan.dots_tiles * 4 + e
+    if plan.dots_tiles == plan.sum_tiles:
+        return dots[at]
+    return both_halves(dots[at], dots[at + plan.sum_tiles * 4], plan)
 
 
 @T.macro
@@ -123,16 +147,16 @@ def close_chunk(partial, chunk, group_dots, group_squares, dots, squares, token,
     `token` is the lane's first one. Of the squares' products a lane has row g on the diagonal where q is g // 2.
     """
     num_slabs, _, num_tokens = partial.shape
-    num_chunks, sums, full, of_half = plan.num_chunks(hidden_size), plan.sum_tiles, plan.full_tiles, plan.group_sums
+    num_chunks, sums, full, of_half = plan.num_chunks(hidden_size), plan.dots_tiles, plan.full_tiles, plan.group_sums
     lane = T.get_thread_binding() % WARP
     g, q = lane // 4, lane % 4
     for half in T.unroll(2):
         for e in T.unroll(full * 4):
-            group_dots[half * of_half + e] = group_dots[half * of_half + e] + dots[half * sums * 4 + e]
-        for e in T.unroll((sums - full) * 2):  # high halves, and their low ones 8 rows below
+            group_dots[half * of_half + e] = group_dots[half * of_half + e] + full_half(dots, half, e, plan)
+        for e in T.unroll((plan.sum_tiles - full) * 2):  # high halves, and their low ones 8 rows below
             at = (half * sums + full) * 4 + e
-            group_dots[half * of_half + full * 4 + e] = group_dots[half * of_half + full * 4 + e] + (
-                dots[at] + dots[at + 2]
+            group_dots[half * of_half + full * 4 + e] = group_dots[half * of_half + full * 4 + e] + both_halves(
+                dots[at], dots[at + 2], plan
             )
         even = squares[half * 8] + squares[half * 8 + 6]
         odd = squares[half * 8 + 1] + squares[half * 8 + 7]
@@ -147,7 +171,7 @@ def close_chunk(partial, chunk, group_dots, group_squares, dots, squares, token,
                         for below in T.unroll(2):
                             row = m * 16 + below * 8 + g
                             partial[slab, row, to] = group_dots[half * of_half + m * 4 + below * 2 + e]
-                    if sums > full and (plan.rows % 8 == 0 or full * 16 + g < plan.rows):
+                    if plan.sum_tiles > full and (plan.rows % 8 == 0 or full * 16 + g < plan.rows):
                         partial[slab, full * 16 + g, to] = group_dots[half * of_half + full * 4 + e]
             if T.And(q == g // 2, token + half * 8 < num_tokens):
                 partial[slab, plan.rows, token + half * 8] = group_squares[half]
@@ -177,18 +201,18 @@ def project_by_warps_kernel(num_streams: int, hidden_size: int, plan: WarpProjec
 
     @T.prim_func
     def project(
-        x: T.Tensor[(num_tokens, n, hidden_size), T.bfloat16],
-        phi: T.Tensor[(num_chunks * units, VECTOR), T.bfloat16],
+        x: T.Tensor[(num_tokens, n, hidden_size), plan.operand_dtype],
+        phi: T.Tensor[(num_chunks * units, VECTOR), plan.operand_dtype],
         partial: T.Tensor[(num_slabs, plan.slab_rows, num_tokens), T.float32],
         chunks_per_split: T.int32,
     ):
         with T.Kernel(
             T.ceildiv(num_tokens, plan.tokens), T.ceildiv(num_chunks, chunks_per_split), threads=plan.threads
         ) as (tile, split):
-            phi_tile = T.alloc_shared((2 * units, VECTOR), T.bfloat16)
+            phi_tile = T.alloc_shared((2 * units, VECTOR), plan.operand_dtype)
             ahead = T.alloc_local((2 * n * WORDS,), T.uint32)
             words = T.alloc_local((2 * n * WORDS,), T.uint32)
-            dots = T.alloc_local((2 * plan.sum_tiles * 4,), T.float32)
+            dots = T.alloc_local((2 * plan.dots_tiles * 4,), T.float32)
             squares = T.alloc_local((16,), T.float32)
             group_dots = T.alloc_local((2 * plan.group_sums,), T.float32)
             group_squares = T.alloc_local((2,), T.float32)

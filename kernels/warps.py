@@ -19,9 +19,10 @@ def fma(a, b, c):
     return T.ieee_fmaf(a, b, c)
 
 
-def mma(a, a_at, b, b_at, c, c_at):
-    """c[c_at : c_at + 4] += a · b: m16n8k16 of bfloat16 with float32 sums; places count elements."""
-    kinds = ("float32", "m16n8k16", "row", "col", "bf16", "bf16", "fp32")
+def mma(a, a_at, b, b_at, c, c_at, dtype="bfloat16"):
+    """c[c_at : c_at + 4] += a · b: m16n8k16 of 16-bit operands with float32 sums; places count elements."""
+    operand = {"bfloat16": "bf16", "float16": "fp16"}[dtype]
+    kinds = ("float32", "m16n8k16", "row", "col", operand, operand, "fp32")
     return T.ptx_mma(*kinds, a.data, a_at, b.data, b_at, c.data, c_at, T.bool(False))
 
 
@@ -36,13 +37,17 @@ def store_vector(to, words, at, inside):
     return tirx.call_intrin("handle", tirx.op.Op.get("tl.stg128"), address, words[T.Ramp(at, 1, WORDS)], inside)
 
 
-def low_half(word):
-    """The first of a word's two bfloat16 values, as float32."""
+def low_half(word, dtype="bfloat16"):
+    """The first of a word's two 16-bit values, as float32."""
+    if dtype == "float16":
+        return T.cast(T.reinterpret(T.cast(word, T.uint16), T.float16), T.float32)
     return T.reinterpret(T.shift_left(word, T.uint32(16)), T.float32)
 
 
-def high_half(word):
+def high_half(word, dtype="bfloat16"):
     """The second."""
+    if dtype == "float16":
+        return low_half(T.shift_right(word, T.uint32(16)), dtype)
     return T.reinterpret(T.bitwise_and(word, T.uint32(0xFFFF0000)), T.float32)
 
 
@@ -52,12 +57,12 @@ def vector_at(source, inside):
 
 
 @T.macro
-def pack(words, at, values):
-    """words[at] = the two values, rounded to bfloat16."""
-    pair = T.alloc_local((2,), T.bfloat16)
+def pack(words, at, values, dtype="bfloat16"):
+    """words[at] = the two values, rounded to 16 bits."""
+    pair = T.alloc_local((2,), dtype)
     whole = T.view(pair, (1,), T.uint32)
     for e in T.vectorized(2):
-        pair[e] = T.cast(values[e], T.bfloat16)
+        pair[e] = T.cast(values[e], dtype)
     words[at] = whole[0]
 
 

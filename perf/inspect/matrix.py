@@ -32,6 +32,7 @@ STUDIED = Shape(TOKENS, 4, 2560, "bfloat16")  # of the pages and of the represen
 MAIN = "sm_90a"  # what the tiles are made for
 # Where tensor cores, long sums or much shared memory make the dtype matter more than the width of an access.
 HEAVY = ("project", "project_backward", "post_backward")
+BY_WARPS = ("post_project", "coefficients_aggregate")  # whose 16-bit code has a conversion for each dtype
 # A dtype reaches these through the number of chunks alone: one is enough.
 COEFFICIENTS = ("coefficients", "head_coefficients", "gates")
 # Flags of a launch that make a variant of their own.
@@ -200,8 +201,8 @@ def telling(subjects: Iterable[Subject]) -> list[Subject]:
 
 
 def studied_shape(kernel: str) -> Shape:
-    """Return the shape of a kernel's page: float16 where a bfloat16 stream of four has a kernel of its own."""
-    return STUDIED if subjects(STUDIED, [kernel]) else replace(STUDIED, dtype="float16")
+    """Return the shape of a kernel's page: float32 where 16-bit streams of four have a kernel of their own."""
+    return STUDIED if subjects(STUDIED, [kernel]) else replace(STUDIED, dtype="float32")
 
 
 def representative(kernels: Sequence[str] = tuple(FAMILIES)) -> list[tuple[Subject, str]]:
@@ -211,7 +212,7 @@ def representative(kernels: Sequence[str] = tuple(FAMILIES)) -> list[tuple[Subje
     heavy = [kernel for kernel in kernels if kernel in HEAVY]
     others = [
         *cross(kernels, [2, 8], width, ["bfloat16"]),
-        *cross(heavy, [4], width, ["float16"]),
+        *cross([kernel for kernel in kernels if kernel in (*HEAVY, *BY_WARPS)], [4], width, ["float16"]),
         *telling(cross(kernels, [4], width, ["float32"])),
         *cross(heavy, [8], width, ["float32"]),
     ]

@@ -130,7 +130,7 @@ def test_where_it_is_done() -> None:
     Where warps project, whose phi is split first, it is one launch less.
     """
 
-    def families(kernel: str, target: str, dtype: str = "float16") -> list[str]:
+    def families(kernel: str, target: str, dtype: str = "float32") -> list[str]:
         call = Call(kernel, Shape(1024, 4, 1280, dtype))
         return [launched.family for launched in launches(call, target, 8)]
 
@@ -154,7 +154,7 @@ def test_pdl_launches_build(family: str) -> None:
 
     Catches a load that is moved over the wait, which `const __restrict__` would allow, and tilelang leaves out here.
     """
-    call = Call("post_pre", Shape(1024, 4, 1280, "float16"))
+    call = Call("post_pre", Shape(1024, 4, 1280, "float32"))
     [parameters] = [one.parameters for one in launches(call, "cuda", 8) if one.family == family]
     plain, pdl = (generate(family, {**parameters, "pdl": on}, "sm_90a").code for on in (False, True))
     calls = [line.strip() for line in pdl.splitlines() if line.strip().startswith("cuda")]

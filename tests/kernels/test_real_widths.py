@@ -21,6 +21,7 @@ from damaged import Mutation, damaged
 from mhc_tilelang import compiler
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.checking.run import CHECKS, check_case
+from mhc_tilelang.compiler.kernel import dtype_name
 from mhc_tilelang.compiler.recording import Recorded, record_launches
 from mhc_tilelang.compiler.simt import SimtError, executing
 from mhc_tilelang.kernels import FAMILIES, boundary_plans, projection_plans
@@ -117,9 +118,12 @@ def differing(launches: list[Recorded], others: list[Recorded]) -> list[str]:
 def runs() -> list:
     """QUICK at n = 2 with four groups of chunks, and every check at n = 4 at every width."""
     quick = [(kernel, Case(2, width, torch.bfloat16, TOKENS), []) for kernel, width in QUICK]
+    quick += [("post_pre", Case(4, 2560, torch.float16, 17), [])]  # whose halves are its own
     full = [(k, Case(4, width, torch.bfloat16, TOKENS), [pytest.mark.full]) for width in WIDTHS for k in CHECKS]
     return [
-        pytest.param(kernel, case, id=f"{kernel}-n{case.num_streams}-C{case.hidden_size}", marks=marks)
+        pytest.param(
+            kernel, case, id=f"{kernel}-n{case.num_streams}-C{case.hidden_size}-{dtype_name(case.dtype)}", marks=marks
+        )
         for kernel, case, marks in quick + full
     ]
 

@@ -25,6 +25,7 @@
 
 using uchar = unsigned char;
 using uint = unsigned int;
+using ushort = unsigned short;
 
 #define CUDART_INF_F __builtin_inff()
 
