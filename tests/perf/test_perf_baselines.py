@@ -18,7 +18,14 @@ from mhc_tilelang import reference
 from mhc_tilelang.checking.comparison import numpy64
 from mhc_tilelang.errors import MHCError
 from mhc_tilelang.perf.bench.run import FORMS
-from mhc_tilelang.perf.calls.cases import BACKWARD_KERNELS, KERNELS, Case, Shape
+from mhc_tilelang.perf.calls.cases import (
+    AGGREGATE_QUANTIZED,
+    BACKWARD_KERNELS,
+    KERNELS,
+    POST_PRE_QUANTIZED,
+    Case,
+    Shape,
+)
 from mhc_tilelang.perf.calls.every_call import Given
 from mhc_tilelang.perf.calls.workloads import Workload, workload
 from mhc_tilelang.perf.torch_forms import backward_post as backward_post_forms
@@ -239,9 +246,9 @@ def test_modes_and_devices_select() -> None:
 
 
 def test_every_kernel_has_an_eager_and_a_compiled_form_everywhere() -> None:
-    assert set(FORMS) == set(EVERY_KERNEL)
+    assert set(FORMS) == {*EVERY_KERNEL, AGGREGATE_QUANTIZED, POST_PRE_QUANTIZED}
     for device in ("cpu", "cuda"):
-        for kernel in EVERY_KERNEL:
+        for kernel in FORMS:
             modes = {mode for form in applicable(FORMS[kernel], torch.device(device), "float32") for mode in form.modes}
             assert modes == {EAGER, COMPILED}
 
