@@ -89,6 +89,7 @@ def build_function(func: Any, subject: Subject, arch: str) -> Row:
     from .machine_accesses import machine_accesses
     from .source_accesses import accesses
 
+    made_from = hash_source(func, subject, arch)  # before it is lowered: that leaves its marks in a tile-level function
     source = generate_from(func, arch)
     buffers = accesses(source.code)
     streams = {name: buffers[name] for name in subject.launch.streams if name in buffers}
@@ -106,7 +107,7 @@ def build_function(func: Any, subject: Subject, arch: str) -> Row:
         truncated=find_truncated(func, source.code),
         machine_reads=machine_reads,
         machine_writes=machine_writes,
-        made_from=hash_source(func, subject, arch),
+        made_from=made_from,
         **measure_build(source, compiled, arch),
     )
 
