@@ -19,7 +19,7 @@ SPLIT = {
     "coefficients_aggregate": "no access of the stream: loads of partial sums that the listing has without a line",
     "coefficients_aggregate_backward": "g_layer_input's vectors count as x's, for a listing that has both in one line",
     "expand_project": "stores x from registers, as tiles do",
-    "post_project": "without h_res, where it is by tiles: one stream of four is stored from registers",
+    "post_project": "where it is by tiles: x_next of one stream is stored from registers",
     "boundary_backward": "stores g_x and g_layer_output from registers; to be rebuilt with a wider layout",
 }
 SYNCHRONISED = ("post_pre",)  # whose blocks count each other by atomics; their sums have a fixed order all the same
