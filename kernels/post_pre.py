@@ -35,8 +35,8 @@ what the others had; what `wait` reads acquires too.
 import tilelang.language as T
 
 from .boundary_plans import PostPrePlan
-from .coefficients import sigmoid
 from .coefficients_aggregate import Numbers, make_gates, make_h_res, scale_sums
+from .logits import sigmoid
 from .post_project_warps import aggregate_vector, load_span, mix_vector
 from .projection_warps import STEPS
 from .warp_tiles import copy_inside

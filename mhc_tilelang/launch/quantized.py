@@ -2,7 +2,7 @@
 
     aggregate_quantized                n·C read, C bytes and the scales written; C elements more beside them if asked
     coefficients_and_quantize          the mappings of a sublayer, and its input by its own h_pre or a given one
-    post_pre_quantized                 three launches: post_project, and these two
+    post_pre_quantized                 post_project, and the two launches of coefficients_and_quantize
 
 Tensors come flat and contiguous, [T, …]; `operators` sees to that. The layer's RMSNorm is a part of it, as in
 `aggregate_norm`, whose bits layer_input has.
