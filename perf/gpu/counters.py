@@ -100,9 +100,9 @@ def launches_at(shape: Shape, device: torch.device) -> list[tuple[str, Recorded]
 
 def audit_launch(call: str, one: Recorded) -> Launched:
     """Count the bytes of a launch from its code."""
-    from ..traffic.audit import audit
+    from ..traffic.audit import audit_function
 
-    buffers = audit(one.family, one.parameters, one.sizes)
+    buffers = audit_function(one.function, one.sizes)
     again = (b.read.accessed if name in one.streams else b.read.per_block for name, b in buffers.items())
     return Launched(
         call,

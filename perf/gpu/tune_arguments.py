@@ -15,9 +15,9 @@ ONE_A_BLOCK = ("coefficients_backward", "head_coefficients_backward", "gates_bac
 
 def outputs_of(one: Recorded) -> list[str]:
     """Return the buffers that a kernel writes."""
-    from ..traffic.audit import audit
+    from ..traffic.audit import audit_function
 
-    return [name for name, moved in audit(one.family, one.parameters, one.sizes).items() if moved.written.accessed]
+    return [name for name, moved in audit_function(one.function, one.sizes).items() if moved.written.accessed]
 
 
 def adapt_arguments(one: Recorded, parameters: Mapping[str, Any], written: Sequence[str]) -> dict[str, Any]:
