@@ -82,8 +82,7 @@ def kept_rows() -> dict[tuple, Row]:
 
 
 def kept_row(subject: Subject, arch: str) -> Row | None:
-    key = (subject.kernel, subject.variant, arch, subject.num_streams, subject.hidden_size, subject.dtype)
-    return kept_rows().get(key)
+    return kept_rows().get(subject.key(arch))
 
 
 @pytest.mark.parametrize(("subject", "arch"), builds(), ids=name_of)
