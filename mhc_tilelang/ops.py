@@ -7,8 +7,8 @@ dimensions, none and empty ones included. Streams are bfloat16, float16 or float
 too: it is read as it is, and computed with in float32; mappings and matrices that come out are float32. Kernels read
 float32, so a 16-bit parameter or mapping is widened by a pass of its own: 6·M·K bytes of phi a call, and nothing where
 it is float32. Tensors are dense, contiguous and on one device; DTensors may be sharded over tokens
-(`operators.sharding`). Gradients have the dtype of what they belong to, rounded once; there are no second derivatives
-and no forward mode.
+(`operators.sharding`). Where a spec or a layer_output tells n ≥ 2, x may come packed, [..., n·C]; results have the
+shapes below. Gradients have their tensors' shapes and dtypes, rounded once; no second derivatives, no forward mode.
 
 With an identity spec (H_res = I) phi is [2n, K], alpha [2], bias [2n], and there is no h_res: None goes in, none comes
 out. expand_pre and post_head are then two calls each, without `out=`; there is no rms_norm_weight.
@@ -78,7 +78,7 @@ def collapse(x: torch.Tensor, *, mean: bool = False, out: torch.Tensor | None = 
     Returns:
         [..., C] in x's dtype: Σ_i x[i], or Σ_i x[i]/n, added in float32 and rounded once.
     """
-    arguments, of_x = of_stream("collapse", x)
+    arguments, x, of_x = of_stream("collapse", x)
     operator = operators.collapse_mean if mean else operators.collapse
     return call(arguments, operator, (x,), (), of_x, out)
 
@@ -96,7 +96,7 @@ def aggregate(x: torch.Tensor, h_pre: torch.Tensor, *, out: torch.Tensor | None 
     Returns:
         layer_input [..., C] in x's dtype: Σ_i h_pre[i] · x[i], added in float32, streams ascending, rounded once.
     """
-    arguments, of_x = of_stream("aggregate", x)
+    arguments, x, of_x = of_stream("aggregate", x)
     h_pre = arguments.widened("h_pre", h_pre, of_x[:1], batched=True)
     return call(arguments, operators.aggregate, (x, h_pre), (), of_x, out)
 
@@ -156,7 +156,7 @@ def coefficients(
         h_pre [..., n], h_post [..., n], h_res [..., n, n], float32. `h_res[j, i]` is the weight of input
         stream i in output stream j.
     """
-    arguments, phi, alpha, bias = check_projected("coefficients", x, phi, alpha, bias, spec, norm_weight)
+    arguments, x, phi, alpha, bias = check_projected("coefficients", x, phi, alpha, bias, spec, norm_weight)
     operator = operators.gates if spec.is_identity else operators.coefficients
     return call(arguments, operator, (x, phi, alpha, bias), constants(spec), sizes(spec), out)
 
@@ -191,7 +191,7 @@ def pre(
         layer_input [..., C] in x's dtype, rounded once; h_post [..., n] and h_res [..., n, n] for `post`. In the
         delayed form also the sublayer's own h_pre [..., n], for the sublayer after it.
     """
-    arguments, phi, alpha, bias = check_projected("pre", x, phi, alpha, bias, spec, norm_weight)
+    arguments, x, phi, alpha, bias = check_projected("pre", x, phi, alpha, bias, spec, norm_weight)
     h_pre = check_delayed(arguments, h_pre, spec)
     eps = check_rms_norm(arguments, rms_norm_weight, rms_norm_eps, spec, x.dtype)
     if spec.is_identity:
@@ -242,7 +242,7 @@ def post(
     Returns:
         x_next [..., n, C] in x's dtype, combined in float32 and rounded once.
     """
-    arguments, of_x = of_stream("post", x)
+    arguments, x, of_x = of_stream("post", x, layer_output)
     mappings = check_mixed(arguments, x, layer_output, h_post, h_res)
     operator = operators.identity_post if h_res is None else operators.post
     return call(arguments, operator, (x, layer_output, *mappings), (), of_x, out)
@@ -288,7 +288,7 @@ def post_pre(
         x_next [..., n, C] and layer_input [..., C] in x's dtype; h_post [..., n] and h_res [..., n, n] of the sublayer
         that begins, float32. In the delayed form also its h_pre [..., n], for the boundary after it.
     """
-    arguments, phi, alpha, bias = check_projected("post_pre", x, phi, alpha, bias, spec, norm_weight)
+    arguments, x, phi, alpha, bias = check_projected("post_pre", x, phi, alpha, bias, spec, norm_weight)
     mappings = check_mixed(arguments, x, layer_output, h_post, h_res, spec)
     h_pre = check_delayed(arguments, h_pre, spec)
     eps = check_rms_norm(arguments, rms_norm_weight, rms_norm_eps, spec, x.dtype)
@@ -320,7 +320,7 @@ def head(
     Returns:
         [..., C] in x's dtype: Σ_i h_pre[i] · x[i] with h_pre = sigmoid(alpha · s · x·phi + bias) + pre_eps.
     """
-    arguments, phi, alpha, bias = check_projected("head", x, phi, alpha, bias, spec, norm_weight, head=True)
+    arguments, x, phi, alpha, bias = check_projected("head", x, phi, alpha, bias, spec, norm_weight, head=True)
     return call(arguments, operators.head, (x, phi, alpha, bias), (spec.pre_eps, spec.rms_eps), sizes(spec), out)
 
 
@@ -351,7 +351,7 @@ def expand_pre(
     Returns:
         x [..., n, C] and layer_input [..., C] in h's dtype; h_post [..., n] and h_res [..., n, n], float32.
     """
-    arguments, phi, alpha, bias = check_projected("expand_pre", h, phi, alpha, bias, spec, norm_weight, expanded=False)
+    arguments, h, phi, alpha, bias = check_projected("expand_pre", h, phi, alpha, bias, spec, norm_weight, expands=True)
     if spec.is_identity:
         refuse_for_identity("expand_pre", spec, out=out)
         inputs = (expand(h, spec.num_streams), phi, alpha, bias, None)
@@ -390,7 +390,7 @@ def post_head(
     Returns:
         x_next [..., n, C] and the head's output [..., C], in x's dtype.
     """
-    arguments, phi, alpha, bias = check_projected("post_head", x, phi, alpha, bias, spec, norm_weight, head=True)
+    arguments, x, phi, alpha, bias = check_projected("post_head", x, phi, alpha, bias, spec, norm_weight, head=True)
     mappings = check_mixed(arguments, x, layer_output, h_post, h_res, spec)
     if spec.is_identity:
         refuse_for_identity("post_head", spec, out=out)

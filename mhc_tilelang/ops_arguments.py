@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .arguments import STREAM_DTYPES, Arguments, check_eps, check_spec, check_streams, shape_of, sizes_of
+from .arguments import STREAM_DTYPES, Arguments, check_dense, check_eps, check_spec, check_streams, shape_of, sizes_of
 from .operators.declaration import Declaration
 from .ops_prepared import note_passed
 from .spec import MHCSpec
@@ -17,13 +17,24 @@ from .spec import MHCSpec
 RMS_NORM_EPS = 1e-6
 
 
-def of_stream(function: str, x: torch.Tensor) -> tuple[Arguments, tuple[int, int]]:
-    """The arguments of a function of a stream x [..., n, C], which is checked; n and C."""
+def of_stream(
+    function: str, x: torch.Tensor, layer_output: torch.Tensor | None = None
+) -> tuple[Arguments, torch.Tensor, tuple[int, int]]:
+    """The arguments of a function of a stream x [..., n, C], which is checked; x, unpacked; n and C.
+
+    Only beside a layer_output [..., C], of which it has as many dimensions, can a packed x be told.
+    """
+    if layer_output is not None:
+        check_dense(function, "x", x)
+        check_dense(function, "layer_output", layer_output)
+        if x.ndim == layer_output.ndim > 0:
+            of_layer = max(shape_of(layer_output)[-1], 1)
+            x = unpack(x, shape_of(x)[-1] // of_layer, of_layer)
     num_streams, hidden_size = sizes_of(function, "x", x, ("n", "C"))
     check_streams(function, "x", num_streams)
     arguments = Arguments(function)
     arguments.tensor("x", x, (num_streams, hidden_size), batched=True)
-    return arguments, (num_streams, hidden_size)
+    return arguments, x, (num_streams, hidden_size)
 
 
 def check_projected(
@@ -35,25 +46,37 @@ def check_projected(
     spec: MHCSpec,
     norm_weight: torch.Tensor | None,
     head: bool = False,
-    expanded: bool = True,
-) -> tuple[Arguments, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Check the arguments of a function that projects; return phi, alpha and bias as the operators take them.
+    expands: bool = False,
+) -> tuple[Arguments, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Check the arguments of a function that projects; return x, phi, alpha and bias as the operators take them.
 
-    That is in float32, norm_weight multiplied into phi. x is the h of streams that are not `expanded` yet.
+    That is x unpacked, the others in float32, norm_weight multiplied into phi. Where it `expands`, x is an embedding h.
     """
     check_spec(function, spec)
     rows, groups = (spec.num_streams, 1) if head else (spec.num_coefficients, spec.num_groups)
     arguments = Arguments(function)
-    if expanded:
-        arguments.tensor("x", x, (spec.num_streams, spec.hidden_size), batched=True)
-    else:
+    if expands:
         arguments.tensor("h", x, (spec.hidden_size,), batched=True)
+    else:
+        x = unpack(x, spec.num_streams, spec.hidden_size)
+        arguments.tensor("x", x, (spec.num_streams, spec.hidden_size), batched=True)
     phi = arguments.widened("phi", phi, (rows, spec.stream_size))
     alpha = arguments.widened("alpha", alpha, (groups,))
     bias = arguments.widened("bias", bias, (rows,))
     if norm_weight is not None:
         phi = phi * arguments.widened("norm_weight", norm_weight, (spec.stream_size,))
-    return arguments, phi, alpha, bias
+    return arguments, x, phi, alpha, bias
+
+
+def unpack(x: torch.Tensor, num_streams: int, hidden_size: int) -> torch.Tensor:
+    """View a packed stream [..., n·C] as [..., n, C]; anything else is left as it is, for the checks.
+
+    With n = 1 either shape could be meant, so a packed one is not taken.
+    """
+    is_packed = isinstance(x, torch.Tensor) and x.layout is torch.strided and not x.is_nested and num_streams > 1
+    if is_packed and shape_of(x)[-1:] == (num_streams * hidden_size,):
+        return x.unflatten(-1, (num_streams, hidden_size))
+    return x
 
 
 def check_mixed(

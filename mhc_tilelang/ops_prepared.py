@@ -2,8 +2,8 @@
 
 A function's body checks its arguments and hands over to `ops_arguments.call`. Where that passes on tensors as they were
 given, a call with the same key does without both from then on: it computes, or fills buffers, from the given tensors by
-their places among the arguments. Others (16-bit parameters that are widened, a norm_weight) are checked and dispatched
-each time; their operators are prepared all the same.
+their places among the arguments. Others (16-bit parameters that are widened, a norm_weight, packed streams) are checked
+and dispatched each time; their operators are prepared all the same.
 """
 
 from __future__ import annotations

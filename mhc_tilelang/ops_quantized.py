@@ -94,7 +94,7 @@ def pre_quantized(
     Raises:
         GradientError: a gradient is asked for, and layer_input is not kept.
     """
-    arguments, phi, alpha, bias = check_projected("pre_quantized", x, phi, alpha, bias, spec, norm_weight)
+    arguments, x, phi, alpha, bias = check_projected("pre_quantized", x, phi, alpha, bias, spec, norm_weight)
     h_pre, form = _check(arguments, x, h_pre, rms_norm_weight, rms_norm_eps, ue8m0, spec)
     inputs = (x, phi, alpha, bias, h_pre, rms_norm_weight)
     operator = _pick(arguments, inputs, keeps_layer_input, operators.pre_quantized, operators.pre_quantized_alone)
@@ -130,7 +130,7 @@ def post_pre_quantized(
         x_next [..., n, C], Quantized(values, scales, layer_input), and h_post and h_res of the sublayer that begins, in
         the delayed form its h_pre.
     """
-    arguments, phi, alpha, bias = check_projected("post_pre_quantized", x, phi, alpha, bias, spec, norm_weight)
+    arguments, x, phi, alpha, bias = check_projected("post_pre_quantized", x, phi, alpha, bias, spec, norm_weight)
     mixed = (x, layer_output, *check_mixed(arguments, x, layer_output, h_post, h_res, spec))
     h_pre, form = _check(arguments, x, h_pre, rms_norm_weight, rms_norm_eps, ue8m0, spec)
     inputs = (*mixed, phi, alpha, bias, h_pre, rms_norm_weight)

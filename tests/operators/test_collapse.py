@@ -49,7 +49,7 @@ def test_operator_keeps_pytorchs_rules():
 
 
 def test_views_of_mappings_cost_no_copy():
-    """h_post as [..., n, 1], comb.mT of a view of h_res, packed streams; what would be copied is refused by name.
+    """h_post as [..., n, 1], comb.mT of a view of h_res; what would be copied is refused by name.
 
     Would catch: a column taken for a token, a transposed h_res that is read as it lies.
     """
@@ -57,8 +57,7 @@ def test_views_of_mappings_cost_no_copy():
     h_res = torch.rand(6, 4, 4)
     expected = mhc.post(x, layer_output, h_post, h_res)
     comb = h_res.mT  # as DeepSeek's code has it
-    packed = x.flatten(-2)
-    assert torch.equal(mhc.post(packed.unflatten(-1, (4, 64)), layer_output, h_post.unsqueeze(-1), comb.mT), expected)
+    assert torch.equal(mhc.post(x, layer_output, h_post.unsqueeze(-1), comb.mT), expected)
     with pytest.raises(ValueError, match=r"post: h_res: expected a contiguous tensor, got strides \(16, 1, 4\)"):
         mhc.post(x, layer_output, h_post, comb.contiguous().mT)
     with pytest.raises(ValueError, match=r"post: h_post: expected shape \[..., 4\], got \[6, 4, 2\]"):
@@ -66,3 +65,30 @@ def test_views_of_mappings_cost_no_copy():
     h_pre = torch.rand(6, 4, 1, requires_grad=True)
     mhc.aggregate(x, h_pre).sum().backward()
     assert h_pre.grad.shape == (6, 4, 1)
+
+
+def test_packed_streams_are_viewed():
+    """[..., n·C] gives what [..., n, C] gives, and its gradient; what would be copied or guessed is refused by name.
+
+    Would catch: streams and channels exchanged, a gradient in another shape, a copy of x, a token taken for a stream.
+    """
+    generator = torch.Generator().manual_seed(0)
+    made = (torch.randn(size, generator=generator) for size in ((6, 4, 64), (6, 64), (6, 4), (6, 4, 4), (24, 256)))
+    x, layer_output, h_post, h_res, phi = made
+    projected = (phi, torch.ones(3), torch.zeros(24), mhc.MHCSpec(64))
+
+    def step(stream):
+        stream = stream.requires_grad_()
+        x_next = mhc.post(stream, layer_output, h_post, h_res)
+        layer_input, *_ = mhc.pre(stream, *projected)
+        (g_x,) = torch.autograd.grad((x_next, layer_input), stream, (x, layer_output))
+        return x_next, layer_input, g_x
+
+    *expected, g_x = step(x.clone())
+    *got, g_packed = step(x.flatten(-2))
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+    assert torch.equal(g_packed, g_x.flatten(-2))
+    with pytest.raises(ValueError, match=r"post: x: expected a contiguous tensor, got strides \(1, 384, 6\)"):
+        mhc.post(x.flatten(-2).t().contiguous().t(), layer_output, h_post, h_res)
+    with pytest.raises(ValueError, match=r"pre: x: expected shape \[..., 1, 64\], got \[6, 64\] \(packed"):
+        mhc.pre(layer_output, torch.ones(3, 64), torch.ones(3), torch.zeros(3), mhc.MHCSpec(64, num_streams=1))
