@@ -90,5 +90,3 @@ def test_packed_streams_are_viewed():
     assert torch.equal(g_packed, g_x.flatten(-2))
     with pytest.raises(ValueError, match=r"post: x: expected a contiguous tensor, got strides \(1, 384, 6\)"):
         mhc.post(x.flatten(-2).t().contiguous().t(), layer_output, h_post, h_res)
-    with pytest.raises(ValueError, match=r"pre: x: expected shape \[..., 1, 64\], got \[6, 64\] \(packed"):
-        mhc.pre(layer_output, torch.ones(3, 64), torch.ones(3), torch.zeros(3), mhc.MHCSpec(64, num_streams=1))

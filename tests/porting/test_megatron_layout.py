@@ -74,6 +74,6 @@ def test_what_would_need_a_copy_is_refused():
             function(packed.transpose(0, 1))
     with pytest.raises(ValueError, match=r"unpack_streams: hidden_states: expected \[..., 4·C\], got \[5, 3, 255\]"):
         unpack_streams(packed[..., :-1].contiguous(), N)
-    spec, parameters = mhc.MHCSpec(C), (torch.zeros(24, N * C), torch.zeros(3), torch.zeros(24))
-    with pytest.raises(ValueError, match=r"pre: x: expected shape \[..., 4, 64\], got \[5, 3, 256\] \(packed\?"):
-        mhc.pre(packed, *parameters, spec)
+    spec, parameters = mhc.MHCSpec(C, num_streams=1), (torch.zeros(3, C), torch.zeros(3), torch.zeros(3))
+    with pytest.raises(ValueError, match=r"pre: x: expected shape \[..., 1, 64\], got \[5, 3, 64\] \(packed\?"):
+        mhc.pre(packed[..., :C].contiguous(), *parameters, spec)
