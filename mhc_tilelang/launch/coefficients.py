@@ -206,11 +206,10 @@ def join_backward(
 ) -> torch.Tensor:
     """The kernel of `coefficients_aggregate_backward`, where there is one; with an identity spec of `gates`."""
     num_tokens, n, _ = x.shape
-    if spec.is_identity:  # of eight warps nvcc would hold the registers to 96, and spill
-        plan = boundary_plans.CoefficientsAggregateBackwardPlan(capacity=1, summing_warps=7)
-    else:
+    capacity = 1
+    if not spec.is_identity:
         capacity, _ = sinkhorn_sizes(n, spec.sinkhorn_iters, compiler.target_of(x.device))
-        plan = boundary_plans.CoefficientsAggregateBackwardPlan(capacity)
+    plan = boundary_plans.CoefficientsAggregateBackwardPlan(capacity)
     tokens = boundary_plans.joined_tokens(num_tokens, plan, max(1, parallel_blocks(x.device) // 2))
     kernel = stream_kernel(
         "coefficients_aggregate_backward",
