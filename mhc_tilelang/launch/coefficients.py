@@ -135,7 +135,6 @@ def mappings_backward(
     their sums over tokens still in parts, [blocks, 3 + M].
     """
     target = compiler.target_of(projected.device)
-    given = {"g_h_pre": g_h_pre, "g_h_post": g_h_post, "g_h_res": g_h_res}
     capacity, block = sinkhorn_sizes(spec.num_streams, spec.sinkhorn_iters, target)
     kernel = compiler.kernel(
         "coefficients_backward",
@@ -149,20 +148,15 @@ def mappings_backward(
         has_g_h_post=g_h_post is not None,
         has_g_h_res=g_h_res is not None,
     )
-    tensors = {name: placeholder_if_none(gradient, projected) for name, gradient in given.items()}
-    partial = partial_sums(projected, block, alpha.numel() + bias.numel())
-    kernel(
-        **tensors,
-        projected=projected,
-        alpha=aligned(alpha),
-        bias=aligned(bias),
-        g_projected=out,
-        partial=partial,
+    return run_in_parts(
+        *(kernel, block, projected, alpha, bias, out),
+        g_h_pre=placeholder_if_none(g_h_pre, projected),
+        g_h_post=placeholder_if_none(g_h_post, projected),
+        g_h_res=placeholder_if_none(g_h_res, projected),
         iters=spec.sinkhorn_iters,
         sinkhorn_eps=spec.sinkhorn_eps,
         post_scale=spec.post_scale,
     )
-    return partial
 
 
 def coefficients_aggregate_backward(
@@ -178,33 +172,11 @@ def coefficients_aggregate_backward(
     out: torch.Tensor,
 ) -> torch.Tensor:
     """`aggregate_backward` of g_layer_input [T, C] and x [T, n, C], and with its g_h_pre `mappings_backward`: in one
-    launch where there is a kernel for it.
+    launch where there is a kernel for it. With an identity spec, whose mappings are `gates`, there has to be one.
     """
     if not joins_coefficients(x):
         g_h_pre = aggregate_backward(g_layer_input, x)
         return mappings_backward(g_h_pre, g_h_post, g_h_res, projected, alpha, bias, spec, out=out)
-    return join_backward(g_layer_input, x, g_h_post, g_h_res, projected, alpha, bias, spec, out=out)
-
-
-def joins_coefficients(x: torch.Tensor) -> bool:
-    """Whether `join_backward` has a kernel for the stream x."""
-    _, n, hidden_size = x.shape
-    return boundary_plans.joins_coefficients(n, hidden_size, dtype_name(x.dtype), compiler.platform_of(x.device))
-
-
-def join_backward(
-    g_layer_input: torch.Tensor,
-    x: torch.Tensor,
-    g_h_post: Gradient,
-    g_h_res: Gradient,
-    projected: torch.Tensor,
-    alpha: torch.Tensor,
-    bias: torch.Tensor,
-    spec: MHCSpec,
-    *,
-    out: torch.Tensor,
-) -> torch.Tensor:
-    """The kernel of `coefficients_aggregate_backward`, where there is one; with an identity spec of `gates`."""
     num_tokens, n, _ = x.shape
     capacity = 1
     if not spec.is_identity:
@@ -219,23 +191,23 @@ def join_backward(
         has_g_h_res=g_h_res is not None,
         **({"has_h_res": False} if spec.is_identity else {}),
     )
-    partial = partial_sums(projected, tokens, alpha.numel() + bias.numel())
-    kernel(
+    return run_in_parts(
+        *(kernel, tokens, projected, alpha, bias, out),
         g_layer_input=aligned(g_layer_input),
         x=aligned(x),
         g_h_post=placeholder_if_none(g_h_post, projected),
         g_h_res=placeholder_if_none(g_h_res, projected),
-        projected=projected,
-        alpha=aligned(alpha),
-        bias=aligned(bias),
-        g_projected=out,
-        partial=partial,
         iters=spec.sinkhorn_iters,
         sinkhorn_eps=spec.sinkhorn_eps,
         post_scale=spec.post_scale,
         tokens=tokens,
     )
-    return partial
+
+
+def joins_coefficients(x: torch.Tensor) -> bool:
+    """Whether `coefficients_aggregate_backward` is one launch for the stream x."""
+    _, n, hidden_size = x.shape
+    return boundary_plans.joins_coefficients(n, hidden_size, dtype_name(x.dtype), compiler.platform_of(x.device))
 
 
 def head_coefficients_backward(
@@ -268,22 +240,26 @@ def head_mapping_backward(
         hidden_size=spec.hidden_size,
         block=block,
     )
-    partial = partial_sums(projected, block, alpha.numel() + bias.numel())
-    kernel(
-        g_h_pre=aligned(g_h_pre),
-        projected=projected,
-        alpha=aligned(alpha),
-        bias=aligned(bias),
-        g_projected=out,
-        partial=partial,
-    )
+    return run_in_parts(kernel, block, projected, alpha, bias, out, g_h_pre=aligned(g_h_pre))
+
+
+def run_in_parts(
+    kernel: Any,
+    block: int,
+    projected: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    g_projected: torch.Tensor,
+    **others: Any,
+) -> torch.Tensor:
+    """Run a mapping's backward, of `block` tokens a block; return the gradients of alpha and bias in parts: a row a
+    block, of zeros where there is no token.
+    """
+    num_partials, elements = -(-projected.shape[-1] // block), alpha.numel() + bias.numel()
+    partial = projected.new_empty(num_partials, elements) if num_partials else projected.new_zeros(1, elements)
+    of_parameters = {"alpha": aligned(alpha), "bias": aligned(bias), "partial": partial}
+    kernel(projected=projected, g_projected=g_projected, **of_parameters, **others)
     return partial
-
-
-def partial_sums(projected: torch.Tensor, block: int, elements: int) -> torch.Tensor:
-    """Room for a row of partial sums per block of tokens; a row of zeros where there is no token."""
-    num_partials = -(-projected.shape[-1] // block)
-    return projected.new_empty(num_partials, elements) if num_partials else projected.new_zeros(1, elements)
 
 
 def split_parameters(total: torch.Tensor, *like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,7 +20,7 @@ from ..compiler.kernel import dtype_name
 from ..kernels import boundary_plans, plans, projection_plans
 from ..spec import MHCSpec
 from .aggregate import aggregate, aggregate_backward
-from .coefficients import join_backward, joins_coefficients, partial_sums, split_parameters
+from .coefficients import coefficients_aggregate_backward, joins_coefficients, run_in_parts, split_parameters
 from .operands import Gradient, aligned, by_width, channel_kernel, placeholder_if_none, stream_kernel
 from .partial_sums import sum_partials
 from .post_pre import post_project
@@ -121,18 +121,12 @@ def gate_mappings_backward(
         has_g_h_pre=g_h_pre is not None,
         has_g_h_post=g_h_post is not None,
     )
-    partial = partial_sums(projected, block, alpha.numel() + bias.numel())
-    kernel(
+    return run_in_parts(
+        *(kernel, block, projected, alpha, bias, out),
         g_h_pre=placeholder_if_none(g_h_pre, projected),
         g_h_post=placeholder_if_none(g_h_post, projected),
-        projected=projected,
-        alpha=aligned(alpha),
-        bias=aligned(bias),
-        g_projected=out,
-        partial=partial,
         post_scale=spec.post_scale,
     )
-    return partial
 
 
 def identity_post_pre(
@@ -195,7 +189,8 @@ def identity_post_pre_backward(
     g_h_pre, g_projected = None, torch.empty_like(projected)
     gates_kept = (projected, alpha, bias, spec)
     if g_layer_input is not None and not is_delayed and is_fused and joins_coefficients(x):
-        partial_parameters = join_backward(g_layer_input, x_next, g_h_post_next, None, *gates_kept, out=g_projected)
+        given = (g_layer_input, x_next, g_h_post_next, None)
+        partial_parameters = coefficients_aggregate_backward(*given, *gates_kept, out=g_projected)
     else:
         if g_layer_input is not None and not is_delayed:
             g_h_pre = aggregate_backward(g_layer_input, x_next)
