@@ -15,7 +15,7 @@ import torch
 from ... import launch, reference
 from ...compiler import platform_of
 from ...compiler.kernel import dtype_name
-from ...kernels import boundary_plans
+from ...kernels import boundary_plans, projection_plans
 from .. import plain_torch, tolerance
 from ..comparison import Array, Comparison, check, compare_each, numpy64
 from ..inputs import Case, Gradients, Inputs
@@ -139,8 +139,11 @@ def compare_mixing(
     """The gradients of what was mixed, and of phi."""
     rows, dtype, n = inputs.phi.shape[0], dtype_name(case.dtype), case.num_streams
     target = platform_of(inputs.x.device)
-    split = tolerance.split_error(boundary_plans.boundary_backward_plan(rows, n, case.hidden_size, dtype, target))
-    fused = boundary_plans.backward_is_fused(n, target)
+    sizes, fused = (case.hidden_size, dtype, target), boundary_plans.backward_is_fused(n, target)
+    if fused:
+        split = tolerance.split_error(boundary_plans.boundary_backward_plan(rows, n, *sizes))
+    else:  # whose halves may be of another dtype
+        split = tolerance.split_error(projection_plans.projection_backward_plan(rows, *sizes, n))
 
     def reaching(
         outside: Array, g_dots: Array, rho: Array, x_next: Array, phi: Array, h_pre: Array, g_input: Array
