@@ -30,6 +30,7 @@ WIDTHS = (1280, 1920, 2560, 4096, 5120, 7168)
 STREAMS = (2, 4, 8)
 STUDIED = Shape(TOKENS, 4, 2560, "bfloat16")  # of the pages and of the representative builds
 MAIN = "sm_90a"  # what the tiles are made for
+OTHER_STREAMS = {1: (MAIN, "sm_100a"), 3: tuple(ARCHITECTURES), 5: (MAIN,)}  # stored beside CI's builds
 # Where tensor cores, long sums or much shared memory make the dtype matter more than the width of an access.
 HEAVY = ("project", "project_backward", "post_backward")
 BY_WARPS = ("post_project", "coefficients_aggregate")  # whose 16-bit code has a conversion for each dtype
@@ -223,6 +224,20 @@ def representative(kernels: Sequence[str] = tuple(FAMILIES)) -> list[tuple[Subje
         *((subject, arch) for subject in here for arch in ARCHITECTURES),
         *((subject, MAIN) for subject in unique([*here, *others, *variants(kernels)])[len(here) :]),
     ]
+
+
+def other_streams() -> list[tuple[Subject, str]]:
+    """Return the builds stored beside CI's: other n, and identity connections of eight streams and in float32."""
+    found = [
+        (subject, arch)
+        for n, architectures in OTHER_STREAMS.items()
+        for subject in subjects(replace(STUDIED, num_streams=n))
+        for arch in architectures
+    ]
+    for shape in (replace(STUDIED, num_streams=8), replace(STUDIED, dtype="float32")):
+        of_identity = (one for one in subjects(shape) if "identity" in one.variant or "gates" in one.kernel)
+        found += [(one, MAIN) for one in of_identity if one.dtype in (None, shape.dtype)]
+    return list({subject.key(arch): (subject, arch) for subject, arch in found}.values())
 
 
 def chosen_kernels(names: Sequence[str]) -> tuple[str, ...]:

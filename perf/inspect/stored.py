@@ -19,7 +19,7 @@ from .row import Row
 # Beside this folder in a checkout; a wheel has no results.
 FOLDER = Path(__file__).resolve().parents[1] / "results" / "inspect"
 KERNELS, TILE_KERNELS = FOLDER / "kernels.json", FOLDER / "tile-kernels.json"
-# `mhc-tilelang inspect --arch sm_90a --streams 1 3 5 6 7 --json` this: CI compares it with nothing but the calls.
+# `python -m mhc_tilelang.perf.inspect.stored --other-streams`: CI compares it with nothing but the calls.
 OTHER_STREAMS = FOLDER / "other-streams.json"
 
 
@@ -65,5 +65,13 @@ def renew(kernels: Sequence[str], path: Path = KERNELS) -> None:
     write(path, found.values())
 
 
+def renew_other_streams() -> None:
+    """Build what is stored beside CI's builds."""
+    from . import matrix
+    from .built import build_all
+
+    write(OTHER_STREAMS, build_all(matrix.other_streams()))
+
+
 if __name__ == "__main__":
-    renew(sys.argv[1:])
+    renew_other_streams() if sys.argv[1:] == ["--other-streams"] else renew(sys.argv[1:])
