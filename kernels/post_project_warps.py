@@ -15,7 +15,9 @@ A warp has 16 tokens, a lane two of them, g = lane // 4 and g + 8, and 8 consecu
         the words are operands of the products with phi, and with themselves for the squares
 
 So no element of the stream passes through shared memory, one barrier is met a chunk, and a load is under way while the
-span before is mixed and multiplied. Shared memory: two chunks of phi, 48 KB, and the tokens' coefficients, 5 KB.
+span before is mixed and multiplied. A chunk's spans are written out one after the other: addresses are then computed
+once a chunk, 30 instructions of 740 a span less, and nvcc keeps some coefficients from one span to the next. Shared
+memory: two chunks of phi, 48 KB, and the tokens' coefficients, 5 KB.
 """
 
 import tilelang.language as T
@@ -43,16 +45,16 @@ from .warps import (
 
 @T.macro
 def load_span(words, layer_words, x, layer_output, token, half, channel, inside):
-    """A token's vectors of all streams, and of the layer's output: of float32 two."""
+    """The vectors of the lane's token `half` of all streams, and of the layer's output: of float32 two."""
     n = x.shape[1]
     per_token = layer_words.shape[0] // 2
     for i in T.unroll(n):
         at = (half * n + i) * WORDS
-        words[at : at + WORDS] = vector_at(x[token, i, channel], inside)
+        words[at : at + WORDS] = vector_at(x[token + half * 8, i, channel], inside)
     for k in T.unroll(per_token // WORDS):
         to = half * per_token + k * WORDS
         offset = k * (VECTOR * WORDS // per_token)
-        layer_words[to : to + WORDS] = vector_at(layer_output[token, channel + offset], inside)
+        layer_words[to : to + WORDS] = vector_at(layer_output[token + half * 8, channel + offset], inside)
 
 
 @T.macro
@@ -73,6 +75,18 @@ def copy_coefficients(coefficients, h_res, h_post, h_pre, first_token, lane, at)
                 copy_async(coefficients[to, 0], h_post[token, 0], n)
             elif h_pre is not None:
                 copy_async(coefficients[to, 0], h_pre[token, 0], n)
+
+
+@T.macro
+def load_coefficients(h, given, coefficients, row, has_h_pre):
+    """h = the h_res and h_post of the token whose rows start at `row`, given = its h_pre."""
+    n = given.shape[0]
+    for r in T.unroll(n + 1):
+        for e in T.vectorized(n):
+            h[r * n + e] = coefficients[row + r, e]
+    if has_h_pre:
+        for e in T.vectorized(n):
+            given[e] = coefficients[row + n + 1, e]
 
 
 @T.macro
@@ -122,7 +136,7 @@ def post_project_by_warps_kernel(
     channels, threads, tokens = projection.channels, projection.threads, projection.tokens
     num_chunks, units, sums = projection.num_chunks(hidden_size), projection.units(n), projection.dots_tiles
     dtype = projection.operand_dtype
-    spans = channels // WARP_CHANNELS
+    spans = tuple(range(channels // WARP_CHANNELS))
     whole = hidden_size % channels == 0  # the last chunk is not a part of one
     per_token = WORDS if layer_dtype == dtype else 2 * WORDS
     of_token = n + 2 if has_h_pre else n + 1  # rows of four coefficients
@@ -160,7 +174,7 @@ def post_project_by_warps_kernel(
             group_dots = T.alloc_local((2 * projection.group_sums,), T.float32)
             group_squares = T.alloc_local((2,), T.float32)
             token, channel, stage = T.alloc_var(T.int32), T.alloc_var(T.int32), T.alloc_var(T.int32)
-            at, following, row = T.alloc_var(T.int32), T.alloc_var(T.int32), T.alloc_var(T.int32)
+            at, row = T.alloc_var(T.int32), T.alloc_var(T.int32)
 
             T.annotate_min_blocks_per_sm(plan.blocks_per_sm)
             thread = T.get_thread_binding()
@@ -175,7 +189,7 @@ def post_project_by_warps_kernel(
                 inside = token + half * 8 < num_tokens
                 if not whole:
                     inside = T.And(inside, channel < hidden_size)
-                load_span(words, layer_words, x, layer_output, token + half * 8, half, channel, inside)
+                load_span(words, layer_words, x, layer_output, token, half, channel, inside)
             copy_phi(phi_tile, phi, first_chunk, 0, thread, projection)
             copy_coefficients(
                 *(coefficients, h_res, h_post, h_pre if has_h_pre else None),
@@ -191,31 +205,29 @@ def post_project_by_warps_kernel(
                 T.ptx_commit_group()
                 clear_sums(dots, squares)
                 at = stage + lane
-                for span in T.unroll(spans, unroll_factor=1):
-                    goes_on = chunk * spans + span + 1 < last_chunk * spans
-                    following = channel + WARP_CHANNELS
-                    for half in T.unroll(2):
-                        for r in T.unroll(n + 1):
-                            for e in T.vectorized(n):
-                                h[r * n + e] = coefficients[row + half * 8 * of_token + r, e]
+                for span in spans:
+                    for half in (0, 1):
+                        load_coefficients(h, given, coefficients, row + half * 8 * of_token, has_h_pre)
                         mix_vector(next_words, words, layer_words, h, half, n, dtype)
                         written = token + half * 8 < num_tokens
-                        inside = T.And(goes_on, written)
+                        inside = written if span + 1 < len(spans) else T.And(chunk + 1 < last_chunk, written)
                         if not whole:
-                            inside = T.And(inside, following < hidden_size)
-                            written = T.And(written, channel < hidden_size)
-                        load_span(words, layer_words, x, layer_output, token + half * 8, half, following, inside)
+                            inside = T.And(inside, channel + (span + 1) * WARP_CHANNELS < hidden_size)
+                            written = T.And(written, channel + span * WARP_CHANNELS < hidden_size)
+                        following = (words, layer_words, x, layer_output, token, half)
+                        load_span(*following, channel + (span + 1) * WARP_CHANNELS, inside)
                         for j in T.unroll(n):
-                            at_words = (half * n + j) * WORDS
-                            store_vector(x_next[token + half * 8, j, channel], next_words, at_words, written)
+                            store_vector(
+                                x_next[token + half * 8, j, channel + span * WARP_CHANNELS],
+                                *(next_words, (half * n + j) * WORDS, written),
+                            )
                         if has_h_pre:
-                            for e in T.vectorized(n):
-                                given[e] = coefficients[row + half * 8 * of_token + n + 1, e]
                             aggregate_vector(input_words, next_words, given, half, n, dtype)
-                            store_vector(layer_input[token + half * 8, channel], input_words, 0, written)
-                    project_span(dots, squares, next_words, phi_tile, at, n, projection)
-                    channel = channel + WARP_CHANNELS
-                    at = at + units // spans
+                            store_vector(
+                                layer_input[token + half * 8, channel + span * WARP_CHANNELS], input_words, 0, written
+                            )
+                    project_span(dots, squares, next_words, phi_tile, at + span * units // len(spans), n, projection)
+                channel = channel + channels
                 close_chunk(partial, chunk, group_dots, group_squares, dots, squares, token, projection, hidden_size)
                 stage = units - stage
 
