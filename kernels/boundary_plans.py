@@ -48,7 +48,7 @@ def post_project_plan(
     A GPU's thread mixes one 16-byte vector of each stream at a time; a CPU what stays in its first-level cache. Two
     blocks share a multiprocessor where that spills nothing: 128 registers are just enough for bfloat16.
     """
-    projection = projection_plan(rows, hidden_size, dtype, platform)
+    projection = projection_plan(rows, num_streams, hidden_size, dtype, platform)
     if isinstance(projection, WarpProjectionPlan):
         return PostProjectPlan(projection, rows=WARP // 2, blocks_per_sm=2)
     return tile_post_project_plan(rows, num_streams, hidden_size, dtype, platform, has_h_pre)

@@ -10,6 +10,7 @@ from math import gcd
 from .plans import BYTES, WARP
 
 SPAN = 32  # channels that a warp takes at a time, 8 consecutive ones a lane
+WARP_STREAMS = (2, 4)  # whose forward is by warps
 MOST_CHUNKS = 5  # of 64 channels in a group: longer ones leave the device fewer blocks to share out
 LANES = 16  # partial sums of Σx² per token
 STAGE_BYTES = 32 * 1024  # shared memory of one pipeline stage: three of them fit the 99 KB of sm_120
@@ -124,12 +125,14 @@ class WarpProjectionPlan(ProjectionPlan):
 
 
 @cache
-def projection_plan(rows: int, hidden_size: int, dtype: str, platform: str) -> ProjectionPlan:
+def projection_plan(rows: int, num_streams: int, hidden_size: int, dtype: str, platform: str) -> ProjectionPlan:
     """The plan for phi with `rows` rows. It must not depend on the token count: the chunks fix the bits.
 
-    A 16-bit stream of four (24 rows, and 4 of a head) is projected by warps where a lane's 8 channels are in a row.
+    A 16-bit stream of two or four is projected by warps where a lane's 8 channels are in a row, on the rows of a
+    Sinkhorn connection or of a head; the 2n of an identity connection are left to tiles.
     """
-    if rows in (4, 24) and has_warps(hidden_size, dtype, platform):
+    n = num_streams
+    if n in WARP_STREAMS and rows in (n, n * n + 2 * n) and has_warps(hidden_size, dtype, platform):
         plan = WarpProjectionPlan(rows, True, dtype, tokens=64, channels=64, threads=128, stages=2)
         return replace(plan, chunks_per_group=equal_group(plan.num_chunks(hidden_size), MOST_CHUNKS))
     return tile_projection_plan(rows, hidden_size, dtype, platform)

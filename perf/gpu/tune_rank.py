@@ -9,16 +9,12 @@ A plan that predict refuses comes last, with the reason.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from ...compiler.recording import Recorded
 from ..predict.devices import Device
 from .building import brief, workers
 from .tune_arguments import adapt_arguments, changes, outputs_of
-
-if TYPE_CHECKING:
-    from ...compiler.recording import Recorded
 
 SHOWN = 10
 
@@ -40,11 +36,11 @@ def rank(
         jobs = []
         for plan in plans:
             try:
-                sizes = replace(one, parameters=dict(plan), arguments=adapt_arguments(one, plan, written)).sizes
+                arguments = adapt_arguments(one, plan, written)
             except ValueError as error:  # an argument that does not fit the plan
                 found.append(Ranked(plan, None, brief(error)))
                 continue
-            launch = SimpleNamespace(family=one.family, parameters=plan, sizes=sizes, streams=tuple(streams))
+            launch = Recorded(one.family, dict(plan), arguments, tuple(streams))
             jobs.append((plan, pool.submit(predict, launch, gpu)))
         for plan, job in jobs:
             failure = job.exception()

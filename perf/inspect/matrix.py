@@ -41,8 +41,8 @@ FORMS = {"has_h_pre": "aggregated", "has_g_layer_input": "aggregated", "is_defer
 GATES = projection_plans.tile_projection_plan(8, 2560, "bfloat16", "cuda")  # of an identity connection's rows
 # What else `launch` may ask for: family, variant, the dtype of the stream, what is changed.
 VARIANTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
-    ("split_phi", "head", "bfloat16", {"plan": projection_plans.projection_plan(4, 2560, "bfloat16", "cuda")}),
-    ("project", "head", "bfloat16", {"plan": projection_plans.projection_plan(4, 2560, "bfloat16", "cuda")}),
+    ("split_phi", "head", "bfloat16", {"plan": projection_plans.projection_plan(4, 4, 2560, "bfloat16", "cuda")}),
+    ("project", "head", "bfloat16", {"plan": projection_plans.projection_plan(4, 4, 2560, "bfloat16", "cuda")}),
     (
         "project_backward",
         "head",
@@ -127,7 +127,7 @@ def subjects(shape: Shape, kernels: Iterable[str] = FAMILIES) -> list[Subject]:
     found: dict[tuple[str, str], Subject] = {}
     every = [launches(Case(call, shape), "cuda", PARALLEL_BLOCKS) for call in CALLS]
     rows = shape.num_streams * (shape.num_streams + 2)
-    if boundary_plans.post_pre_plan(projection_plans.projection_plan(rows, shape.hidden_size, shape.dtype, "cuda")):
+    if boundary_plans.post_pre_plan(projection_plans.projection_plan(rows, shape.num_streams, shape.hidden_size, shape.dtype, "cuda")):
         few = Case(POST_PRE, replace(shape, num_tokens=FEW_TOKENS))
         every.append(launches(few, "cuda", PARALLEL_BLOCKS))
     for launch in chain.from_iterable(every):

@@ -82,7 +82,7 @@ def test_only_large_kernels_are_outlined() -> None:
     for family, parameters, split in (
         ("boundary_backward", boundary(4, 2560), True),
         ("project", {"num_streams": 4, "hidden_size": 2560, "dtype": "bfloat16",
-                     "plan": projection_plan(24, 2560, "bfloat16", "cpu")}, False),
+                     "plan": projection_plan(24, 4, 2560, "bfloat16", "cpu")}, False),
     ):  # fmt: skip
         source = emitting.emit(tracing.trace(family, parameters))
         assert ("_tile_0(" in source) is split, family

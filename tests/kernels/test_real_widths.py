@@ -35,7 +35,7 @@ QUICK = (("project", 2560), ("identity_post_pre", 4096), ("project_backward", 25
 
 def group_count(hidden_size: int) -> int:
     """Groups of chunks, of a bfloat16 stream."""
-    plan = projection_plans.projection_plan(24, hidden_size, "bfloat16", "cuda")
+    plan = projection_plans.projection_plan(24, 4, hidden_size, "bfloat16", "cuda")
     return -(-plan.num_chunks(hidden_size) // plan.chunks_per_group)
 
 

@@ -110,9 +110,8 @@ def test_plans_of_odd_numbers_are_by_tiles() -> None:
     """Warps own lanes by halves: what they share out is 2 or 4 streams, or one at a time."""
     for n in STREAMS:
         for rows in (n, 2 * n, n * n + 2 * n):
-            if rows != 4:  # a head's of four streams
-                plan = projection_plans.projection_plan(rows, 2560, "bfloat16", "cuda")
-                assert not isinstance(plan, WarpProjectionPlan)
+            plan = projection_plans.projection_plan(rows, n, 2560, "bfloat16", "cuda")
+            assert not isinstance(plan, WarpProjectionPlan)
             backward = projection_plans.projection_backward_plan(rows, 2560, "bfloat16", "cuda", n)
             assert isinstance(backward, WarpsPlan)
             assert n % backward.streams == 0

@@ -87,7 +87,7 @@ def test_every_stream_tensor_moves_once(kernel: str, target: str, shape: Shape) 
 def test_formulas_are_what_the_code_does(kernel: str, target: str, shape: Shape) -> None:
     """The benchmark's bytes, small tensors included."""
     case, n = Case(kernel, shape), shape.num_streams
-    plan = projection_plans.projection_plan(n * n + 2 * n, shape.hidden_size, shape.dtype, target)
+    plan = projection_plans.projection_plan(n * n + 2 * n, n, shape.hidden_size, shape.dtype, target)
     slabs = num_slabs(kernel if kernel in FORWARD_BOUNDARIES else "project", shape, target)
     stated, counted = traffic(case, plan, slabs), audit_call(case, target, BLOCKS[target])
     again = counted.repeated  # of separate kernels, where the backward of a boundary is not fused
@@ -112,7 +112,7 @@ def test_few_tokens_are_counted_as_they_are_launched(num_tokens: int) -> None:
     case = Case(POST_PRE, Shape(num_tokens, 4, 144, "bfloat16"))
     assert [one.family for one in launches(case, "cuda", BLOCKS["cuda"])] == ["post_pre"]
     counted = audit_call(case, "cuda", BLOCKS["cuda"])
-    stated = traffic(case, projection_plans.projection_plan(24, 144, "bfloat16", "cuda"), num_slabs=3)
+    stated = traffic(case, projection_plans.projection_plan(24, 4, 144, "bfloat16", "cuda"), num_slabs=3)
     assert counted.repeated == 0
     assert counted.stream_read == counted.stream_written == 5 * num_tokens * 144 * 2
     assert (stated.stream_read, stated.stream_written) == (counted.stream_read, counted.stream_written)

@@ -75,7 +75,7 @@ def test_bytes_are_those_of_the_tensors(kernel: str, dtype: str, n: int) -> None
 def test_split_phi_counts_its_halves() -> None:
     """GPUs read phi once, and write and read its two bfloat16 halves, 48 rows."""
     shape = Shape(num_tokens=4096, num_streams=4, hidden_size=2560, dtype="bfloat16")
-    plan = projection_plans.projection_plan(24, 2560, "bfloat16", "cuda")
+    plan = projection_plans.projection_plan(24, 4, 2560, "bfloat16", "cuda")
     phi, halves, partial = 24 * 10240 * 4, 48 * 10240 * 2, (24 + 1) * 4096 * 4
     assert small_bytes(Case("project", shape), plan, num_slabs=1) == phi + 2 * halves + partial
     assert traffic(Case("project", shape), plan, num_slabs=1).stream == 4096 * 10240 * 2
@@ -83,7 +83,7 @@ def test_split_phi_counts_its_halves() -> None:
 
 def test_partials_of_g_phi_are_written_and_read() -> None:
     """Ranges of tokens that fill an H200; one range of few tokens is the sum itself, and costs nothing."""
-    plan = projection_plans.projection_plan(24, 2560, "bfloat16", "cuda")
+    plan = projection_plans.projection_plan(24, 4, 2560, "bfloat16", "cuda")
     phi = 24 * 10240 * 4
     for tokens, slabs in ((32, 0), (512, 6), (4096, 13), (16384, 26)):
         shape = Shape(num_tokens=tokens, num_streams=4, hidden_size=2560, dtype="bfloat16")
