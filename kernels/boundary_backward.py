@@ -191,7 +191,7 @@ def boundary_backward_kernel(
                     if plan.split:
                         T.clear(product_acc)
                         multiply(product_acc, g_high, g_low, phi_high[j], phi_low[j], plan, False, True)
-                        if len(rounded) == 1:
+                        if len(rounded) < n:  # another stream's is there by now
                             T.copy(next_tiles[j], rounded[0])
                         T.copy(product_acc, product_tiles[j % 2])
                         T.copy(product_tiles[j % 2], g_rows[j])

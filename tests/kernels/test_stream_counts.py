@@ -27,23 +27,30 @@ from mhc_tilelang.kernels.projection_plans import WarpProjectionPlan, WarpsPlan
 BF16 = torch.bfloat16
 STREAMS = (1, 3, 5, 6, 7)
 # What CI checks: on the CPU target, and as CUDA.
-ON_CPU = {(3, "post_pre"), (1, "post_pre_backward"), (5, "post_head"), (6, "sinkhorn_backward"), (7, "post_backward")}
+ON_CPU = {
+    (3, "post_pre", BF16),
+    (1, "post_pre_backward", BF16),
+    (5, "post_head", BF16),
+    (6, "sinkhorn_backward", BF16),
+    (7, "post_backward", BF16),
+}
 AS_CUDA = {
-    (1, "aggregate_norm_backward"),  # its two sums have a fragment each
-    (3, "project_backward"),  # by warps, a stream a block
-    (5, "sinkhorn_backward"),
-    (3, "post_backward"),  # 9 sums of 64 threads; of 49, at n = 7, the CPU has them
+    (1, "aggregate_norm_backward", BF16),  # its two sums have a fragment each
+    (1, "post_pre_backward", torch.float32),  # all streams are the one whose halves are in shared memory
+    (3, "project_backward", BF16),  # by warps, a stream a block
+    (5, "sinkhorn_backward", BF16),
+    (3, "post_backward", BF16),  # 9 sums of 64 threads; of 49, at n = 7, the CPU has them
 }
 
 
-def runs(in_ci: set[tuple[int, str]]) -> list:
-    """Every check at every n and dtype; `in_ci` in bfloat16 without the mark."""
+def runs(in_ci: set[tuple[int, str, torch.dtype]]) -> list:
+    """Every check at every n and dtype; `in_ci` without the mark."""
     return [
         pytest.param(
             Case(n, 72, dtype, 37),
             kernel,
             id=f"{kernel}-n{n}-{str(dtype).removeprefix('torch.')}",
-            marks=[pytest.mark.full] * ((n, kernel) not in in_ci or dtype != BF16),
+            marks=[pytest.mark.full] * ((n, kernel, dtype) not in in_ci),
         )
         for n in STREAMS
         for kernel in CHECKS
