@@ -172,7 +172,9 @@ class PostPrePlan:
         return -(-num_tokens // self.tokens)
 
 
-MOST_TOKENS_AT_ONCE = 128  # beyond, blocks come in waves, of which the list of steps says nothing
+# On an H200 a wave of blocks is predicted to take 8 µs and each further one 3, where three launches take 24, for 128
+# tokens as for one (docs/critical-path.md): half of that is left for what no list of steps knows, other devices too.
+MOST_TOKENS_AT_ONCE, MOST_WAVES_AT_ONCE = 128, 2
 # How often a block of `post_pre` asks whether the others have come, some 0.5 µs each time, before it leaves a note.
 POLLS = 64
 
@@ -180,10 +182,9 @@ POLLS = 64
 def post_pre_plan(plan: ProjectionPlan) -> PostPrePlan | None:
     """The plan of the boundary in one launch, beside one of three with this projection; None where there is none.
 
-    By warps alone, for bfloat16 and the mappings of four streams.
+    By warps alone.
     """
-    by_warps = isinstance(plan, WarpProjectionPlan) and plan.operand_dtype == "bfloat16"
-    return PostPrePlan(plan) if by_warps and plan.rows == 24 else None
+    return PostPrePlan(plan) if isinstance(plan, WarpProjectionPlan) else None
 
 
 @dataclass(frozen=True)
@@ -241,16 +242,11 @@ def boundary_schedule(
     )
 
 
-# µs on an H200, predicted (docs/critical-path.md): `post_pre` while its blocks find room at a time, each further wave
-# of them; the three launches, which take as long for 128 tokens as for one.
-AT_ONCE_US, WAVE_US, THREE_LAUNCHES_US = 8.0, 3.0, 20.0
-
-
 def ends_at_once(num_tokens: int, hidden_size: int, plan: PostPrePlan, num_sms: int) -> bool:
-    """Whether the boundary is predicted to end earlier in one launch, on a device of `num_sms` multiprocessors."""
+    """Whether the boundary is taken to end earlier in one launch, on a device of `num_sms` multiprocessors."""
     blocks = plan.num_tiles(num_tokens) * plan.projection.num_chunks(hidden_size)
     waves = -(-blocks // (max(1, num_sms) * plan.blocks_per_sm))
-    return num_tokens <= MOST_TOKENS_AT_ONCE and AT_ONCE_US + (waves - 1) * WAVE_US < THREE_LAUNCHES_US
+    return num_tokens <= MOST_TOKENS_AT_ONCE and waves <= MOST_WAVES_AT_ONCE
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ class Numbers(NamedTuple):
     rms_eps: Any
     post_scale: Any
     inverse_size: float
+    post_eps: Any = None
 
 
 def group_size(partial, projection: WarpProjectionPlan, hidden_size: int):
@@ -74,9 +75,9 @@ def sum_token_slabs(total, partial, token, group_slabs, rows):
 
 
 @T.macro
-def scale_sums(z, projected, token, numbers: Numbers, n):
+def scale_sums(z, projected, token, numbers: Numbers):
     """The token's sums z as s·(x·phi), and s for Σx²; `projected`, if given, gets them too."""
-    num_rows = n * n + 2 * n
+    num_rows = z.shape[0] - 1
     z[num_rows] = T.rsqrt(z[num_rows] * numbers.inverse_size + numbers.rms_eps)
     if projected is not None:
         projected[num_rows, token] = z[num_rows]
@@ -93,7 +94,10 @@ def make_gates(h_pre, h_post, z, alpha, bias, token, numbers: Numbers, n):
     for j in T.unroll(n):
         h_pre[token, j] = sigmoid(alpha[pre.index] * z[j] + bias[j]) + numbers.pre_eps
         post_logit = alpha[post.index] * z[post.first + j] + bias[post.first + j]
-        h_post[token, j] = numbers.post_scale * sigmoid(post_logit)
+        if numbers.post_eps is None:
+            h_post[token, j] = numbers.post_scale * sigmoid(post_logit)
+        else:
+            h_post[token, j] = numbers.post_scale * sigmoid(post_logit) + numbers.post_eps
 
 
 @T.macro
@@ -111,14 +115,15 @@ def make_h_res(h_res, z, alpha, bias, token, numbers: Numbers, n):
 
 @T.macro
 def map_token(h_pre, h_post, h_res, projected, partial, alpha, bias, token, group_slabs, numbers: Numbers, n):
-    """The token's mappings from its partial sums: one thread's work, none beyond the last token."""
-    rows = n * n + 2 * n + 1
+    """The token's mappings from its partial sums, h_res if given: one thread's work, none beyond the last token."""
+    rows = projected.shape[0]
     z = T.alloc_local((rows,), T.float32)
     if token < partial.shape[2]:
         sum_token_slabs(z, partial, token, group_slabs, tuple(range(rows)))
-        scale_sums(z, projected, token, numbers, n)
+        scale_sums(z, projected, token, numbers)
         make_gates(h_pre, h_post, z, alpha, bias, token, numbers, n)
-        make_h_res(h_res, z, alpha, bias, token, numbers, n)
+        if h_res is not None:
+            make_h_res(h_res, z, alpha, bias, token, numbers, n)
 
 
 @T.macro
@@ -131,15 +136,18 @@ def load_vectors(words, x, token, at, last):
             words[to : to + WORDS] = vector_at(x[token, i, (at + v * WARP) * VECTOR], at + v * WARP < last)
 
 
-def coefficients_aggregate_kernel(num_streams: int, hidden_size: int, dtype: str, plan: CoefficientsAggregatePlan):
+def coefficients_aggregate_kernel(
+    num_streams: int, hidden_size: int, dtype: str, plan: CoefficientsAggregatePlan, has_h_res: bool = True
+):
     """x [T, n, C], partial [slabs, slab_rows, T], alpha [3], bias [M]
     -> layer_input [T, C], h_pre [T, n], h_post [T, n], h_res [T, n, n], projected [M + 1, T].
 
-    `parts` warps share a token's channels.
+    `parts` warps share a token's channels. Without h_res, then a placeholder, the formula is that of `gates`: alpha has
+    two elements and M is 2n. With it, post_eps is not read.
     """
     n, projection, threads = num_streams, plan.projection, plan.threads
     warps, vectors = threads // WARP, hidden_size // VECTOR
-    num_rows = n * n + 2 * n
+    num_rows = n * n + 2 * n if has_h_res else 2 * n
     num_elements = n * hidden_size
     num_tokens = T.dynamic("num_tokens")
     num_slabs = T.dynamic("num_slabs")
@@ -148,18 +156,19 @@ def coefficients_aggregate_kernel(num_streams: int, hidden_size: int, dtype: str
     def coefficients_aggregate(
         x: T.Tensor[(num_tokens, n, hidden_size), dtype],
         partial: T.Tensor[(num_slabs, projection.slab_rows, num_tokens), T.float32],
-        alpha: T.Tensor[(3,), T.float32],
+        alpha: T.Tensor[(3 if has_h_res else 2,), T.float32],
         bias: T.Tensor[(num_rows,), T.float32],
         layer_input: T.Tensor[(num_tokens, hidden_size), dtype],
         h_pre: T.Tensor[(num_tokens, n), T.float32],
         h_post: T.Tensor[(num_tokens, n), T.float32],
-        h_res: T.Tensor[(num_tokens, n, n), T.float32],
+        h_res: T.Tensor[(num_tokens, n, n) if has_h_res else (1,), T.float32],
         projected: T.Tensor[(num_rows + 1, num_tokens), T.float32],
         iters: T.int32,
         sinkhorn_eps: T.float32,
         pre_eps: T.float32,
         rms_eps: T.float32,
         post_scale: T.float32,
+        post_eps: T.float32,
         parts: T.int32,
     ):
         with T.Kernel(T.ceildiv(num_tokens, threads) + T.ceildiv(num_tokens * parts, warps), threads=threads) as index:
@@ -175,8 +184,14 @@ def coefficients_aggregate_kernel(num_streams: int, hidden_size: int, dtype: str
             thread = T.get_thread_binding()
             if index < mapping_blocks:
                 token = index * threads + thread
-                numbers = Numbers(iters, sinkhorn_eps, pre_eps, rms_eps, post_scale, 1.0 / num_elements)
-                map_token(h_pre, h_post, h_res, projected, partial, alpha, bias, token, per_group, numbers, n)
+                numbers = Numbers(
+                    *(iters, sinkhorn_eps, pre_eps, rms_eps, post_scale, 1.0 / num_elements),
+                    post_eps=None if has_h_res else post_eps,
+                )
+                map_token(
+                    *(h_pre, h_post, h_res if has_h_res else None, projected, partial, alpha, bias),
+                    *(token, per_group, numbers, n),
+                )
             else:
                 token = (index - mapping_blocks) * warps + thread // WARP
                 part = token % parts

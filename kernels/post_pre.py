@@ -38,7 +38,8 @@ from .boundary_plans import PostPrePlan
 from .coefficients_aggregate import Numbers, make_gates, make_h_res, scale_sums
 from .logits import sigmoid
 from .post_project_warps import aggregate_vector, load_span, mix_vector
-from .projection_warps import STEPS
+from .projection_plans import WarpProjectionPlan
+from .projection_warps import STEPS, both_halves, scale_low
 from .warp_tiles import copy_inside
 from .warps import (
     PASS_CONFIGS,
@@ -63,53 +64,63 @@ QUAD = 4  # tokens whose sums a thread adds up
 
 @T.macro
 def copy_phi_rows(phi_tile, phi, stream, channel, lane, spans):
-    """Start to copy a stream's rows, 24 of them, to where `split_phi_rows` leaves their halves: of a lane four channels
-    of rows lane // 4, + 8 and + 16. Zeros beyond the last channel.
+    """Start to copy a stream's rows to where `split_phi_rows` leaves their halves: of a lane four channels of rows
+    lane // 4, + 8 and so on. Zeros beyond the last channel and the last row.
     """
-    n, hidden_size = phi.shape[1], phi.shape[2]
+    rows, n, hidden_size = phi.shape
+    eights = -(-rows // 8)
     whole = T.view(phi_tile, (phi_tile.shape[0], WORDS), T.float32)
     for span in T.unroll(spans):
         for step in T.unroll(STEPS):
-            for r in T.unroll(3):
-                to = (((span * n + stream) * STEPS + step) * 3 + r) * WARP + lane
+            for r in T.unroll(eights):
+                to = (((span * n + stream) * STEPS + step) * eights + r) * WARP + lane
                 first = channel + span * WARP_CHANNELS + step * WORDS
                 source = T.min(first, hidden_size - WORDS)
-                copy_inside(whole[to, 0], phi[lane // 4 + r * 8, stream, source], first < hidden_size, WORDS)
+                if rows % 8 == 0:
+                    copy_inside(whole[to, 0], phi[lane // 4 + r * 8, stream, source], first < hidden_size, WORDS)
+                else:
+                    row = T.min(lane // 4 + r * 8, rows - 1)
+                    inside = T.And(first < hidden_size, lane // 4 + r * 8 < rows)
+                    copy_inside(whole[to, 0], phi[row, stream, source], inside, WORDS)
 
 
 @T.macro
-def split_phi_rows(phi_tile, stream, lane, n, spans):
+def split_phi_rows(phi_tile, stream, lane, n, spans, plan: WarpProjectionPlan):
     """The halves of what the lane has copied, in its place, as `split_phi_fragments` has them."""
-    rows, halves = T.alloc_local((3 * WORDS,), T.float32), T.alloc_local((3 * WORDS,), T.uint32)
+    tiles, full, dtype = plan.phi_tiles, plan.full_tiles, plan.operand_dtype  # a tile for 8 rows that were copied
+    rows, halves = T.alloc_local((tiles * WORDS,), T.float32), T.alloc_local((tiles * WORDS,), T.uint32)
     values = T.alloc_local((2,), T.float32)
     copied = T.view(phi_tile, (phi_tile.shape[0], WORDS), T.float32)
     whole = T.view(phi_tile, (phi_tile.shape[0], WORDS), T.uint32)
     for span in T.unroll(spans):
         for step in T.unroll(STEPS):
-            for r in T.unroll(3):
+            unit = ((span * n + stream) * STEPS + step) * tiles * WARP + lane
+            for r in T.unroll(tiles):
                 for e in T.vectorized(WORDS):
-                    rows[r * WORDS + e] = copied[(((span * n + stream) * STEPS + step) * 3 + r) * WARP + lane, e]
-            for r in (0, 1, 2):
+                    rows[r * WORDS + e] = copied[unit + r * WARP, e]
+            for r in tuple(range(tiles)):
                 for pair in T.unroll(2):
-                    to = pair * 2 + r % 2  # of 16 rows: high halves, then low; between them 8 rows of both
-                    to_high, to_low = (to, 2 * WORDS + to) if r < 2 else (WORDS + to, WORDS + to + 1)
+                    # of 16 rows: high halves, then low; between them 8 rows of both
+                    to = r // 2 * WORDS + pair * 2 + r % 2
+                    to_low = to + (full + 1) * WORDS if r < 2 * full else to + 1
                     for e in T.unroll(2):
                         values[e] = rows[r * WORDS + pair * 2 + e]
-                    pack(halves, to_high, values, "bfloat16")
-                    values[0] = values[0] - low_half(halves[to_high])
-                    values[1] = values[1] - high_half(halves[to_high])
-                    pack(halves, to_low, values, "bfloat16")
-            for m in T.unroll(3):
+                    pack(halves, to, values, dtype)
+                    values[0] = scale_low(values[0] - low_half(halves[to], dtype), plan)
+                    values[1] = scale_low(values[1] - high_half(halves[to], dtype), plan)
+                    pack(halves, to_low, values, dtype)
+            for m in T.unroll(tiles):
                 for e in T.vectorized(WORDS):
-                    whole[(((span * n + stream) * STEPS + step) * 3 + m) * WARP + lane, e] = halves[m * WORDS + e]
+                    whole[unit + m * WARP, e] = halves[m * WORDS + e]
 
 
 @T.macro
-def project_chunk(dots, squares, phi_tile, next_tile, half, lane, n, spans, upper):
+def project_chunk(dots, squares, phi_tile, next_tile, half, lane, n, spans, upper, plan: WarpProjectionPlan):
     """The chunk's sums of 8 tokens, in the order of `project_span`: of rows 0 to 15 if `upper`, else of the other 8,
     high halves above their low ones, and of the squares.
     """
-    of_phi = T.alloc_local((2 * VECTOR,), T.bfloat16)
+    tiles, full, dtype = plan.phi_tiles, plan.full_tiles, plan.operand_dtype
+    of_phi = T.alloc_local((2 * VECTOR,), dtype)
     words, exchanged = T.alloc_local((WORDS,), T.uint32), T.alloc_local((WORDS,), T.uint32)
     whole = T.view(next_tile, (next_tile.shape[0], WORDS), T.uint32)
     clear_sums(dots, squares)
@@ -118,34 +129,36 @@ def project_chunk(dots, squares, phi_tile, next_tile, half, lane, n, spans, uppe
             for e in T.vectorized(WORDS):
                 words[e] = whole[((span * 2 + half) * n + j) * WARP + lane, e]
             for step in T.unroll(STEPS):
-                unit = ((span * n + j) * STEPS + step) * 3 * WARP + lane
-                for m, tile in enumerate((0, 2) if upper else (1,)):
+                unit = ((span * n + j) * STEPS + step) * tiles * WARP + lane
+                for m, tile in enumerate((0, full + 1) if upper else (full,)):
                     for e in T.vectorized(VECTOR):
                         of_phi[m * VECTOR + e] = phi_tile[unit + tile * WARP, e]
-                    mma(of_phi, m * VECTOR, words, step * 2, dots, 0)
+                    mma(of_phi, m * VECTOR, words, step * 2, dots, m % (dots.shape[0] // 4) * 4, dtype)
             if not upper:
                 for k in T.unroll(2):
                     exchanged[k * 2] = words[k]
                     exchanged[k * 2 + 1] = words[k + 2]
-                    mma(words, 0, exchanged, k * 2, squares, k * 4)
+                    mma(words, 0, exchanged, k * 2, squares, k * 4, dtype)
 
 
 @T.macro
-def store_chunk(partial, tile, chunk, dots, squares, half, lane, rows, upper):
+def store_chunk(partial, tile, chunk, dots, squares, half, lane, upper, plan: WarpProjectionPlan):
     """A chunk's sums, from zero as `close_chunk` adds them: `partial` has 16 tokens in a row."""
     pair = T.alloc_local((2,), T.float32)
-    g, first = lane // 4, half * 8 + lane % 4 * 2
+    g, first, rows, full = lane // 4, half * 8 + lane % 4 * 2, plan.rows, plan.full_tiles * 16
     if upper:
         for below in T.unroll(2):
             for e in T.unroll(2):
-                pair[e] = 0.0 + dots[below * 2 + e]
+                at = below * 2 + e
+                pair[e] = 0.0 + (dots[at] if dots.shape[0] == 4 else both_halves(dots[at], dots[4 + at], plan))
             for e in T.vectorized(2):
                 partial[tile, chunk, below * 8 + g, first + e] = pair[e]
     else:
         for e in T.unroll(2):
-            pair[e] = 0.0 + (dots[e] + dots[e + 2])
-        for e in T.vectorized(2):
-            partial[tile, chunk, 16 + g, first + e] = pair[e]
+            pair[e] = 0.0 + both_halves(dots[e], dots[e + 2], plan)
+        if rows % 8 == 0 or full + g < rows:
+            for e in T.vectorized(2):
+                partial[tile, chunk, full + g, first + e] = pair[e]
         if lane % 4 == g // 2:  # which has row g on the diagonal
             even, odd = squares[0] + squares[6], squares[1] + squares[7]
             partial[tile, chunk, rows, half * 8 + g] = 0.0 + T.if_then_else(g % 2 == 0, even, odd)
@@ -208,16 +221,18 @@ def weigh_streams(h, z, alpha, bias, at, rows, n, numbers: Numbers):
         h[i] = sigmoid(alpha[0] * (z[i, at] * scale[0]) + bias[i]) + numbers.pre_eps
 
 
-def post_pre_kernel(num_streams: int, hidden_size: int, dtype: str, plan: PostPrePlan):
+def post_pre_kernel(num_streams: int, hidden_size: int, dtype: str, plan: PostPrePlan, has_h_res: bool = True):
     """x [T, n, C], layer_output [T, C], h_post [T, n], h_res [T, n, n], phi [M, n, C], alpha [3], bias [M]
     -> x_next [T, n, C], layer_input [T, C], of the next sublayer h_pre [T, n], h_post [T, n], h_res [T, n, n] and
     projected [M + 1, T]. `partial` [tiles, chunks, M + 1, 16] is between; `sync` [tiles, 1 + chunks] stays zero.
 
-    M is 24, n is 4.
+    n is 2 or 4. Without h_res and h_res_next, then placeholders, H_res is the identity: M is 2n, alpha has two elements
+    and the coefficients are those of `gates`; with them post_eps is not read.
     """
     n, projection, tokens, threads = num_streams, plan.projection, plan.tokens, plan.threads
     num_chunks, channels, rows = projection.num_chunks(hidden_size), projection.channels, projection.rows
-    spans = channels // WARP_CHANNELS
+    spans, unused = channels // WARP_CHANNELS, (1,)
+    groups = 3 if has_h_res else 2  # of rows that share an alpha
     group = projection.chunks_per_group
     keeper = threads - WARP  # the thread that arrives, waits and leaves
     num_tokens = T.dynamic("num_tokens")
@@ -228,15 +243,15 @@ def post_pre_kernel(num_streams: int, hidden_size: int, dtype: str, plan: PostPr
         x: T.Tensor[(num_tokens, n, hidden_size), dtype],
         layer_output: T.Tensor[(num_tokens, hidden_size), dtype],
         h_post: T.Tensor[(num_tokens, n), T.float32],
-        h_res: T.Tensor[(num_tokens, n, n), T.float32],
+        h_res: T.Tensor[(num_tokens, n, n) if has_h_res else unused, T.float32],
         phi: T.Tensor[(rows, n, hidden_size), T.float32],
-        alpha: T.Tensor[(3,), T.float32],
+        alpha: T.Tensor[(groups,), T.float32],
         bias: T.Tensor[(rows,), T.float32],
         x_next: T.Tensor[(num_tokens, n, hidden_size), dtype],
         layer_input: T.Tensor[(num_tokens, hidden_size), dtype],
         h_pre_next: T.Tensor[(num_tokens, n), T.float32],
         h_post_next: T.Tensor[(num_tokens, n), T.float32],
-        h_res_next: T.Tensor[(num_tokens, n, n), T.float32],
+        h_res_next: T.Tensor[(num_tokens, n, n) if has_h_res else unused, T.float32],
         projected: T.Tensor[(rows + 1, num_tokens), T.float32],
         partial: T.Tensor[(num_tiles, num_chunks, rows + 1, tokens), T.float32],
         sync: T.Tensor[(num_tiles, 1 + num_chunks), T.int32],
@@ -245,20 +260,21 @@ def post_pre_kernel(num_streams: int, hidden_size: int, dtype: str, plan: PostPr
         pre_eps: T.float32,
         rms_eps: T.float32,
         post_scale: T.float32,
+        post_eps: T.float32,
         polls: T.int32,
     ):
         with T.Kernel(num_chunks, num_tiles, threads=threads) as (chunk, tile):
-            phi_tile = T.alloc_shared((projection.units(n), VECTOR), T.bfloat16)
-            next_tile = T.alloc_shared((2 * spans * n * WARP, VECTOR), T.bfloat16)
+            phi_tile = T.alloc_shared((projection.units(n), VECTOR), dtype)
+            next_tile = T.alloc_shared((2 * spans * n * WARP, VECTOR), dtype)
             z = T.alloc_shared((rows + 1, tokens), T.float32)
-            alpha_tile, bias_tile = T.alloc_shared((3,), T.float32), T.alloc_shared((rows,), T.float32)
+            alpha_tile, bias_tile = T.alloc_shared((groups,), T.float32), T.alloc_shared((rows,), T.float32)
             told = T.alloc_shared((3,), T.int32)  # by the keeper: all have come, it was the last to, the last to leave
             words = T.alloc_local((2 * n * WORDS,), T.uint32)
             layer_words = T.alloc_local((2 * WORDS,), T.uint32)
             next_words = T.alloc_local((n * WORDS,), T.uint32)
             input_words = T.alloc_local((WORDS,), T.uint32)
-            h = T.alloc_local((n * n + n,), T.float32)
-            dots = T.alloc_local((4,), T.float32)
+            h = T.alloc_local((n * n + n if has_h_res else n,), T.float32)
+            dots = T.alloc_local((4 if projection.low_scale == 1 else 8,), T.float32)
             squares = T.alloc_local((8,), T.float32)
             of_token = T.alloc_local((rows + 1,), T.float32)
             seen, patience, needed = T.alloc_var(T.int32), T.alloc_var(T.int32), T.alloc_var(T.int32)
@@ -268,7 +284,10 @@ def post_pre_kernel(num_streams: int, hidden_size: int, dtype: str, plan: PostPr
             thread = T.get_thread_binding()
             lane, warp = thread % WARP, thread // WARP
             half, span = warp % 2, warp // 2
-            numbers = Numbers(iters, sinkhorn_eps, pre_eps, rms_eps, post_scale, 1.0 / (n * hidden_size))
+            numbers = Numbers(
+                *(iters, sinkhorn_eps, pre_eps, rms_eps, post_scale, 1.0 / (n * hidden_size)),
+                post_eps=None if has_h_res else post_eps,
+            )
             at = half * 8 + lane // 4
             token = tile * tokens + at
             channel = chunk * channels + span * WARP_CHANNELS + lane % 4 * VECTOR
@@ -276,18 +295,20 @@ def post_pre_kernel(num_streams: int, hidden_size: int, dtype: str, plan: PostPr
 
             if thread < rows:
                 copy_async(bias_tile[thread], bias[thread], 1)
-            if thread < 3:
+            if thread < groups:
                 copy_async(alpha_tile[thread], alpha[thread], 1)
-            copy_phi_rows(phi_tile, phi, warp, chunk * channels + lane % 4 * VECTOR, lane, spans)
+            if warp < n:
+                copy_phi_rows(phi_tile, phi, warp, chunk * channels + lane % 4 * VECTOR, lane, spans)
             T.ptx_commit_group()
             load_span(words, layer_words, x, layer_output, token, 0, channel, inside)
-            for r in T.unroll(n):
-                for e in T.vectorized(n):
-                    h[r * n + e] = h_res[T.min(token, num_tokens - 1), r, e]
+            if has_h_res:
+                for r in T.unroll(n):
+                    for e in T.vectorized(n):
+                        h[r * n + e] = h_res[T.min(token, num_tokens - 1), r, e]
             for e in T.vectorized(n):
-                h[n * n + e] = h_post[T.min(token, num_tokens - 1), e]
+                h[h.shape[0] - n + e] = h_post[T.min(token, num_tokens - 1), e]
 
-            mix_vector(next_words, words, layer_words, h, 0, n, "bfloat16")
+            mix_vector(next_words, words, layer_words, h, 0, n, dtype)
             for j in T.unroll(n):
                 store_vector(x_next[token, j, channel], next_words, j * WORDS, inside)
                 for e in T.vectorized(WORDS):
@@ -295,16 +316,17 @@ def post_pre_kernel(num_streams: int, hidden_size: int, dtype: str, plan: PostPr
                         ((span * 2 + half) * n + j) * WARP + lane, e
                     ] = next_words[j * WORDS + e]
             T.ptx_wait_group(0)
-            split_phi_rows(phi_tile, warp, lane, n, spans)
+            if warp < n:
+                split_phi_rows(phi_tile, warp, lane, n, spans, projection)
             T.sync_threads()
 
             if tile * tokens + half * 8 < num_tokens:
-                if span == 0:
-                    project_chunk(dots, squares, phi_tile, next_tile, half, lane, n, spans, True)
-                    store_chunk(partial, tile, chunk, dots, squares, half, lane, rows, True)
-                else:
-                    project_chunk(dots, squares, phi_tile, next_tile, half, lane, n, spans, False)
-                    store_chunk(partial, tile, chunk, dots, squares, half, lane, rows, False)
+                if span > 0:
+                    project_chunk(dots, squares, phi_tile, next_tile, half, lane, n, spans, False, projection)
+                    store_chunk(partial, tile, chunk, dots, squares, half, lane, False, projection)
+                elif projection.full_tiles > 0:
+                    project_chunk(dots, squares, phi_tile, next_tile, half, lane, n, spans, True, projection)
+                    store_chunk(partial, tile, chunk, dots, squares, half, lane, True, projection)
             T.sync_threads()
 
             if thread == keeper:
@@ -326,18 +348,18 @@ def post_pre_kernel(num_streams: int, hidden_size: int, dtype: str, plan: PostPr
                 if T.And(T.And(is_last, half == 1), T.And(lane < tokens, tile * tokens + lane < num_tokens)):
                     for m in T.unroll(rows + 1):
                         of_token[m] = z[m, lane]
-                    if span == 0:
-                        scale_sums(of_token, None, tile * tokens + lane, numbers, n)
-                        make_h_res(h_res_next, of_token, alpha_tile, bias_tile, tile * tokens + lane, numbers, n)
-                    else:
-                        scale_sums(of_token, projected, tile * tokens + lane, numbers, n)
+                    if span > 0:
+                        scale_sums(of_token, projected, tile * tokens + lane, numbers)
                         make_gates(
                             *(h_pre_next, h_post_next, of_token, alpha_tile, bias_tile),
                             *(tile * tokens + lane, numbers, n),
                         )
+                    elif has_h_res:
+                        scale_sums(of_token, None, tile * tokens + lane, numbers)
+                        make_h_res(h_res_next, of_token, alpha_tile, bias_tile, tile * tokens + lane, numbers, n)
                 if inside:
                     weigh_streams(h, z, alpha_tile, bias_tile, at, rows, n, numbers)
-                    aggregate_vector(input_words, next_words, h, 0, n, "bfloat16")
+                    aggregate_vector(input_words, next_words, h, 0, n, dtype)
                     store_vector(layer_input[token, channel], input_words, 0, inside)
             if thread == keeper:
                 if told[0] == 0:
@@ -358,7 +380,7 @@ def post_pre_kernel(num_streams: int, hidden_size: int, dtype: str, plan: PostPr
                             if T.And(token < num_tokens, channel < hidden_size):
                                 for i in T.unroll(n):
                                     next_words[i * WORDS : (i + 1) * WORDS] = vector_at(x_next[token, i, channel], True)
-                                aggregate_vector(input_words, next_words, h, 0, n, "bfloat16")
+                                aggregate_vector(input_words, next_words, h, 0, n, dtype)
                                 store_vector(layer_input[token, channel], input_words, 0, True)
                     T.sync_threads()
                     for k in T.serial(T.ceildiv(num_chunks, threads)):

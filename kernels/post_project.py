@@ -142,10 +142,10 @@ def post_project_kernel(
 
     `has_h_pre` adds h_pre [T, n] -> layer_input [T, C]; without it both are one-element placeholders, never accessed.
     `chunks_per_split` chunks go to each block of a token tile. Without h_res, which is then such a placeholder, H_res
-    is the identity; only by tiles.
+    is the identity.
     """
     if isinstance(plan.projection, WarpProjectionPlan):
-        return post_project_by_warps_kernel(num_streams, hidden_size, layer_dtype, plan, has_h_pre)
+        return post_project_by_warps_kernel(num_streams, hidden_size, layer_dtype, plan, has_h_pre, has_h_res)
     n, rows, projection = num_streams, plan.rows, plan.projection
     tokens, channels = projection.tokens, projection.channels
     num_chunks = projection.num_chunks(hidden_size)

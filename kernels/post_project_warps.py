@@ -1,4 +1,4 @@
-"""`post_project` as thread-level code (see `warps`): for 16-bit streams of four on a GPU.
+"""`post_project` as thread-level code (see `warps`): for 16-bit streams of two or four on a GPU.
 
 The formulas are those of `post_project`, mixing has the fma chain of `post`, sums are those of `projection_warps`:
 x_next and partial sums have the bits of `post`, then `project`, and layer_input those of the aggregation.
@@ -59,9 +59,10 @@ def load_span(words, layer_words, x, layer_output, token, half, channel, inside)
 
 @T.macro
 def copy_coefficients(coefficients, h_res, h_post, h_pre, first_token, lane, at):
-    """Start to copy the warp's coefficients: of a token its rows of h_res, a row of h_post, one of h_pre if given."""
+    """Start to copy the warp's coefficients: of a token rows of n: h_res, if given, h_post, h_pre, if given."""
     num_tokens, n = h_post.shape
-    of_token = n + 1 if h_pre is None else n + 2
+    mixed = 0 if h_res is None else n
+    of_token = mixed + (1 if h_pre is None else 2)
     token, row = T.alloc_var(T.int32), T.alloc_var(T.int32)
     for r in T.unroll(-(-WARP_TOKENS * of_token // WARP)):
         row = r * WARP + lane
@@ -69,29 +70,30 @@ def copy_coefficients(coefficients, h_res, h_post, h_pre, first_token, lane, at)
             token = T.min(first_token + row // of_token, num_tokens - 1)
             row = row % of_token
             to = at + r * WARP + lane
-            if row < n:
-                copy_async(coefficients[to, 0], h_res[token, row, 0], n)
-            elif row == n:
+            if row == mixed:
                 copy_async(coefficients[to, 0], h_post[token, 0], n)
-            elif h_pre is not None:
-                copy_async(coefficients[to, 0], h_pre[token, 0], n)
+            elif row > mixed:
+                if h_pre is not None:
+                    copy_async(coefficients[to, 0], h_pre[token, 0], n)
+            elif h_res is not None:
+                copy_async(coefficients[to, 0], h_res[token, row, 0], n)
 
 
 @T.macro
 def load_coefficients(h, given, coefficients, row, has_h_pre):
-    """h = the h_res and h_post of the token whose rows start at `row`, given = its h_pre."""
-    n = given.shape[0]
-    for r in T.unroll(n + 1):
+    """h = the h_res, if it has one, and h_post of the token whose rows start at `row`, given = its h_pre."""
+    n, rows = given.shape[0], h.shape[0] // given.shape[0]
+    for r in T.unroll(rows):
         for e in T.vectorized(n):
             h[r * n + e] = coefficients[row + r, e]
     if has_h_pre:
         for e in T.vectorized(n):
-            given[e] = coefficients[row + n + 1, e]
+            given[e] = coefficients[row + rows, e]
 
 
 @T.macro
 def mix_vector(next_words, words, layer_words, h, half, n, dtype):
-    """next_words = a token's x_next, in `post`'s order; h has its h_res and h_post."""
+    """next_words = a token's x_next, in `post`'s order; h has its h_res and h_post, or h_post alone."""
     x = T.alloc_local((2 * n,), T.float32)
     f = T.alloc_local((2,), T.float32)
     value = T.alloc_local((2,), T.float32)
@@ -107,11 +109,15 @@ def mix_vector(next_words, words, layer_words, h, half, n, dtype):
             for k in T.unroll(2):
                 f[k] = T.reinterpret(layer_words[half * per_token + e * 2 + k], T.float32)
         for j in T.unroll(n):
-            for k in T.unroll(2):
-                value[k] = h[n * n + j] * f[k]
-            for i in T.unroll(n):
+            if h.shape[0] == n:
                 for k in T.unroll(2):
-                    value[k] = fma(h[j * n + i], x[i * 2 + k], value[k])
+                    value[k] = fma(h[j], f[k], x[j * 2 + k])
+            else:
+                for k in T.unroll(2):
+                    value[k] = h[n * n + j] * f[k]
+                for i in T.unroll(n):
+                    for k in T.unroll(2):
+                        value[k] = fma(h[j * n + i], x[i * 2 + k], value[k])
             pack(next_words, (half * n + j) * WORDS + e, value, dtype)
 
 
@@ -129,7 +135,7 @@ def aggregate_vector(input_words, next_words, h, half, n, dtype):
 
 
 def post_project_by_warps_kernel(
-    num_streams: int, hidden_size: int, layer_dtype: str, plan: PostProjectPlan, has_h_pre: bool
+    num_streams: int, hidden_size: int, layer_dtype: str, plan: PostProjectPlan, has_h_pre: bool, has_h_res: bool = True
 ):
     """Build `post_project_kernel` by warps, for phi [units, 8], as `split_phi_fragments_kernel` leaves it."""
     n, projection = num_streams, plan.projection
@@ -139,7 +145,8 @@ def post_project_by_warps_kernel(
     spans = tuple(range(channels // WARP_CHANNELS))
     whole = hidden_size % channels == 0  # the last chunk is not a part of one
     per_token = WORDS if layer_dtype == dtype else 2 * WORDS
-    of_token = n + 2 if has_h_pre else n + 1  # rows of four coefficients
+    kept = n + 1 if has_h_res else 1  # rows of n coefficients, of h_res and h_post
+    of_token = kept + has_h_pre
     num_tokens = T.dynamic("num_tokens")
     num_slabs = T.dynamic("num_slabs")
     unused = (1,)
@@ -149,7 +156,7 @@ def post_project_by_warps_kernel(
         x: T.Tensor[(num_tokens, n, hidden_size), dtype],
         layer_output: T.Tensor[(num_tokens, hidden_size), layer_dtype],
         h_post: T.Tensor[(num_tokens, n), T.float32],
-        h_res: T.Tensor[(num_tokens, n, n), T.float32],
+        h_res: T.Tensor[(num_tokens, n, n) if has_h_res else unused, T.float32],
         phi: T.Tensor[(num_chunks * units, VECTOR), dtype],
         h_pre: T.Tensor[(num_tokens, n) if has_h_pre else unused, T.float32],
         x_next: T.Tensor[(num_tokens, n, hidden_size), dtype],
@@ -167,7 +174,7 @@ def post_project_by_warps_kernel(
             layer_words = T.alloc_local((2 * per_token,), T.uint32)
             next_words = T.alloc_local((2 * n * WORDS,), T.uint32)
             input_words = T.alloc_local((WORDS,), T.uint32)
-            h = T.alloc_local((n * n + n,), T.float32)
+            h = T.alloc_local((kept * n,), T.float32)
             given = T.alloc_local((n,), T.float32)
             dots = T.alloc_local((2 * sums * 4,), T.float32)
             squares = T.alloc_local((16,), T.float32)
@@ -192,7 +199,7 @@ def post_project_by_warps_kernel(
                 load_span(words, layer_words, x, layer_output, token, half, channel, inside)
             copy_phi(phi_tile, phi, first_chunk, 0, thread, projection)
             copy_coefficients(
-                *(coefficients, h_res, h_post, h_pre if has_h_pre else None),
+                *(coefficients, h_res if has_h_res else None, h_post, h_pre if has_h_pre else None),
                 *(tile * tokens + warp * WARP_TOKENS, lane, warp * WARP_TOKENS * of_token),
             )
             T.ptx_commit_group()

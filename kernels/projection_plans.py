@@ -128,11 +128,9 @@ class WarpProjectionPlan(ProjectionPlan):
 def projection_plan(rows: int, num_streams: int, hidden_size: int, dtype: str, platform: str) -> ProjectionPlan:
     """The plan for phi with `rows` rows. It must not depend on the token count: the chunks fix the bits.
 
-    A 16-bit stream of two or four is projected by warps where a lane's 8 channels are in a row, on the rows of a
-    Sinkhorn connection or of a head; the 2n of an identity connection are left to tiles.
+    A 16-bit stream of two or four is projected by warps where a lane's 8 channels are in a row.
     """
-    n = num_streams
-    if n in WARP_STREAMS and rows in (n, n * n + 2 * n) and has_warps(hidden_size, dtype, platform):
+    if num_streams in WARP_STREAMS and has_warps(hidden_size, dtype, platform):
         plan = WarpProjectionPlan(rows, True, dtype, tokens=64, channels=64, threads=128, stages=2)
         return replace(plan, chunks_per_group=equal_group(plan.num_chunks(hidden_size), MOST_CHUNKS))
     return tile_projection_plan(rows, hidden_size, dtype, platform)

@@ -1,4 +1,4 @@
-"""The projection as thread-level code (see `warps`): for 16-bit streams of four on a GPU.
+"""The projection as thread-level code (see `warps`): for 16-bit streams of two or four on a GPU.
 
 The sums are those of `projection`. A warp has 16 tokens and walks over chunks of 64 channels, two spans of 32. It takes
 a span of a stream as the tensor core's m16n8k16 wants its second operand, 8 tokens a product:

@@ -34,8 +34,8 @@ from .expand import expand, expand_backward
 from .expand_pre import FirstBoundary, FirstGradients, expand_pre, expand_pre_backward, expand_project, total_h_pre
 from .identity import (
     IdentityBoundary,
-    gate_plan,
     gates,
+    gates_and_aggregate,
     gates_backward,
     identity_post,
     identity_post_backward,
@@ -86,8 +86,8 @@ __all__ = [
     "expand_pre",
     "expand_pre_backward",
     "expand_project",
-    "gate_plan",
     "gates",
+    "gates_and_aggregate",
     "gates_backward",
     "head_coefficients",
     "head_coefficients_backward",

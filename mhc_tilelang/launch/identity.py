@@ -1,7 +1,8 @@
 """What an identity hyper-connection (H_res = I) launches in place of `coefficients`, `post` and the boundary, both
 directions.
 
-    identity_post_pre            post_project, gates, aggregate; the first two in the delayed form
+    identity_post_pre            post_project, coefficients_aggregate; gates and aggregate for the second where tiles
+                                 project; post_project and gates in the delayed form; one launch for few tokens
     identity_post_pre_backward   coefficients_aggregate_backward, boundary_backward, boundary_sums: three launches;
                                  aggregate_backward and gates_backward for the first where it is not joined, and the
                                  separate kernels where `post_pre_backward` takes them
@@ -21,10 +22,12 @@ from ..kernels import boundary_plans, plans, projection_plans
 from ..spec import MHCSpec
 from .aggregate import aggregate, aggregate_backward
 from .coefficients import coefficients_aggregate_backward, joins_coefficients, run_in_parts, split_parameters
+from .mappings import coefficients_aggregate, joins_aggregation
 from .operands import Gradient, aligned, by_width, channel_kernel, placeholder_if_none, stream_kernel
 from .partial_sums import sum_partials
-from .post_pre import post_project
+from .post_pre import boundary_schedule, post_pre_at_once, post_project
 from .post_pre_backward import BoundaryGradients, boundary_sums, mixing_backward, stream_backward
+from .projection import projection_plan
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -37,12 +40,6 @@ class IdentityBoundary(NamedTuple):
     h_post: torch.Tensor
     h_pre: torch.Tensor
     projected: torch.Tensor
-
-
-def gate_plan(x: torch.Tensor, rows: int) -> projection_plans.ProjectionPlan:
-    """Return the projection's plan: by tiles, for warps that project take four rows for a head of four streams."""
-    dtype, platform = dtype_name(x.dtype), compiler.platform_of(x.device)
-    return projection_plans.tile_projection_plan(rows, x.shape[-1], dtype, platform)
 
 
 def gates(
@@ -79,6 +76,28 @@ def gates(
         post_eps=spec.post_eps,
     )
     return h_pre, h_post, projected
+
+
+def gates_and_aggregate(
+    x: torch.Tensor,
+    partial: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    spec: MHCSpec,
+    plan: projection_plans.ProjectionPlan,
+    *,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """x [T, n, C] and its partial sums, alpha [2], bias [2n] -> projected [2n + 1, T], in one launch or two.
+
+    `out` has layer_input [T, C], h_pre [T, n] and h_post [T, n].
+    """
+    layer_input, h_pre, h_post = out
+    if joins_aggregation(x, layer_input, plan):
+        return coefficients_aggregate(x, partial, alpha, bias, spec, plan, out=(*out, None))
+    *_, projected = gates(partial, alpha, bias, spec, plan, out=(h_pre, h_post))
+    aggregate(x, h_pre, out=layer_input)
+    return projected
 
 
 def gates_backward(
@@ -139,26 +158,34 @@ def identity_post_pre(
     spec: MHCSpec,
     *,
     h_pre: torch.Tensor | None = None,
+    schedule: boundary_plans.BoundarySchedule | None = None,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> IdentityBoundary:
     """Launch the boundary: x [T, n, C], layer_output [T, C], h_post [T, n] of the sublayer that ends, phi [2n, K],
     alpha [2], bias [2n] of the one that begins -> x_next [T, n, C], layer_input [T, C], h_post and h_pre [T, n], which
     `out` has, and projected [2n + 1, T].
 
-    With an h_pre [T, n] layer_input is aggregated with that, in the first of two launches; without, in a third.
+    With an h_pre [T, n] layer_input is aggregated with that, in the launch that makes x_next. `schedule` as in
+    `post_pre`.
     """
     x_next, layer_input, h_post_next, h_pre_next = out or (
         *(torch.empty_like(x), x.new_empty(x.shape[0], x.shape[2])),
         *(torch.empty_like(h_post, memory_format=torch.contiguous_format) for _ in range(2)),
     )
-    rows, has_h_pre = phi.shape[0], h_pre is not None
-    sizes = (rows, *x.shape[1:], dtype_name(x.dtype), compiler.platform_of(x.device), has_h_pre)
-    plan = boundary_plans.tile_post_project_plan(*sizes)
-    made = (x_next, layer_input if has_h_pre else None)
-    _, partial, _ = post_project(x, layer_output, h_post, None, phi, plan, h_pre=h_pre, out=made)
-    *_, projected = gates(partial, alpha, bias, spec, gate_plan(x, rows), out=(h_pre_next, h_post_next))
-    if not has_h_pre:
-        aggregate(x_next, h_pre_next, out=layer_input)
+    schedule = schedule or boundary_schedule(x, phi.shape[0], one_launch=None if h_pre is None else False)
+    if schedule.one_launch:
+        every = (x_next, layer_input, h_pre_next, h_post_next, None)
+        projected = post_pre_at_once(x, layer_output, h_post, None, phi, alpha, bias, spec, out=every)
+        if projected is not None:
+            return IdentityBoundary(x_next, layer_input, h_post_next, h_pre_next, projected)
+        schedule = boundary_schedule(x, phi.shape[0], one_launch=False)
+    made = (x_next, None if h_pre is None else layer_input)
+    _, partial, _ = post_project(x, layer_output, h_post, None, phi, h_pre=h_pre, schedule=schedule, out=made)
+    of_gates = (partial, alpha, bias, spec, projection_plan(x, phi.shape[0]))
+    if h_pre is None:
+        projected = gates_and_aggregate(x_next, *of_gates, out=(layer_input, h_pre_next, h_post_next))
+    else:
+        *_, projected = gates(*of_gates, out=(h_pre_next, h_post_next))
     return IdentityBoundary(x_next, layer_input, h_post_next, h_pre_next, projected)
 
 

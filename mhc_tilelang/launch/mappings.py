@@ -17,7 +17,7 @@ from ..kernels import boundary_plans, plans, projection_plans
 from ..spec import MHCSpec
 from .aggregate import aggregate
 from .coefficients import coefficients
-from .operands import aligned, alignment, stream_kernel
+from .operands import aligned, alignment, placeholder_if_none, stream_kernel
 from .projection import parallel_blocks
 
 
@@ -36,7 +36,7 @@ def coefficients_and_aggregate(
     `out` has layer_input [T, C], h_pre [T, n], h_post [T, n] and h_res [T, n, n].
     """
     layer_input, h_pre, h_post, h_res = out
-    if isinstance(plan, projection_plans.WarpProjectionPlan) and alignment(x, layer_input) == plans.MAX_ACCESS_BYTES:
+    if joins_aggregation(x, layer_input, plan):
         return coefficients_aggregate(x, partial, alpha, bias, spec, plan, out=out)
     is_deferred = boundary_plans.defers_mappings(compiler.platform_of(x.device))
     mappings = (h_pre, h_post, h_res)
@@ -48,22 +48,29 @@ def coefficients_and_aggregate(
     return projected
 
 
+def joins_aggregation(x: torch.Tensor, layer_input: torch.Tensor, plan: projection_plans.ProjectionPlan) -> bool:
+    """Whether coefficients and aggregation are one launch: after a projection by warps, of whole 16-byte accesses."""
+    by_warps = isinstance(plan, projection_plans.WarpProjectionPlan)
+    return by_warps and alignment(x, layer_input) == plans.MAX_ACCESS_BYTES
+
+
 def coefficients_aggregate(
     x: torch.Tensor,
     partial: torch.Tensor,
     alpha: torch.Tensor,
     bias: torch.Tensor,
     spec: MHCSpec,
-    projection: projection_plans.WarpProjectionPlan,
+    projection: projection_plans.ProjectionPlan,
     *,
-    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
 ) -> torch.Tensor:
-    """Launch coefficients and aggregation as one kernel; x and layer_input start on 16 bytes."""
+    """Launch coefficients and aggregation as one kernel, where `joins_aggregation`; no h_res for identity."""
     layer_input, h_pre, h_post, h_res = out
     num_tokens, _, hidden_size = x.shape
     projected = partial.new_empty(spec.num_coefficients + 1, num_tokens)
+    assert isinstance(projection, projection_plans.WarpProjectionPlan)
     plan = boundary_plans.CoefficientsAggregatePlan(projection)
-    kernel = stream_kernel("coefficients_aggregate", x, plan=plan)
+    kernel = stream_kernel("coefficients_aggregate", x, plan=plan, **({"has_h_res": False} if h_res is None else {}))
     kernel(
         x=x,
         partial=partial,
@@ -72,13 +79,14 @@ def coefficients_aggregate(
         layer_input=layer_input,
         h_pre=h_pre,
         h_post=h_post,
-        h_res=h_res,
+        h_res=placeholder_if_none(h_res, projected),
         projected=projected,
         iters=spec.sinkhorn_iters,
         sinkhorn_eps=spec.sinkhorn_eps,
         pre_eps=spec.pre_eps,
         rms_eps=spec.rms_eps,
         post_scale=spec.post_scale,
+        post_eps=spec.post_eps,
         parts=boundary_plans.aggregating_parts(num_tokens, hidden_size, plan, parallel_blocks(x.device) // 2),
     )
     return projected

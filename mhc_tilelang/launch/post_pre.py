@@ -24,7 +24,7 @@ from .aggregate import aggregate_norm
 from .beside import coefficients_beside
 from .coefficients import coefficients
 from .mappings import coefficients_and_aggregate
-from .operands import aligned, alignment, stream_kernel
+from .operands import aligned, alignment, placeholder_if_none, stream_kernel
 from .projection import parallel_blocks, projection_plan, split_phi
 from .workspace import counters
 
@@ -111,17 +111,18 @@ def post_pre_at_once(
     x: torch.Tensor,
     layer_output: torch.Tensor,
     h_post: torch.Tensor,
-    h_res: torch.Tensor,
+    h_res: torch.Tensor | None,
     phi: torch.Tensor,
     alpha: torch.Tensor,
     bias: torch.Tensor,
     spec: MHCSpec,
     *,
-    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
     polls: int = boundary_plans.POLLS,
 ) -> torch.Tensor | None:
     """The ordinary form in one launch -> projected [M + 1, T]; `out` has x_next, layer_input, h_pre, h_post and h_res.
 
+    Without h_res, which `out` then has none of either, it is an identity connection's.
     None, and nothing is done, where the kernel does not take these tensors: rows that do not start on 16 bytes, a layer
     of another dtype, 65,536 channels, or no counters for it while a CUDA graph is captured. `polls`: how often a block
     asks whether the others have come. Neither that nor the order of blocks moves a bit.
@@ -140,12 +141,12 @@ def post_pre_at_once(
         return None
     partial = phi.new_empty(num_tiles, num_chunks, plan.projection.slab_rows, plan.tokens)
     projected = phi.new_empty(plan.projection.slab_rows, num_tokens)
-    kernel = stream_kernel("post_pre", x, plan=plan)
+    kernel = stream_kernel("post_pre", x, plan=plan, **({"has_h_res": False} if h_res is None else {}))
     kernel(
         x=x,
         layer_output=layer_output,
         h_post=aligned(h_post),
-        h_res=aligned(h_res),
+        h_res=placeholder_if_none(h_res, phi),
         phi=aligned(phi).view(-1, n, hidden_size),
         alpha=aligned(alpha),
         bias=aligned(bias),
@@ -153,7 +154,7 @@ def post_pre_at_once(
         layer_input=layer_input,
         h_pre_next=h_pre_next,
         h_post_next=h_post_next,
-        h_res_next=h_res_next,
+        h_res_next=placeholder_if_none(h_res_next, phi),
         projected=projected,
         partial=partial,
         sync=sync[: num_tiles * (1 + num_chunks)].view(num_tiles, -1),
@@ -162,6 +163,7 @@ def post_pre_at_once(
         pre_eps=spec.pre_eps,
         rms_eps=spec.rms_eps,
         post_scale=spec.post_scale,
+        post_eps=spec.post_eps,
         polls=polls,
     )
     return projected
@@ -184,7 +186,7 @@ def post_project(
 
     The layer's input is None unless h_pre [T, n], from the sublayer before, is given. `plan` and `schedule` are picked
     unless given; neither moves a bit as long as the plan's chunks are those of `project`. `out` has x_next and
-    layer_input. Without h_res H_res is the identity, and the plan one by tiles.
+    layer_input. Without h_res H_res is the identity.
     """
     num_tokens, num_streams, hidden_size = x.shape
     has_h_pre = h_pre is not None

@@ -31,7 +31,7 @@ def _spec(x: torch.Tensor, constants: tuple) -> MHCSpec:
 
 
 def _gates(x: torch.Tensor, phi: torch.Tensor, alpha: Any, bias: Any, constants: tuple, out: Any) -> torch.Tensor:
-    plan = launch.gate_plan(x, phi.shape[0])
+    plan = launch.projection_plan(x, phi.shape[0])
     return launch.gates(launch.project(x, phi, plan), alpha, bias, _spec(x, constants), plan, out=tuple(out))[2]
 
 
@@ -58,8 +58,12 @@ def _pre_forward(
     out: Any,
 ) -> Tensors:
     layer_input, h_post, h_pre_next = out
+    if h_pre is None:
+        plan = launch.projection_plan(x, phi.shape[0])
+        of_gates = (launch.project(x, phi, plan), alpha, bias, _spec(x, constants), plan)
+        return (launch.gates_and_aggregate(x, *of_gates, out=(layer_input, h_pre_next, h_post)),)
     projected = _gates(x, phi, alpha, bias, constants, (h_pre_next, h_post))
-    launch.aggregate(x, h_pre_next if h_pre is None else h_pre, out=layer_input)
+    launch.aggregate(x, h_pre, out=layer_input)
     return (projected,)
 
 

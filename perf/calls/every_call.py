@@ -122,7 +122,7 @@ class Given:
 
     @cached_property
     def gate_plan(self) -> ProjectionPlan:
-        return launch.gate_plan(self.inputs.x, 2 * self.case.num_streams)
+        return launch.projection_plan(self.inputs.x, 2 * self.case.num_streams)
 
     @cached_property
     def gate_partial(self) -> torch.Tensor:

@@ -38,7 +38,7 @@ BY_WARPS = ("post_project", "coefficients_aggregate")  # whose 16-bit code has a
 COEFFICIENTS = ("coefficients", "head_coefficients", "gates")
 # Flags of a launch that make a variant of their own.
 FORMS = {"has_h_pre": "aggregated", "has_g_layer_input": "aggregated", "is_deferred": "deferred"}
-GATES = projection_plans.tile_projection_plan(8, 2560, "bfloat16", "cuda")  # of an identity connection's rows
+GATES = projection_plans.projection_plan(8, 4, 2560, "bfloat16", "cuda")  # of an identity connection's rows
 # What else `launch` may ask for: family, variant, the dtype of the stream, what is changed.
 VARIANTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("split_phi", "head", "bfloat16", {"plan": projection_plans.projection_plan(4, 4, 2560, "bfloat16", "cuda")}),
@@ -76,7 +76,7 @@ VARIANTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
         "identity, aggregated",
         "bfloat16",
         {
-            "plan": boundary_plans.tile_post_project_plan(8, 4, 2560, "bfloat16", "cuda", True),
+            "plan": boundary_plans.post_project_plan(8, 4, 2560, "bfloat16", "cuda", True),
             "has_h_pre": True,
             "has_h_res": False,
         },
@@ -127,7 +127,9 @@ def subjects(shape: Shape, kernels: Iterable[str] = FAMILIES) -> list[Subject]:
     found: dict[tuple[str, str], Subject] = {}
     every = [launches(Case(call, shape), "cuda", PARALLEL_BLOCKS) for call in CALLS]
     rows = shape.num_streams * (shape.num_streams + 2)
-    if boundary_plans.post_pre_plan(projection_plans.projection_plan(rows, shape.num_streams, shape.hidden_size, shape.dtype, "cuda")):
+    if boundary_plans.post_pre_plan(
+        projection_plans.projection_plan(rows, shape.num_streams, shape.hidden_size, shape.dtype, "cuda")
+    ):
         few = Case(POST_PRE, replace(shape, num_tokens=FEW_TOKENS))
         every.append(launches(few, "cuda", PARALLEL_BLOCKS))
     for launch in chain.from_iterable(every):

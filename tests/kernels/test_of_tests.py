@@ -233,7 +233,9 @@ def test_narrow_operands_are_rejected(size, operand, target, monkeypatch):
     """TF32 (cut to 10 mantissa bits) and bfloat16 operands, at float32 streams, under either plan's bound."""
     case = Case(4, size, torch.float32, 63)
     replace_launch(
-        monkeypatch, "projection_plan", lambda _, rows: projection_plans.projection_plan(rows, 4, size, "float32", target)
+        monkeypatch,
+        "projection_plan",
+        lambda _, rows: projection_plans.projection_plan(rows, 4, size, "float32", target),
     )
     inputs = Inputs.of(case, CPU)
     comparison = comparison_of("project", "dots", case)

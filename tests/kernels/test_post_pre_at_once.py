@@ -14,6 +14,7 @@ from damaged import damaged
 from helpers import CPU, assert_same_bits, map_tokens
 
 from mhc_tilelang import launch
+from mhc_tilelang.checking.families.identity import of_identity
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.compiler.simt import SimtError, executing
 from mhc_tilelang.launch import workspace
@@ -25,6 +26,15 @@ ALL, FEW, ONE = 64, 2, 1  # blocks that are on the device at a time
 
 def arguments(inputs, case=MAIN):
     return inputs.x, inputs.layer_output, inputs.h_post, inputs.h_res, inputs.phi, inputs.alpha, inputs.bias, case.spec
+
+
+# Every other form: its case, and whether H_res is the identity.
+FORMS = [
+    pytest.param(Case(4, 144, torch.bfloat16, 21), True, id="identity"),
+    pytest.param(Case(2, 144, torch.float16, 21), True, id="identity, two streams"),  # four rows, as many of padding
+    pytest.param(Case(4, 144, torch.float16, 21), False, id="float16"),
+    pytest.param(Case(2, 144, torch.bfloat16, 21), False, id="two streams"),
+]
 
 
 def at_once(inputs, resident=ALL, seed=0, polls=8, case=MAIN):
@@ -91,6 +101,24 @@ def test_constants(inputs):
     """Catches one that is taken for another."""
     case = OtherNumbers(*vars(MAIN).values())
     assert_same_bits(at_once(inputs, case=case), separate(inputs, case))
+
+
+@pytest.mark.parametrize("resident", [FEW, pytest.param(ALL, marks=pytest.mark.full)])
+@pytest.mark.parametrize(("case", "identity"), FORMS)
+def test_other_forms(case, identity, resident):
+    """Catches rows of phi that are not there taken for such, and a low half that is scaled and not scaled back."""
+    inputs = Inputs.of(case, CPU)
+    given = of_identity(case, inputs) if identity else inputs
+    parameters = (given.phi, given.alpha, given.bias, case.identity if identity else case.spec)
+    mixed = (given.x, given.layer_output, given.h_post, *(() if identity else (given.h_res,)))
+    run = launch.identity_post_pre if identity else launch.post_pre
+    with executing(parallel_blocks=resident, seed=1) as launches:
+        found, expected = (
+            run(*mixed, *parameters, schedule=launch.boundary_schedule(given.x, len(given.phi), one_launch=one))
+            for one in (True, False)
+        )
+    assert [each.family for each in launches] == ["post_pre", "split_phi", "post_project", "coefficients_aggregate"]
+    assert_same_bits(found, expected)
 
 
 @pytest.mark.full

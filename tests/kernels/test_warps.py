@@ -173,16 +173,16 @@ def test_planted_faults_are_reported(family, mutate, kinds):
 
 
 def test_widths_that_warps_do_not_take():
-    """A lane's eight channels are one access: C is a multiple of 8; other streams have tiles."""
+    """A lane's eight channels are one access: C is a multiple of 8, of 16 bits each."""
     assert isinstance(
         projection_plans.projection_plan(24, 4, 648, "bfloat16", "cuda"), projection_plans.WarpProjectionPlan
     )
-    for rows, width, dtype, platform in (
-        *((24, 644, "float16", "cuda"), (24, 640, "float32", "cuda")),
-        *((8, 640, "bfloat16", "cuda"), (24, 640, "bfloat16", "cpu")),  # 8: an identity connection's
+    for rows, n, width, dtype, platform in (
+        *((24, 4, 644, "float16", "cuda"), (24, 4, 640, "float32", "cuda")),
+        *((24, 4, 640, "bfloat16", "cpu"), (80, 8, 640, "bfloat16", "cuda")),
     ):
         assert not isinstance(
-            projection_plans.projection_plan(rows, 4, width, dtype, platform), projection_plans.WarpProjectionPlan
+            projection_plans.projection_plan(rows, n, width, dtype, platform), projection_plans.WarpProjectionPlan
         )
 
 

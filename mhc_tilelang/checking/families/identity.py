@@ -20,7 +20,7 @@ from ..inputs import Case, Gradients, Inputs
 from ..plain_torch import by_autograd
 from .coefficients import logits_of
 from .coefficients_backward import Logits, Mappings, comparisons
-from .post_pre import MIXED, compare_mixing, mixed
+from .post_pre import MIXED, compare_mixing, hold_to_one_launch, mixed
 
 WITHOUT_RES = tuple(name for name in MIXED if name != "g_h_res")
 
@@ -35,7 +35,7 @@ def of_identity(case: Case, inputs: Inputs) -> Inputs:
 
 def gate_sums(case: Case, inputs: Inputs) -> torch.Tensor:
     """Partial sums as a projection leaves them, a slab a chunk, drawn: dots of standard deviation 2, s about 1."""
-    plan = launch.gate_plan(inputs.x, 2 * case.num_streams)
+    plan = launch.projection_plan(inputs.x, 2 * case.num_streams)
     slabs, num_dots = plan.num_chunks(case.hidden_size), plan.halves * plan.rows
     generator = torch.Generator().manual_seed(case.seed + 29)
     partial = torch.randn(slabs, plan.slab_rows, case.num_tokens, generator=generator)
@@ -65,7 +65,7 @@ def gate_mappings(case: Case) -> Mappings:
 def check_gates(case: Case, inputs: Inputs) -> list[Comparison]:
     """From partial sums of a projection to the two gates."""
     spec, given, n = case.identity, of_identity(case, inputs), case.num_streams
-    plan, partial = launch.gate_plan(inputs.x, 2 * n), gate_sums(case, inputs)
+    plan, partial = launch.projection_plan(inputs.x, 2 * n), gate_sums(case, inputs)
     *got, _ = launch.gates(partial, given.alpha, given.bias, spec, plan)
     num_dots = plan.halves * plan.rows
 
@@ -105,10 +105,13 @@ def check_gates_backward(case: Case, inputs: Inputs) -> list[Comparison]:
 
 @check("x_next", "layer_input", "h_pre", "h_post")
 def check_identity_post_pre(case: Case, inputs: Inputs) -> list[Comparison]:
-    """x_next as of post without h_res; layer_input and the gates as of pre at that x_next."""
+    """x_next as of post without h_res; layer_input and the gates as of pre at that x_next. For few tokens in one launch
+    too.
+    """
     spec, given, n, dtype = case.identity, of_identity(case, inputs), case.num_streams, dtype_name(case.dtype)
     x, layer_output, h_post, _ = mixed(given)
-    got = launch.identity_post_pre(x, layer_output, h_post, given.phi, given.alpha, given.bias, spec)
+    arguments = (x, layer_output, h_post, given.phi, given.alpha, given.bias, spec)
+    got = hold_to_one_launch(x, 2 * n, lambda schedule: launch.identity_post_pre(*arguments, schedule=schedule))
     plain_next = plain_torch.post(*mixed(given))
     exact = [numpy64(argument) for argument in (x, layer_output, h_post)]
     magnitude = reference.identity_post(*map(np.abs, exact))

@@ -7,7 +7,9 @@ output where it arises, and a bound holds what one pass rounds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,20 +46,30 @@ def check_post_pre_delayed(case: Case, inputs: Inputs) -> list[Comparison]:
     return compare_forward(case, inputs, delayed=True)
 
 
+def hold_to_one_launch(
+    x: torch.Tensor, rows: int, run: Callable[[boundary_plans.BoundarySchedule], Any], exists: bool = True
+) -> Any:
+    """Return what several launches do; NaN for x_next, no result at all, where one has other bits, if it `exists`."""
+    got = run(schedule=launch.boundary_schedule(x, rows, one_launch=False))
+    few = x.shape[0] <= boundary_plans.MOST_TOKENS_AT_ONCE
+    if few and exists and boundary_plans.post_pre_plan(launch.projection_plan(x, rows)):
+        at_once = run(schedule=launch.boundary_schedule(x, rows, one_launch=True))
+        pairs = [(numpy64(result), numpy64(other)) for result, other in zip(at_once, got, strict=True)]
+        if not all(np.array_equal(*pair, equal_nan=True) for pair in pairs):
+            got = got._replace(x_next=torch.full_like(got.x_next, torch.nan))
+    return got
+
+
 def compare_forward(case: Case, inputs: Inputs, delayed: bool) -> list[Comparison]:
     """All outputs of one of the two."""
     parameters, spec = (inputs.phi, inputs.alpha, inputs.bias), case.spec
     given = inputs.h_pre if delayed else None
-    several = launch.boundary_schedule(inputs.x, spec.num_coefficients, one_launch=False)
-    got = launch.post_pre(*mixed(inputs), *parameters, spec, h_pre=given, schedule=several)
-    plan = launch.projection_plan(inputs.x, spec.num_coefficients)
-    few = case.num_tokens <= boundary_plans.MOST_TOKENS_AT_ONCE
-    if few and not delayed and boundary_plans.post_pre_plan(plan):
-        one = launch.boundary_schedule(inputs.x, spec.num_coefficients, one_launch=True)
-        at_once = launch.post_pre(*mixed(inputs), *parameters, spec, schedule=one)
-        pairs = [(numpy64(result), numpy64(other)) for result, other in zip(at_once, got, strict=True)]
-        if not all(np.array_equal(*pair, equal_nan=True) for pair in pairs):  # no result at all
-            got = got._replace(x_next=torch.full_like(got.x_next, torch.nan))
+    arguments = (*mixed(inputs), *parameters, spec)
+
+    def run(schedule: boundary_plans.BoundarySchedule) -> launch.Boundary:
+        return launch.post_pre(*arguments, h_pre=given, schedule=schedule)
+
+    got = hold_to_one_launch(inputs.x, spec.num_coefficients, run, exists=not delayed)
     plain_next = plain_torch.post(*mixed(inputs))
     plain = plain_torch.coefficients(plain_next, *parameters, spec)
     plain_input = plain_torch.aggregate(plain_next, inputs.h_pre if delayed else plain[0])
