@@ -10,11 +10,13 @@ from .plans import BYTES, MAX_ACCESS_BYTES, WARP, ChannelTile, channel_tile, tok
 from .projection_plans import (
     LARGE_SHARED_BYTES,
     MAX_PARTIALS,
+    MOST_CHUNKS,
     ProjectionBackwardPlan,
     ProjectionPlan,
     WarpProjectionPlan,
     WarpsPlan,
     chunks_per_split,
+    equal_group,
     has_warps,
     num_slabs,
     projection_plan,
@@ -80,12 +82,29 @@ class ExpandProjectPlan:
     blocks_per_sm: int = 1
 
 
+EXPANDING_BLOCKS = 4  # on a multiprocessor, by warps
+
+
 @cache
 def expand_project_plan(rows: int, num_streams: int, hidden_size: int, dtype: str, platform: str) -> ExpandProjectPlan:
-    """The plan for phi with `rows` rows: tiles and threads of `post_project`, whose chunks are the projection's.
+    """The plan for phi with `rows` rows: by warps where the projection is, in chunks twice as long, since they have one
+    stream to multiply; else tiles and threads of `post_project`, whose chunks are the projection's.
 
-    256 threads instead of 128 halve the registers of a thread, and so hold twice the warps.
+    By tiles 256 threads instead of 128 halve the registers of a thread, and so hold twice the warps.
     """
+    projection = projection_plan(rows, num_streams, hidden_size, dtype, platform)
+    if isinstance(projection, WarpProjectionPlan):
+        projection = replace(projection, channels=2 * projection.channels)
+        group = equal_group(projection.num_chunks(hidden_size), MOST_CHUNKS)
+        return ExpandProjectPlan(replace(projection, chunks_per_group=group), blocks_per_sm=EXPANDING_BLOCKS)
+    return tile_expand_project_plan(rows, num_streams, hidden_size, dtype, platform)
+
+
+@cache
+def tile_expand_project_plan(
+    rows: int, num_streams: int, hidden_size: int, dtype: str, platform: str
+) -> ExpandProjectPlan:
+    """Return the plan for the kernels in which a block's threads share out tiles."""
     plan = tile_post_project_plan(rows, num_streams, hidden_size, dtype, platform)
     return ExpandProjectPlan(plan.projection, plan.blocks_per_sm)
 

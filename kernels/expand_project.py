@@ -33,9 +33,10 @@ import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
 from .boundary_plans import ExpandProjectPlan
+from .expand_project_warps import expand_project_by_warps_kernel
 from .post_project import store_halves
 from .projection import Sums, accumulate_dots, accumulate_squares, clear, close_chunk, store_slab
-from .projection_plans import LANES, ProjectionPlan
+from .projection_plans import LANES, ProjectionPlan, WarpProjectionPlan
 
 
 @T.macro
@@ -60,6 +61,8 @@ def expand_project_kernel(num_streams: int, hidden_size: int, dtype: str, plan: 
 
     `chunks_per_split` chunks go to each block of a token tile.
     """
+    if isinstance(plan.projection, WarpProjectionPlan):
+        return expand_project_by_warps_kernel(num_streams, hidden_size, plan)
     n, projection = num_streams, plan.projection
     tokens, channels = projection.tokens, projection.channels
     num_chunks = projection.num_chunks(hidden_size)

@@ -23,9 +23,9 @@ the product, stream after stream. phi is split into its halves where it is loade
 the next stream's while this one is multiplied. A CPU multiplies float32: there the rounded tile is widened once a
 stream, and squared with it.
 
-**By warps.** A bfloat16 stream of four (C a multiple of 8) has a kernel of its own on a GPU, `post_project_warps`: the
-same x_next, other tiles. A warp has 16 tokens; lane l mixes tokens l // 4 and l // 4 + 8, of each 8 channels in a row,
-and what it mixed is the operand that it multiplies:
+**By warps.** A 16-bit stream of two or four (C a multiple of 8) has a kernel of its own on a GPU, `post_project_warps`:
+the same x_next, other tiles. A warp has 16 tokens; lane l mixes tokens l // 4 and l // 4 + 8, of each 8 channels in a
+row, and what it mixed is the operand that it multiplies:
 
     channels of a span    0 … 7    8 … 15   16 … 23  24 … 31
     token 0, and 8        lane 0   lane 1   lane 2   lane 3     16 bytes of each stream: words w0 w1 w2 w3

@@ -42,10 +42,13 @@ def high_half(value, operand_dtype: str):
     return T.reinterpret(T.reinterpret(value, T.uint32) & T.uint32(0xFFFFE000), T.float32)
 
 
-def split_phi_kernel(num_streams: int, hidden_size: int, plan: ProjectionPlan):
-    """phi [M, n, C] float32 -> phi_split [columns, n, C]: rows of high halves, of low halves, of zeros."""
+def split_phi_kernel(num_streams: int, hidden_size: int, plan: ProjectionPlan, sums_streams: bool = False):
+    """phi [M, n, C] float32 -> phi_split [columns, n, C]: rows of high halves, of low halves, of zeros.
+
+    By warps alone, `sums_streams` splits Σ_j phi[:, j] instead, as of one stream.
+    """
     if isinstance(plan, WarpProjectionPlan):
-        return split_phi_fragments_kernel(num_streams, hidden_size, plan)
+        return split_phi_fragments_kernel(num_streams, hidden_size, plan, sums_streams)
     n, rows, columns = num_streams, plan.rows, plan.padded_rows
     threads = 128
 

@@ -54,22 +54,26 @@ def scale_low(low, plan: WarpProjectionPlan):
     return low if plan.low_scale == 1 else low * T.float32(plan.low_scale)
 
 
-def split_phi_fragments_kernel(num_streams: int, hidden_size: int, plan: WarpProjectionPlan):
+def split_phi_fragments_kernel(
+    num_streams: int, hidden_size: int, plan: WarpProjectionPlan, sums_streams: bool = False
+):
     """phi [M, n, C] float32 -> phi_split [units, 8]: chunk, span, stream, step, tile, lane; zeros beyond M and C.
 
     Lane (g, q) of a step has the channels 8·q + 4·step + (0, 1) of rows g and g + 8 of the tile, then those + (2, 3).
+    With `sums_streams` there is one stream, phi summed over all, ascending, in float32.
     """
-    n, rows, tiles = num_streams, plan.rows, plan.phi_tiles
+    n, rows, tiles = 1 if sums_streams else num_streams, plan.rows, plan.phi_tiles
     units = plan.num_chunks(hidden_size) * plan.units(n)
     spans = plan.num_chunks(hidden_size) * plan.channels // WARP_CHANNELS
 
     @T.prim_func
     def split_phi(
-        phi: T.Tensor[(rows, n, hidden_size), T.float32],
+        phi: T.Tensor[(rows, num_streams, hidden_size), T.float32],
         phi_split: T.Tensor[(units, VECTOR), plan.operand_dtype],
     ):
         with T.Kernel(spans, n, threads=tiles * STEPS * WARP) as (span, stream):
-            values = T.alloc_local((4,), T.float32)
+            values, of_stream = T.alloc_local((4,), T.float32), T.alloc_local((4,), T.float32)
+            row = T.alloc_var(T.int32)
             halves = T.alloc_local((VECTOR,), plan.operand_dtype)
             thread = T.get_thread_binding()
             tile, step, lane = thread // (STEPS * WARP), thread // WARP % STEPS, thread % WARP
@@ -81,9 +85,13 @@ def split_phi_fragments_kernel(num_streams: int, hidden_size: int, plan: WarpPro
                 is_low = T.if_then_else(is_mixed, lower == 1, tile > plan.full_tiles)
                 for e in T.unroll(4):
                     values[e] = 0.0
-                if T.And(first + lane // 4 < rows, channel < hidden_size):
-                    for e in T.vectorized(4):
-                        values[e] = phi[first + lane // 4, stream, channel + e]
+                row = first + lane // 4
+                if T.And(row < rows, channel < hidden_size):
+                    for j in T.unroll(num_streams if sums_streams else 1):
+                        for e in T.vectorized(4):
+                            of_stream[e] = phi[row, stream + j, channel + e]
+                        for e in T.unroll(4):
+                            values[e] = of_stream[e] if n == num_streams else values[e] + of_stream[e]
                 for e in T.unroll(4):
                     high = T.cast(T.cast(values[e], plan.operand_dtype), T.float32)
                     halves[e // 2 * 4 + lower * 2 + e % 2] = T.cast(

@@ -16,13 +16,13 @@ import torch
 
 from .. import compiler
 from ..compiler.kernel import dtype_name
-from ..kernels import boundary_plans
+from ..kernels import boundary_plans, projection_plans
 from ..spec import MHCSpec
 from .aggregate import aggregate, aggregate_backward
 from .coefficients import coefficients, coefficients_backward
 from .expand import expand, expand_backward
 from .operands import Gradient, aligned, stream_kernel
-from .projection import parallel_blocks, project_backward
+from .projection import parallel_blocks, project_backward, split_phi
 
 
 class FirstBoundary(NamedTuple):
@@ -91,6 +91,8 @@ def expand_project(
     partial = h.new_empty((schedule.slabs, plan.projection.slab_rows, num_tokens), dtype=torch.float32)
     kernel = stream_kernel("expand_project", x, plan=plan)
     operand = aligned(phi).view(rows, num_streams, hidden_size)
+    if isinstance(plan.projection, projection_plans.WarpProjectionPlan):
+        operand = split_phi(operand, plan.projection, sums_streams=True)
     kernel(h=aligned(h), phi=operand, x=x, partial=partial, chunks_per_split=schedule.chunks_per_split)
     return x, partial
 

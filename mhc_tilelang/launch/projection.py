@@ -17,15 +17,21 @@ from .operands import Gradient, aligned, placeholder_if_none, stream_kernel
 from .partial_sums import sum_partials
 
 
-def split_phi(phi: torch.Tensor, plan: projection_plans.ProjectionPlan) -> torch.Tensor:
-    """phi [M, n, C] float32 -> its halves [padded_rows, n, C] in the plan's operand dtype, or by warps [units, 8]."""
+def split_phi(phi: torch.Tensor, plan: projection_plans.ProjectionPlan, *, sums_streams: bool = False) -> torch.Tensor:
+    """phi [M, n, C] float32 -> its halves [padded_rows, n, C] in the plan's operand dtype, or by warps [units, 8].
+
+    With `sums_streams`, by warps, those of Σ_j phi[:, j].
+    """
     _, num_streams, hidden_size = phi.shape
     shape: tuple[int, ...] = (plan.padded_rows, num_streams, hidden_size)
     if isinstance(plan, projection_plans.WarpProjectionPlan):
-        shape = (plan.num_chunks(hidden_size) * plan.units(num_streams), plans.MAX_ACCESS_BYTES // 2)
+        units = plan.units(1 if sums_streams else num_streams)
+        shape = (plan.num_chunks(hidden_size) * units, plans.MAX_ACCESS_BYTES // 2)
     halves = phi.new_empty(shape, dtype=getattr(torch, plan.operand_dtype))
     target = compiler.target_of(phi.device)
-    kernel = compiler.kernel("split_phi", target, num_streams=num_streams, hidden_size=hidden_size, plan=plan)
+    summed = {"sums_streams": True} if sums_streams else {}
+    sizes = {"num_streams": num_streams, "hidden_size": hidden_size}
+    kernel = compiler.kernel("split_phi", target, **sizes, plan=plan, **summed)
     kernel(phi=aligned(phi), phi_split=halves)
     return halves
 

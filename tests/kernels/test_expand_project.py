@@ -15,6 +15,7 @@ from helpers_backward import in_nan
 from mhc_tilelang import launch
 from mhc_tilelang.checking.inputs import Case, Gradients, Inputs
 from mhc_tilelang.compiler.kernel import dtype_name
+from mhc_tilelang.compiler.simt import executing
 from mhc_tilelang.kernels import boundary_plans
 from mhc_tilelang.kernels.projection_plans import LANES
 
@@ -29,8 +30,12 @@ SMALL = Case(4, 333, torch.bfloat16, 70)
 
 
 def plan_of(case, target):
-    sizes = case.num_streams, case.hidden_size, dtype_name(case.dtype)
-    return boundary_plans.expand_project_plan(case.spec.num_coefficients, *sizes, target)
+    """By tiles."""
+    return boundary_plans.tile_expand_project_plan(case.spec.num_coefficients, *plan_sizes(case), target)
+
+
+def plan_sizes(case):
+    return case.num_streams, case.hidden_size, dtype_name(case.dtype)
 
 
 def total_phi(inputs, case):
@@ -64,6 +69,27 @@ def test_is_the_projection_of_one_stream(case, target):
     [expected] = [each for each in projected if each.shape == partial.shape][:1]
     expected[:, -LANES:] *= case.num_streams
     assert_same_bits([partial], [expected])
+
+
+@pytest.mark.parametrize("case", [Case(4, 200, torch.bfloat16, 70), Case(2, 264, torch.float16, 37)])
+def test_by_warps(case):
+    """Executed as CUDA: bits of the projection of one stream by warps, in chunks as long, however they are shared out,
+    and of a token alone. 200 and 264 channels are a chunk or two of 128 and a part.
+    """
+    inputs = Inputs.of(case, CPU)
+    with executing():
+        plan = boundary_plans.expand_project_plan(len(inputs.phi), *plan_sizes(case), "cuda")
+        chunks = plan.projection.num_chunks(case.hidden_size)
+        for per_split in range(1, chunks + 1):
+            schedule = boundary_plans.boundary_schedule(case.num_tokens, case.hidden_size, plan, 2, per_split)
+            x, partial = launch.expand_project(inputs.h, inputs.phi, schedule=schedule)
+            assert_same_bits([x], [launch.expand(inputs.h, case.num_streams)])
+            expected = launch.project(inputs.h.unsqueeze(1), total_phi(inputs, case), plan.projection, per_split)
+            expected[:, -1] *= case.num_streams
+            assert_same_bits([partial], [expected])
+        x, partial = launch.expand_project(inputs.h, inputs.phi)
+        alone, sums = launch.expand_project(inputs.h[9:10], inputs.phi)
+    assert_same_bits([alone, sums.sum(0)], [x[9:10], partial[..., 9:10].sum(0)])
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])

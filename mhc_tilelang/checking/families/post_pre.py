@@ -46,9 +46,7 @@ def check_post_pre_delayed(case: Case, inputs: Inputs) -> list[Comparison]:
     return compare_forward(case, inputs, delayed=True)
 
 
-def hold_to_one_launch(
-    x: torch.Tensor, rows: int, run: Callable[[boundary_plans.BoundarySchedule], Any], exists: bool = True
-) -> Any:
+def hold_to_one_launch(x: torch.Tensor, rows: int, run: Callable[..., Any], exists: bool = True) -> Any:
     """Return what several launches do; NaN for x_next, no result at all, where one has other bits, if it `exists`."""
     got = run(schedule=launch.boundary_schedule(x, rows, one_launch=False))
     few = x.shape[0] <= boundary_plans.MOST_TOKENS_AT_ONCE
