@@ -20,6 +20,26 @@ its registers:
              h_post, h_res and what a backward reads
     leave    one more is through
 
+Who does what; lane l has token l // 4 of its warp's eight, and 8 channels from 8 · (l % 4) on:
+
+    warp         0                  1                  2                       3
+    mixes        tokens 0 … 7       tokens 8 … 15      tokens 0 … 7            tokens 8 … 15
+                 channels 0 … 31    channels 0 … 31    channels 32 … 63        channels 32 … 63
+    multiplies   rows 0 … 15        rows 0 … 15        rows 16 … 23, squares   rows 16 … 23, squares
+                 tokens 0 … 7       tokens 8 … 15      tokens 0 … 7            tokens 8 … 15
+    adds up      every chunk's sums: two threads have four tokens of a row
+    makes        layer_input        layer_input        layer_input             layer_input
+    in the last              and    h_res                              and     h_pre, h_post, `projected`
+
+With 8 rows or fewer, of two streams or an identity connection, warps 0 and 1 have none to multiply.
+
+    block of chunk 0     mix, project, arrive (1) , wait ───────────┐  end, leave
+    block of chunk 1        mix, project, arrive (2), wait ─────────┤  end, leave
+    block of chunk 2     mix, project, arrive (3), wait, note ─ ─ ─ ┤  leave       its patience was over
+    …                                                               │
+    block of chunk 39            mix, project, arrive (40: the last)┴─ end, h_post, h_res, leave: the last to leave
+                                                                       aggregates chunk 2, and sets the word to zero
+
 **Nothing depends on who waits.** A block that has waited `polls` times leaves a note instead, and the last one to leave
 does what the notes say, from x_next in memory, with the same bits. So blocks need not be on the device at a time: no
 cooperative launch is wanted, nothing can hang, and what the grid's order or another stream delays is only late.

@@ -119,12 +119,12 @@ def walk_launch(launch: Recorded, arch: str) -> Launched:
     moved: Counter[tuple[str, str]] = Counter()
     for (number, side), amount in walked.moved.items():
         moved[built.source.arguments[number] if number >= 0 else "", side] += amount * blocks  # type: ignore[assignment]
-    refusals = [
-        *not_modelled(built.code, walked),
-        *barriers_differ(walked.block.barriers, expected),
-        *bytes_differ(moved, audited, streams, edge),
-        *products_differ(blocks * multiply_adds(built.code, walked), products_asked(func, launch.sizes), edge),
-    ]
+    refusals = not_modelled(built.code, walked)
+    if not walked.others["atomics"]:  # else what one block does depends on when the others come
+        refusals += barriers_differ(walked.block.barriers, expected)
+        refusals += bytes_differ(moved, audited, streams, edge)
+        products = blocks * multiply_adds(built.code, walked)
+        refusals += products_differ(products, products_asked(func, launch.sizes), edge)
     through_memory = working_set = 0
     for name, traffic in audited.items():
         for movement in (traffic.read, traffic.written):
@@ -186,14 +186,15 @@ def positions(extent: int) -> list[tuple[int, int]]:
 def not_modelled(code: Sequence[Instruction], walked: Walked) -> list[str]:
     """List what the walk could not decide, and machine code that no published kernel resembles."""
     found, others = [], walked.others
+    if others["atomics"]:
+        count = others["atomics"]
+        return [f"{count} atomics a block, whose order and cost depend on timing: see docs/critical-path.md"]
     if walked.undecided:
         found.append(f"the path depends on data: {', '.join(walked.undecided[:3])}")
     if unknown := sorted({step.kind for step in code if step.kind.startswith(OTHER_TENSOR)}):
         found.append(f"tensor instructions that the model does not know: {', '.join(unknown)}")
     if others["bulk"]:
         found.append("copies by the TMA, whose bytes the instructions do not tell")
-    if others["atomics"]:
-        found.append(f"{others['atomics']} atomics a block: their order and their cost depend on timing")
     standing = sum(step.kind in ("LDL", "STL") for step in code)
     if others["local"] > standing * walked.block.warps:
         text = f"{others['local']} accesses to local memory a block, {standing} in the code"
