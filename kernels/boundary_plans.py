@@ -11,6 +11,7 @@ from .projection_plans import (
     LARGE_SHARED_BYTES,
     MAX_PARTIALS,
     MOST_CHUNKS,
+    WARP_STREAMS,
     ProjectionBackwardPlan,
     ProjectionPlan,
     WarpProjectionPlan,
@@ -43,16 +44,22 @@ class PostProjectPlan:
 
 @cache
 def post_project_plan(
-    rows: int, num_streams: int, hidden_size: int, dtype: str, platform: str, has_h_pre: bool = False
+    rows: int,
+    num_streams: int,
+    hidden_size: int,
+    dtype: str,
+    platform: str,
+    has_h_pre: bool = False,
+    shared_bytes: int = LARGE_SHARED_BYTES,
 ) -> PostProjectPlan:
     """The plan for phi with `rows` rows. Chunks are those of the projection alone, since they fix the bits.
 
     A GPU's thread mixes one 16-byte vector of each stream at a time; a CPU what stays in its first-level cache. Two
     blocks share a multiprocessor where that spills nothing: 128 registers are just enough for bfloat16.
     """
-    projection = projection_plan(rows, num_streams, hidden_size, dtype, platform)
+    projection = projection_plan(rows, num_streams, hidden_size, dtype, platform, shared_bytes)
     if isinstance(projection, WarpProjectionPlan):
-        return PostProjectPlan(projection, rows=WARP // 2, blocks_per_sm=2)
+        return PostProjectPlan(projection, rows=WARP // 2, blocks_per_sm=2 if num_streams in WARP_STREAMS else 1)
     return tile_post_project_plan(rows, num_streams, hidden_size, dtype, platform, has_h_pre)
 
 
@@ -93,7 +100,7 @@ def expand_project_plan(rows: int, num_streams: int, hidden_size: int, dtype: st
     By tiles 256 threads instead of 128 halve the registers of a thread, and so hold twice the warps.
     """
     projection = projection_plan(rows, num_streams, hidden_size, dtype, platform)
-    if isinstance(projection, WarpProjectionPlan):
+    if isinstance(projection, WarpProjectionPlan) and num_streams in WARP_STREAMS:
         projection = replace(projection, channels=2 * projection.channels)
         group = equal_group(projection.num_chunks(hidden_size), MOST_CHUNKS)
         return ExpandProjectPlan(replace(projection, chunks_per_group=group), blocks_per_sm=EXPANDING_BLOCKS)
@@ -123,7 +130,7 @@ class AggregateMappingsPlan:
 
 # That hold Sinkhorn's matrix without a spill; left alone, the compiler takes 64 and 166, where `aggregate` takes 32 and
 # 55.
-MAPPING_REGISTERS = {1: 48, 2: 48, 3: 48, 4: 48, 5: 64, 6: 80, 7: 96, 8: 96}
+MAPPING_REGISTERS = {1: 48, 2: 48, 3: 48, 4: 48, 5: 64, 6: 80, 7: 96, 8: 128}
 
 
 @cache
@@ -201,9 +208,9 @@ POLLS = 64
 def post_pre_plan(plan: ProjectionPlan) -> PostPrePlan | None:
     """The plan of the boundary in one launch, beside one of three with this projection; None where there is none.
 
-    By warps alone.
+    By warps alone, of two or four streams.
     """
-    return PostPrePlan(plan) if isinstance(plan, WarpProjectionPlan) else None
+    return PostPrePlan(plan) if isinstance(plan, WarpProjectionPlan) and plan.full_tiles <= 1 else None
 
 
 @dataclass(frozen=True)

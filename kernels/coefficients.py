@@ -21,7 +21,7 @@ import tilelang.language as T
 
 from .coefficients_aggregate import coefficients_by_threads_kernel
 from .logits import inverse_rms, logits, row_groups, scaled_dots, sigmoid, slabs_per_group
-from .projection_plans import ProjectionPlan, WarpProjectionPlan
+from .projection_plans import WARP_STREAMS, ProjectionPlan, WarpProjectionPlan
 from .sinkhorn import a_token_a_thread, sinkhorn_inplace
 
 
@@ -59,7 +59,7 @@ def coefficients_kernel(
     with (iters, sinkhorn_eps, post_scale) is not read. Where it is `pdl`,
     the launch waits on the device for the one before it, and the next may begin once all blocks have.
     """
-    if isinstance(plan, WarpProjectionPlan) and not is_deferred:
+    if isinstance(plan, WarpProjectionPlan) and not is_deferred and num_streams in WARP_STREAMS:
         return coefficients_by_threads_kernel(num_streams, hidden_size, plan, block)
     n = num_streams
     pre, post, res = row_groups(n)

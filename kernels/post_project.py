@@ -43,6 +43,7 @@ Backward: `boundary_backward`.
 import tilelang.language as T
 
 from .boundary_plans import PostProjectPlan
+from .eight_streams import post_project_of_eight_kernel
 from .post_project_warps import post_project_by_warps_kernel
 from .projection import Sums, accumulate_dots, accumulate_squares, clear, close_chunk, high_half, store_slab
 from .projection_plans import LANES, ProjectionPlan, WarpProjectionPlan
@@ -145,6 +146,8 @@ def post_project_kernel(
     is the identity.
     """
     if isinstance(plan.projection, WarpProjectionPlan):
+        if num_streams == 8:
+            return post_project_of_eight_kernel(hidden_size, layer_dtype, plan, has_h_pre)
         return post_project_by_warps_kernel(num_streams, hidden_size, layer_dtype, plan, has_h_pre, has_h_res)
     n, rows, projection = num_streams, plan.rows, plan.projection
     tokens, channels = projection.tokens, projection.channels

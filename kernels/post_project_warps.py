@@ -70,13 +70,14 @@ def copy_coefficients(coefficients, h_res, h_post, h_pre, first_token, lane, at)
             token = T.min(first_token + row // of_token, num_tokens - 1)
             row = row % of_token
             to = at + r * WARP + lane
-            if row == mixed:
-                copy_async(coefficients[to, 0], h_post[token, 0], n)
-            elif row > mixed:
-                if h_pre is not None:
-                    copy_async(coefficients[to, 0], h_pre[token, 0], n)
-            elif h_res is not None:
-                copy_async(coefficients[to, 0], h_res[token, row, 0], n)
+            for first in tuple(range(0, n, 4)):  # 16 bytes at most
+                if row == mixed:
+                    copy_async(coefficients[to, first], h_post[token, first], min(n, 4))
+                elif row > mixed:
+                    if h_pre is not None:
+                        copy_async(coefficients[to, first], h_pre[token, first], min(n, 4))
+                elif h_res is not None:
+                    copy_async(coefficients[to, first], h_res[token, row, first], min(n, 4))
 
 
 @T.macro

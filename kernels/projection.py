@@ -29,6 +29,7 @@ from typing import Any
 import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
+from .eight_streams import project_of_eight_kernel
 from .projection_plans import LANES, ProjectionPlan, WarpProjectionPlan
 from .projection_warps import project_by_warps_kernel, split_phi_fragments_kernel
 
@@ -160,6 +161,8 @@ def project_kernel(num_streams: int, hidden_size: int, dtype: str, plan: Project
 
     `chunks_per_split` chunks go to each block of a token tile; `partial` has the slabs of `projection_plans.num_slabs`.
     """
+    if isinstance(plan, WarpProjectionPlan) and num_streams == 8:
+        return project_of_eight_kernel(hidden_size, plan)
     if isinstance(plan, WarpProjectionPlan):
         return project_by_warps_kernel(num_streams, hidden_size, plan)
     n, tokens, channels = num_streams, plan.tokens, plan.channels

@@ -10,8 +10,9 @@ from math import gcd
 from .plans import BYTES, WARP
 
 SPAN = 32  # channels that a warp takes at a time, 8 consecutive ones a lane
-WARP_STREAMS = (2, 4)  # whose forward is by warps
+WARP_STREAMS = (2, 4)  # whose forward is by warps; of eight in part
 MOST_CHUNKS = 5  # of 64 channels in a group: longer ones leave the device fewer blocks to share out
+LARGE_SHARED_BYTES = 227 * 1024  # that a block may use where nothing else is said: sm_90a and sm_100a
 LANES = 16  # partial sums of Σx² per token
 STAGE_BYTES = 32 * 1024  # shared memory of one pipeline stage: three of them fit the 99 KB of sm_120
 GROUP_CHANNELS = 1024  # channels, at most, whose chunks are added up before they are written, except for small batches
@@ -125,14 +126,26 @@ class WarpProjectionPlan(ProjectionPlan):
 
 
 @cache
-def projection_plan(rows: int, num_streams: int, hidden_size: int, dtype: str, platform: str) -> ProjectionPlan:
+def projection_plan(
+    rows: int,
+    num_streams: int,
+    hidden_size: int,
+    dtype: str,
+    platform: str,
+    shared_bytes: int = LARGE_SHARED_BYTES,
+) -> ProjectionPlan:
     """The plan for phi with `rows` rows. It must not depend on the token count: the chunks fix the bits.
 
-    A 16-bit stream of two or four is projected by warps where a lane's 8 channels are in a row.
+    A 16-bit stream of two or four is projected by warps where a lane's 8 channels are in a row; one of eight in
+    bfloat16, on a Sinkhorn connection's rows, where a block may use the `shared_bytes` that it takes.
     """
     if num_streams in WARP_STREAMS and has_warps(hidden_size, dtype, platform):
         plan = WarpProjectionPlan(rows, True, dtype, tokens=64, channels=64, threads=128, stages=2)
         return replace(plan, chunks_per_group=equal_group(plan.num_chunks(hidden_size), MOST_CHUNKS))
+    has_room = dtype == "bfloat16" and shared_bytes >= LARGE_SHARED_BYTES
+    if (num_streams, rows) == (8, 80) and has_room and has_warps(hidden_size, dtype, platform):
+        plan = WarpProjectionPlan(rows, True, dtype, tokens=128, channels=32, threads=256, stages=2)
+        return replace(plan, chunks_per_group=equal_group(plan.num_chunks(hidden_size), 2 * MOST_CHUNKS))
     return tile_projection_plan(rows, hidden_size, dtype, platform)
 
 
@@ -198,9 +211,6 @@ def num_slabs(chunks_per_split: int, num_chunks: int, plan: ProjectionPlan) -> i
     if chunks_per_split >= num_chunks and not isinstance(plan, WarpProjectionPlan):
         return 1
     return num_chunks if chunks_per_split % plan.chunks_per_group else -(-num_chunks // plan.chunks_per_group)
-
-
-LARGE_SHARED_BYTES = 227 * 1024  # that a block may use where nothing else is said: sm_90a and sm_100a
 
 
 @dataclass(frozen=True)

@@ -78,11 +78,11 @@ def split_phi_fragments_kernel(
             thread = T.get_thread_binding()
             tile, step, lane = thread // (STEPS * WARP), thread // WARP % STEPS, thread % WARP
             channel = span * WARP_CHANNELS + lane % 4 * VECTOR + step * 4
-            is_mixed = tile == plan.full_tiles
+            is_mixed = plan.sum_tiles > plan.full_tiles and tile == plan.full_tiles
             for lower in T.unroll(2):  # rows g, then g + 8
                 # high halves of 16 rows a tile, then their low halves; in the tile between 8 rows of both
                 first = T.if_then_else(is_mixed, plan.full_tiles * 16, tile % plan.sum_tiles * 16 + lower * 8)
-                is_low = T.if_then_else(is_mixed, lower == 1, tile > plan.full_tiles)
+                is_low = T.if_then_else(is_mixed, lower == 1, tile > plan.sum_tiles - 1)
                 for e in T.unroll(4):
                     values[e] = 0.0
                 row = first + lane // 4
@@ -114,25 +114,33 @@ def copy_phi(phi_tile, phi, chunk, stage, thread, plan: WarpProjectionPlan):
 
 
 @T.macro
-def project_span(dots, squares, words, phi_tile, at, num_streams, plan: WarpProjectionPlan):
-    """dots and squares += those of a span: words[(half · n + stream) · 4 : …], and phi's units from `at` on."""
+def project_stream(dots, squares, words, phi_tile, at, j, num_streams, plan: WarpProjectionPlan):
+    """dots and squares += those of a span of stream j: words[(half · n + j) · 4 : …], and phi's units from `at` on."""
     n, tiles, sums, dtype = num_streams, plan.phi_tiles, plan.dots_tiles, plan.operand_dtype
-    of_phi = T.alloc_local((tiles * VECTOR,), dtype)
+    at_once = tiles if n <= 4 else 1  # tiles of phi that are in registers
+    of_phi = T.alloc_local((at_once * VECTOR,), dtype)
     exchanged = T.alloc_local((WORDS,), T.uint32)
-    for j in T.unroll(n):
-        for step in T.unroll(STEPS):
-            for m in T.unroll(tiles):
+    for step in T.unroll(STEPS):
+        for first in tuple(range(0, tiles, at_once)):
+            for m in T.unroll(at_once):
                 for e in T.vectorized(VECTOR):
-                    of_phi[m * VECTOR + e] = phi_tile[at + ((j * STEPS + step) * tiles + m) * WARP, e]
-            for m in T.unroll(tiles):
+                    of_phi[m * VECTOR + e] = phi_tile[at + ((j * STEPS + step) * tiles + first + m) * WARP, e]
+            for m in T.unroll(at_once):
                 for half in T.unroll(2):
                     of_x = (half * n + j) * WORDS + step * 2
-                    mma(of_phi, m * VECTOR, words, of_x, dots, (half * sums + m % sums) * 4, dtype)
-        for half in T.unroll(2):
-            for k in T.unroll(2):
-                exchanged[k * 2] = words[(half * n + j) * WORDS + k]
-                exchanged[k * 2 + 1] = words[(half * n + j) * WORDS + k + 2]
-                mma(words, (half * n + j) * WORDS, exchanged, k * 2, squares, (half * 2 + k) * 4, dtype)
+                    mma(of_phi, m * VECTOR, words, of_x, dots, (half * sums + (first + m) % sums) * 4, dtype)
+    for half in T.unroll(2):
+        for k in T.unroll(2):
+            exchanged[k * 2] = words[(half * n + j) * WORDS + k]
+            exchanged[k * 2 + 1] = words[(half * n + j) * WORDS + k + 2]
+            mma(words, (half * n + j) * WORDS, exchanged, k * 2, squares, (half * 2 + k) * 4, dtype)
+
+
+@T.macro
+def project_span(dots, squares, words, phi_tile, at, num_streams, plan: WarpProjectionPlan):
+    """dots and squares += those of a span: words[(half · n + stream) · 4 : …], and phi's units from `at` on."""
+    for j in T.unroll(num_streams):
+        project_stream(dots, squares, words, phi_tile, at, j, num_streams, plan)
 
 
 def both_halves(high, low, plan: WarpProjectionPlan):

@@ -81,7 +81,9 @@ def name_of(family: str, parameters: dict[str, Any], common: dict[str, Any]) -> 
         if name == "plan":
             projection = getattr(value, "projection", value)
             parts += [f"rows{projection.rows}"] if hasattr(projection, "rows") else []
-            parts += ["warps"] if isinstance(projection, projection_plans.WarpProjectionPlan) else []
+            parts += (
+                [f"warps{projection.channels}"] if isinstance(projection, projection_plans.WarpProjectionPlan) else []
+            )
         elif name == "lanes":
             parts.append(f"lanes{value}")
         elif name == "layer_dtype" and value != parameters["dtype"]:

@@ -49,8 +49,10 @@ def coefficients_and_aggregate(
 
 
 def joins_aggregation(x: torch.Tensor, layer_input: torch.Tensor, plan: projection_plans.ProjectionPlan) -> bool:
-    """Whether coefficients and aggregation are one launch: after a projection by warps, of whole 16-byte accesses."""
-    by_warps = isinstance(plan, projection_plans.WarpProjectionPlan)
+    """Whether coefficients and aggregation are one launch: after a projection of two or four streams by
+    warps, in whole 16-byte accesses.
+    """
+    by_warps = isinstance(plan, projection_plans.WarpProjectionPlan) and x.shape[1] in projection_plans.WARP_STREAMS
     return by_warps and alignment(x, layer_input) == plans.MAX_ACCESS_BYTES
 
 

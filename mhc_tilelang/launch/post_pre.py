@@ -223,9 +223,8 @@ def post_project(
 def post_project_plan(x: torch.Tensor, rows: int, has_h_pre: bool = False) -> boundary_plans.PostProjectPlan:
     """The plan by which a stream on this device is mixed and projected on a phi of `rows` rows."""
     _, num_streams, hidden_size = x.shape
-    return boundary_plans.post_project_plan(
-        rows, num_streams, hidden_size, dtype_name(x.dtype), compiler.platform_of(x.device), has_h_pre
-    )
+    sizes = (rows, num_streams, hidden_size, dtype_name(x.dtype), compiler.platform_of(x.device))
+    return boundary_plans.post_project_plan(*sizes, has_h_pre, compiler.shared_bytes(x.device))
 
 
 def boundary_schedule(

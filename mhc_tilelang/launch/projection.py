@@ -71,7 +71,8 @@ def project(
 def projection_plan(x: torch.Tensor, rows: int) -> projection_plans.ProjectionPlan:
     """Return the plan by which a stream on this device is projected on a phi of `rows` rows."""
     _, n, hidden_size = x.shape
-    return projection_plans.projection_plan(rows, n, hidden_size, dtype_name(x.dtype), compiler.platform_of(x.device))
+    sizes = (rows, n, hidden_size, dtype_name(x.dtype), compiler.platform_of(x.device))
+    return projection_plans.projection_plan(*sizes, compiler.shared_bytes(x.device))
 
 
 def parallel_blocks(device: torch.device) -> int:

@@ -108,8 +108,18 @@ class Subject:
         return f"{self.kernel} ({self.variant})" if self.variant else self.kernel
 
     def parameters(self, arch: str) -> dict[str, Any]:
-        """Return the compile-time parameters for an architecture; fewer stages where shared memory is small."""
+        """Return the compile-time parameters for an architecture; fewer stages where shared memory is small, and tiles
+        for eight streams.
+        """
         parameters = self.launch.parameters
+        plan = parameters.get("plan")
+        projection = getattr(plan, "projection", plan)
+        if isinstance(projection, projection_plans.WarpProjectionPlan) and projection.rows == 80:
+            sizes = (80, 8, parameters["hidden_size"], projection.operand_dtype, "cuda")
+            room = ARCHITECTURES[arch].shared_bytes_per_block
+            if projection is plan:
+                return {**parameters, "plan": projection_plans.projection_plan(*sizes, room)}
+            return {**parameters, "plan": boundary_plans.post_project_plan(*sizes, parameters["has_h_pre"], room)}
         if self.kernel != "boundary_backward" or not isinstance(plan := parameters["plan"], projection_plans.WarpsPlan):
             return parameters
         n, hidden_size, dtype = (parameters[name] for name in ("num_streams", "hidden_size", "dtype"))

@@ -46,7 +46,7 @@ from dataclasses import dataclass
 
 from ...kernels import boundary_plans, plans, projection_plans
 from ...kernels.plans import BYTES
-from ...kernels.projection_plans import ProjectionPlan, WarpProjectionPlan
+from ...kernels.projection_plans import WARP_STREAMS, ProjectionPlan, WarpProjectionPlan
 from ...spec import MHCSpec
 from ..calls.cases import POST_PRE, POST_PRE_BACKWARD, POST_PRE_DELAYED, POST_PRE_QUANTIZED, Case
 from ..calls.table import CALLS
@@ -120,8 +120,9 @@ def small_bytes(case: Case, plan: ProjectionPlan, num_slabs: int) -> int:
         return one_launch_bytes(case, at_once)
     if case.kernel in (POST_PRE, POST_PRE_DELAYED):  # h_pre, h_post, h_res and phi, then what `coefficients` moves
         read = (2 * n + n * n) * tokens + rows * n * case.shape.hidden_size
-        if isinstance(plan, WarpProjectionPlan):  # a launch splits phi; another one has mappings and aggregation
+        if isinstance(plan, WarpProjectionPlan):  # a launch splits phi
             partial += split_phi_bytes(case, plan)
+        if isinstance(plan, WarpProjectionPlan) and n in WARP_STREAMS:  # another one has mappings and aggregation
             read -= n * tokens if case.kernel == POST_PRE else 0
         elif case.kernel == POST_PRE and plan.split:  # on a GPU two mappings are made by the aggregation's launch
             read += (n + n * n) * tokens

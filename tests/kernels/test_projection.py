@@ -167,7 +167,7 @@ def test_slabs_that_a_gpu_writes(dtype, parallel_blocks):
 @pytest.mark.parametrize("hidden_size", [1280, 2048, 2560, 4096, 5120, 7168, 8192])
 def test_groups_are_equal(hidden_size):
     """Every shipped width has an even number of equal groups. Catches a last group that is partial: 8, 8, 4 chunks."""
-    found = [projection_plans.tile_projection_plan(24, 4, hidden_size, dtype, "cuda") for dtype in plans.BYTES]
+    found = [projection_plans.tile_projection_plan(24, hidden_size, dtype, "cuda") for dtype in plans.BYTES]
     for plan in (projection_plans.projection_plan(24, 4, hidden_size, "bfloat16", "cuda"), *found):
         num_chunks = plan.num_chunks(hidden_size)
         assert num_chunks % plan.chunks_per_group == 0

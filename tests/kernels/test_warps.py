@@ -49,6 +49,23 @@ def test_fused_equals_separate(case):
     assert_same_bits([x_next, partial], separate(inputs))
 
 
+@pytest.mark.parametrize("width", [72, pytest.param(640, marks=pytest.mark.full)])
+def test_eight_streams(width):
+    """Of sm_90a: the bits of separate kernels, of a token alone, and sums as near to float64."""
+    case = Case(8, width, torch.bfloat16, 19)
+    inputs = Inputs.of(case, CPU)
+    mixed = (inputs.x, inputs.layer_output, inputs.h_post, inputs.h_res)
+    with executing("sm_90a", parallel_blocks=SOME) as launches:
+        x_next, partial, layer_input = launch.post_project(*mixed, inputs.phi, h_pre=inputs.h_pre)
+        assert launches[-1].parameters["plan"].projection.channels == 32
+        assert_same_bits([x_next], [launch.post(*mixed)])
+        assert_same_bits([partial], [launch.project(x_next, inputs.phi)])
+        assert_same_bits([layer_input], [launch.aggregate(x_next, inputs.h_pre)])
+        alone = launch.post_project(*(each[7:8] for each in mixed), inputs.phi, h_pre=inputs.h_pre[7:8])
+    assert_same_bits(alone, [x_next[7:8], partial[..., 7:8], layer_input[7:8]])
+    check_sums(partial, replace(inputs, x=x_next))
+
+
 @pytest.mark.parametrize(("case", "layer_dtype"), [(MAIN, torch.float32), (FP16, torch.float16)])
 def test_delayed_form(case, layer_dtype):
     """layer_input is the aggregation's, with a layer of either dtype; everything else is as without it."""
@@ -77,12 +94,16 @@ def test_sums_against_float64(case, scale):
     inputs = Inputs.of(case, CPU)
     inputs = replace(inputs, phi=inputs.phi * scale)
     with executing():
-        partial = launch.project(inputs.x, inputs.phi).double().sum(0)
-    x, phi = inputs.x.double().flatten(1), inputs.phi.double()
+        check_sums(launch.project(inputs.x, inputs.phi), inputs)
+
+
+def check_sums(partial, inputs):
+    """Hold partial sums of inputs.x to what it says above: a chunk has 256 elements."""
+    sums, x, phi = partial.double().sum(0), inputs.x.double().flatten(1), inputs.phi.double()
     products = (x[:, None] * phi).square().sum(2).sqrt()
-    left = 2**-18 if case.dtype == torch.bfloat16 else 2**-23
-    assert ((partial[:24].T - x @ phi.T).abs() <= 6 * left * products + 64 * 4 * 2**-24 * products).all()
-    assert ((partial[24] / x.square().sum(1) - 1).abs() <= 64 * 4 * 2**-24).all()
+    left = 2**-18 if inputs.x.dtype == torch.bfloat16 else 2**-23
+    assert ((sums[:-1].T - x @ phi.T).abs() <= 6 * left * products + 64 * 4 * 2**-24 * products).all()
+    assert ((sums[-1] / x.square().sum(1) - 1).abs() <= 64 * 4 * 2**-24).all()
 
 
 def test_phi_beyond_float16_says_so():
@@ -179,7 +200,7 @@ def test_widths_that_warps_do_not_take():
     )
     for rows, n, width, dtype, platform in (
         *((24, 4, 644, "float16", "cuda"), (24, 4, 640, "float32", "cuda")),
-        *((24, 4, 640, "bfloat16", "cpu"), (80, 8, 640, "bfloat16", "cuda")),
+        *((24, 4, 640, "bfloat16", "cpu"), (80, 8, 640, "float16", "cuda"), (16, 8, 640, "bfloat16", "cuda")),
     ):
         assert not isinstance(
             projection_plans.projection_plan(rows, n, width, dtype, platform), projection_plans.WarpProjectionPlan

@@ -160,7 +160,7 @@ def test_a_sublayer_is_no_worse_than_the_papers_kernels() -> None:
         ("post_pre_backward", 4, 21, 2.7),
         ("identity_post_pre_backward", 3, 20, 0.73),
         ("post_head_backward", 4, 21, 1.9),
-        ("expand_pre", 4, 7, 0.5),
+        ("expand_pre", 5, 7, 0.5),
         ("expand_pre_backward", 9, 10, 1.5),
     ],
 )
@@ -186,10 +186,9 @@ def test_a_boundary_stays_within_its_limits(
 def test_an_identitys_boundary_takes_no_more_than_sinkhorns(way: str) -> None:
     """Of launches for every n and dtype, and of the stream's bytes; small ones have limits of their own above.
 
-    Would catch a launch that is joined with h_res alone. Few tokens, whose forward is one launch with h_res and three
-    without, are left out.
+    Would catch a launch that is joined with h_res alone.
     """
-    for n, dtype, tokens in product((1, 2, 4, 8), ("bfloat16", "float32"), (1100, 4097)):
+    for n, dtype, tokens in product((1, 2, 4, 8), ("bfloat16", "float32"), (5, 1100, 4097)):
         shape = Shape(tokens, n, 640, dtype)
         identity, sinkhorn = (len(launches(Case(f"{of}{way}", shape), "cuda", 264)) for of in ("identity_", ""))
         assert identity <= sinkhorn, shape
@@ -232,7 +231,8 @@ def test_streams_are_told_from_small_tensors() -> None:
             assert streams("project")[-1] == ("x",)
             assert streams("coefficients") == [()]
             assert streams("aggregate_backward") == [("g_layer_input", "x")]
-            assert [set(names) for names in streams("expand_pre")] == [{"h", "x"}, set(), set(), {"x", "layer_input"}]
+            of_streams = [set(names) for names in streams("expand_pre") if names]
+            assert of_streams == [{"h", "x"}, {"x", "layer_input"}]
             mixing = [names for names in streams("post_pre_backward") if "g_x" in names]
             assert len(mixing) == (1 if boundary_plans.backward_is_fused(4, target) else 2)
             assert set(mixing[-1]) >= {"g_x_next", "x", "layer_output", "g_x", "g_layer_output"}
