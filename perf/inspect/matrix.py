@@ -239,14 +239,16 @@ def representative(kernels: Sequence[str] = tuple(FAMILIES)) -> list[tuple[Subje
 
 
 def other_streams() -> list[tuple[Subject, str]]:
-    """Return the builds stored beside CI's: other n, and identity connections of eight streams and in float32."""
+    """Return the builds stored beside CI's: other n, and identity connections of two and eight streams and in
+    float32.
+    """
     found = [
         (subject, arch)
         for n, architectures in OTHER_STREAMS.items()
         for subject in subjects(replace(STUDIED, num_streams=n))
         for arch in architectures
     ]
-    for shape in (replace(STUDIED, num_streams=8), replace(STUDIED, dtype="float32")):
+    for shape in (*(replace(STUDIED, num_streams=n) for n in (2, 8)), replace(STUDIED, dtype="float32")):
         of_identity = (one for one in subjects(shape) if "identity" in one.variant or "gates" in one.kernel)
         found += [(one, MAIN) for one in of_identity if one.dtype in (None, shape.dtype)]
     return list({subject.key(arch): (subject, arch) for subject, arch in found}.values())

@@ -66,11 +66,23 @@ def renew(kernels: Sequence[str], path: Path = KERNELS) -> None:
 
 
 def renew_other_streams() -> None:
-    """Build what is stored beside CI's builds."""
+    """Build what is stored beside CI's builds, anew where the kernel is another one, or a tool."""
+    from ...compiler import tracing
     from . import matrix
     from .built import build_all
+    from .compiler import versions
+    from .row import hash_source
 
-    write(OTHER_STREAMS, build_all(matrix.other_streams()))
+    made_with, rows = read(OTHER_STREAMS)
+    found = {row.key: row for row in rows} if made_with == versions() else {}
+    asked, stale = matrix.other_streams(), []
+    for subject, arch in asked:
+        made_from = hash_source(tracing.trace(subject.kernel, subject.parameters(arch)), subject, arch)
+        row = found.get(subject.key(arch))
+        if row is None or row.made_from != made_from:
+            stale.append((subject, arch))
+    found |= {row.key: row for row in build_all(stale)}
+    write(OTHER_STREAMS, [found[subject.key(arch)] for subject, arch in asked])
 
 
 if __name__ == "__main__":
