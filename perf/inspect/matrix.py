@@ -30,7 +30,7 @@ WIDTHS = (1280, 1920, 2560, 4096, 5120, 7168)
 STREAMS = (2, 4, 8)
 STUDIED = Shape(TOKENS, 4, 2560, "bfloat16")  # of the pages and of the representative builds
 MAIN = "sm_90a"  # what the tiles are made for
-OTHER_STREAMS = {1: (MAIN, "sm_100a"), 3: tuple(ARCHITECTURES), 5: (MAIN,)}  # stored beside CI's builds
+OTHER_STREAMS = {1: tuple(ARCHITECTURES), 3: tuple(ARCHITECTURES), 5: (MAIN,), 6: (MAIN,)}  # stored beside CI's builds
 # Where tensor cores, long sums or much shared memory make the dtype matter more than the width of an access.
 HEAVY = ("project", "project_backward", "post_backward")
 BY_WARPS = ("post_project", "coefficients_aggregate")  # whose 16-bit code has a conversion for each dtype

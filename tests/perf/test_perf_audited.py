@@ -55,7 +55,7 @@ SHAPES += [
     for target in BLOCKS
     for n in (2, 4, 8)
     for dtype in ("bfloat16", "float16", "float32")
-    for C, tokens in ((1, 1), (1280, 4097), (7168, 20_000))
+    for C, tokens in ((1, 1), (1280, 4097), (7168, 9_000))
 ]
 
 
