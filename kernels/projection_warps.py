@@ -8,7 +8,8 @@ a span of a stream as the tensor core's m16n8k16 wants its second operand, 8 tok
 
 So a vector that was loaded, or mixed in registers, is an operand as it is. Which channels a product's steps are follows
 from where phi has its columns, and that is settled once, by `split_phi_fragments`: a unit of 16 bytes is what a lane
-needs of 16 rows for one product, and a block copies a chunk of units without a thought.
+needs of 16 rows for one product, and a block copies a chunk of units without a thought. For
+`post_pre`, which has no launch before it, `copy_phi_rows` and `split_phi_rows` make the units in shared memory.
 
 Rows of phi lie in tiles of 16: high halves, then the low ones of the same rows, whose products are added to the same
 sums; 8 rows that are left have their high halves in one tile with their low ones, added up when a chunk is closed.
@@ -31,6 +32,7 @@ products are rows or columns of their own.
 import tilelang.language as T
 
 from .projection_plans import WarpProjectionPlan
+from .warp_tiles import copy_inside
 from .warps import (
     PASS_CONFIGS,
     PASS_CONFIGS_ATTR,
@@ -42,7 +44,10 @@ from .warps import (
     clear_sums,
     copy_async,
     fma,
+    high_half,
+    low_half,
     mma,
+    pack,
     vector_at,
 )
 
@@ -111,6 +116,58 @@ def copy_phi(phi_tile, phi, chunk, stage, thread, plan: WarpProjectionPlan):
     for r in T.unroll(units // plan.threads):
         at = r * plan.threads + thread
         copy_async(phi_tile[stage + at, 0], phi[chunk * units + at, 0])
+
+
+@T.macro
+def copy_phi_rows(phi_tile, phi, stream, channel, lane, spans):
+    """Start to copy a stream's rows to where `split_phi_rows` leaves their halves: of a lane four channels of rows
+    lane // 4, + 8 and so on. Zeros beyond the last channel and the last row.
+    """
+    rows, n, hidden_size = phi.shape
+    eights = -(-rows // 8)
+    whole = T.view(phi_tile, (phi_tile.shape[0], WORDS), T.float32)
+    for span in T.unroll(spans):
+        for step in T.unroll(STEPS):
+            for r in T.unroll(eights):
+                to = (((span * n + stream) * STEPS + step) * eights + r) * WARP + lane
+                first = channel + span * WARP_CHANNELS + step * WORDS
+                source = T.min(first, hidden_size - WORDS)
+                if rows % 8 == 0:
+                    copy_inside(whole[to, 0], phi[lane // 4 + r * 8, stream, source], first < hidden_size, WORDS)
+                else:
+                    row = T.min(lane // 4 + r * 8, rows - 1)
+                    inside = T.And(first < hidden_size, lane // 4 + r * 8 < rows)
+                    copy_inside(whole[to, 0], phi[row, stream, source], inside, WORDS)
+
+
+@T.macro
+def split_phi_rows(phi_tile, stream, lane, n, spans, plan: WarpProjectionPlan):
+    """The halves of what the lane has copied, in its place, as `split_phi_fragments` has them."""
+    tiles, full, dtype = plan.phi_tiles, plan.full_tiles, plan.operand_dtype  # a tile for 8 rows that were copied
+    rows, halves = T.alloc_local((tiles * WORDS,), T.float32), T.alloc_local((tiles * WORDS,), T.uint32)
+    values = T.alloc_local((2,), T.float32)
+    copied = T.view(phi_tile, (phi_tile.shape[0], WORDS), T.float32)
+    whole = T.view(phi_tile, (phi_tile.shape[0], WORDS), T.uint32)
+    for span in T.unroll(spans):
+        for step in T.unroll(STEPS):
+            unit = ((span * n + stream) * STEPS + step) * tiles * WARP + lane
+            for r in T.unroll(tiles):
+                for e in T.vectorized(WORDS):
+                    rows[r * WORDS + e] = copied[unit + r * WARP, e]
+            for r in tuple(range(tiles)):
+                for pair in T.unroll(2):
+                    # of 16 rows: high halves, then low; between them 8 rows of both
+                    to = r // 2 * WORDS + pair * 2 + r % 2
+                    to_low = to + (full + 1) * WORDS if r < 2 * full else to + 1
+                    for e in T.unroll(2):
+                        values[e] = rows[r * WORDS + pair * 2 + e]
+                    pack(halves, to, values, dtype)
+                    values[0] = scale_low(values[0] - low_half(halves[to], dtype), plan)
+                    values[1] = scale_low(values[1] - high_half(halves[to], dtype), plan)
+                    pack(halves, to_low, values, dtype)
+            for m in T.unroll(tiles):
+                for e in T.vectorized(WORDS):
+                    whole[unit + m * WARP, e] = halves[m * WORDS + e]
 
 
 @T.macro
