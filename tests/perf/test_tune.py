@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import CPU
 
+from mhc_tilelang.compiler.recording import Recorded
 from mhc_tilelang.compiler.toolchain import find_nvdisasm
 from mhc_tilelang.errors import MHCError
 from mhc_tilelang.perf.calls.cases import Case, Shape
@@ -125,6 +126,7 @@ def test_plans_are_ranked_by_what_they_are_predicted_to_take(
     """Fastest first, then those without a number; and the choice is said."""
 
     def stand_in(launch, gpu):
+        assert isinstance(launch, Recorded)  # or it has no function to build
         assert (gpu.name, launch.sizes["num_tokens"], "x" in launch.streams) == ("h200", 4096, True)
         threads = launch.parameters["tile"].threads
         if threads == 64:
