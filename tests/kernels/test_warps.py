@@ -49,7 +49,7 @@ def test_fused_equals_separate(case):
     assert_same_bits([x_next, partial], separate(inputs))
 
 
-@pytest.mark.parametrize("width", [72, pytest.param(640, marks=pytest.mark.full)])
+@pytest.mark.parametrize("width", [72, 2560])
 def test_eight_streams(width):
     """Of sm_90a: the bits of separate kernels, of a token alone, and sums as near to float64."""
     case = Case(8, width, torch.bfloat16, 19)
@@ -173,18 +173,30 @@ def no_barrier(code):
 
 def one_stage(code):
     """The next chunk of phi copied over the one that is read."""
-    return code.replace("+ (int64_t)12288) - (((int64_t)stage)", ") + (((int64_t)stage)")
+    damaged_code, found = re.subn(r"\+ \(int64_t\)\d+\) - \(\(\(int64_t\)stage\)", ") + (((int64_t)stage)", code)
+    assert found
+    return damaged_code
+
+
+FAULTS = [
+    (nothing_waited_for, {"missing cp.async wait"}),
+    (no_barrier, {"race", "missing cp.async wait"}),
+    (one_stage, {"race", "missing cp.async wait"}),
+]
 
 
 @pytest.mark.parametrize("family", ["post_project", "project"])
-@pytest.mark.parametrize(
-    ("mutate", "kinds"),
-    [
-        (nothing_waited_for, {"missing cp.async wait"}),
-        (no_barrier, {"race", "missing cp.async wait"}),
-        (one_stage, {"race", "missing cp.async wait"}),
-    ],
-)
+@pytest.mark.parametrize(("mutate", "kinds"), FAULTS)
+def test_planted_faults_in_eight_streams_are_reported(family, mutate, kinds):
+    inputs = Inputs.of(Case(8, 72, torch.bfloat16, 19), CPU)
+    mixed = (inputs.x, inputs.layer_output, inputs.h_post, inputs.h_res) if family == "post_project" else (inputs.x,)
+    with damaged(family, mutate), executing("sm_90a", FEWEST), pytest.raises(SimtError) as caught:
+        getattr(launch, family)(*mixed, inputs.phi)
+    assert caught.value.kinds & kinds
+
+
+@pytest.mark.parametrize("family", ["post_project", "project"])
+@pytest.mark.parametrize(("mutate", "kinds"), FAULTS)
 def test_planted_faults_are_reported(family, mutate, kinds):
     inputs = Inputs.of(MAIN, CPU)
     run = post_project if family == "post_project" else separate
