@@ -311,9 +311,10 @@ def untrusted_row(name: str, folder: Path) -> Row | None:
 def size_of(directory: Path) -> int:
     """Add up the sizes of the files below a directory; other processes may be writing and removing them."""
     total = 0
-    for path in directory.rglob("*"):
-        with suppress(FileNotFoundError):
-            total += path.stat().st_size if path.is_file() else 0
+    for folder, _, names in os.walk(directory):  # which passes over a folder that is gone by the time it is read
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += Path(folder, name).stat().st_size
     return total
 
 

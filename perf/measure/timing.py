@@ -146,8 +146,8 @@ class CpuClock:
 def waiting_nanoseconds() -> int:
     """Return how long this process's threads have been runnable without a core so far; 0 if not on Linux."""
     total = 0
-    with suppress(OSError):  # not Linux, or a thread that has just ended
-        for thread in THREADS.iterdir():
+    for thread in THREADS.glob("*"):  # none where the system is not Linux
+        with suppress(OSError):  # it has just ended
             total += int((thread / "schedstat").read_text().split()[1])
     return total
 

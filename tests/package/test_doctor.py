@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -189,6 +190,23 @@ def test_gpu_is_described(tmp_path: Path) -> None:
     value = rows_by_name(report)["GPU 0"]["value"]
     assert torch.cuda.get_device_name(0) in value
     assert "driver unknown" not in value
+
+
+def test_size_of_what_others_remove_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder and a file are gone by the time that they are looked at: as of a kernel that is compiled just now."""
+    for name in ("gone", "kept"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(b"1234")
+    (tmp_path / "kept" / "link").symlink_to(tmp_path / "absent")
+    scan = os.scandir
+
+    def scandir(path: str | Path | int) -> object:
+        if not isinstance(path, int) and Path(path).name == "gone":
+            shutil.rmtree(path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert doctor.size_of(tmp_path) == 4
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,8 @@ def test_flush_is_larger_than_the_cache(cache_bytes: int, flushed: int) -> None:
 
 
 def test_waiting_is_summed_over_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for one that ends meanwhile, whichever comes first."""
+    (tmp_path / "10").mkdir()
     for thread, waited in (("11", 300), ("12", 4)):
         (tmp_path / thread).mkdir()
         (tmp_path / thread / "schedstat").write_text(f"987654321 {waited} 17\n")
