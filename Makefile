@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.mhc-ready
 
 .DELETE_ON_ERROR:
-.PHONY: help bench check doctor inspect-full inspect-kernels docs docs-guide docs-predict test test-full lint format clean
+.PHONY: help bench check doctor inspect-kernels docs docs-guide docs-predict test test-full lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' Makefile
@@ -35,10 +35,7 @@ check: $(READY) ## compare the kernels with the float64 reference
 doctor: $(READY) ## report what this machine has and what is missing
 	$(BIN)/mhc-tilelang doctor $(ARGS)
 
-inspect-full: $(READY) ## build every kernel at every size for every CUDA architecture, and keep what came out
-	$(BIN)/mhc-tilelang inspect --full --json perf/results/inspect/kernels.json $(ARGS)
-
-inspect-kernels: $(READY) ## build what CI builds of KERNELS="post ..." (all without) anew, and keep what came out
+inspect-kernels: $(READY) ## build for every CUDA architecture what changed of KERNELS="post ..." (all without), and keep what came out
 	$(BIN)/python -m mhc_tilelang.perf.inspect.stored $(KERNELS)
 
 docs: $(READY) ## build the documentation as a site in build/site; a link that leads nowhere is an error

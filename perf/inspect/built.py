@@ -28,14 +28,20 @@ MAKERS = (
     "sass",
     "source_accesses",
 )  # whose code makes a row
+Wanted = tuple[Subject, str] | tuple[Subject, str, Row | None]  # what `build` takes
 BUILDS_PER_PROCESS = 40  # 1.3 GB after 60
 
 
-def build(subject: Subject, arch: str, cached: bool = True) -> Row:
-    """Build a subject, or find what was built. Raises CompilerError where a tool is missing or refuses."""
+def build(subject: Subject, arch: str, kept: Row | None = None, cached: bool = True) -> Row:
+    """Build a subject, or find what was built; return `kept` if it is of the same kernel.
+
+    Raises CompilerError where a tool is missing or refuses.
+    """
     from ...compiler.tracing import trace
 
     func = trace(subject.kernel, subject.parameters(arch))
+    if kept and kept.made_from == hash_source(func, subject, arch):
+        return kept
     if not cached:
         return build_function(func, subject, arch)
 
@@ -69,16 +75,16 @@ def entry_name(func: Any, subject: Subject, arch: str) -> str:
     return digest(chr(0).join(made_from))
 
 
-def build_all(wanted: Sequence[tuple[Subject, str]]) -> Iterator[Row]:
+def build_all(wanted: Sequence[Wanted]) -> Iterator[Row]:
     """Build many on all cores, in order: in processes, since lowering is Python; each for a while, since it leaks."""
     workers = min(len(wanted), os.cpu_count() or 1)
     if workers <= 1:
         yield from starmap(build, wanted)
         return
     with get_context("spawn").Pool(workers, maxtasksperchild=BUILDS_PER_PROCESS) as pool:
-        yield from pool.imap(build_pair, wanted)
+        yield from pool.imap(build_one, wanted)
 
 
-def build_pair(pair: tuple[Subject, str]) -> Row:
+def build_one(wanted: Wanted) -> Row:
     """`build`, of one argument."""
-    return build(*pair)
+    return build(*wanted)

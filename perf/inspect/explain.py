@@ -169,12 +169,12 @@ def resource_table(rows: Iterable[Row]) -> str:
 def stream_table(rows: Iterable[Row]) -> str:
     """Tabulate access widths of the stream's tensors in the machine code, and the accesses that nvcc splits.
 
-    Empty where no tensor is; builds that were stored before this was counted are named.
+    Empty where no tensor is.
     """
     of_streams = [row for row in rows if row.stream_reads or row.stream_writes]
     lines = ["| kernel | arch | tensor | loads | stores |", "|---|---|---|---|---|"]
     for row in of_streams:
-        reads, writes = row.machine_reads or {}, row.machine_writes or {}
+        reads, writes = row.machine_reads, row.machine_writes
         for name in dict.fromkeys([*reads, *writes]):
             tensor = "not told" if name == UNKNOWN else f"`{name}`"
             sides = [list_widths(side.get(name, {})) or "–" for side in (reads, writes)]
@@ -183,8 +183,6 @@ def stream_table(rows: Iterable[Row]) -> str:
         return ""
     parts = ["Accesses to what is as wide as the stream, in the machine code, how many × how many bytes:"]
     parts += ["\n".join(lines)] if len(lines) > 2 else []
-    if missing := ", ".join(dict.fromkeys(row.arch for row in of_streams if row.machine_reads is None)):
-        parts.append(f"Not counted by tensor in the stored builds for {missing}.")
     if split := "\n".join(f"- {row.label} on {row.arch}: {each}." for row in of_streams for each in known_splits(row)):
         parts.append(f"Split by nvcc:\n\n{split}")
     return "\n\n".join(parts)

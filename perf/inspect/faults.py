@@ -78,29 +78,18 @@ def narrow(row: Row) -> list[str]:
 
 
 def splits(row: Row) -> list[str]:
-    """Accesses to stream tensors that are wide in the source and that nvcc makes narrower ones of.
-
-    Of a row without widths by tensor: that there are no wide ones at all.
-    """
+    """Accesses to stream tensors that are wide in the source and that nvcc makes narrower ones of."""
     if starts_anywhere(row):
         return []
     found = []
-    sides = (
-        ("read", row.stream_reads, row.machine_reads, row.global_loads),
-        ("written", row.stream_writes, row.machine_writes, row.global_stores),
-    )
-    for how, in_source, by_tensor, of_all in sides:
-        of_wide = {name: widths for name, widths in in_source.items() if widths[0] >= wide(row, name)}
-        if by_tensor is not None:
-            each = (split_of(name, how, by_tensor.get(name, {}), wide(row, name)) for name in of_wide)
-            found += [split for split in each if split]
-            hidden = {bits: number for bits, number in by_tensor.get(UNKNOWN, {}).items() if is_narrow(bits, WIDE)}
-            if in_source and sum(int(bits) // 8 * number for bits, number in hidden.items()) >= WIDE:
-                found.append(f"a tensor that the listing does not tell {how} {list_widths(hidden)}")
-        elif of_wide and all(is_narrow(bits, WIDE) for bits in of_all):
-            found.append(
-                f"{', '.join(of_wide)} {how} 16 bytes wide in the source, {list_widths(of_all)} in the machine code"
-            )
+    sides = (("read", row.stream_reads, row.machine_reads), ("written", row.stream_writes, row.machine_writes))
+    for how, in_source, by_tensor in sides:
+        of_wide = [name for name, widths in in_source.items() if widths[0] >= wide(row, name)]
+        each = (split_of(name, how, by_tensor.get(name, {}), wide(row, name)) for name in of_wide)
+        found += [split for split in each if split]
+        hidden = {bits: number for bits, number in by_tensor.get(UNKNOWN, {}).items() if is_narrow(bits, WIDE)}
+        if in_source and sum(int(bits) // 8 * number for bits, number in hidden.items()) >= WIDE:
+            found.append(f"a tensor that the listing does not tell {how} {list_widths(hidden)}")
     return found
 
 

@@ -28,9 +28,9 @@ FEW_TOKENS = 64  # of the boundary's form for few
 PARALLEL_BLOCKS = 2 * 132  # of a projection, on the multiprocessors of an H100 or H200
 WIDTHS = (1280, 1920, 2560, 4096, 5120, 7168)
 STREAMS = (2, 4, 8)
+OTHER_STREAMS = (1, 2, 3, 5, 6, 7, 8)  # than what is studied: stored, not built in CI
 STUDIED = Shape(TOKENS, 4, 2560, "bfloat16")  # of the pages and of the representative builds
 MAIN = "sm_90a"  # what the tiles are made for
-OTHER_STREAMS = {1: tuple(ARCHITECTURES), 3: tuple(ARCHITECTURES), 5: (MAIN,), 6: (MAIN,)}  # stored beside CI's builds
 # Where tensor cores, long sums or much shared memory make the dtype matter more than the width of an access.
 HEAVY = ("project", "project_backward", "post_backward")
 BY_WARPS = ("post_project", "coefficients_aggregate")  # whose 16-bit code has a conversion for each dtype
@@ -239,19 +239,14 @@ def representative(kernels: Sequence[str] = tuple(FAMILIES)) -> list[tuple[Subje
 
 
 def other_streams() -> list[tuple[Subject, str]]:
-    """Return the builds stored beside CI's: other n, and identity connections of two and eight streams and in
-    float32.
-    """
-    found = [
-        (subject, arch)
-        for n, architectures in OTHER_STREAMS.items()
-        for subject in subjects(replace(STUDIED, num_streams=n))
-        for arch in architectures
-    ]
-    for shape in (*(replace(STUDIED, num_streams=n) for n in (2, 8)), replace(STUDIED, dtype="float32")):
-        of_identity = (one for one in subjects(shape) if "identity" in one.variant or "gates" in one.kernel)
-        found += [(one, MAIN) for one in of_identity if one.dtype in (None, shape.dtype)]
-    return list({subject.key(arch): (subject, arch) for subject, arch in found}.values())
+    """Return the builds stored beside CI's: other n on every architecture, and identity connections in float32."""
+    shapes = [replace(STUDIED, num_streams=n) for n in OTHER_STREAMS]
+    found = [(subject, arch) for shape in shapes for subject in subjects(shape) for arch in ARCHITECTURES]
+    shape = replace(STUDIED, dtype="float32")
+    of_identity = (one for one in subjects(shape) if "identity" in one.variant or "gates" in one.kernel)
+    found += [(one, MAIN) for one in of_identity if one.dtype in (None, shape.dtype)]
+    ci = {subject.key(arch) for subject, arch in representative()}
+    return list({one.key(arch): (one, arch) for one, arch in found if one.key(arch) not in ci}.values())
 
 
 def chosen_kernels(names: Sequence[str]) -> tuple[str, ...]:

@@ -103,17 +103,12 @@ def describe_builds(rows: list[Row]) -> str:
 
 
 def widths(rows: list[Row]) -> str:
-    """List the accesses that nvcc splits, and say how many builds were counted tensor by tensor."""
+    """List the accesses that nvcc splits."""
     found = Counter(row.kernel for row in rows if known_splits(row))
-    counted = sum(row.machine_reads is not None for row in rows)
-    text = (
-        f"In {counted} of them accesses are counted in the machine code tensor by tensor, in the others, which were "
-        "stored before,\nonly together."
-    )
     if not found:
-        return f"{text} nvcc splits no access to the stream."
+        return "nvcc splits no access to the stream."
     lines = [f"- {kernel}, in {number}: {SPLIT[kernel]}." for kernel, number in found.items()]
-    return "\n".join([f"{text} nvcc splits 16-byte accesses to the stream into narrower ones in:", "", *lines])
+    return "\n".join(["nvcc splits 16-byte accesses to the stream into narrower ones in:", "", *lines])
 
 
 def write(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .matrix import Subject
@@ -27,9 +27,8 @@ class Row:
         stream_reads, stream_writes: widths in bytes of the accesses to each stream tensor in the generated source.
         truncated: fragments that tilelang gave too little room, see `fragments`.
         machine_reads, machine_writes: accesses to each stream tensor in the machine code by their width in bits, see
-            `machine_accesses`; None in rows that were stored before it was counted, and of other implementations.
-        made_from: hash of what was built, see `hash_source`; empty in rows stored before there was one, and of other
-            implementations.
+            `machine_accesses`; not counted of other implementations.
+        made_from: hash of what was built, see `hash_source`; empty of other implementations.
     """
 
     kernel: str
@@ -57,8 +56,8 @@ class Row:
     stream_reads: dict[str, list[int]]
     stream_writes: dict[str, list[int]]
     truncated: list[str]
-    machine_reads: dict[str, dict[str, int]] | None = None
-    machine_writes: dict[str, dict[str, int]] | None = None
+    machine_reads: dict[str, dict[str, int]] = field(default_factory=dict)
+    machine_writes: dict[str, dict[str, int]] = field(default_factory=dict)
     made_from: str = ""
 
     @property

@@ -1,7 +1,8 @@
 """Rows on disk: what `--json` writes, and the rows that the pages in docs/kernels are made from.
 
-A line a row, so that a difference between two builds reads as one. `python -m mhc_tilelang.perf.inspect.stored KERNEL…`
-(`make inspect-kernels`) builds what CI builds of some kernels, and puts the rows in the place of theirs.
+A line a row, so that a difference between two builds reads as one, with a hash of the kernel it was built from. What is
+stored is `matrix.representative`, CI's builds, and `matrix.other_streams`: `python -m mhc_tilelang.perf.inspect.stored
+KERNEL…` (`make inspect-kernels`) builds anew what is of another kernel by now, and drops the rest.
 """
 
 from __future__ import annotations
@@ -14,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import MHCError
+from .matrix import Subject
 from .row import Row
 
 # Beside this folder in a checkout; a wheel has no results.
 FOLDER = Path(__file__).resolve().parents[1] / "results" / "inspect"
 KERNELS, TILE_KERNELS = FOLDER / "kernels.json", FOLDER / "tile-kernels.json"
-# `python -m mhc_tilelang.perf.inspect.stored --other-streams`: CI compares it with nothing but the calls.
-OTHER_STREAMS = FOLDER / "other-streams.json"
 
 
 def write(path: Path | None, rows: Iterable[Row], more_versions: Mapping[str, str] | None = None) -> None:
@@ -51,39 +51,37 @@ def read(path: Path) -> tuple[dict[str, str], list[Row]]:
         raise MHCError(f"expected stored rows in {path}, got {type(error).__name__}: {error}") from error
 
 
-def renew(kernels: Sequence[str], path: Path = KERNELS) -> None:
-    """Build the representative rows of some kernels, and write them where theirs stand, new ones last."""
-    from . import matrix
-    from .built import build_all
+def renew(kernels: Sequence[str] = (), path: Path = KERNELS) -> None:
+    """Build what is stored of some kernels, all for none, where the kernel is another one now; drop what is no more.
 
-    _, rows = read(path)
-    found = {row.key: row for row in rows}
-    for row in build_all(matrix.representative(matrix.chosen_kernels(kernels))):
-        if found.get(row.key) != row:
-            print(f"{row.label} {row.arch} n = {row.num_streams}, C = {row.hidden_size}, {row.dtype}: new")
-        found[row.key] = row
-    write(path, found.values())
+    Raises MHCError where only some are named and the stored rows were built by other tools.
+    """
+    from tqdm import tqdm
 
-
-def renew_other_streams() -> None:
-    """Build what is stored beside CI's builds, anew where the kernel is another one, or a tool."""
-    from ...compiler import tracing
     from . import matrix
     from .built import build_all
     from .compiler import versions
-    from .row import hash_source
 
-    made_with, rows = read(OTHER_STREAMS)
+    made_with, rows = read(path)
+    if kernels and made_with != versions():
+        raise MHCError(f"{path}: expected rows built with {versions()}, got {made_with}: name no kernel, to build all")
     found = {row.key: row for row in rows} if made_with == versions() else {}
-    asked, stale = matrix.other_streams(), []
-    for subject, arch in asked:
-        made_from = hash_source(tracing.trace(subject.kernel, subject.parameters(arch)), subject, arch)
-        row = found.get(subject.key(arch))
-        if row is None or row.made_from != made_from:
-            stale.append((subject, arch))
-    found |= {row.key: row for row in build_all(stale)}
-    write(OTHER_STREAMS, [found[subject.key(arch)] for subject, arch in asked])
+    chosen = matrix.chosen_kernels(kernels)
+    wanted = [(one, arch, found.get(one.key(arch))) for one, arch in asked() if one.kernel in chosen]
+    for row in tqdm(build_all(wanted), total=len(wanted), desc="inspect", unit="kernel", leave=False):
+        if found.get(row.key) != row:
+            tqdm.write(f"{row.label} {row.arch} n = {row.num_streams}, C = {row.hidden_size}, {row.dtype}: new")
+        found[row.key] = row
+    keys = [subject.key(arch) for subject, arch in asked()]
+    write(path, [found[key] for key in keys if key in found])
+
+
+def asked() -> list[tuple[Subject, str]]:
+    """Return what is stored, in order."""
+    from . import matrix
+
+    return [*matrix.representative(), *matrix.other_streams()]
 
 
 if __name__ == "__main__":
-    renew_other_streams() if sys.argv[1:] == ["--other-streams"] else renew(sys.argv[1:])
+    renew(sys.argv[1:])

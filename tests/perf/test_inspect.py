@@ -51,6 +51,8 @@ ROW = Row(
     stream_reads={"x": [16]},
     stream_writes={"x_next": [16]},
     truncated=[],
+    machine_reads={"x": {"128": 4}},
+    machine_writes={"x_next": {"128": 4}},
 )
 
 
@@ -216,7 +218,7 @@ def test_a_truncated_fragment_is_found() -> None:
     ("changes", "fault"),
     [
         ({}, None),
-        ({"global_loads": {"256": 3}}, None),
+        ({"machine_reads": {"x": {"256": 2}}}, None),
         ({"hidden_size": 1281, "stream_reads": {"x": [2]}}, None),
         ({"spill_bytes": 8}, "8 bytes of spills, 0 accesses to local memory"),
         ({"local_accesses": 2}, "0 bytes of spills, 2 accesses to local memory"),
@@ -225,11 +227,11 @@ def test_a_truncated_fragment_is_found() -> None:
         ({"atomics": 1}, "1 atomics"),
         ({"truncated": ["x: 4 registers a thread for 8 elements"]}, "x: 4 registers a thread for 8 elements"),
         ({"stream_reads": {"x": [8, 16]}}, "x read 8 bytes wide"),
-        ({"stream_reads": {"x": [4], "h": [4], "layer_output": [16]}}, "x, h read 4 bytes wide"),
+        ({"stream_reads": {"x": [4], "h": [4]}}, "x, h read 4 bytes wide"),
         ({"stream_writes": {"x_next": [4]}}, "x_next written 4 bytes wide"),
         (
-            {"global_stores": {"32": 4}},
-            "x_next written 16 bytes wide in the source, 4×4 in the machine code",
+            {"machine_writes": {"x_next": {"32": 16}}},
+            "4 of 4 accesses by which x_next is written split: 16×4 bytes",
         ),
     ],
 )
