@@ -4,7 +4,7 @@ Equations (3) and (14) to (19), with the bits of `post_project`, then `coefficie
 
     x_next[t, j, c]   = Σ_i h_res[t, j, i] · x[t, i, c] + h_post[t, j] · layer_output[t, c]
     h_pre, h_post, h_res of the next sublayer from Σ_k x_next[t, k] · phi[m, k] and Σ_k x_next[t, k]²
-    layer_input[t, c] = Σ_i h_pre[t, i] · x_next[t, i, c]
+    layer_input[t, c] = Σ_i h_pre[t, i] · x_next[t, i, c], in the delayed form with the h_pre of the boundary before
 
 Traffic per token: (2n + 2)·C, x_next is not read again; phi once for 16 tokens, in float32.
 
@@ -15,7 +15,7 @@ its registers:
     mix      x_next, stored, and left in shared memory as an operand; phi's halves beside it
     project  the chunk's sums of 8 tokens a warp: rows 0 to 15, or the others and the squares; left in `partial`
     arrive   one more of the tile's blocks has its sums there
-    wait     until all have, but not for long
+    wait     until all have, but not for long; not in the delayed form
     end      add the chunks' sums up in their order, h_pre, layer_input of the chunk; the last that came makes
              h_post, h_res and what a backward reads
     leave    one more is through
@@ -44,6 +44,9 @@ With 8 rows or fewer, of two streams or an identity connection, warps 0 and 1 ha
 does what the notes say, from x_next in memory, with the same bits. So blocks need not be on the device at a time: no
 cooperative launch is wanted, nothing can hang, and what the grid's order or another stream delays is only late.
 
+**In the delayed form nobody waits.** Its layer_input is aggregated with a given h_pre while x_next is in registers. A
+block arrives and is done; the last to arrive adds the chunks up, makes the mappings and sets the word to zero.
+
 `sync` has a word a tile that counts who has arrived, left and left a note, and a note a block. All are zero before a
 launch, and the last to leave sets them to zero again: no launch clears them, and a CUDA graph may be replayed. Two
 launches that may run at a time must not share it (see `launch.workspace`).
@@ -56,10 +59,9 @@ import tilelang.language as T
 
 from .boundary_plans import PostPrePlan
 from .coefficients_aggregate import Numbers, make_gates, make_h_res, scale_sums
-from .logits import sigmoid
+from .post_pre_sums import add_chunks, project_chunk, store_chunk, weigh_streams
 from .post_project_warps import aggregate_vector, load_span, mix_vector
-from .projection_plans import WarpProjectionPlan
-from .projection_warps import STEPS, both_halves, copy_phi_rows, split_phi_rows
+from .projection_warps import copy_phi_rows, split_phi_rows
 from .warps import (
     PASS_CONFIGS,
     PASS_CONFIGS_ATTR,
@@ -67,131 +69,24 @@ from .warps import (
     WARP,
     WARP_CHANNELS,
     WORDS,
-    clear_sums,
     copy_async,
-    mma,
     store_vector,
     vector_at,
 )
 
 ARRIVED, LEFT, NOTED = 1, 1 << 10, 1 << 20  # what is added to a tile's word
-QUAD = 4  # tokens whose sums a thread adds up
 
 
-@T.macro
-def project_chunk(dots, squares, phi_tile, next_tile, half, lane, n, spans, upper, plan: WarpProjectionPlan):
-    """The chunk's sums of 8 tokens, in the order of `project_span`: of rows 0 to 15 if `upper`, else of the other 8,
-    high halves above their low ones, and of the squares.
-    """
-    tiles, full, dtype = plan.phi_tiles, plan.full_tiles, plan.operand_dtype
-    of_phi = T.alloc_local((2 * VECTOR,), dtype)
-    words, exchanged = T.alloc_local((WORDS,), T.uint32), T.alloc_local((WORDS,), T.uint32)
-    whole = T.view(next_tile, (next_tile.shape[0], WORDS), T.uint32)
-    clear_sums(dots, squares)
-    for span in T.unroll(spans):
-        for j in T.unroll(n):
-            for e in T.vectorized(WORDS):
-                words[e] = whole[((span * 2 + half) * n + j) * WARP + lane, e]
-            for step in T.unroll(STEPS):
-                unit = ((span * n + j) * STEPS + step) * tiles * WARP + lane
-                for m, tile in enumerate((0, full + 1) if upper else (full,)):
-                    for e in T.vectorized(VECTOR):
-                        of_phi[m * VECTOR + e] = phi_tile[unit + tile * WARP, e]
-                    mma(of_phi, m * VECTOR, words, step * 2, dots, m % (dots.shape[0] // 4) * 4, dtype)
-            if not upper:
-                for k in T.unroll(2):
-                    exchanged[k * 2] = words[k]
-                    exchanged[k * 2 + 1] = words[k + 2]
-                    mma(words, 0, exchanged, k * 2, squares, k * 4, dtype)
-
-
-@T.macro
-def store_chunk(partial, tile, chunk, dots, squares, half, lane, upper, plan: WarpProjectionPlan):
-    """A chunk's sums, from zero as `close_chunk` adds them: `partial` has 16 tokens in a row."""
-    pair = T.alloc_local((2,), T.float32)
-    g, first, rows, full = lane // 4, half * 8 + lane % 4 * 2, plan.rows, plan.full_tiles * 16
-    if upper:
-        for below in T.unroll(2):
-            for e in T.unroll(2):
-                at = below * 2 + e
-                pair[e] = 0.0 + (dots[at] if dots.shape[0] == 4 else both_halves(dots[at], dots[4 + at], plan))
-            for e in T.vectorized(2):
-                partial[tile, chunk, below * 8 + g, first + e] = pair[e]
-    else:
-        for e in T.unroll(2):
-            pair[e] = 0.0 + both_halves(dots[e], dots[e + 2], plan)
-        if rows % 8 == 0 or full + g < rows:
-            for e in T.vectorized(2):
-                partial[tile, chunk, full + g, first + e] = pair[e]
-        if lane % 4 == g // 2:  # which has row g on the diagonal
-            even, odd = squares[0] + squares[6], squares[1] + squares[7]
-            partial[tile, chunk, rows, half * 8 + g] = 0.0 + T.if_then_else(g % 2 == 0, even, odd)
-
-
-@T.macro
-def add_chunks(z, partial, tile, needed_rows, num_tokens, rows, n, per_group, threads):
-    """z[row, token] = the tile's sums: chunks ascending in groups, each from zero, as `sum_token_slabs` does.
-
-    Of `needed_rows` fewer than all, only h_pre's and the squares. Two threads have four tokens of a row, each half of
-    the groups: the first one's total is where the second one goes on.
-    """
-    num_chunks, tokens = partial.shape[1], partial.shape[3]
-    of_first = -(-num_chunks // (2 * per_group))  # groups
-    whole = 2 * of_first * per_group == num_chunks
-    total, of_chunk = T.alloc_local((QUAD,), T.float32), T.alloc_local((QUAD,), T.float32)
-    sums = T.alloc_local((of_first * QUAD,), T.float32)
-    # Variables, for tilelang takes half a minute to simplify what these expressions are together.
-    row, quad, chunk = T.alloc_var(T.int32), T.alloc_var(T.int32), T.alloc_var(T.int32)
-    shift, second, item, items = T.alloc_var(T.int32), T.alloc_var(T.int32), T.alloc_var(T.int32), T.alloc_var(T.int32)
-    left = num_tokens - tile * tokens
-    shift = T.if_then_else(left > 2 * QUAD, 2, T.if_then_else(left > QUAD, 1, 0))  # of four, two, one quads
-    items = T.shift_left(needed_rows, shift)
-    second = T.get_thread_binding() % 2
-    item = T.get_thread_binding() // 2
-    for _ in T.serial(T.ceildiv(items, threads // 2)):
-        row = T.shift_right(item, shift)
-        quad = item - T.shift_left(row, shift)
-        if T.And(needed_rows <= rows, row == n):
-            row = rows
-        row = T.min(row, rows)
-        clear_sums(sums, total)
-        chunk = second * of_first * per_group
-        for g in T.unroll(of_first):
-            for _ in T.unroll(per_group):
-                if whole or chunk < num_chunks:
-                    for e in T.vectorized(QUAD):
-                        of_chunk[e] = partial[tile, chunk, row, quad * QUAD + e]
-                    for e in T.unroll(QUAD):
-                        sums[g * QUAD + e] = sums[g * QUAD + e] + of_chunk[e]
-                chunk = chunk + 1
-        for half in T.unroll(2):
-            for e in T.unroll(QUAD):
-                if half == 1:
-                    total[e] = T.shfl_xor(total[e], 1)
-                for g in T.unroll(of_first):
-                    total[e] = T.Select(second == half, total[e] + sums[g * QUAD + e], total[e])
-        if T.And(second == 1, item < items):
-            for e in T.vectorized(QUAD):
-                z[row, quad * QUAD + e] = total[e]
-        item = item + threads // 2
-
-
-@T.macro
-def weigh_streams(h, z, alpha, bias, at, rows, n, numbers: Numbers):
-    """h = the token's h_pre, from its sums."""
-    scale = T.alloc_local((1,), T.float32)
-    scale[0] = T.rsqrt(z[rows, at] * numbers.inverse_size + numbers.rms_eps)
-    for i in T.unroll(n):
-        h[i] = sigmoid(alpha[0] * (z[i, at] * scale[0]) + bias[i]) + numbers.pre_eps
-
-
-def post_pre_kernel(num_streams: int, hidden_size: int, dtype: str, plan: PostPrePlan, has_h_res: bool = True):
+def post_pre_kernel(
+    num_streams: int, hidden_size: int, dtype: str, plan: PostPrePlan, has_h_pre: bool = False, has_h_res: bool = True
+):
     """x [T, n, C], layer_output [T, C], h_post [T, n], h_res [T, n, n], phi [M, n, C], alpha [3], bias [M]
     -> x_next [T, n, C], layer_input [T, C], of the next sublayer h_pre [T, n], h_post [T, n], h_res [T, n, n] and
     projected [M + 1, T]. `partial` [tiles, chunks, M + 1, 16] is between; `sync` [tiles, 1 + chunks] stays zero.
 
-    n is 2 or 4. Without h_res and h_res_next, then placeholders, H_res is the identity: M is 2n, alpha has two elements
-    and the coefficients are those of `gates`; with them post_eps is not read.
+    n is 2 or 4. In the delayed form layer_input is aggregated with h_pre [T, n], else a placeholder, and h_pre_next is
+    the next boundary's; polls is not read. Without h_res and h_res_next, then placeholders, H_res is the identity: M is
+    2n, alpha has two elements and the coefficients are those of `gates`; with them post_eps is not read.
     """
     n, projection, tokens, threads = num_streams, plan.projection, plan.tokens, plan.threads
     num_chunks, channels, rows = projection.num_chunks(hidden_size), projection.channels, projection.rows
@@ -211,6 +106,7 @@ def post_pre_kernel(num_streams: int, hidden_size: int, dtype: str, plan: PostPr
         phi: T.Tensor[(rows, n, hidden_size), T.float32],
         alpha: T.Tensor[(groups,), T.float32],
         bias: T.Tensor[(rows,), T.float32],
+        h_pre: T.Tensor[(num_tokens, n) if has_h_pre else unused, T.float32],
         x_next: T.Tensor[(num_tokens, n, hidden_size), dtype],
         layer_input: T.Tensor[(num_tokens, hidden_size), dtype],
         h_pre_next: T.Tensor[(num_tokens, n), T.float32],
@@ -238,6 +134,7 @@ def post_pre_kernel(num_streams: int, hidden_size: int, dtype: str, plan: PostPr
             next_words = T.alloc_local((n * WORDS,), T.uint32)
             input_words = T.alloc_local((WORDS,), T.uint32)
             h = T.alloc_local((n * n + n if has_h_res else n,), T.float32)
+            given = T.alloc_local((n,), T.float32)
             dots = T.alloc_local((4 if projection.low_scale == 1 else 8,), T.float32)
             squares = T.alloc_local((8,), T.float32)
             of_token = T.alloc_local((rows + 1,), T.float32)
@@ -271,6 +168,9 @@ def post_pre_kernel(num_streams: int, hidden_size: int, dtype: str, plan: PostPr
                         h[r * n + e] = h_res[T.min(token, num_tokens - 1), r, e]
             for e in T.vectorized(n):
                 h[h.shape[0] - n + e] = h_post[T.min(token, num_tokens - 1), e]
+            if has_h_pre:
+                for e in T.vectorized(n):
+                    given[e] = h_pre[T.min(token, num_tokens - 1), e]
 
             mix_vector(next_words, words, layer_words, h, 0, n, dtype)
             for j in T.unroll(n):
@@ -282,6 +182,9 @@ def post_pre_kernel(num_streams: int, hidden_size: int, dtype: str, plan: PostPr
             T.ptx_wait_group(0)
             if warp < n:
                 split_phi_rows(phi_tile, warp, lane, n, spans, projection)
+            if has_h_pre:
+                aggregate_vector(input_words, next_words, given, 0, n, dtype)
+                store_vector(layer_input[token, channel], input_words, 0, inside)
             T.sync_threads()
 
             if tile * tokens + half * 8 < num_tokens:
@@ -296,10 +199,11 @@ def post_pre_kernel(num_streams: int, hidden_size: int, dtype: str, plan: PostPr
             if thread == keeper:
                 seen = T.atomic_add(sync[tile, 0], ARRIVED, memory_order="acq_rel", return_prev=True) + ARRIVED
                 told[1] = T.if_then_else(seen % LEFT == num_chunks, 1, 0)
-                patience = polls
-                while T.And(seen % LEFT < num_chunks, patience > 0):
-                    seen = T.atomic_load(sync[tile, 0], memory_order="acquire")
-                    patience = patience - 1
+                if not has_h_pre:
+                    patience = polls
+                    while T.And(seen % LEFT < num_chunks, patience > 0):
+                        seen = T.atomic_load(sync[tile, 0], memory_order="acquire")
+                        patience = patience - 1
                 told[0] = T.if_then_else(seen % LEFT == num_chunks, 1, 0)
             T.sync_threads()
 
@@ -321,36 +225,42 @@ def post_pre_kernel(num_streams: int, hidden_size: int, dtype: str, plan: PostPr
                     elif has_h_res:
                         scale_sums(of_token, None, tile * tokens + lane, numbers)
                         make_h_res(h_res_next, of_token, alpha_tile, bias_tile, tile * tokens + lane, numbers, n)
-                if inside:
+            if has_h_pre:
+                if T.And(is_last, thread == keeper):
+                    sync[tile, 0] = 0
+            else:
+                if T.And(told[0] == 1, inside):
                     weigh_streams(h, z, alpha_tile, bias_tile, at, rows, n, numbers)
                     aggregate_vector(input_words, next_words, h, 0, n, dtype)
                     store_vector(layer_input[token, channel], input_words, 0, inside)
-            if thread == keeper:
-                if told[0] == 0:
-                    sync[tile, 1 + chunk] = 1
-                leaving = T.if_then_else(told[0] == 1, LEFT, LEFT + NOTED)
-                seen = T.atomic_add(sync[tile, 0], leaving, memory_order="acq_rel", return_prev=True) + leaving
-                told[2] = T.if_then_else(seen // LEFT % (NOTED // LEFT) == num_chunks, seen // NOTED + 1, 0)
-            T.sync_threads()
-
-            if told[2] > 0:  # the last to leave
-                if told[2] > 1:
-                    add_chunks(z, partial, tile, n + 1, num_tokens, rows, n, group, threads)
-                    T.sync_threads()
-                    weigh_streams(h, z, alpha_tile, bias_tile, at, rows, n, numbers)
-                    for noted in T.serial(num_chunks):
-                        if sync[tile, 1 + noted] == 1:
-                            channel = noted * channels + span * WARP_CHANNELS + lane % 4 * VECTOR
-                            if T.And(token < num_tokens, channel < hidden_size):
-                                for i in T.unroll(n):
-                                    next_words[i * WORDS : (i + 1) * WORDS] = vector_at(x_next[token, i, channel], True)
-                                aggregate_vector(input_words, next_words, h, 0, n, dtype)
-                                store_vector(layer_input[token, channel], input_words, 0, True)
-                    T.sync_threads()
-                    for k in T.serial(T.ceildiv(num_chunks, threads)):
-                        if k * threads + thread < num_chunks:
-                            sync[tile, 1 + k * threads + thread] = 0
                 if thread == keeper:
-                    sync[tile, 0] = 0
+                    if told[0] == 0:
+                        sync[tile, 1 + chunk] = 1
+                    leaving = T.if_then_else(told[0] == 1, LEFT, LEFT + NOTED)
+                    seen = T.atomic_add(sync[tile, 0], leaving, memory_order="acq_rel", return_prev=True) + leaving
+                    told[2] = T.if_then_else(seen // LEFT % (NOTED // LEFT) == num_chunks, seen // NOTED + 1, 0)
+                T.sync_threads()
+
+                if told[2] > 0:  # the last to leave
+                    if told[2] > 1:
+                        add_chunks(z, partial, tile, n + 1, num_tokens, rows, n, group, threads)
+                        T.sync_threads()
+                        weigh_streams(h, z, alpha_tile, bias_tile, at, rows, n, numbers)
+                        for noted in T.serial(num_chunks):
+                            if sync[tile, 1 + noted] == 1:
+                                channel = noted * channels + span * WARP_CHANNELS + lane % 4 * VECTOR
+                                if T.And(token < num_tokens, channel < hidden_size):
+                                    for i in T.unroll(n):
+                                        next_words[i * WORDS : (i + 1) * WORDS] = vector_at(
+                                            x_next[token, i, channel], True
+                                        )
+                                    aggregate_vector(input_words, next_words, h, 0, n, dtype)
+                                    store_vector(layer_input[token, channel], input_words, 0, True)
+                        T.sync_threads()
+                        for k in T.serial(T.ceildiv(num_chunks, threads)):
+                            if k * threads + thread < num_chunks:
+                                sync[tile, 1 + k * threads + thread] = 0
+                    if thread == keeper:
+                        sync[tile, 0] = 0
 
     return post_pre.with_attr(PASS_CONFIGS_ATTR, list(PASS_CONFIGS))

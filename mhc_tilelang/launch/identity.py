@@ -172,10 +172,10 @@ def identity_post_pre(
         *(torch.empty_like(x), x.new_empty(x.shape[0], x.shape[2])),
         *(torch.empty_like(h_post, memory_format=torch.contiguous_format) for _ in range(2)),
     )
-    schedule = schedule or boundary_schedule(x, phi.shape[0], one_launch=None if h_pre is None else False)
+    schedule = schedule or boundary_schedule(x, phi.shape[0])
     if schedule.one_launch:
         every = (x_next, layer_input, h_pre_next, h_post_next, None)
-        projected = post_pre_at_once(x, layer_output, h_post, None, phi, alpha, bias, spec, out=every)
+        projected = post_pre_at_once(x, layer_output, h_post, None, phi, alpha, bias, spec, h_pre=h_pre, out=every)
         if projected is not None:
             return IdentityBoundary(x_next, layer_input, h_post_next, h_pre_next, projected)
         schedule = boundary_schedule(x, phi.shape[0], one_launch=False)

@@ -2,7 +2,8 @@
 
     post_pre          three launches: post_project, coefficients, and the aggregation; two in the delayed form, but
                       three again with a norm of the layer's input, since no block of post_project has a whole row;
-                      one for few tokens (`post_pre_at_once`), where the schedule says so
+                      one for few tokens (`post_pre_at_once`), where the schedule says so, without a norm and unless
+                      the coefficients are wanted beside the layer
     post_project      post, the projection of the next sublayer, and with h_pre its layer input
     schedule          how a batch's work is shared out over blocks: print it, or give another
 
@@ -20,8 +21,8 @@ from .. import compiler
 from ..compiler.kernel import dtype_name
 from ..kernels import boundary_plans, plans, projection_plans
 from ..spec import MHCSpec
+from . import beside
 from .aggregate import aggregate_norm
-from .beside import coefficients_beside
 from .coefficients import coefficients
 from .mappings import coefficients_and_aggregate
 from .operands import aligned, alignment, placeholder_if_none, stream_kernel
@@ -72,12 +73,14 @@ def post_pre(
         x.new_empty(num_tokens, hidden_size),
         *(h_post.new_empty(num_tokens, *rest) for rest in ((n,), (n, n), (n,))),
     )
-    if h_pre is None and rms_norm_weight is None:
+    if rms_norm_weight is None and (h_pre is None or beside.asked() is None):
         schedule = schedule or boundary_schedule(x, phi.shape[0])
         mixed, parameters = (x, layer_output, h_post, h_res), (phi, alpha, bias)
         every = (x_next, layer_input, h_pre_next, h_post_next, h_res_next)
-        if schedule.one_launch and (projected := post_pre_at_once(*mixed, *parameters, spec, out=every)) is not None:
-            return Boundary(x_next, layer_input, h_post_next, h_res_next, h_pre_next, projected)
+        if schedule.one_launch:
+            projected = post_pre_at_once(*mixed, *parameters, spec, h_pre=h_pre, out=every)
+            if projected is not None:
+                return Boundary(x_next, layer_input, h_post_next, h_res_next, h_pre_next, projected)
     if schedule is not None and schedule.one_launch:
         schedule = boundary_schedule(x, phi.shape[0], one_launch=False)
     given = h_pre if rms_norm_weight is None else None  # what post_project aggregates with, if it does
@@ -100,7 +103,7 @@ def post_pre(
     if h_pre is None:
         *_, projected = coefficients(partial, alpha, bias, spec, plan, out=mappings)
     else:
-        projected = coefficients_beside(partial, alpha, bias, spec, plan, out=mappings)
+        projected = beside.coefficients_beside(partial, alpha, bias, spec, plan, out=mappings)
     if given is None:
         weights = h_pre_next if h_pre is None else h_pre
         aggregate_norm(x_next, weights, rms_norm_weight, rms_norm_eps, out=layer_input)
@@ -117,15 +120,17 @@ def post_pre_at_once(
     bias: torch.Tensor,
     spec: MHCSpec,
     *,
+    h_pre: torch.Tensor | None = None,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
     polls: int = boundary_plans.POLLS,
 ) -> torch.Tensor | None:
-    """The ordinary form in one launch -> projected [M + 1, T]; `out` has x_next, layer_input, h_pre, h_post and h_res.
+    """The boundary in one launch -> projected [M + 1, T]; `out` has x_next, layer_input, h_pre, h_post and h_res.
 
-    Without h_res, which `out` then has none of either, it is an identity connection's.
-    None, and nothing is done, where the kernel does not take these tensors: rows that do not start on 16 bytes, a layer
-    of another dtype, 65,536 channels, or no counters for it while a CUDA graph is captured. `polls`: how often a block
-    asks whether the others have come. Neither that nor the order of blocks moves a bit.
+    With an h_pre [T, n] it is the delayed form; without h_res, which `out` then has none of either, an identity
+    connection's. None, and nothing is done, where the kernel does not take these tensors: rows that do not start on 16
+    bytes, a layer of another dtype, 65,536 channels, or no counters for it while a CUDA graph is captured. `polls`: how
+    often a block of the ordinary form asks whether the others have come. Neither that nor the order of blocks moves a
+    bit.
     """
     num_tokens, n, hidden_size = x.shape
     x_next, layer_input, h_pre_next, h_post_next, h_res_next = out
@@ -141,7 +146,8 @@ def post_pre_at_once(
         return None
     partial = phi.new_empty(num_tiles, num_chunks, plan.projection.slab_rows, plan.tokens)
     projected = phi.new_empty(plan.projection.slab_rows, num_tokens)
-    kernel = stream_kernel("post_pre", x, plan=plan, **({"has_h_res": False} if h_res is None else {}))
+    forms = {**({} if h_pre is None else {"has_h_pre": True}), **({} if h_res is not None else {"has_h_res": False})}
+    kernel = stream_kernel("post_pre", x, plan=plan, **forms)
     kernel(
         x=x,
         layer_output=layer_output,
@@ -150,6 +156,7 @@ def post_pre_at_once(
         phi=aligned(phi).view(-1, n, hidden_size),
         alpha=aligned(alpha),
         bias=aligned(bias),
+        h_pre=phi.new_empty(1) if h_pre is None else aligned(h_pre),
         x_next=x_next,
         layer_input=layer_input,
         h_pre_next=h_pre_next,

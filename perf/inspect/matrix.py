@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import MHCError
 from ...kernels import FAMILIES, boundary_plans, projection_plans
-from ..calls.cases import POST_PRE, Case, Shape
+from ..calls.cases import POST_PRE, POST_PRE_DELAYED, Case, Shape
 from ..calls.launches import launches
 from ..calls.table import CALLS
 from ..options import DTYPES
@@ -140,8 +140,8 @@ def subjects(shape: Shape, kernels: Iterable[str] = FAMILIES) -> list[Subject]:
     if boundary_plans.post_pre_plan(
         projection_plans.projection_plan(rows, shape.num_streams, shape.hidden_size, shape.dtype, "cuda")
     ):
-        few = Case(POST_PRE, replace(shape, num_tokens=FEW_TOKENS))
-        every.append(launches(few, "cuda", PARALLEL_BLOCKS))
+        few = replace(shape, num_tokens=FEW_TOKENS)
+        every += [launches(Case(call, few), "cuda", PARALLEL_BLOCKS) for call in (POST_PRE, POST_PRE_DELAYED)]
     for launch in chain.from_iterable(every):
         subject = subject_of(launch, shape, variant_of(launch))
         found.setdefault((subject.kernel, subject.variant), subject)

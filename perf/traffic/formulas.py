@@ -145,7 +145,7 @@ def small_bytes(case: Case, plan: ProjectionPlan, num_slabs: int) -> int:
 
 def one_launch(case: Case, plan: ProjectionPlan) -> boundary_plans.PostPrePlan | None:
     """Return the plan of the boundary in one launch; None of another call, or of a boundary in several."""
-    found = boundary_plans.post_pre_plan(plan) if case.kernel == POST_PRE else None
+    found = boundary_plans.post_pre_plan(plan) if case.kernel in (POST_PRE, POST_PRE_DELAYED) else None
     sizes = case.shape.num_tokens, case.shape.hidden_size
     return found if found and boundary_plans.ends_at_once(*sizes, found, PARALLEL_BLOCKS // 2) else None
 
@@ -157,7 +157,7 @@ def one_launch_bytes(case: Case, plan: boundary_plans.PostPrePlan) -> int:
     left = tokens % plan.tokens
     summed = tokens - left + next(size for size in (0, 4, 8, plan.tokens) if left <= size)
     partial = num_chunks * (rows + 1) * (-(-tokens // 8) * 8 + summed)
-    mappings = (2 * n * (n + 1) + n + rows + 1) * tokens
+    mappings = (2 * n * (n + 1) + (2 * n if case.kernel == POST_PRE_DELAYED else n) + rows + 1) * tokens
     return (rows * n * hidden_size + 3 + rows + mappings + partial + 2 * plan.num_tiles(tokens)) * FLOAT32
 
 
@@ -240,7 +240,7 @@ def traffic(case: Case, plan: ProjectionPlan, num_slabs: int) -> Traffic:
         return sum((traffic(Case(kernel, case.shape), plan, num_slabs) for kernel in kernels), start=Traffic())
     unit = case.shape.num_tokens * case.shape.hidden_size * case.shape.itemsize
     read, written = stream_elements(case.kernel, n)
-    if one_launch(case, plan):
+    if case.kernel == POST_PRE and one_launch(case, plan):
         read -= n
     float8 = CALLS[case.kernel].float8 * case.shape.num_tokens * case.shape.hidden_size
     return Traffic(read * unit, written * unit + float8, small_bytes(case, plan, num_slabs))

@@ -26,8 +26,8 @@ regime: "tokens" where a block takes every channel of its tile of tokens, as wit
 the chunks of a tile are shared out over splits, so that a few tokens, as in decoding, still fill the device; "one
 launch" where that is predicted to end first: the blocks of a tile hand over to each other, and no launch follows.
 blocks: of the launch, token tiles × splits. slabs: of partial sums that the coefficients kernel adds up. No choice
-moves a bit of any result. Another one: launch.post_pre(…, schedule=launch.boundary_schedule(x, rows, chunks_per_split,
-one_launch))."""
+moves a bit of any result, and the delayed form's is the same. Another one: launch.post_pre(…,
+schedule=launch.boundary_schedule(x, rows, chunks_per_split, one_launch))."""
 
 
 @dataclass(frozen=True)

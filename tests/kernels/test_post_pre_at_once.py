@@ -5,6 +5,7 @@ Would catch: a sum that depends on who came last, work that no block does or two
 launch that hangs where blocks find no room, and, on the executor, what is read before its writer has released it.
 """
 
+import os
 import re
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,7 @@ from mhc_tilelang import launch
 from mhc_tilelang.checking.families.identity import of_identity
 from mhc_tilelang.checking.inputs import Case, Inputs
 from mhc_tilelang.compiler.simt import SimtError, executing
-from mhc_tilelang.launch import workspace
+from mhc_tilelang.launch import beside, workspace
 
 MAIN = Case(4, 144, torch.bfloat16, 37)  # three chunks, three tiles, the last of each a part of one
 WIDTHS = (40, 2560, 7168)  # below a chunk; eight groups; 28
@@ -28,39 +29,46 @@ def arguments(inputs, case=MAIN):
     return inputs.x, inputs.layer_output, inputs.h_post, inputs.h_res, inputs.phi, inputs.alpha, inputs.bias, case.spec
 
 
-# Every other form: its case, and whether H_res is the identity.
+# Every other form: its case, whether H_res is the identity, whether layer_input is aggregated with a given h_pre.
 FORMS = [
-    pytest.param(Case(4, 144, torch.bfloat16, 21), True, id="identity"),
-    pytest.param(Case(2, 144, torch.float16, 21), True, id="identity, two streams"),  # four rows, as many of padding
-    pytest.param(Case(4, 144, torch.float16, 21), False, id="float16"),
-    pytest.param(Case(2, 144, torch.bfloat16, 21), False, id="two streams"),
+    pytest.param(Case(4, 144, torch.bfloat16, 21), True, False, id="identity"),
+    # four rows, as many of padding
+    pytest.param(Case(2, 144, torch.float16, 21), True, False, id="identity, two streams"),
+    pytest.param(Case(4, 144, torch.float16, 21), False, False, id="float16"),
+    pytest.param(Case(2, 144, torch.bfloat16, 21), False, False, id="two streams"),
+    pytest.param(Case(4, 144, torch.bfloat16, 21), True, True, id="delayed identity", marks=pytest.mark.full),
+    pytest.param(Case(2, 144, torch.float16, 21), False, True, id="delayed, two streams in float16"),
 ]
 
 
-def at_once(inputs, resident=ALL, seed=0, polls=8, case=MAIN):
+def at_once(inputs, resident=ALL, seed=0, polls=8, case=MAIN, delayed=False):
     """All results, in the order of `Boundary`, of one launch."""
-    return run_at_once(inputs, resident, seed, polls, case)[0]
+    return run_at_once(inputs, resident, seed, polls, case, delayed)[0]
 
 
-def run_at_once(inputs, resident=ALL, seed=0, polls=8, case=MAIN):
+def run_at_once(inputs, resident=ALL, seed=0, polls=8, case=MAIN, delayed=False):
     """The same, and the bytes of x_next that were read again, for notes."""
     x_next, layer_input = (torch.full_like(t, torch.nan) for t in (inputs.x, inputs.layer_output))
     small = [torch.full_like(t, torch.nan) for t in (inputs.h_pre, inputs.h_post, inputs.h_res)]
     with executing(parallel_blocks=resident, seed=seed) as launches:
         out = (x_next, layer_input, *small)
-        projected = launch.post_pre_at_once(*arguments(inputs, case), out=out, polls=polls)
+        given = inputs.h_pre if delayed else None
+        projected = launch.post_pre_at_once(*arguments(inputs, case), h_pre=given, out=out, polls=polls)
     assert [launched.family for launched in launches] == ["post_pre"]
     h_pre, h_post, h_res = small
     found = x_next, layer_input, h_post, h_res, h_pre, projected
     return found, launches[0].counts.tensors["x_next"].read_bytes
 
 
-def separate(inputs, case=MAIN):
+def separate(inputs, case=MAIN, delayed=False):
     with executing() as launches:
         schedule = launch.boundary_schedule(inputs.x, 24, one_launch=False)
-        found = launch.post_pre(*arguments(inputs, case), schedule=schedule)
-    assert [launched.family for launched in launches] == ["split_phi", "post_project", "coefficients_aggregate"]
+        found = launch.post_pre(*arguments(inputs, case), h_pre=inputs.h_pre if delayed else None, schedule=schedule)
+    assert [launched.family for launched in launches] == ["split_phi", "post_project", LAST[delayed]]
     return found
+
+
+LAST = ("coefficients_aggregate", "coefficients")  # of three launches; of the delayed form
 
 
 def counters_are_zero():
@@ -77,6 +85,11 @@ def expected(inputs):
     return separate(inputs)
 
 
+@pytest.fixture(scope="module")
+def expected_delayed(inputs):
+    return separate(inputs, delayed=True)
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("resident", "polls"), [(ALL, 8), (FEW, 8), (FEW, 1), (ONE, 2), (ALL, 0)])
 def test_bits_are_those_of_three_launches(inputs, expected, resident, polls, seed):
@@ -85,6 +98,16 @@ def test_bits_are_those_of_three_launches(inputs, expected, resident, polls, see
     assert_same_bits(found, expected)
     assert counters_are_zero()
     assert read_again > 0 if resident == ONE else read_again == 0 or polls < 8 or resident == FEW
+
+
+@pytest.mark.parametrize("resident", [ALL, FEW, ONE])
+def test_bits_of_the_delayed_form_are_those_of_three_launches(inputs, expected_delayed, resident):
+    """Where no block waits for another: whoever comes last."""
+    for seed in range(3):
+        found, read_again = run_at_once(inputs, resident, seed, delayed=True)
+        assert_same_bits(found, expected_delayed)
+        assert counters_are_zero()
+        assert read_again == 0
 
 
 @dataclass(frozen=True)
@@ -104,8 +127,8 @@ def test_constants(inputs):
 
 
 @pytest.mark.parametrize("resident", [FEW, pytest.param(ALL, marks=pytest.mark.full)])
-@pytest.mark.parametrize(("case", "identity"), FORMS)
-def test_other_forms(case, identity, resident):
+@pytest.mark.parametrize(("case", "identity", "delayed"), FORMS)
+def test_other_forms(case, identity, delayed, resident):
     """Catches rows of phi that are not there taken for such, and a low half that is scaled and not scaled back."""
     inputs = Inputs.of(case, CPU)
     given = of_identity(case, inputs) if identity else inputs
@@ -114,10 +137,15 @@ def test_other_forms(case, identity, resident):
     run = launch.identity_post_pre if identity else launch.post_pre
     with executing(parallel_blocks=resident, seed=1) as launches:
         found, expected = (
-            run(*mixed, *parameters, schedule=launch.boundary_schedule(given.x, len(given.phi), one_launch=one))
+            run(
+                *(*mixed, *parameters),
+                h_pre=given.h_pre if delayed else None,
+                schedule=launch.boundary_schedule(given.x, len(given.phi), one_launch=one),
+            )
             for one in (True, False)
         )
-    assert [each.family for each in launches] == ["post_pre", "split_phi", "post_project", "coefficients_aggregate"]
+    last = "gates" if delayed and identity else LAST[delayed]
+    assert [each.family for each in launches] == ["post_pre", "split_phi", "post_project", last]
     assert_same_bits(found, expected)
 
 
@@ -159,6 +187,7 @@ def test_what_is_chosen_for_few_tokens(inputs, expected):
     """One launch by default; not for a layer in float32, nor where a row starts on 8 bytes."""
     with executing() as launches:
         found = launch.post_pre(*arguments(inputs))
+        launch.post_pre(*arguments(inputs), h_pre=inputs.h_pre)
         x, layer_output, *rest = arguments(inputs)
         shifted = torch.empty(layer_output.numel() + 4, dtype=layer_output.dtype)[4:].view_as(layer_output)
         out = (x, layer_output, inputs.h_pre, inputs.h_post, inputs.h_res)
@@ -166,12 +195,24 @@ def test_what_is_chosen_for_few_tokens(inputs, expected):
             assert launch.post_pre_at_once(x, other, *rest, out=out) is None
         with pytest.raises(ValueError, match="one_launch: expected a stream that is projected by warps"):
             launch.boundary_schedule(x.float(), 24, one_launch=True)
-    assert [launched.family for launched in launches] == ["post_pre"]
+    assert [launched.family for launched in launches] == ["post_pre"] * 2
     assert_same_bits(found, expected)
 
 
-# ---- planted faults: one source has them all, each under a number of `polls` of its own
+def test_coefficients_beside_the_layer_are_a_launch_of_their_own(inputs, expected_delayed, monkeypatch):
+    """Where they are asked for on a side stream, one launch would bring them back before the layer."""
+    monkeypatch.setattr(beside, "asked", lambda: "a side stream")
+    monkeypatch.setattr(beside, "coefficients_beside", lambda *given, out: launch.coefficients(*given, out=out)[3])
+    with executing() as launches:
+        found = launch.post_pre(*arguments(inputs), h_pre=inputs.h_pre)
+    assert [launched.family for launched in launches] == ["split_phi", "post_project", "coefficients"]
+    assert_same_bits(found, expected_delayed)
 
+
+# ---- planted faults: one source has them all, each under a number of `polls` of its own; of the delayed form, which
+# has no such argument, under one in the environment
+
+PLANTED = "PLANTED_FAULT"
 FIRST_FAULT = 100
 SYNCHRONIZATION = r"__syncthreads\(\);|tl::cp_async_wait<\d+>\(\);"
 BARRIERS = [f"without barrier or wait {k}" for k in range(8)]
@@ -195,22 +236,37 @@ FAULTS = {
 }
 
 
-def number(name):
-    return FIRST_FAULT + [*BARRIERS, *FAULTS].index(name)
+# The same of the delayed form, whose blocks leave when they have arrived.
+DELAYED_BARRIERS = BARRIERS[:5]
+DELAYED_FAULTS = {
+    **{name: FAULTS[name] for name in ("arrives relaxed", "arrives without release", "arrives without acquire")},
+    "takes one more token": FAULTS["takes one more token"],
+    "ends before all have come": (r"& 1023\) == 3\)", "& 1023) == 3 - IS)", ALL, RACE),
+    "ends twice": (r"(told\)\[1\] = condval_1;)", r"\1 if (IS) { ((int*)told)[1] = (seen & 1023) > 1; }", ALL, RACE),
+    "sets no counter back": (r"(sync\[[^;=]*\] = 0;)", r"if (!IS) \1", ALL, "counters"),
+}
+
+
+def number(name, faults):
+    """0 of no fault."""
+    return FIRST_FAULT + [*BARRIERS, *faults].index(name) if name else 0
 
 
 def plant(code):
-    """All faults in one source, none of which is there but for its number."""
+    """All faults in one source, of either form, none of which is there but for its number."""
+    delayed = "leaving" not in code
+    barriers, faults = (DELAYED_BARRIERS, DELAYED_FAULTS) if delayed else (BARRIERS, FAULTS)
     found = list(re.finditer(SYNCHRONIZATION, code))
-    assert len(found) == len(BARRIERS)
+    assert len(found) == len(barriers)
     for k, place in reversed(list(enumerate(found))):
-        code = f"{code[: place.start()]}if (polls != {number(BARRIERS[k])}) {{ {place[0]} }}{code[place.end() :]}"
-    for k, (name, (pattern, replacement, *_)) in enumerate(FAULTS.items()):
+        at = number(barriers[k], faults)
+        code = f"{code[: place.start()]}if (polls != {at}) {{ {place[0]} }}{code[place.end() :]}"
+    for k, (name, (pattern, replacement, *_)) in enumerate(faults.items()):
         code, count = re.subn(pattern, replacement.replace("IS ", f"IS_{k} ").replace("IS)", f"IS_{k})"), code, count=1)
         assert count == 1, name
-    for k, name in reversed(list(enumerate(FAULTS))):
-        code = code.replace(f"IS_{k}", f"(polls == {number(name)})")
-    return code
+    for k, name in reversed(list(enumerate(faults))):
+        code = code.replace(f"IS_{k}", f"(polls == {number(name, faults)})")
+    return f'#include <cstdlib>\n#define polls std::atoi(std::getenv("{PLANTED}"))\n{code}' if delayed else code
 
 
 @pytest.fixture(scope="module")
@@ -219,10 +275,12 @@ def planted():
         yield
 
 
-def outcome(inputs, expected, name, resident):
+def outcome(inputs, expected, name, resident, delayed=False):
     """What is found: kinds of findings, "bits", "counters", or nothing."""
+    polls = number(name, DELAYED_FAULTS if delayed else FAULTS)
+    os.environ[PLANTED] = str(polls)
     try:
-        found = at_once(inputs, resident, polls=number(name))
+        found = at_once(inputs, resident, polls=polls, delayed=delayed)
     except SimtError as error:
         workspace._kept.clear()
         return ", ".join(sorted(error.kinds))
@@ -256,3 +314,17 @@ def test_without_a_fault_the_planted_source_passes(inputs, expected):
     """And a wait without end does where all find room."""
     assert_same_bits(at_once(inputs, FEW, polls=FIRST_FAULT - 1), expected)
     assert outcome(inputs, expected, "waits without end", ALL) == ""
+
+
+@pytest.mark.parametrize("name", [*DELAYED_BARRIERS, *DELAYED_FAULTS])
+@pytest.mark.usefixtures("planted")
+def test_planted_faults_of_the_delayed_form_are_found(inputs, expected_delayed, name):
+    *_, kind = DELAYED_FAULTS.get(name, ("",))
+    found = outcome(inputs, expected_delayed, name, ALL, delayed=True)
+    assert found
+    assert kind in found
+
+
+@pytest.mark.usefixtures("planted")
+def test_without_a_fault_the_planted_delayed_form_passes(inputs, expected_delayed):
+    assert outcome(inputs, expected_delayed, "", ALL, delayed=True) == ""

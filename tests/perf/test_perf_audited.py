@@ -106,10 +106,11 @@ def num_slabs(kernel: str, shape: Shape, target: str) -> int:
     return int(found)
 
 
+@pytest.mark.parametrize("kernel", [POST_PRE, POST_PRE_DELAYED])
 @pytest.mark.parametrize("num_tokens", [1, 38])
-def test_few_tokens_are_counted_as_they_are_launched(num_tokens: int) -> None:
+def test_few_tokens_are_counted_as_they_are_launched(num_tokens: int, kernel: str) -> None:
     """In one launch, which does not read x_next again; blocks' sums and counters included."""
-    case = Case(POST_PRE, Shape(num_tokens, 4, 144, "bfloat16"))
+    case = Case(kernel, Shape(num_tokens, 4, 144, "bfloat16"))
     assert [one.family for one in launches(case, "cuda", BLOCKS["cuda"])] == ["post_pre"]
     counted = audit_call(case, "cuda", BLOCKS["cuda"])
     stated = traffic(case, projection_plans.projection_plan(24, 4, 144, "bfloat16", "cuda"), num_slabs=3)

@@ -42,15 +42,15 @@ def check_post_pre(case: Case, inputs: Inputs) -> list[Comparison]:
 
 @check("x_next", "layer_input", "h_pre", "h_post", "h_res")
 def check_post_pre_delayed(case: Case, inputs: Inputs) -> list[Comparison]:
-    """The outputs of `post_pre`, aggregated with a given h_pre."""
+    """The outputs of `post_pre`, aggregated with a given h_pre. For few tokens in one launch too."""
     return compare_forward(case, inputs, delayed=True)
 
 
-def hold_to_one_launch(x: torch.Tensor, rows: int, run: Callable[..., Any], exists: bool = True) -> Any:
-    """Return what several launches do; NaN for x_next, no result at all, where one has other bits, if it `exists`."""
+def hold_to_one_launch(x: torch.Tensor, rows: int, run: Callable[..., Any]) -> Any:
+    """Return what several launches do; NaN for x_next, no result at all, where one has other bits."""
     got = run(schedule=launch.boundary_schedule(x, rows, one_launch=False))
     few = x.shape[0] <= boundary_plans.MOST_TOKENS_AT_ONCE
-    if few and exists and boundary_plans.post_pre_plan(launch.projection_plan(x, rows)):
+    if few and boundary_plans.post_pre_plan(launch.projection_plan(x, rows)):
         at_once = run(schedule=launch.boundary_schedule(x, rows, one_launch=True))
         pairs = [(numpy64(result), numpy64(other)) for result, other in zip(at_once, got, strict=True)]
         if not all(np.array_equal(*pair, equal_nan=True) for pair in pairs):
@@ -67,7 +67,7 @@ def compare_forward(case: Case, inputs: Inputs, delayed: bool) -> list[Compariso
     def run(schedule: boundary_plans.BoundarySchedule) -> launch.Boundary:
         return launch.post_pre(*arguments, h_pre=given, schedule=schedule)
 
-    got = hold_to_one_launch(inputs.x, spec.num_coefficients, run, exists=not delayed)
+    got = hold_to_one_launch(inputs.x, spec.num_coefficients, run)
     plain_next = plain_torch.post(*mixed(inputs))
     plain = plain_torch.coefficients(plain_next, *parameters, spec)
     plain_input = plain_torch.aggregate(plain_next, inputs.h_pre if delayed else plain[0])
