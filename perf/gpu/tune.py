@@ -3,9 +3,9 @@
 For each family at one shape: enumerate (`tune_plans`), compile in parallel (`building`), run on the arguments of the
 ordinary call, compare what every plan writes with what the heuristic's writes, and time those that agree in the same
 rounds, from a cold cache (`timing`). On a GPU that `predict` has constants of, its cost model ranks them first
-(`tune_rank`). A plan may change the order of sums over channels or tokens, and so bits; those
-of bfloat16 and float16 then differ by a rounding. What is compiled in is the heuristic's all the same: this only says
-where it is worth changing.
+(`tune_rank`). Shares of a block are tried like plans (`tune_plans.shares`), and move no bit. A plan may change the
+order of sums over channels or tokens, and so bits; those of bfloat16 and float16 then differ by a rounding. What is
+compiled in is the heuristic's all the same: this only says where it is worth changing.
 """
 
 from __future__ import annotations
@@ -86,14 +86,14 @@ def ranked_plans(
     """The plans of a family by their predicted time, and the heuristic's. Raises MHCError where no call launches it."""
     from ..calls.cases import Case
     from ..calls.launches import launches
-    from .tune_plans import alternatives
+    from .tune_plans import alternatives, shares
     from .tune_rank import rank
 
     blocks = 2 * int(gpu.constants.sms)
     for call in calls_with(family):
         for one in launches(Case(call, shape), "cuda", blocks):
             if one.family == family:
-                plans = [one.parameters, *alternatives(one.parameters, "cuda")[:limit]]
+                plans = [one.parameters, *[*shares(one), *alternatives(one.parameters, "cuda")][:limit]]
                 return rank(one, plans, one.streams, gpu, processes), one.parameters
     raise MHCError(f"tune: {family}: expected a kernel family that a call launches here, got one that none does")
 
@@ -111,26 +111,26 @@ def tune(
     from ..measure.machine import last_level_cache
     from ..measure.timing import clock_for, measure
     from .building import brief
-    from .tune_plans import alternatives
+    from .tune_plans import alternatives, compiled, shares
 
     kind = "cpu" if target == "cpu" else "cuda"
     order = [each.parameters for each in ranked]
-    others = alternatives(one.parameters, kind)
+    others = [*shares(one), *alternatives(one.parameters, kind)]
     others.sort(key=lambda plan: order.index(plan) if plan in order else len(order))
     predicted = {changes(each.parameters, one.parameters): each.us for each in ranked}
     plans = [one.parameters, *others[:limit]]
-    built = build_all([Job(one.family, plan) for plan in plans], target, processes)
+    built = build_all([Job(one.family, compiled(plan)) for plan in plans], target, processes)
     errors = {str(each.job.parameters): each.error for each in built}
     written = outputs_of(one)
     tried, runs = [], {}
     for plan in plans:
         label, heuristic = changes(plan, one.parameters), plan is one.parameters
-        if refused := errors[str(plan)]:
+        if refused := errors[str(compiled(plan))]:
             tried.append(Tried(label, heuristic, refused=refused))
             continue
         try:
             arguments = adapt_arguments(one, plan, written)
-            run = partial(compiler.kernel(one.family, target, **plan), **arguments)
+            run = partial(compiler.kernel(one.family, target, **compiled(plan)), **arguments)
             run()
             outputs = compare(arguments, one.arguments, written)
         except Exception as error:  # a launch that the device refuses, or an argument that no longer fits

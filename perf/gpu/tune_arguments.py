@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...kernels.boundary_plans import BoundaryBackwardPlan
+from .tune_plans import CHUNKS
 
 if TYPE_CHECKING:
     from ...compiler.recording import Recorded
@@ -27,6 +28,8 @@ def adapt_arguments(one: Recorded, parameters: Mapping[str, Any], written: Seque
     found = dict(one.arguments)
     for name in written:
         found[name] = torch.full_like(found[name], float("nan"))
+    if CHUNKS in parameters:
+        found[CHUNKS] = parameters[CHUNKS]
     plan = parameters.get("plan")
     if isinstance(plan, BoundaryBackwardPlan):
         tokens = one.arguments["tiles_per_range"] * one.parameters["plan"].tokens

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...kernels.boundary_plans import (
     AggregateMappingsPlan,
@@ -23,7 +23,11 @@ from ...kernels.boundary_plans import (
 from ...kernels.plans import BYTES, MAX_ACCESS_BYTES, WARP, ChannelTile, NormTile, ReductionTile
 from ...kernels.projection_plans import ProjectionBackwardPlan, ProjectionPlan, WarpProjectionPlan, WarpsPlan
 
+if TYPE_CHECKING:
+    from ...compiler.recording import Recorded
+
 Parameters = dict[str, Any]
+CHUNKS = "chunks_per_split"
 CUDA_THREADS = (32, 64, 96, 128, 160, 192, 256, 320, 512)
 
 
@@ -39,6 +43,26 @@ def alternatives(parameters: Parameters, target: str) -> list[Parameters]:
             sizes = (16, 32, 64, 128, 256) if target == "cpu" else (32, 64, 96, 128, 256, 512)
             found += [{**parameters, name: size} for size in sizes]
     return [one for one in found if one != parameters]
+
+
+def shares(one: Recorded) -> list[Parameters]:
+    """Return a launch's parameters with other shares of a block, in whole groups of chunks, which move no bit.
+
+    A share, CHUNKS, is an argument, not compiled in: `compiled` leaves it out, `adapt_arguments` passes it. By warps
+    alone.
+    """
+    plan = one.parameters.get("plan")
+    projection = getattr(plan, "projection", plan)
+    if CHUNKS not in one.arguments or not isinstance(projection, WarpProjectionPlan):
+        return []
+    chunks, group = projection.num_chunks(one.parameters["hidden_size"]), projection.chunks_per_group
+    sizes = {min(chunks, groups * group) for groups in (1, 2, 4, -(-chunks // group))} - {one.arguments[CHUNKS]}
+    return [{**one.parameters, CHUNKS: size} for size in sorted(sizes)]
+
+
+def compiled(parameters: Parameters) -> Parameters:
+    """Return what a kernel is compiled with."""
+    return {name: value for name, value in parameters.items() if name != CHUNKS}
 
 
 def tiles(tile: ChannelTile | ReductionTile, hidden_size: int, target: str) -> Iterator[ChannelTile | ReductionTile]:

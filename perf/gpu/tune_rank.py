@@ -15,6 +15,7 @@ from ...compiler.recording import Recorded
 from ..predict.devices import Device
 from .building import brief, workers
 from .tune_arguments import adapt_arguments, changes, outputs_of
+from .tune_plans import compiled
 
 SHOWN = 10
 
@@ -40,7 +41,7 @@ def rank(
             except ValueError as error:  # an argument that does not fit the plan
                 found.append(Ranked(plan, None, brief(error)))
                 continue
-            launch = Recorded(one.family, dict(plan), arguments, tuple(streams))
+            launch = Recorded(one.family, compiled(dict(plan)), arguments, tuple(streams))
             jobs.append((plan, pool.submit(predict, launch, gpu)))
         for plan, job in jobs:
             failure = job.exception()

@@ -21,7 +21,7 @@ from mhc_tilelang.errors import MHCError
 from mhc_tilelang.perf.calls.cases import Case, Shape
 from mhc_tilelang.perf.calls.launches import launches
 from mhc_tilelang.perf.calls.table import CALLS
-from mhc_tilelang.perf.gpu import tune, tune_arguments, tune_rank
+from mhc_tilelang.perf.gpu import tune, tune_arguments, tune_plans, tune_rank
 from mhc_tilelang.perf.gpu.building import Job, build_all, unique
 from mhc_tilelang.perf.gpu.tune_plans import alternatives
 
@@ -41,6 +41,25 @@ def test_every_family_has_alternatives(target: str) -> None:
         labels = [tune_arguments.changes(other, one.parameters) for other in others]
         assert len(set(labels)) == len(labels) > 1, family
         assert all(other.get("hidden_size") == one.parameters.get("hidden_size") for other in others)
+
+
+def launch_of(family: str, shape: Shape = SHAPE) -> Recorded:
+    return next(one for name in CALLS for one in launches(Case(name, shape), "cuda", 264) if one.family == family)
+
+
+def test_shares_are_whole_groups() -> None:
+    """Of kernels by warps: what is compiled is the heuristic's, one argument is another."""
+    one = launch_of("post_project")
+    found = tune_plans.shares(one)
+    assert [share["chunks_per_split"] for share in found] == [10, 20, 40]
+    for share in found:
+        assert tune_plans.compiled(share) == one.parameters
+        assert tune_arguments.changes(share, one.parameters) == f"chunks_per_split={share['chunks_per_split']}"
+        given = tune_arguments.adapt_arguments(one, share, [])
+        assert {name for name in given if given[name] is not one.arguments[name]} == {"chunks_per_split"}
+        assert given["chunks_per_split"] == share["chunks_per_split"]
+    assert not tune_plans.shares(launch_of("post"))
+    assert not tune_plans.shares(launch_of("project", Shape(4096, 4, 2560, "float32")))
 
 
 def test_plans_are_compared_and_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
