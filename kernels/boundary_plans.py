@@ -199,7 +199,7 @@ class PostPrePlan:
 
 
 # On an H200 a wave of blocks is predicted to take 8 µs and each further one 3, where three launches take 18 (10 to 31),
-# for 128 tokens as for one (docs/critical-path.md): the rest is left for what no list of steps knows, other devices too.
+# for 128 tokens as for one (docs/critical-path.md): the rest is for what no list of steps knows, and other devices.
 MOST_TOKENS_AT_ONCE, MOST_WAVES_AT_ONCE = 128, 2
 # How often a block of `post_pre` asks whether the others have come, some 0.5 µs each time, before it leaves a note.
 POLLS = 64
