@@ -19,6 +19,7 @@ INSTRUCTION = re.compile(
 UPPER = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/")
 LABEL = re.compile(r"^(?:\s*)(\.L_x_\d+|\$[\w$.]+):")
 REFERENCE = re.compile(r"`\(([^)]+)\)")
+REMARK = re.compile(r"\(\*.*?\*\)")  # (*"SpillRefill"*)
 SEPARATOR = re.compile(r",\s*(?![^\[]*\])")
 BYTES = {"256": 32, "128": 16, "64": 8, "U64": 8, "S64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 NO_SCOREBOARD = 7
@@ -82,7 +83,7 @@ def parse(listing: str) -> list[Instruction]:
 
 def instruction(text: re.Match[str], control: int, labels: dict[str, int]) -> Instruction:
     """One line and the upper half of its encoding."""
-    operands = text["operands"].strip()
+    operands = REMARK.sub("", text["operands"]).strip()
     reference = REFERENCE.search(operands)
     return Instruction(
         int(text["address"], 16),
