@@ -50,12 +50,16 @@ def shares(hidden_size: int) -> dict[str, int]:
 
 @contextmanager
 def a_range_for_each_tile() -> Iterator[None]:
-    """Patch plans to a range of tokens, with partial sums, for each tile: otherwise hundreds of tokens share one."""
+    """Patch plans to a range of tokens, with partial sums, for each tile: otherwise hundreds of tokens share one, and how
+    many follows from the device; as does whether the forward that comes before a backward is one launch.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(projection_plans, "TOKENS_PER_PARTIAL", 1)
         patch.setattr(projection_plans, "MAX_PARTIALS", TOKENS)
         patch.setattr(projection_plans, "tiles_in_waves", lambda *_, **__: 1)
         patch.setattr(boundary_plans, "tiles_per_range", lambda *_: 1)
+        patch.setattr(boundary_plans, "ends_at_once", lambda *_: False)
+        patch.setattr(boundary_plans, "joined_tokens", lambda _, plan, __: plan.summing_warps)
         yield
 
 
