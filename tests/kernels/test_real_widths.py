@@ -50,8 +50,8 @@ def shares(hidden_size: int) -> dict[str, int]:
 
 @contextmanager
 def a_range_for_each_tile() -> Iterator[None]:
-    """Patch plans to a range of tokens, with partial sums, for each tile: otherwise hundreds of tokens share one, and how
-    many follows from the device; as does whether the forward that comes before a backward is one launch.
+    """Patch plans to a range of tokens, with partial sums, for each tile: otherwise hundreds of tokens share one, and
+    how many follows from the device; as does whether the forward that comes before a backward is one launch.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(projection_plans, "TOKENS_PER_PARTIAL", 1)

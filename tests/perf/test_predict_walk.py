@@ -53,7 +53,8 @@ def test_a_loop_over_a_runtime_size_runs_that_often():
 def test_a_counter_that_was_spilled_comes_back():
     """nvdisasm says so in a remark behind the operands, which is none of them."""
     remark = '                          (*"SpillRefill"*)'
-    text = LOOP.replace("MOV R0, {start}", f"LDC R1, c[0x0][0x28]\n    MOV R9, 0x5\n    STL [R1+0x8], R9 {remark}\n    MOV R0, RZ")
+    start = f"LDC R1, c[0x0][0x28]\n    MOV R9, 0x5\n    STL [R1+0x8], R9 {remark}\n    MOV R0, RZ"
+    text = LOOP.replace("MOV R0, {start}", start)
     text = text.replace("    ISETP", f"    LDL R7, [R1+0x8] {remark}\n    ISETP")
     counted, found = times(text.format(step="0x1", end="R7"))
     assert counted["FADD"] == 5
