@@ -19,7 +19,7 @@ from .devices import Device
 from .launched import Launched, build_function, fits_cache, walk_launch
 from .model import SHORT_US, Work, advice, regime, rows_of, terms
 from .schedule import Steady, cycles, steady
-from .walk import walk
+from .walk import EndlessError, walk
 
 # A factor up and down: each covers at least nine of ten of the 140 points, every one predicted without its kernel.
 BANDS = {"memory": 1.08, "memory and SM": 1.3, "SM": 1.25, "launch and latency": 1.4}
@@ -97,8 +97,13 @@ def predict(case: Case, device: Device, flushed: bool = False, family: str = "")
         flushed: the last-level cache is cold before each call.
         family: family of the launches that count; all by default.
     """
-    found = [walk_launch(launch, device.arch) for launch in launches_of(case, device, family)]
-    reasons = [f"{each.family}: {text}" for each in found for text in each.refusals]
+    found, reasons = [], []
+    for launch in launches_of(case, device, family):
+        try:
+            found.append(walk_launch(launch, device.arch))
+            reasons += [f"{launch.family}: {text}" for text in found[-1].refusals]
+        except EndlessError as error:
+            reasons.append(f"{launch.family}: {error}")
     if not flushed:
         reasons += fits_cache(sum(each.working_set for each in found), device.cache_bytes)
     return answer(family or case.kernel, case, device, found, reasons)

@@ -102,6 +102,10 @@ NOTHING: dict[int, Access] = {}
 Groups = list[tuple[int, np.ndarray]]  # index of the next instruction, and lanes
 
 
+class EndlessError(MHCError):
+    """A walk that comes to no end."""
+
+
 @dataclass
 class Walk:
     """The way of a block's warps: each instruction, which warps issued it, what each touched; undecided branches."""
@@ -115,7 +119,7 @@ class Walk:
 
 
 def walk(code: Sequence[Instruction], entry: Entry, block: tuple[int, int, int] | None = None) -> Walk:
-    """Walk the warps of a block, the middle one by default. Raises MHCError where they come to no end."""
+    """Walk the warps of a block, the middle one by default. Raises EndlessError where they come to none."""
     return Walker(code, entry, block or entry.middle).run()
 
 
@@ -146,7 +150,7 @@ class Walker:
             if not self.groups:
                 index = self.hurry(index, self.warps_of(lanes))
             if len(self.found.steps) >= MAX_STEPS:
-                raise MHCError(f"predict: expected a warp to end within {MAX_STEPS} instructions, got none that does")
+                raise EndlessError(f"expected a warp to end within {MAX_STEPS} instructions, got none that does")
             self.step(index, lanes)
         return self.found
 

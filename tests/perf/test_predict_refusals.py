@@ -26,7 +26,7 @@ from mhc_tilelang.perf.predict.block import Block, walk_block
 from mhc_tilelang.perf.predict.devices import DEVICES, device
 from mhc_tilelang.perf.predict.launched import Launched, build
 from mhc_tilelang.perf.predict.model import Work, advice
-from mhc_tilelang.perf.predict.walk import Argument, Entry
+from mhc_tilelang.perf.predict.walk import Argument, EndlessError, Entry
 from mhc_tilelang.perf.traffic.audit import BufferTraffic, Movement
 
 ENTRY = Entry("sm_90a", (Argument("x", "buffer"),), (10, 1, 1), (64, 1, 1))
@@ -161,6 +161,17 @@ def test_compare_says_cannot_say():
     assert "cannot say" in predicted.compare(one, answer(reasons=["no"]))
     fused = answer(WORK._replace(bytes=900_000_000), family="post_project")
     assert "resembles nothing measured" in predicted.compare(one, fused)
+
+
+def test_a_walk_without_end_is_a_refusal_of_its_call(monkeypatch):
+    """The rest of a table has its answers."""
+
+    def endless(launch, _):
+        raise EndlessError(f"expected an end of {launch.family}")
+
+    monkeypatch.setattr(predicted, "walk_launch", endless)
+    found = predicted.predict(CASE, B200, flushed=True)
+    assert (found.us, found.low, found.reasons) == (None, None, ("post: expected an end of post",))
 
 
 def test_one_measured_point_scales_the_others(tmp_path, monkeypatch):
