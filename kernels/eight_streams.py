@@ -24,7 +24,7 @@ import tilelang.language as T
 from .boundary_plans import PostProjectPlan
 from .post_project_warps import copy_coefficients
 from .projection_plans import WarpProjectionPlan
-from .projection_warps import close_chunk, copy_phi, project_stream
+from .projection_warps import allocate_sums, close_chunk, copy_phi, project_stream, take_phi
 from .warps import (
     PASS_CONFIGS,
     PASS_CONFIGS_ATTR,
@@ -138,10 +138,7 @@ def project_of_eight_kernel(hidden_size: int, plan: WarpProjectionPlan):
         ) as (tile, split):
             phi_tile = T.alloc_shared((2 * units, VECTOR), dtype)
             words = T.alloc_local((2 * n * WORDS,), T.uint32)
-            dots = T.alloc_local((2 * plan.dots_tiles * 4,), T.float32)
-            squares = T.alloc_local((16,), T.float32)
-            group_dots = T.alloc_local((2 * plan.group_sums,), T.float32)
-            group_squares = T.alloc_local((2,), T.float32)
+            sums = allocate_sums(plan)
             token, channel, stage = T.alloc_var(T.int32), T.alloc_var(T.int32), T.alloc_var(T.int32)
 
             thread = T.get_thread_binding()
@@ -155,22 +152,18 @@ def project_of_eight_kernel(hidden_size: int, plan: WarpProjectionPlan):
                 load_stream(words, x, i, token, channel, True if whole else channel < hidden_size, n)
             copy_phi(phi_tile, phi, first_chunk, 0, thread, plan)
             T.ptx_commit_group()
-            clear_sums(group_dots, group_squares)
+            clear_sums(sums.group_dots, sums.group_squares)
             for chunk in T.serial(first_chunk, last_chunk):
-                T.ptx_wait_group(0)
-                T.sync_threads()
-                if chunk + 1 < last_chunk:
-                    copy_phi(phi_tile, phi, chunk + 1, units - stage, thread, plan)
-                T.ptx_commit_group()
-                clear_sums(dots, squares)
+                take_phi(phi_tile, phi, chunk, last_chunk, stage, thread, plan)
+                clear_sums(sums.dots, sums.squares)
                 inside = chunk + 1 < last_chunk
                 if not whole:
                     inside = T.And(inside, channel + plan.channels < hidden_size)
                 for j in T.unroll(n):
-                    project_stream(dots, squares, words, phi_tile, stage + lane, j, n, plan)
+                    project_stream(sums, words, phi_tile, stage + lane, j, n, plan)
                     load_stream(words, x, j, token, channel + plan.channels, inside, n)
                 channel = channel + plan.channels
-                close_chunk(partial, chunk, group_dots, group_squares, dots, squares, token, plan, hidden_size)
+                close_chunk(partial, chunk, sums, token, plan, hidden_size)
                 stage = units - stage
 
     return project.with_attr(PASS_CONFIGS_ATTR, list(PASS_CONFIGS))
@@ -211,10 +204,7 @@ def post_project_of_eight_kernel(hidden_size: int, layer_dtype: str, plan: PostP
             words = T.alloc_local((2 * n * WORDS,), T.uint32)
             layer_words = T.alloc_local((2 * per_token,), T.uint32)
             input_words = T.alloc_local((WORDS,), T.uint32)
-            dots = T.alloc_local((2 * projection.dots_tiles * 4,), T.float32)
-            squares = T.alloc_local((16,), T.float32)
-            group_dots = T.alloc_local((2 * projection.group_sums,), T.float32)
-            group_squares = T.alloc_local((2,), T.float32)
+            sums = allocate_sums(projection)
             token, channel, stage = T.alloc_var(T.int32), T.alloc_var(T.int32), T.alloc_var(T.int32)
             row = T.alloc_var(T.int32)
 
@@ -235,14 +225,10 @@ def post_project_of_eight_kernel(hidden_size: int, layer_dtype: str, plan: PostP
                 *(tile * tokens + warp * WARP_TOKENS, lane, warp * WARP_TOKENS * of_token),
             )
             T.ptx_commit_group()
-            clear_sums(group_dots, group_squares)
+            clear_sums(sums.group_dots, sums.group_squares)
             for chunk in T.serial(first_chunk, last_chunk):
-                T.ptx_wait_group(0)
-                T.sync_threads()
-                if chunk + 1 < last_chunk:
-                    copy_phi(phi_tile, phi, chunk + 1, units - stage, thread, projection)
-                T.ptx_commit_group()
-                clear_sums(dots, squares)
+                take_phi(phi_tile, phi, chunk, last_chunk, stage, thread, projection)
+                clear_sums(sums.dots, sums.squares)
                 for half in (0, 1):
                     mix_in_place(
                         *(words, input_words, layer_words, coefficients),
@@ -260,10 +246,10 @@ def post_project_of_eight_kernel(hidden_size: int, layer_dtype: str, plan: PostP
                     inside = T.And(inside, channel + channels < hidden_size)
                 load_layer(layer_words, layer_output, token, channel + channels, inside)
                 for j in T.unroll(n):
-                    project_stream(dots, squares, words, phi_tile, stage + lane, j, n, projection)
+                    project_stream(sums, words, phi_tile, stage + lane, j, n, projection)
                     load_stream(words, x, j, token, channel + channels, inside, n)
                 channel = channel + channels
-                close_chunk(partial, chunk, group_dots, group_squares, dots, squares, token, projection, hidden_size)
+                close_chunk(partial, chunk, sums, token, projection, hidden_size)
                 stage = units - stage
 
     return post_project.with_attr(PASS_CONFIGS_ATTR, list(PASS_CONFIGS))

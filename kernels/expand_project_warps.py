@@ -16,7 +16,7 @@ moves n·C are stores, which nothing waits for.
 import tilelang.language as T
 
 from .boundary_plans import ExpandProjectPlan
-from .projection_warps import close_chunk, copy_phi, project_span
+from .projection_warps import allocate_sums, close_chunk, copy_phi, project_span, take_phi
 from .warps import (
     PASS_CONFIGS,
     PASS_CONFIGS_ATTR,
@@ -79,10 +79,7 @@ def expand_project_by_warps_kernel(num_streams: int, hidden_size: int, plan: Exp
             phi_tile = T.alloc_shared((2 * units, VECTOR), dtype)
             ahead = [T.alloc_local((2 * WORDS,), T.uint32) for _ in spans]
             words = [T.alloc_local((2 * WORDS,), T.uint32) for _ in spans]
-            dots = T.alloc_local((2 * projection.dots_tiles * 4,), T.float32)
-            squares = T.alloc_local((16,), T.float32)
-            group_dots = T.alloc_local((2 * projection.group_sums,), T.float32)
-            group_squares = T.alloc_local((2,), T.float32)
+            sums = allocate_sums(projection)
             token, channel, stage = T.alloc_var(T.int32), T.alloc_var(T.int32), T.alloc_var(T.int32)
 
             T.annotate_min_blocks_per_sm(plan.blocks_per_sm)
@@ -96,26 +93,22 @@ def expand_project_by_warps_kernel(num_streams: int, hidden_size: int, plan: Exp
             load_chunk(ahead, h, token, channel, True, whole)
             copy_phi(phi_tile, phi, first_chunk, 0, thread, projection)
             T.ptx_commit_group()
-            clear_sums(group_dots, group_squares)
+            clear_sums(sums.group_dots, sums.group_squares)
             for chunk in T.serial(first_chunk, last_chunk):
-                T.ptx_wait_group(0)
-                T.sync_threads()
-                if chunk + 1 < last_chunk:
-                    copy_phi(phi_tile, phi, chunk + 1, units - stage, thread, projection)
-                T.ptx_commit_group()
+                take_phi(phi_tile, phi, chunk, last_chunk, stage, thread, projection)
                 for span in spans:
                     for e in T.unroll(2 * WORDS):
                         words[span][e] = ahead[span][e]
                 load_chunk(ahead, h, token, channel + channels, chunk + 1 < last_chunk, whole)
-                clear_sums(dots, squares)
+                clear_sums(sums.dots, sums.squares)
                 for span in spans:
                     first = channel + span * WARP_CHANNELS
                     store_streams(x, words[span], token, first, True if whole else first < hidden_size)
                     at = stage + lane + span * units // len(spans)
-                    project_span(dots, squares, words[span], phi_tile, at, 1, projection)
+                    project_span(sums, words[span], phi_tile, at, 1, projection)
                 for e in T.unroll(16):
-                    squares[e] = squares[e] * n  # n is a power of two
-                close_chunk(partial, chunk, group_dots, group_squares, dots, squares, token, projection, hidden_size)
+                    sums.squares[e] *= n  # n is a power of two
+                close_chunk(partial, chunk, sums, token, projection, hidden_size)
                 channel = channel + channels
                 stage = units - stage
 

@@ -23,7 +23,7 @@ memory: two chunks of phi, 48 KB, and the tokens' coefficients, 5 KB.
 import tilelang.language as T
 
 from .boundary_plans import PostProjectPlan
-from .projection_warps import close_chunk, copy_phi, project_span
+from .projection_warps import allocate_sums, close_chunk, copy_phi, project_span, take_phi
 from .warps import (
     PASS_CONFIGS,
     PASS_CONFIGS_ATTR,
@@ -141,7 +141,7 @@ def post_project_by_warps_kernel(
     """Build `post_project_kernel` by warps, for phi [units, 8], as `split_phi_fragments_kernel` leaves it."""
     n, projection = num_streams, plan.projection
     channels, threads, tokens = projection.channels, projection.threads, projection.tokens
-    num_chunks, units, sums = projection.num_chunks(hidden_size), projection.units(n), projection.dots_tiles
+    num_chunks, units = projection.num_chunks(hidden_size), projection.units(n)
     dtype = projection.operand_dtype
     spans = tuple(range(channels // WARP_CHANNELS))
     whole = hidden_size % channels == 0  # the last chunk is not a part of one
@@ -177,10 +177,7 @@ def post_project_by_warps_kernel(
             input_words = T.alloc_local((WORDS,), T.uint32)
             h = T.alloc_local((kept * n,), T.float32)
             given = T.alloc_local((n,), T.float32)
-            dots = T.alloc_local((2 * sums * 4,), T.float32)
-            squares = T.alloc_local((16,), T.float32)
-            group_dots = T.alloc_local((2 * projection.group_sums,), T.float32)
-            group_squares = T.alloc_local((2,), T.float32)
+            sums = allocate_sums(projection)
             token, channel, stage = T.alloc_var(T.int32), T.alloc_var(T.int32), T.alloc_var(T.int32)
             at, row = T.alloc_var(T.int32), T.alloc_var(T.int32)
 
@@ -204,14 +201,10 @@ def post_project_by_warps_kernel(
                 *(tile * tokens + warp * WARP_TOKENS, lane, warp * WARP_TOKENS * of_token),
             )
             T.ptx_commit_group()
-            clear_sums(group_dots, group_squares)
+            clear_sums(sums.group_dots, sums.group_squares)
             for chunk in T.serial(first_chunk, last_chunk):
-                T.ptx_wait_group(0)
-                T.sync_threads()
-                if chunk + 1 < last_chunk:
-                    copy_phi(phi_tile, phi, chunk + 1, units - stage, thread, projection)
-                T.ptx_commit_group()
-                clear_sums(dots, squares)
+                take_phi(phi_tile, phi, chunk, last_chunk, stage, thread, projection)
+                clear_sums(sums.dots, sums.squares)
                 at = stage + lane
                 for span in spans:
                     for half in (0, 1):
@@ -234,9 +227,9 @@ def post_project_by_warps_kernel(
                             store_vector(
                                 layer_input[token + half * 8, channel + span * WARP_CHANNELS], input_words, 0, written
                             )
-                    project_span(dots, squares, next_words, phi_tile, at + span * units // len(spans), n, projection)
+                    project_span(sums, next_words, phi_tile, at + span * units // len(spans), n, projection)
                 channel = channel + channels
-                close_chunk(partial, chunk, group_dots, group_squares, dots, squares, token, projection, hidden_size)
+                close_chunk(partial, chunk, sums, token, projection, hidden_size)
                 stage = units - stage
 
     return post_project.with_attr(PASS_CONFIGS_ATTR, list(PASS_CONFIGS))

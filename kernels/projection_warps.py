@@ -29,6 +29,9 @@ group or a slab a chunk: so the split moves no bit, nor does a token's place. A 
 products are rows or columns of their own.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 import tilelang.language as T
 
 from .projection_plans import WarpProjectionPlan
@@ -52,6 +55,26 @@ from .warps import (
 )
 
 STEPS = WARP_CHANNELS // 16  # products that a span of a stream takes
+
+
+@dataclass(frozen=True)
+class Sums:
+    """A lane's sums of products: of the chunk with phi and of its squares, and of the chunk's group."""
+
+    dots: Any
+    squares: Any
+    group_dots: Any
+    group_squares: Any
+
+
+@T.macro
+def allocate_sums(plan: WarpProjectionPlan):
+    """A lane's registers for them."""
+    dots = T.alloc_local((2 * plan.dots_tiles * 4,), T.float32)
+    squares = T.alloc_local((16,), T.float32)
+    group_dots = T.alloc_local((2 * plan.group_sums,), T.float32)
+    group_squares = T.alloc_local((2,), T.float32)
+    return Sums(dots, squares, group_dots, group_squares)
 
 
 def scale_low(low, plan: WarpProjectionPlan):
@@ -119,6 +142,16 @@ def copy_phi(phi_tile, phi, chunk, stage, thread, plan: WarpProjectionPlan):
 
 
 @T.macro
+def take_phi(phi_tile, phi, chunk, last_chunk, stage: T.Ref, thread, plan: WarpProjectionPlan):
+    """Wait for the chunk's phi, which is at `stage`, and start to copy the next chunk's into the other stage."""
+    T.ptx_wait_group(0)
+    T.sync_threads()
+    if chunk + 1 < last_chunk:
+        copy_phi(phi_tile, phi, chunk + 1, phi_tile.shape[0] // 2 - stage, thread, plan)
+    T.ptx_commit_group()
+
+
+@T.macro
 def copy_phi_rows(phi_tile, phi, stream, channel, lane, spans):
     """Start to copy a stream's rows to where `split_phi_rows` leaves their halves: of a lane four channels of rows
     lane // 4, + 8 and so on. Zeros beyond the last channel and the last row.
@@ -171,9 +204,9 @@ def split_phi_rows(phi_tile, stream, lane, n, spans, plan: WarpProjectionPlan):
 
 
 @T.macro
-def project_stream(dots, squares, words, phi_tile, at, j, num_streams, plan: WarpProjectionPlan):
-    """dots and squares += those of a span of stream j: words[(half · n + j) · 4 : …], and phi's units from `at` on."""
-    n, tiles, sums, dtype = num_streams, plan.phi_tiles, plan.dots_tiles, plan.operand_dtype
+def project_stream(sums: Sums, words, phi_tile, at, j, num_streams, plan: WarpProjectionPlan):
+    """The chunk's sums += those of a span of stream j: words[(half · n + j) · 4 : …], and phi's units from `at` on."""
+    n, tiles, dots_tiles, dtype = num_streams, plan.phi_tiles, plan.dots_tiles, plan.operand_dtype
     at_once = tiles if n <= 4 else 1  # tiles of phi that are in registers
     of_phi = T.alloc_local((at_once * VECTOR,), dtype)
     exchanged = T.alloc_local((WORDS,), T.uint32)
@@ -185,19 +218,22 @@ def project_stream(dots, squares, words, phi_tile, at, j, num_streams, plan: War
             for m in T.unroll(at_once):
                 for half in T.unroll(2):
                     of_x = (half * n + j) * WORDS + step * 2
-                    mma(of_phi, m * VECTOR, words, of_x, dots, (half * sums + (first + m) % sums) * 4, dtype)
+                    mma(
+                        *(of_phi, m * VECTOR, words, of_x),
+                        *(sums.dots, (half * dots_tiles + (first + m) % dots_tiles) * 4, dtype),
+                    )
     for half in T.unroll(2):
         for k in T.unroll(2):
             exchanged[k * 2] = words[(half * n + j) * WORDS + k]
             exchanged[k * 2 + 1] = words[(half * n + j) * WORDS + k + 2]
-            mma(words, (half * n + j) * WORDS, exchanged, k * 2, squares, (half * 2 + k) * 4, dtype)
+            mma(words, (half * n + j) * WORDS, exchanged, k * 2, sums.squares, (half * 2 + k) * 4, dtype)
 
 
 @T.macro
-def project_span(dots, squares, words, phi_tile, at, num_streams, plan: WarpProjectionPlan):
-    """dots and squares += those of a span: words[(half · n + stream) · 4 : …], and phi's units from `at` on."""
+def project_span(sums: Sums, words, phi_tile, at, num_streams, plan: WarpProjectionPlan):
+    """The chunk's sums += those of a span: words[(half · n + stream) · 4 : …], and phi's units from `at` on."""
     for j in T.unroll(num_streams):
-        project_stream(dots, squares, words, phi_tile, at, j, num_streams, plan)
+        project_stream(sums, words, phi_tile, at, j, num_streams, plan)
 
 
 def both_halves(high, low, plan: WarpProjectionPlan):
@@ -214,26 +250,24 @@ def full_half(dots, half, e, plan: WarpProjectionPlan):
 
 
 @T.macro
-def close_chunk(partial, chunk, group_dots, group_squares, dots, squares, token, plan: WarpProjectionPlan, hidden_size):
+def close_chunk(partial, chunk, sums: Sums, token, plan: WarpProjectionPlan, hidden_size):
     """A chunk is summed: add it to its group; store that if the group ends here, or if every chunk is a slab.
 
     `token` is the lane's first one. Of the squares' products a lane has row g on the diagonal where q is g // 2.
     """
     num_slabs, _, num_tokens = partial.shape
-    num_chunks, sums, full, of_half = plan.num_chunks(hidden_size), plan.dots_tiles, plan.full_tiles, plan.group_sums
+    num_chunks, full, of_half = plan.num_chunks(hidden_size), plan.full_tiles, plan.group_sums
     lane = T.get_thread_binding() % WARP
     g, q = lane // 4, lane % 4
     for half in T.unroll(2):
         for e in T.unroll(full * 4):
-            group_dots[half * of_half + e] = group_dots[half * of_half + e] + full_half(dots, half, e, plan)
+            sums.group_dots[half * of_half + e] += full_half(sums.dots, half, e, plan)
         for e in T.unroll((plan.sum_tiles - full) * 2):  # high halves, and their low ones 8 rows below
-            at = (half * sums + full) * 4 + e
-            group_dots[half * of_half + full * 4 + e] = group_dots[half * of_half + full * 4 + e] + both_halves(
-                dots[at], dots[at + 2], plan
-            )
-        even = squares[half * 8] + squares[half * 8 + 6]
-        odd = squares[half * 8 + 1] + squares[half * 8 + 7]
-        group_squares[half] = group_squares[half] + T.if_then_else(g % 2 == 0, even, odd)
+            at = (half * plan.dots_tiles + full) * 4 + e
+            sums.group_dots[half * of_half + full * 4 + e] += both_halves(sums.dots[at], sums.dots[at + 2], plan)
+        even = sums.squares[half * 8] + sums.squares[half * 8 + 6]
+        odd = sums.squares[half * 8 + 1] + sums.squares[half * 8 + 7]
+        sums.group_squares[half] += T.if_then_else(g % 2 == 0, even, odd)
     if T.Or(T.Or(num_slabs == num_chunks, (chunk + 1) % plan.chunks_per_group == 0), chunk + 1 == num_chunks):
         slab = T.if_then_else(num_slabs == num_chunks, chunk, chunk // plan.chunks_per_group)
         for half in T.unroll(2):
@@ -243,12 +277,12 @@ def close_chunk(partial, chunk, group_dots, group_squares, dots, squares, token,
                     for m in T.unroll(full):
                         for below in T.unroll(2):
                             row = m * 16 + below * 8 + g
-                            partial[slab, row, to] = group_dots[half * of_half + m * 4 + below * 2 + e]
+                            partial[slab, row, to] = sums.group_dots[half * of_half + m * 4 + below * 2 + e]
                     if plan.sum_tiles > full and (plan.rows % 8 == 0 or full * 16 + g < plan.rows):
-                        partial[slab, full * 16 + g, to] = group_dots[half * of_half + full * 4 + e]
+                        partial[slab, full * 16 + g, to] = sums.group_dots[half * of_half + full * 4 + e]
             if T.And(q == g // 2, token + half * 8 < num_tokens):
-                partial[slab, plan.rows, token + half * 8] = group_squares[half]
-        clear_sums(group_dots, group_squares)
+                partial[slab, plan.rows, token + half * 8] = sums.group_squares[half]
+        clear_sums(sums.group_dots, sums.group_squares)
 
 
 @T.macro
@@ -285,10 +319,7 @@ def project_by_warps_kernel(num_streams: int, hidden_size: int, plan: WarpProjec
             phi_tile = T.alloc_shared((2 * units, VECTOR), plan.operand_dtype)
             ahead = T.alloc_local((2 * n * WORDS,), T.uint32)
             words = T.alloc_local((2 * n * WORDS,), T.uint32)
-            dots = T.alloc_local((2 * plan.dots_tiles * 4,), T.float32)
-            squares = T.alloc_local((16,), T.float32)
-            group_dots = T.alloc_local((2 * plan.group_sums,), T.float32)
-            group_squares = T.alloc_local((2,), T.float32)
+            sums = allocate_sums(plan)
             token, channel, stage = T.alloc_var(T.int32), T.alloc_var(T.int32), T.alloc_var(T.int32)
             at, following = T.alloc_var(T.int32), T.alloc_var(T.int32)
 
@@ -306,14 +337,10 @@ def project_by_warps_kernel(num_streams: int, hidden_size: int, plan: WarpProjec
                 load_streams(ahead, x, token + half * 8, half, channel, inside)
             copy_phi(phi_tile, phi, first_chunk, 0, thread, plan)
             T.ptx_commit_group()
-            clear_sums(group_dots, group_squares)
+            clear_sums(sums.group_dots, sums.group_squares)
             for chunk in T.serial(first_chunk, last_chunk):
-                T.ptx_wait_group(0)
-                T.sync_threads()
-                if chunk + 1 < last_chunk:
-                    copy_phi(phi_tile, phi, chunk + 1, units - stage, thread, plan)
-                T.ptx_commit_group()
-                clear_sums(dots, squares)
+                take_phi(phi_tile, phi, chunk, last_chunk, stage, thread, plan)
+                clear_sums(sums.dots, sums.squares)
                 at = stage + lane
                 for span in T.unroll(spans, unroll_factor=1):
                     goes_on = chunk * spans + span + 1 < last_chunk * spans
@@ -325,10 +352,10 @@ def project_by_warps_kernel(num_streams: int, hidden_size: int, plan: WarpProjec
                         if not whole:
                             inside = T.And(inside, following < hidden_size)
                         load_streams(ahead, x, token + half * 8, half, following, inside)
-                    project_span(dots, squares, words, phi_tile, at, n, plan)
+                    project_span(sums, words, phi_tile, at, n, plan)
                     channel = channel + WARP_CHANNELS
                     at = at + units // spans
-                close_chunk(partial, chunk, group_dots, group_squares, dots, squares, token, plan, hidden_size)
+                close_chunk(partial, chunk, sums, token, plan, hidden_size)
                 stage = units - stage
 
     return project.with_attr(PASS_CONFIGS_ATTR, list(PASS_CONFIGS))
