@@ -35,7 +35,7 @@ from tilelang.layout import make_swizzled_layout
 from .boundary_plans import ExpandProjectPlan
 from .expand_project_warps import expand_project_by_warps_kernel
 from .post_project import store_halves
-from .projection import Sums, accumulate_dots, accumulate_squares, clear, close_chunk, store_slab
+from .projection import accumulate_dots, accumulate_squares, allocate_sums, clear, close_chunk, store_slab
 from .projection_plans import LANES, ProjectionPlan, WarpProjectionPlan
 
 
@@ -92,15 +92,7 @@ def expand_project_kernel(num_streams: int, hidden_size: int, dtype: str, plan: 
             phi_high = T.alloc_fragment((projection.held_rows, channels), projection.operand_dtype)
             phi_low = T.alloc_fragment((projection.held_rows, channels), projection.operand_dtype)
             phi_tile = T.alloc_shared((projection.padded_rows, channels), projection.operand_dtype)
-            dots = T.alloc_fragment((tokens, projection.padded_rows), T.float32)
-            squares = T.alloc_fragment((tokens, LANES), T.float32)
-            group_dots = T.alloc_fragment((tokens, projection.padded_rows), T.float32)
-            group_squares = T.alloc_fragment((tokens, LANES), T.float32)
-            total_dots = T.alloc_fragment((tokens, projection.padded_rows), T.float32)
-            total_squares = T.alloc_fragment((tokens, LANES), T.float32)
-            sums = Sums(dots, squares)
-            group = Sums(group_dots, group_squares)
-            total = Sums(total_dots, total_squares)
+            sums, group, total = allocate_sums(projection)
 
             if plan.blocks_per_sm > 1:
                 T.annotate_min_blocks_per_sm(plan.blocks_per_sm)
@@ -125,9 +117,9 @@ def expand_project_kernel(num_streams: int, hidden_size: int, dtype: str, plan: 
                 else:
                     T.copy(phi_sum, phi_tile)
                 clear(sums)
-                accumulate_squares(squares, h_tile, tokens, channels)
-                scale_squares(squares, n, projection)
-                accumulate_dots(dots, h_tile, phi_tile, projection, tile_dtype)
+                accumulate_squares(sums.squares, h_tile, tokens, channels)
+                scale_squares(sums.squares, n, projection)
+                accumulate_dots(sums.dots, h_tile, phi_tile, projection, tile_dtype)
                 close_chunk(partial, chunk, first_token, sums, group, total, projection, hidden_size)
             if num_slabs == 1:
                 store_slab(partial, 0, first_token, total, projection)

@@ -45,7 +45,7 @@ import tilelang.language as T
 from .boundary_plans import PostProjectPlan
 from .eight_streams import post_project_of_eight_kernel
 from .post_project_warps import post_project_by_warps_kernel
-from .projection import Sums, accumulate_dots, accumulate_squares, clear, close_chunk, high_half, store_slab
+from .projection import accumulate_dots, accumulate_squares, allocate_sums, clear, close_chunk, high_half, store_slab
 from .projection_plans import LANES, ProjectionPlan, WarpProjectionPlan
 
 
@@ -186,15 +186,7 @@ def post_project_kernel(
             phi_rows = T.alloc_fragment((projection.held_rows, channels), T.float32)
             phi_high = T.alloc_fragment((projection.held_rows, channels), projection.operand_dtype)
             phi_low = T.alloc_fragment((projection.held_rows, channels), projection.operand_dtype)
-            dots = T.alloc_fragment((tokens, projection.padded_rows), T.float32)
-            squares = T.alloc_fragment((tokens, LANES), T.float32)
-            group_dots = T.alloc_fragment((tokens, projection.padded_rows), T.float32)
-            group_squares = T.alloc_fragment((tokens, LANES), T.float32)
-            total_dots = T.alloc_fragment((tokens, projection.padded_rows), T.float32)
-            total_squares = T.alloc_fragment((tokens, LANES), T.float32)
-            sums = Sums(dots, squares)
-            group = Sums(group_dots, group_squares)
-            total = Sums(total_dots, total_squares)
+            sums, group, total = allocate_sums(projection)
 
             if plan.blocks_per_sm > 1:
                 T.annotate_min_blocks_per_sm(plan.blocks_per_sm)
@@ -227,7 +219,7 @@ def post_project_kernel(
                             if projection.split:
                                 T.copy(rounded[j], next_tiles[j][step * rows : (step + 1) * rows, 0:channels])
                             else:
-                                widen(next_tiles[j], squares, rounded[j], step * rows)
+                                widen(next_tiles[j], sums.squares, rounded[j], step * rows)
                     if has_h_pre:
                         aggregate(input_rows, rounded, h_pre, row)
                         T.copy(input_rows, layer_input[row : row + rows, first : first + channels])
@@ -241,8 +233,8 @@ def post_project_kernel(
                     else:
                         T.copy(phi[0 : projection.rows, j, first : first + channels], phi_tile)
                     if projection.split:
-                        accumulate_squares(squares, next_tiles[j], tokens, channels)
-                    accumulate_dots(dots, next_tiles[j], phi_tile, projection, tile_dtype)
+                        accumulate_squares(sums.squares, next_tiles[j], tokens, channels)
+                    accumulate_dots(sums.dots, next_tiles[j], phi_tile, projection, tile_dtype)
                 close_chunk(partial, chunk, first_token, sums, group, total, projection, hidden_size)
             if num_slabs == 1:
                 store_slab(partial, 0, first_token, total, projection)

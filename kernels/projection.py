@@ -103,6 +103,18 @@ class Sums:
 
 
 @T.macro
+def allocate_sums(plan: ProjectionPlan):
+    """The sums of a chunk, of its group, and of all the block's chunks."""
+    dots = T.alloc_fragment((plan.tokens, plan.padded_rows), T.float32)
+    squares = T.alloc_fragment((plan.tokens, LANES), T.float32)
+    group_dots = T.alloc_fragment((plan.tokens, plan.padded_rows), T.float32)
+    group_squares = T.alloc_fragment((plan.tokens, LANES), T.float32)
+    total_dots = T.alloc_fragment((plan.tokens, plan.padded_rows), T.float32)
+    total_squares = T.alloc_fragment((plan.tokens, LANES), T.float32)
+    return Sums(dots, squares), Sums(group_dots, group_squares), Sums(total_dots, total_squares)
+
+
+@T.macro
 def clear(sums: Sums):
     """Both, from zero."""
     T.clear(sums.dots)
@@ -183,15 +195,7 @@ def project_kernel(num_streams: int, hidden_size: int, dtype: str, plan: Project
         ):
             x_tile = T.alloc_shared((tokens, channels), dtype)
             phi_tile = T.alloc_shared((plan.padded_rows, channels), plan.operand_dtype)
-            dots = T.alloc_fragment((tokens, plan.padded_rows), T.float32)
-            squares = T.alloc_fragment((tokens, LANES), T.float32)
-            group_dots = T.alloc_fragment((tokens, plan.padded_rows), T.float32)
-            group_squares = T.alloc_fragment((tokens, LANES), T.float32)
-            total_dots = T.alloc_fragment((tokens, plan.padded_rows), T.float32)
-            total_squares = T.alloc_fragment((tokens, LANES), T.float32)
-            sums = Sums(dots, squares)
-            group = Sums(group_dots, group_squares)
-            total = Sums(total_dots, total_squares)
+            sums, group, total = allocate_sums(plan)
 
             # Read by fragments, not as an operand, which the product would lay out itself: without this, eight rows
             # meet in a bank. At n = 8 the indices spill 132 bytes of registers on sm_90a.
@@ -210,8 +214,8 @@ def project_kernel(num_streams: int, hidden_size: int, dtype: str, plan: Project
                         x_tile,
                     )
                     T.copy(phi[0 : plan.padded_rows, i, chunk * channels : (chunk + 1) * channels], phi_tile)
-                    accumulate_squares(squares, x_tile, tokens, channels)
-                    accumulate_dots(dots, x_tile, phi_tile, plan, dtype)
+                    accumulate_squares(sums.squares, x_tile, tokens, channels)
+                    accumulate_dots(sums.dots, x_tile, phi_tile, plan, dtype)
                 close_chunk(partial, chunk, first_token, sums, group, total, plan, hidden_size)
             if num_slabs == 1:
                 store_slab(partial, 0, first_token, total, plan)
