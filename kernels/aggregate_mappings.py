@@ -19,17 +19,7 @@ import tilelang.language as T
 from .aggregate import aggregate_streams
 from .boundary_plans import AggregateMappingsPlan
 from .coefficients import store_post, store_res
-from .logits import row_groups, scale_and_shift
-
-
-@T.macro
-def load_rows(z, projected, first_row, first_token):
-    """z[a, b, t] = projected[first_row + a · inner + b, first_token + t], 0 beyond the last token."""
-    outer, inner, block = z.shape
-    for a, b, t in T.Parallel(outer, inner, block):
-        z[a, b, t] = T.if_then_else(
-            first_token + t < projected.shape[1], projected[first_row + a * inner + b, first_token + t], 0.0
-        )
+from .logits import load_scaled, row_groups, scale_and_shift
 
 
 def aggregate_mappings_kernel(
@@ -76,8 +66,8 @@ def aggregate_mappings_kernel(
                 T.pdl_sync()
             if index < mapping_blocks:
                 first = index * tokens
-                load_rows(z_post, projected, post.first, first)
-                load_rows(P, projected, res.first, first)
+                load_scaled(z_post, projected, post, first)
+                load_scaled(P, projected, res, first)
                 scale_and_shift(z_post, alpha, bias, post)
                 store_post(h_post, z_post, first, post_scale)
                 scale_and_shift(P, alpha, bias, res)

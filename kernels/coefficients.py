@@ -20,7 +20,7 @@ waiting.
 import tilelang.language as T
 
 from .coefficients_aggregate import coefficients_by_threads_kernel
-from .logits import inverse_rms, logits, row_groups, scaled_dots, sigmoid, slabs_per_group
+from .logits import inverse_rms, logits, row_groups, scaled_dots, sigmoid, slabs_per_group, store_pre
 from .projection_plans import WARP_STREAMS, ProjectionPlan, WarpProjectionPlan
 from .sinkhorn import a_token_a_thread, sinkhorn_inplace
 
@@ -98,9 +98,7 @@ def coefficients_kernel(
             group_slabs = slabs_per_group(partial, plan, hidden_size)
             inverse_rms(scale, projected, partial, first, group_slabs, n * hidden_size, rms_eps, plan, block)
             logits(z_pre, projected, partial, scale, alpha, bias, pre, first, group_slabs, plan, block)
-            for k, j, t in T.Parallel(1, n, block):
-                if first + t < num_tokens:
-                    h_pre[first + t, j] = sigmoid(z_pre[k, j, t]) + pre_eps
+            store_pre(h_pre, z_pre, first, pre_eps)
             if is_deferred:
                 scaled_dots(z_post, projected, partial, scale, post, first, group_slabs, plan, block)
                 scaled_dots(P, projected, partial, scale, res, first, group_slabs, plan, block)

@@ -16,11 +16,21 @@ and from there, for row m of phi, which has the alpha of its group,
 a block, which `partial_sums` adds up. One token is one thread; nothing here is as wide as the stream.
 """
 
+from typing import Any, NamedTuple
+
 import tilelang.language as T
 
-from .coefficients_thread_backward import coefficients_backward_by_threads_kernel
-from .logits import RowGroup, row_groups, sigmoid
+from .coefficients_thread_backward import Given, coefficients_backward_by_threads_kernel
+from .logits import RowGroup, load_scaled, row_groups, sigmoid
 from .sinkhorn_backward import sinkhorn_backward_inplace
+
+
+class Results(NamedTuple):
+    """Where the rows go, the block's sums of them, and in `rho` Σ g_z · alpha · m so far."""
+
+    g_projected: Any
+    partial: Any
+    rho: Any
 
 
 def a_row_a_thread(outer: int, inner: int, threads: int) -> T.Fragment:
@@ -39,34 +49,14 @@ def a_row_a_thread(outer: int, inner: int, threads: int) -> T.Fragment:
 
 
 @T.macro
-def load_scaled(scaled, projected, group: RowGroup, first_token, num_tokens, block):
-    """scaled[a, b, t] = m of the group's row a · inner + b; zero beyond the last token."""
-    for a, b, t in T.Parallel(group.outer, group.inner, block):
-        scaled[a, b, t] = T.if_then_else(
-            first_token + t < num_tokens, projected[group.first + a * group.inner + b, first_token + t], 0.0
-        )
-
-
-@T.macro
-def gate_backward(g_z, g_h, scaled, alpha, bias, post_scale, group: RowGroup, first_token, num_tokens, block):
-    """g_z[0, j, t] = post_scale · g_h · σ(z)·σ(−z), post_scale being 1 for h_pre.
-
-    As everywhere where a macro passes a kernel's scalar on, it has the scalar's name: TileLang 0.1.15 renames it.
-    """
-    for k, j, t in T.Parallel(1, group.inner, block):
-        z = alpha[group.index] * scaled[k, j, t] + bias[group.first + j]
-        g = T.if_then_else(first_token + t < num_tokens, g_h[first_token + t, j], 0.0)
-        g_z[k, j, t] = post_scale * g * (sigmoid(z) * sigmoid(-z))
-
-
-@T.macro
-def group_backward(rho, partial, g_projected, g_z, scaled, scale, alpha, group: RowGroup, tile, num_tokens, block):
+def group_backward(results: Results, given: Given, g_z, scaled, group: RowGroup, tile):
     """One group of rows: its g_dots, the block's sums for g_alpha and g_bias, and its part of Σ g_z · alpha · m.
 
     `partial` has a column per alpha, then one per row. Overwrites scaled.
     """
-    outer, inner = group.outer, group.inner
-    num_alphas = partial.shape[1] - (g_projected.shape[0] - 1)
+    g_projected, partial, rho = results
+    outer, inner, block = g_z.shape
+    num_tokens, num_alphas = g_projected.shape[1], partial.shape[1] - (g_projected.shape[0] - 1)
     row_sums = T.alloc_fragment((outer, inner), T.float32)
     inner_sums = T.alloc_fragment((inner, block), T.float32)
     token_sums = T.alloc_fragment((block,), T.float32)
@@ -83,32 +73,56 @@ def group_backward(rho, partial, g_projected, g_z, scaled, scale, alpha, group: 
             partial[tile, num_alphas + group.first + a * inner + b] = row_sums[a, b]
     for a, b, t in T.Parallel(outer, inner, block):
         if tile * block + t < num_tokens:
-            g_projected[group.first + a * inner + b, tile * block + t] = g_z[a, b, t] * alpha[group.index] * scale[t]
+            g_projected[group.first + a * inner + b, tile * block + t] = (
+                g_z[a, b, t] * given.alpha[group.index] * given.scale[t]
+            )
     for a, b, t in T.Parallel(outer, inner, block):
         scaled[a, b, t] *= g_z[a, b, t]
     T.reduce_sum(scaled, inner_sums, dim=0)
     T.reduce_sum(inner_sums, token_sums, dim=0)
     for t in T.Parallel(block):
-        rho[t] += alpha[group.index] * token_sums[t]
+        rho[t] += given.alpha[group.index] * token_sums[t]
     T.reduce_sum(token_sums, block_sum, dim=0)
     for k in T.Parallel(1):
         partial[tile, group.index + k] = block_sum[k]
 
 
 @T.macro
-def load_scale(scale, rho, projected, num_rows, first_token, num_tokens, block):
-    """s of every token, and rho = 0."""
-    for t in T.Parallel(block):
-        scale[t] = T.if_then_else(first_token + t < num_tokens, projected[num_rows, first_token + t], 0.0)
-    T.clear(rho)
+def gate_backward(results: Results, given: Given, g_z, scaled, g_h, post_scale, group: RowGroup, tile, first_token):
+    """A gate's group of rows, with g_z[0, j, t] = post_scale · g_h · σ(z)·σ(−z); zero where g_h is None.
+
+    post_scale is 1 for h_pre. As everywhere where a macro passes a kernel's scalar on, it has the scalar's name:
+    TileLang 0.1.15 renames it.
+    """
+    load_scaled(scaled, given.projected, group, first_token)
+    if g_h is None:
+        T.clear(g_z)
+    else:
+        for k, j, t in T.Parallel(*g_z.shape):
+            z = given.alpha[group.index] * scaled[k, j, t] + given.bias[group.first + j]
+            g = T.if_then_else(first_token + t < g_h.shape[0], g_h[first_token + t, j], 0.0)
+            g_z[k, j, t] = post_scale * g * (sigmoid(z) * sigmoid(-z))
+    group_backward(results, given, g_z, scaled, group, tile)
 
 
 @T.macro
-def store_rho(g_projected, rho, scale, num_rows, num_elements, first_token, num_tokens, block):
+def load_scale(results: Results, given: Given, first_token):
+    """s of every token, and rho = 0."""
+    last_row, num_tokens = given.projected.shape[0] - 1, given.projected.shape[1]
+    for t in T.Parallel(given.scale.shape[0]):
+        given.scale[t] = T.if_then_else(first_token + t < num_tokens, given.projected[last_row, first_token + t], 0.0)
+    T.clear(results.rho)
+
+
+@T.macro
+def store_rho(results: Results, scale, num_elements, first_token):
     """ρ = −s²/K · Σ_m g_z · alpha · m."""
-    for t in T.Parallel(block):
+    last_row, num_tokens = results.g_projected.shape[0] - 1, results.g_projected.shape[1]
+    for t in T.Parallel(scale.shape[0]):
         if first_token + t < num_tokens:
-            g_projected[num_rows, first_token + t] = -(scale[t] * scale[t]) * (1.0 / num_elements) * rho[t]
+            results.g_projected[last_row, first_token + t] = (
+                -(scale[t] * scale[t]) * (1.0 / num_elements) * results.rho[t]
+            )
 
 
 def coefficients_backward_kernel(
@@ -161,36 +175,25 @@ def coefficients_backward_kernel(
             g_z_post = T.alloc_fragment((1, n, block), T.float32)
             g_z_res = T.alloc_fragment((n, n, block), T.float32)
             z_res = T.alloc_shared((n, n, block), T.float32)
+            given, results = Given(projected, alpha, bias, scale), Results(g_projected, partial, rho)
             first = tile * block
-            load_scale(scale, rho, projected, num_rows, first, num_tokens, block)
-
-            load_scaled(scaled_pre, projected, pre, first, num_tokens, block)
-            if has_g_h_pre:
-                gate_backward(g_z_pre, g_h_pre, scaled_pre, alpha, bias, 1.0, pre, first, num_tokens, block)
-            else:
-                T.clear(g_z_pre)
-            group_backward(rho, partial, g_projected, g_z_pre, scaled_pre, scale, alpha, pre, tile, num_tokens, block)
-
-            load_scaled(scaled_post, projected, post, first, num_tokens, block)
-            if has_g_h_post:
-                gate_backward(g_z_post, g_h_post, scaled_post, alpha, bias, post_scale, post, first, num_tokens, block)
-            else:
-                T.clear(g_z_post)
-            group_backward(
-                rho, partial, g_projected, g_z_post, scaled_post, scale, alpha, post, tile, num_tokens, block
+            load_scale(results, given, first)
+            gate_backward(results, given, g_z_pre, scaled_pre, g_h_pre if has_g_h_pre else None, 1.0, pre, tile, first)
+            gate_backward(
+                *(results, given, g_z_post, scaled_post, g_h_post if has_g_h_post else None),
+                *(post_scale, post, tile, first),
             )
-
-            load_scaled(scaled_res, projected, res, first, num_tokens, block)
+            load_scaled(scaled_res, projected, res, first)
             if has_g_h_res:
                 for j, i, t in T.Parallel(n, n, block):
                     z_res[j, i, t] = alpha[2] * scaled_res[j, i, t] + bias[2 * n + j * n + i]
                 for j, i, t in T.Parallel(n, n, block):
                     g_z_res[j, i, t] = T.if_then_else(first + t < num_tokens, g_h_res[first + t, j, i], 0.0)
                 sinkhorn_backward_inplace(g_z_res, z_res, n, block, capacity, iters, sinkhorn_eps)
-                load_scaled(scaled_res, projected, res, first, num_tokens, block)  # not held in registers meanwhile
+                load_scaled(scaled_res, projected, res, first)  # not held in registers meanwhile
             else:
                 T.clear(g_z_res)
-            group_backward(rho, partial, g_projected, g_z_res, scaled_res, scale, alpha, res, tile, num_tokens, block)
-            store_rho(g_projected, rho, scale, num_rows, n * hidden_size, first, num_tokens, block)
+            group_backward(results, given, g_z_res, scaled_res, res, tile)
+            store_rho(results, scale, n * hidden_size, first)
 
     return coefficients_backward

@@ -13,7 +13,7 @@ are written, 2n + 1 of them for the backward.
 
 import tilelang.language as T
 
-from .logits import inverse_rms, logits, row_groups, sigmoid, slabs_per_group
+from .logits import inverse_rms, logits, row_groups, sigmoid, slabs_per_group, store_pre
 from .projection_plans import ProjectionPlan
 
 
@@ -46,9 +46,7 @@ def gates_kernel(num_streams: int, hidden_size: int, plan: ProjectionPlan, block
             inverse_rms(scale, projected, partial, first, group_slabs, n * hidden_size, rms_eps, plan, block)
             logits(z_pre, projected, partial, scale, alpha, bias, pre, first, group_slabs, plan, block)
             logits(z_post, projected, partial, scale, alpha, bias, post, first, group_slabs, plan, block)
-            for k, j, t in T.Parallel(1, n, block):
-                if first + t < num_tokens:
-                    h_pre[first + t, j] = sigmoid(z_pre[k, j, t]) + pre_eps
+            store_pre(h_pre, z_pre, first, pre_eps)
             for k, j, t in T.Parallel(1, n, block):
                 if first + t < num_tokens:
                     h_post[first + t, j] = post_scale * sigmoid(z_post[k, j, t]) + post_eps

@@ -8,7 +8,8 @@ Derivation, layout and order of sums are those of `coefficients_backward` withou
 
 import tilelang.language as T
 
-from .coefficients_backward import gate_backward, group_backward, load_scale, load_scaled, store_rho
+from .coefficients_backward import Results, gate_backward, load_scale, store_rho
+from .coefficients_thread_backward import Given
 from .logits import row_groups
 
 
@@ -42,22 +43,14 @@ def gates_backward_kernel(num_streams: int, hidden_size: int, block: int, has_g_
             scaled_post = T.alloc_fragment((1, n, block), T.float32)
             g_z_pre = T.alloc_fragment((1, n, block), T.float32)
             g_z_post = T.alloc_fragment((1, n, block), T.float32)
+            given, results = Given(projected, alpha, bias, scale), Results(g_projected, partial, rho)
             first = tile * block
-            load_scale(scale, rho, projected, 2 * n, first, num_tokens, block)
-            load_scaled(scaled_pre, projected, pre, first, num_tokens, block)
-            if has_g_h_pre:
-                gate_backward(g_z_pre, g_h_pre, scaled_pre, alpha, bias, 1.0, pre, first, num_tokens, block)
-            else:
-                T.clear(g_z_pre)
-            group_backward(rho, partial, g_projected, g_z_pre, scaled_pre, scale, alpha, pre, tile, num_tokens, block)
-            load_scaled(scaled_post, projected, post, first, num_tokens, block)
-            if has_g_h_post:
-                gate_backward(g_z_post, g_h_post, scaled_post, alpha, bias, post_scale, post, first, num_tokens, block)
-            else:
-                T.clear(g_z_post)
-            group_backward(
-                rho, partial, g_projected, g_z_post, scaled_post, scale, alpha, post, tile, num_tokens, block
+            load_scale(results, given, first)
+            gate_backward(results, given, g_z_pre, scaled_pre, g_h_pre if has_g_h_pre else None, 1.0, pre, tile, first)
+            gate_backward(
+                *(results, given, g_z_post, scaled_post, g_h_post if has_g_h_post else None),
+                *(post_scale, post, tile, first),
             )
-            store_rho(g_projected, rho, scale, 2 * n, n * hidden_size, first, num_tokens, block)
+            store_rho(results, scale, n * hidden_size, first)
 
     return gates_backward

@@ -7,7 +7,7 @@ phi has n rows only. The aggregation itself is the `aggregate` kernel.
 
 import tilelang.language as T
 
-from .logits import RowGroup, inverse_rms, logits, sigmoid, slabs_per_group
+from .logits import RowGroup, inverse_rms, logits, slabs_per_group, store_pre
 from .projection_plans import ProjectionPlan
 
 
@@ -35,8 +35,6 @@ def head_coefficients_kernel(num_streams: int, hidden_size: int, plan: Projectio
             group_slabs = slabs_per_group(partial, plan, hidden_size)
             inverse_rms(scale, projected, partial, first, group_slabs, n * hidden_size, rms_eps, plan, block)
             logits(z, projected, partial, scale, alpha, bias, rows, first, group_slabs, plan, block)
-            for k, j, t in T.Parallel(1, n, block):
-                if first + t < num_tokens:
-                    h_pre[first + t, j] = sigmoid(z[k, j, t]) + pre_eps
+            store_pre(h_pre, z, first, pre_eps)
 
     return head_coefficients

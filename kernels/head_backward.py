@@ -6,7 +6,8 @@ The rest of head's backward is that of `aggregate`: `aggregate_backward` for g_h
 
 import tilelang.language as T
 
-from .coefficients_backward import gate_backward, group_backward, load_scale, load_scaled, store_rho
+from .coefficients_backward import Results, gate_backward, load_scale, store_rho
+from .coefficients_thread_backward import Given
 from .logits import RowGroup
 
 
@@ -33,11 +34,10 @@ def head_coefficients_backward_kernel(num_streams: int, hidden_size: int, block:
             rho = T.alloc_fragment((block,), T.float32)
             scaled = T.alloc_fragment((1, n, block), T.float32)
             g_z = T.alloc_fragment((1, n, block), T.float32)
+            given, results = Given(projected, alpha, bias, scale), Results(g_projected, partial, rho)
             first = tile * block
-            load_scale(scale, rho, projected, n, first, num_tokens, block)
-            load_scaled(scaled, projected, rows, first, num_tokens, block)
-            gate_backward(g_z, g_h_pre, scaled, alpha, bias, 1.0, rows, first, num_tokens, block)
-            group_backward(rho, partial, g_projected, g_z, scaled, scale, alpha, rows, tile, num_tokens, block)
-            store_rho(g_projected, rho, scale, n, n * hidden_size, first, num_tokens, block)
+            load_scale(results, given, first)
+            gate_backward(results, given, g_z, scaled, g_h_pre, 1.0, rows, tile, first)
+            store_rho(results, scale, n * hidden_size, first)
 
     return head_coefficients_backward

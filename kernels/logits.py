@@ -100,6 +100,15 @@ def scaled_dots(z, projected, partial, scale, group: RowGroup, first_token, grou
 
 
 @T.macro
+def load_scaled(scaled, projected, group: RowGroup, first_token):
+    """scaled[a, b, t] = s·(x·phi) of the group's row a · inner + b, which was kept; zero beyond the last token."""
+    for a, b, t in T.Parallel(*scaled.shape):
+        scaled[a, b, t] = T.if_then_else(
+            first_token + t < projected.shape[1], projected[group.first + a * group.inner + b, first_token + t], 0.0
+        )
+
+
+@T.macro
 def scale_and_shift(z, alpha, bias, group: RowGroup):
     """Eq. (16) for a group of rows, from x·phi · s in place."""
     outer, inner, block = z.shape
@@ -117,3 +126,12 @@ def logits(z, projected, partial, scale, alpha, bias, group: RowGroup, first_tok
 def sigmoid(z):
     """1 / (1 + exp(−z)); exp overflows to infinity for z below −88, and the result to 0."""
     return 1.0 / (1.0 + T.exp(-z))
+
+
+@T.macro
+def store_pre(h_pre, z, first_token, pre_eps):
+    """h_pre of the logits z [1, n, block]."""
+    outer, inner, block = z.shape
+    for k, j, t in T.Parallel(outer, inner, block):
+        if first_token + t < h_pre.shape[0]:
+            h_pre[first_token + t, j] = sigmoid(z[k, j, t]) + pre_eps
