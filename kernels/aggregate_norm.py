@@ -47,6 +47,17 @@ def inverse_rms(scale, squares, hidden_size: int, eps):
         scale[k] = T.rsqrt(scale[k] * (1.0 / hidden_size) + eps)
 
 
+@T.macro
+def aggregate_token(u, scale, squares, x_frag, x, h_pre, token, hidden_size: int, eps, tile: NormTile):
+    """The first walk: u of the token's channels, kept or for one step at a time, and scale[0] = r."""
+    T.clear(squares)
+    for step in T.unroll(tile.steps(hidden_size), unroll_factor=tile.slots(hidden_size)):
+        slot = step if tile.kept else 0
+        aggregate_step(u, x_frag, x, h_pre, token, step, slot, tile)
+        add_squares(squares, u, slot, tile)
+    inverse_rms(scale, squares, hidden_size, eps)
+
+
 def aggregate_norm_kernel(num_streams: int, hidden_size: int, dtype: str, weight_dtype: str, tile: NormTile):
     """x [T, n, C / width, width], h_pre [T, n], weight [C / width, width] -> layer_input [T, C / width, width]."""
     n, lanes, width = num_streams, tile.lanes, tile.width
@@ -69,12 +80,7 @@ def aggregate_norm_kernel(num_streams: int, hidden_size: int, dtype: str, weight
             normed = T.alloc_fragment((lanes, width), T.float32)
             squares = T.alloc_fragment((1, lanes), T.float32)
             scale = T.alloc_fragment((1,), T.float32)
-            T.clear(squares)
-            for step in T.unroll(steps, unroll_factor=slots):
-                slot = step if tile.kept else 0
-                aggregate_step(u, x_frag, x, h_pre, token, step, slot, tile)
-                add_squares(squares, u, slot, tile)
-            inverse_rms(scale, squares, hidden_size, eps)
+            aggregate_token(u, scale, squares, x_frag, x, h_pre, token, hidden_size, eps, tile)
             for step in T.unroll(steps, unroll_factor=slots):
                 slot = step if tile.kept else 0
                 if not tile.kept:

@@ -26,7 +26,7 @@ several steps (`parts`). r and layer_input have the bits of `aggregate_norm`: la
 
 import tilelang.language as T
 
-from .aggregate_norm import add_squares, aggregate_step, inverse_rms
+from .aggregate_norm import aggregate_step, aggregate_token
 from .plans import QuantizedTile
 from .warps import fma
 
@@ -149,12 +149,7 @@ def aggregate_quantized_kernel(
             peaks = T.alloc_fragment((tile.groups,), T.int32)
             group_scale = T.alloc_fragment((tile.groups,), T.float32)
             inverse = T.alloc_fragment((tile.groups,), T.float32)
-            T.clear(squares)
-            for step in T.unroll(steps, unroll_factor=slots):
-                slot = step if tile.kept else 0
-                aggregate_step(u, x_frag, x, h_pre, token, step, slot, tile)
-                add_squares(squares, u, slot, tile)
-            inverse_rms(scale, squares, hidden_size, eps)
+            aggregate_token(u, scale, squares, x_frag, x, h_pre, token, hidden_size, eps, tile)
             for k in T.unroll(steps // parts, unroll_factor=max(1, slots // parts)):
                 T.clear(peak)
                 for part in T.serial(parts):

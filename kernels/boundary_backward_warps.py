@@ -39,7 +39,7 @@ from .warp_tiles import (
     swizzle,
     unpack,
 )
-from .warps import PASS_CONFIGS, PASS_CONFIGS_ATTR, VECTOR, WARP, WARP_CHANNELS, WARP_TOKENS, fma, store_vector
+from .warps import VECTOR, WARP, WARP_CHANNELS, WARP_TOKENS, fma, place_no_guards, store_vector
 
 
 class Given(NamedTuple):
@@ -395,4 +395,4 @@ def boundary_backward_warps_kernel(
                         copy_tile(tiles, given, place, row + tokens, 0, tile)
             store_g_phi(partial_phi, g_phi, token_range, 0, channel_block * plan.channels, warp, lane, tile)
 
-    return boundary_backward.with_attr(PASS_CONFIGS_ATTR, list(PASS_CONFIGS))
+    return place_no_guards(boundary_backward)

@@ -27,12 +27,11 @@ from .post_project_warps import aggregate_vector
 from .projection_plans import WarpProjectionPlan
 from .sinkhorn_thread import sinkhorn_token
 from .warps import (
-    PASS_CONFIGS,
-    PASS_CONFIGS_ATTR,
     VECTOR,
     WARP,
     WORDS,
     clear_sums,
+    place_no_guards,
     store_vector,
     vector_at,
 )
@@ -212,7 +211,7 @@ def coefficients_aggregate_kernel(
                         at = at + VECTORS_AT_ONCE * WARP
                         load_vectors(words, x, token, at, last)
 
-    return coefficients_aggregate.with_attr(PASS_CONFIGS_ATTR, list(PASS_CONFIGS))
+    return place_no_guards(coefficients_aggregate)
 
 
 def coefficients_by_threads_kernel(num_streams: int, hidden_size: int, projection: WarpProjectionPlan, block: int):
@@ -244,4 +243,4 @@ def coefficients_by_threads_kernel(num_streams: int, hidden_size: int, projectio
             numbers = Numbers(iters, sinkhorn_eps, pre_eps, rms_eps, post_scale, 1.0 / num_elements)
             map_token(h_pre, h_post, h_res, projected, partial, alpha, bias, token, per_group, numbers, n)
 
-    return coefficients.with_attr(PASS_CONFIGS_ATTR, list(PASS_CONFIGS))
+    return place_no_guards(coefficients)

@@ -24,7 +24,7 @@ import tilelang.language as T
 from .boundary_plans import CoefficientsAggregateBackwardPlan
 from .coefficients_thread_backward import Given, Rows, gate_backward, res_backward, store_rho, sum_tokens
 from .logits import row_groups
-from .warps import PASS_CONFIGS, PASS_CONFIGS_ATTR, VECTOR, WARP, WORDS, clear_sums, fma, high_half, low_half, vector_at
+from .warps import VECTOR, WARP, WORDS, clear_sums, fma, high_half, low_half, place_no_guards, vector_at
 
 VECTORS_AT_ONCE = 2  # of g_layer_input and of each stream, in flight for a lane
 
@@ -166,4 +166,4 @@ def coefficients_aggregate_backward_kernel(
             T.sync_threads()
             sum_tokens(partial, parts, block, thread, T.min(tokens, num_tokens - block * tokens))
 
-    return coefficients_aggregate_backward.with_attr(PASS_CONFIGS_ATTR, list(PASS_CONFIGS))
+    return place_no_guards(coefficients_aggregate_backward)

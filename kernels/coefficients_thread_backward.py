@@ -10,7 +10,7 @@ import tilelang.language as T
 
 from .logits import RowGroup, row_groups, sigmoid
 from .sinkhorn_thread_backward import sinkhorn_token_backward
-from .warps import PASS_CONFIGS, PASS_CONFIGS_ATTR, WARP, clear_sums
+from .warps import WARP, clear_sums, place_no_guards
 
 
 class Given(NamedTuple):
@@ -151,4 +151,4 @@ def coefficients_backward_by_threads_kernel(
             T.sync_threads()
             sum_tokens(partial, parts, block, lane, T.min(WARP, num_tokens - block * WARP))
 
-    return coefficients_backward.with_attr(PASS_CONFIGS_ATTR, list(PASS_CONFIGS))
+    return place_no_guards(coefficients_backward)

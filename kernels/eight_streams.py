@@ -26,8 +26,6 @@ from .post_project_warps import copy_coefficients
 from .projection_plans import WarpProjectionPlan
 from .projection_warps import allocate_sums, close_chunk, copy_phi, project_stream, take_phi
 from .warps import (
-    PASS_CONFIGS,
-    PASS_CONFIGS_ATTR,
     VECTOR,
     WARP,
     WARP_TOKENS,
@@ -37,6 +35,7 @@ from .warps import (
     high_half,
     low_half,
     pack,
+    place_no_guards,
     store_vector,
     vector_at,
 )
@@ -166,7 +165,7 @@ def project_of_eight_kernel(hidden_size: int, plan: WarpProjectionPlan):
                 close_chunk(partial, chunk, sums, token, plan, hidden_size)
                 stage = units - stage
 
-    return project.with_attr(PASS_CONFIGS_ATTR, list(PASS_CONFIGS))
+    return place_no_guards(project)
 
 
 def post_project_of_eight_kernel(hidden_size: int, layer_dtype: str, plan: PostProjectPlan, has_h_pre: bool):
@@ -252,4 +251,4 @@ def post_project_of_eight_kernel(hidden_size: int, layer_dtype: str, plan: PostP
                 close_chunk(partial, chunk, sums, token, projection, hidden_size)
                 stage = units - stage
 
-    return post_project.with_attr(PASS_CONFIGS_ATTR, list(PASS_CONFIGS))
+    return place_no_guards(post_project)

@@ -18,14 +18,13 @@ import tilelang.language as T
 from .boundary_plans import ExpandProjectPlan
 from .projection_warps import allocate_sums, close_chunk, copy_phi, project_span, take_phi
 from .warps import (
-    PASS_CONFIGS,
-    PASS_CONFIGS_ATTR,
     VECTOR,
     WARP,
     WARP_CHANNELS,
     WARP_TOKENS,
     WORDS,
     clear_sums,
+    place_no_guards,
     store_vector,
     vector_at,
 )
@@ -112,4 +111,4 @@ def expand_project_by_warps_kernel(num_streams: int, hidden_size: int, plan: Exp
                 channel = channel + channels
                 stage = units - stage
 
-    return expand_project.with_attr(PASS_CONFIGS_ATTR, list(PASS_CONFIGS))
+    return place_no_guards(expand_project)

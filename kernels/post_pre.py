@@ -63,13 +63,12 @@ from .post_pre_sums import add_chunks, project_chunk, store_chunk, weigh_streams
 from .post_project_warps import aggregate_vector, load_span, mix_vector
 from .projection_warps import copy_phi_rows, split_phi_rows
 from .warps import (
-    PASS_CONFIGS,
-    PASS_CONFIGS_ATTR,
     VECTOR,
     WARP,
     WARP_CHANNELS,
     WORDS,
     copy_async,
+    place_no_guards,
     store_vector,
     vector_at,
 )
@@ -263,4 +262,4 @@ def post_pre_kernel(
                     if thread == keeper:
                         sync[tile, 0] = 0
 
-    return post_pre.with_attr(PASS_CONFIGS_ATTR, list(PASS_CONFIGS))
+    return place_no_guards(post_pre)

@@ -25,8 +25,6 @@ import tilelang.language as T
 from .boundary_plans import PostProjectPlan
 from .projection_warps import allocate_sums, close_chunk, copy_phi, project_span, take_phi
 from .warps import (
-    PASS_CONFIGS,
-    PASS_CONFIGS_ATTR,
     VECTOR,
     WARP,
     WARP_CHANNELS,
@@ -38,6 +36,7 @@ from .warps import (
     high_half,
     low_half,
     pack,
+    place_no_guards,
     store_vector,
     vector_at,
 )
@@ -232,4 +231,4 @@ def post_project_by_warps_kernel(
                 close_chunk(partial, chunk, sums, token, projection, hidden_size)
                 stage = units - stage
 
-    return post_project.with_attr(PASS_CONFIGS_ATTR, list(PASS_CONFIGS))
+    return place_no_guards(post_project)

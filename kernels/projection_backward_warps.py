@@ -33,7 +33,7 @@ from .warp_tiles import (
     swizzle,
     unpack,
 )
-from .warps import PASS_CONFIGS, PASS_CONFIGS_ATTR, VECTOR, WARP, WARP_CHANNELS, WARP_TOKENS, fma, store_vector
+from .warps import VECTOR, WARP, WARP_CHANNELS, WARP_TOKENS, fma, place_no_guards, store_vector
 
 
 class Given(NamedTuple):
@@ -232,4 +232,4 @@ def project_backward_warps_kernel(
             if needs_g_phi:
                 store_g_phi(partial, g_phi, split, first_stream, channel_block * plan.channels, warp, lane, tile)
 
-    return project_backward.with_attr(PASS_CONFIGS_ATTR, list(PASS_CONFIGS))
+    return place_no_guards(project_backward)

@@ -37,8 +37,6 @@ import tilelang.language as T
 from .projection_plans import WarpProjectionPlan
 from .warp_tiles import copy_inside
 from .warps import (
-    PASS_CONFIGS,
-    PASS_CONFIGS_ATTR,
     VECTOR,
     WARP,
     WARP_CHANNELS,
@@ -51,6 +49,7 @@ from .warps import (
     low_half,
     mma,
     pack,
+    place_no_guards,
     vector_at,
 )
 
@@ -129,7 +128,7 @@ def split_phi_fragments_kernel(
             for e in T.vectorized(VECTOR):
                 phi_split[unit, e] = halves[e]
 
-    return split_phi.with_attr(PASS_CONFIGS_ATTR, list(PASS_CONFIGS))
+    return place_no_guards(split_phi)
 
 
 @T.macro
@@ -358,4 +357,4 @@ def project_by_warps_kernel(num_streams: int, hidden_size: int, plan: WarpProjec
                 close_chunk(partial, chunk, sums, token, plan, hidden_size)
                 stage = units - stage
 
-    return project.with_attr(PASS_CONFIGS_ATTR, list(PASS_CONFIGS))
+    return place_no_guards(project)

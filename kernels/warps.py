@@ -14,6 +14,11 @@ PASS_CONFIGS = (PassConfigKey.TL_DISABLE_THREAD_STORAGE_SYNC.value, PassConfigKe
 PASS_CONFIGS_ATTR = "mhc.pass_configs"  # of a function: passes that are off for it alone
 
 
+def place_no_guards(func):
+    """The function of a kernel that has its own barriers and guards: tilelang is told to add none."""
+    return func.with_attr(PASS_CONFIGS_ATTR, list(PASS_CONFIGS))
+
+
 def fma(a, b, c):
     """a · b + c, rounded once."""
     return T.ieee_fmaf(a, b, c)
