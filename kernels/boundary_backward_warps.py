@@ -24,6 +24,7 @@ import tilelang.language as T
 
 from .projection_plans import WarpsPlan
 from .warp_tiles import (
+    Place,
     WarpTile,
     accumulator,
     add_g_phi,
@@ -68,21 +69,6 @@ class Tiles(NamedTuple):
     post: Any
     res: Any
     sums: Any
-
-
-class Place(NamedTuple):
-    """A thread's place in the tile.
-
-    Its number, its lane's quarter, the first of its tokens in the tile, its first channel, and its first vectors in the
-    tiles of streams and layers.
-    """
-
-    thread: Any
-    q: Any
-    token: Any
-    channel: Any
-    of_streams: Any
-    of_layers: Any
 
 
 @T.macro

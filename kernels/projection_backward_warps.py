@@ -18,6 +18,7 @@ import tilelang.language as T
 
 from .projection_plans import WarpsPlan
 from .warp_tiles import (
+    Place,
     WarpTile,
     accumulator,
     add_g_phi,
@@ -37,12 +38,13 @@ from .warps import VECTOR, WARP, WARP_CHANNELS, WARP_TOKENS, fma, place_no_guard
 
 
 class Given(NamedTuple):
-    """The kernel's inputs that are copied into shared memory; None for what is not given."""
+    """The kernel's inputs that are copied into shared memory, None for what is not given; the block's first stream."""
 
     x: Any
     g_layer_input: Any
     g_projected: Any
     h_pre: Any
+    stream: Any
 
 
 class Tiles(NamedTuple):
@@ -55,22 +57,6 @@ class Tiles(NamedTuple):
     pre: Any
 
 
-class Place(NamedTuple):
-    """A thread's place in the tile.
-
-    Its number, its lane's quarter, the block's first stream, the first of its tokens in the tile, its first channel,
-    and its first vectors in the tiles of streams and layers.
-    """
-
-    thread: Any
-    q: Any
-    stream: Any
-    token: Any
-    channel: Any
-    of_streams: Any
-    of_layers: Any
-
-
 @T.macro
 def copy_tile(tiles: Tiles, given: Given, place: Place, row, stage, tile: WarpTile):
     """Start to copy the tile that begins at token `row`: a lane what it reads itself, threads the coefficients."""
@@ -81,7 +67,7 @@ def copy_tile(tiles: Tiles, given: Given, place: Place, row, stage, tile: WarpTi
         to = half * 8 * n * vectors + place.of_streams + stage * tile.stream_vectors
         for j in T.unroll(n):
             inside = is_inside(given.x, token, place.channel, tile)
-            copy_inside(tiles.x[to + j * vectors, 0], given.x[token, place.stream + j, place.channel], inside)
+            copy_inside(tiles.x[to + j * vectors, 0], given.x[token, given.stream + j, place.channel], inside)
         if given.g_layer_input is not None:
             to_layer = stage * tile.layer_vectors + half * 8 * vectors + place.of_layers
             inside = is_inside(given.x, token, place.channel, tile)
@@ -95,7 +81,7 @@ def copy_tile(tiles: Tiles, given: Given, place: Place, row, stage, tile: WarpTi
             if at < tokens * n:
                 inside = row + at // n < num_tokens
                 copy_inside(
-                    tiles.pre[stage * tokens * n + at], given.h_pre[row + at // n, place.stream + at % n], inside, 1
+                    tiles.pre[stage * tokens * n + at], given.h_pre[row + at // n, given.stream + at % n], inside, 1
                 )
     copy_dots(tiles.words, given.g_projected, row, stage, thread, tile)
     T.ptx_commit_group()
@@ -134,7 +120,7 @@ def store_stream(g_x, sums, tiles: Tiles, given: Given, place: Place, row, slot,
         for e in T.vectorized(VECTOR):
             vector[e] = T.cast(sums[accumulator(0, half, e)], vector.dtype)
         inside = is_inside(given.x, to, place.channel, tile)
-        store_vector(g_x[to, place.stream + stream, place.channel], words, 0, inside)
+        store_vector(g_x[to, given.stream + stream, place.channel], words, 0, inside)
 
 
 def project_backward_warps_kernel(
@@ -194,11 +180,11 @@ def project_backward_warps_kernel(
             channel = channel_block * plan.channels + warp % tile.groups * WARP_CHANNELS + lane % 4 * VECTOR
             of_layers = token * tile.vectors + T.bitwise_xor(warp % tile.groups * 4 + lane % 4, swizzle(lane // 4))
             of_streams = of_layers + token * (n - 1) * tile.vectors
+            place = Place(thread, lane % 4, token, channel, of_streams, of_layers)
             first_stream = stream_block * n
-            place = Place(thread, lane % 4, first_stream, token, channel, of_streams, of_layers)
             given = Given(
                 *(x, g_layer_input if has_g_layer_input else None),
-                *(g_projected, h_pre if has_g_layer_input else None),
+                *(g_projected, h_pre if has_g_layer_input else None, first_stream),
             )
             tiles = Tiles(x_tile, g_input_tile, words_of_dots, rho_tile, pre_tile)
             products = (halves, phi_halves, phi_tile, warp, lane)

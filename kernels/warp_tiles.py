@@ -21,6 +21,7 @@ A lane copies the streams' elements that it reads itself; only what others read 
 """
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import tilelang.language as T
 
@@ -120,6 +121,21 @@ class WarpTile:
             last = blocks - 1
             found += [(blocks + last, last, (2 * last,)), (last, 2 * blocks, (2 * last,))]
         return tuple(found)
+
+
+class Place(NamedTuple):
+    """A thread's place in the tile.
+
+    Its number, its lane's quarter, the first of its tokens in the tile, its first channel, and its first vectors in the
+    tiles of streams and layers.
+    """
+
+    thread: Any
+    q: Any
+    token: Any
+    channel: Any
+    of_streams: Any
+    of_layers: Any
 
 
 def load_matrices(transposed, row, to):
