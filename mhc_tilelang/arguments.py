@@ -168,12 +168,12 @@ def check_spec(function: str, spec: MHCSpec) -> None:
         raise TypeError(f"{function}: spec: expected an MHCSpec, got {type(spec).__name__}")
 
 
-def check_eps(function: str, name: str, eps: float) -> float:
-    """Return an eps as a float; refuse what no spec would take for one."""
+def check_eps(function: str, eps: float) -> float:
+    """Return rms_norm_eps as a float; refuse what no spec would take for one."""
     try:
         return MHCSpec(hidden_size=1, rms_eps=eps).rms_eps
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{function}: {name}: {str(error).removeprefix('rms_eps: ')}") from None
+        raise type(error)(f"{function}: rms_norm_eps: {str(error).removeprefix('rms_eps: ')}") from None
 
 
 def check_streams(function: str, name: str, num_streams: int) -> None:

@@ -125,7 +125,7 @@ def check_rms_norm(
 ) -> float:
     """Check the norm of a layer's input; an eps of its own without a weight would be ignored, so it is refused."""
     refuse_for_identity(arguments.function, spec, rms_norm_weight=weight)
-    eps = check_eps(arguments.function, "rms_norm_eps", eps)
+    eps = check_eps(arguments.function, eps)
     if weight is not None:
         dtypes = tuple(dict.fromkeys((torch.float32, dtype)))
         arguments.tensor("rms_norm_weight", weight, (spec.hidden_size,), dtypes)

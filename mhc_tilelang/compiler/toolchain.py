@@ -64,10 +64,10 @@ def version_of(tool: Tool) -> str:
     return (release or lines or ["version unknown"])[0].strip()
 
 
-def output_of(command: Sequence[str], timeout: float = 30) -> str:
+def output_of(command: Sequence[str]) -> str:
     """Return what a command prints; empty when it cannot be run, fails or takes too long."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout if done.returncode == 0 else ""

@@ -143,7 +143,7 @@ class HyperConnection(SublayerModule):
         self.rms_norm_weight = None
         refuse_for_identity("HyperConnection", spec, rms_norm_eps=rms_norm_eps)
         if rms_norm_eps is not None:
-            self.rms_norm_eps = check_eps("HyperConnection", "rms_norm_eps", rms_norm_eps)
+            self.rms_norm_eps = check_eps("HyperConnection", rms_norm_eps)
             self.rms_norm_weight = make_parameter(spec.hidden_size, device=device)
         self.reset_parameters()
 

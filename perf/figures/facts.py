@@ -55,10 +55,10 @@ def kernels(name: str) -> KernelResults:
 
 
 @cache
-def layer_results(name: str = LAYER) -> OverheadResults:
-    """Return a stored file of `bench overhead`."""
-    found = load(STORED / f"{name}.json")
-    assert isinstance(found, OverheadResults), name
+def layer_results() -> OverheadResults:
+    """Return the stored file of `bench overhead`."""
+    found = load(STORED / f"{LAYER}.json")
+    assert isinstance(found, OverheadResults), LAYER
     return found
 
 

@@ -29,10 +29,10 @@ def changed(tmp_path: Path, source: Path, change, name: str = "changed.json") ->
     return path
 
 
-def scale_times(factor: float, kernel: str = "post"):
+def scale_times(factor: float):
     def change(content: dict) -> None:
         for result in content["results"]:
-            if result["kernel"] == kernel:
+            if result["kernel"] == "post":
                 for key in ("median", "lower_quartile", "upper_quartile"):
                     result["time"][key] *= factor
 

@@ -22,10 +22,10 @@ def make_parameters(spec, seed):
     return phi, np.array([0.7, 1.1, 1.6]), rng.standard_normal(n * n + 2 * n)
 
 
-def make_mapped(n, C, num_tokens=3, seed=0):
+def make_mapped(n, C, seed=0):
     """x, layer_output, h_post and h_res, the last one far from symmetric."""
     rng = np.random.default_rng(seed)
-    shapes = (num_tokens, n, C), (num_tokens, C), (num_tokens, n), (num_tokens, n, n)
+    shapes = (3, n, C), (3, C), (3, n), (3, n, n)
     return [rng.standard_normal(shape) for shape in shapes]
 
 

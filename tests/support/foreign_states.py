@@ -53,9 +53,9 @@ def states(framework: str, n: int = 4, seed: int = 0) -> Mapping[str, Tensor]:
     return {**static, **scales, **dynamic, "norm.gamma": torch.zeros(C)}
 
 
-def heads(framework: str, n: int = 4) -> Mapping[str, Tensor]:
+def heads(framework: str) -> Mapping[str, Tensor]:
     """The head's state."""
-    random = Random(n, 7)
-    values = (random.projection(n), 1 + random.normal(1, std=0.1), random.normal(n))
+    random = Random(4, 7)
+    values = (random.projection(4), 1 + random.normal(1, std=0.1), random.normal(4))
     prefix = "hc_" if framework == "transformers" else ""
     return {f"{prefix}{name}": value for name, value in zip(("fn", "scale", "base"), values, strict=True)}
