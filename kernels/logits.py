@@ -1,7 +1,8 @@
 """From the projection's partial sums to the logits of Eq. (16), which `coefficients`, `gates` and `head` share.
 
 Rows of phi that share an alpha are a group; of each the slabs are added up in ascending order, scaled by s and shifted
-by the bias. What a backward cannot get from the mappings, the rows s·(x·phi) and, last, s, is kept as `projected`.
+by the bias. What a backward cannot get from the mappings, the rows s·(x·phi) and, last, s, is kept as `projected`,
+from which `load_scaled` reads a group's rows again. `store_pre` makes h_pre of its logits.
 """
 
 from dataclasses import dataclass
