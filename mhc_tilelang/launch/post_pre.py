@@ -164,7 +164,7 @@ def post_pre_at_once(
         h_res_next=placeholder_if_none(h_res_next, phi),
         projected=projected,
         partial=partial,
-        sync=sync[: num_tiles * (1 + num_chunks)].view(num_tiles, -1),
+        sync=sync[: num_tiles * (1 + num_chunks)].view(num_tiles, 1 + num_chunks),
         iters=spec.sinkhorn_iters,
         sinkhorn_eps=spec.sinkhorn_eps,
         pre_eps=spec.pre_eps,

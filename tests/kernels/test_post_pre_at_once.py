@@ -199,6 +199,16 @@ def test_what_is_chosen_for_few_tokens(inputs, expected):
     assert_same_bits(found, expected)
 
 
+def test_no_tokens(inputs):
+    """Launch nothing, and fail at nothing."""
+    none = map_tokens(inputs, lambda t: t[:0])
+    with executing() as launches:
+        for given in (None, none.h_pre):
+            found = launch.post_pre(*arguments(none), h_pre=given)
+            assert (found.x_next.shape, found.projected.shape) == ((0, 4, 144), (25, 0))
+    assert [launched.family for launched in launches] == []
+
+
 def test_coefficients_beside_the_layer_are_a_launch_of_their_own(inputs, expected_delayed, monkeypatch):
     """Where they are asked for on a side stream, one launch would bring them back before the layer."""
     monkeypatch.setattr(beside, "asked", lambda: "a side stream")
