@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MHCError as error:
         print(f"mhc-tilelang {args.command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"mhc-tilelang {args.command}: interrupted", file=sys.stderr)
+        return 130  # as a shell has it of SIGINT
 
 
 def executor(args: argparse.Namespace) -> AbstractContextManager[object]:

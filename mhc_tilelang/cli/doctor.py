@@ -25,6 +25,7 @@ from typing import Any, Literal
 from mhc_tilelang.cli.device import processor_name
 from mhc_tilelang.cli.json_output import add_json_argument, write_json
 from mhc_tilelang.compiler.toolchain import CXX_NAMES, find_cxx, find_nvcc, find_nvdisasm, output_of, version_of
+from mhc_tilelang.errors import CompilerError
 
 # Oldest versions that work; tests/package/test_doctor.py compares them with the package's own requirements.
 OLDEST_PYTHON = (3, 10)
@@ -159,7 +160,7 @@ def cxx_row() -> Row:
     """Report the C++ compiler, which the CPU target needs."""
     if tool := find_cxx():
         return Row("C++ compiler", f"{version_of(tool)} ({tool.path}, from {tool.origin})")
-    named = os.environ.get("CXX")
+    named = os.environ.get("CXX", "").strip()
     value = f"$CXX is {named}, which is no program" if named else f"none of {', '.join(CXX_NAMES)} on the PATH"
     return Row(
         "C++ compiler",
@@ -263,11 +264,15 @@ def cache_row() -> Row:
     """Report the directory of compiled kernels: who can write it, its size, the space left."""
     from mhc_tilelang.compiler import disk_cache
 
-    directory = disk_cache.location()
+    try:
+        directory = disk_cache.location()
+    except CompilerError as error:
+        return Row("kernel cache", "none", "missing", str(error))
     if row := untrusted_row("kernel cache", directory):
         return row
     try:
-        existing = next(path for path in (directory, *directory.parents) if path.exists())
+        # A link that leads nowhere is there, too: no folder can be made in its place.
+        existing = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
         with tempfile.TemporaryFile(dir=existing):
             pass
         free = human_bytes(shutil.disk_usage(existing).free)

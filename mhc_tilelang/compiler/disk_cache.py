@@ -36,11 +36,18 @@ T = TypeVar("T")
 def location() -> Path:
     """Return the cache's folder: $MHC_TILELANG_CACHE, else mhc-tilelang in the user's cache.
 
-    What tilelang itself compiles for CUDA, it keeps in $TILELANG_CACHE_DIR.
+    What tilelang itself compiles for CUDA, it keeps in $TILELANG_CACHE_DIR. Raises CompilerError for a user of whom
+    the system knows no home, as in a container that runs under a number.
     """
     if named := os.environ.get(VARIABLE):
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mhc-tilelang"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mhc-tilelang"
+    except RuntimeError:
+        raise CompilerError(
+            f"expected a home to keep kernels in, got a user (uid {os.geteuid()}) without one. Name a folder that can "
+            f"be written and run from in ${VARIABLE}"
+        ) from None
 
 
 def get_or_make(

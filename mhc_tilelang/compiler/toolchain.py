@@ -27,8 +27,11 @@ class Tool(NamedTuple):
 
 def find_cxx() -> Tool | None:
     """Find the C++ compiler: $CXX, and only that where it is set; else g++, clang++ or c++ on the PATH."""
-    if named := os.environ.get("CXX"):
-        program, *arguments = shlex.split(named)
+    if named := os.environ.get("CXX", "").strip():
+        try:
+            program, *arguments = shlex.split(named)
+        except ValueError:  # a quotation without an end
+            return None
         path = shutil.which(program)
         return Tool(path, "$CXX", tuple(arguments)) if path else None
     for name in CXX_NAMES:

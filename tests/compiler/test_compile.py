@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from helpers_backward import BACKWARD
 
 from mhc_tilelang import compiler, ops
 from mhc_tilelang.checking.inputs import Case, Inputs
+from mhc_tilelang.cli import doctor
 from mhc_tilelang.compiler import disk_cache
 from mhc_tilelang.compiler.cpu import build
 from mhc_tilelang.errors import CompilerError
@@ -156,6 +159,12 @@ def test_no_compiler(cold, monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/g++")
     with pytest.raises(CompilerError, match="/nowhere/g"):
         post_kernel()
+    monkeypatch.setenv("CXX", "'g++")  # a quotation without an end
+    with pytest.raises(CompilerError, match=r"looked for 'g\+\+\."):
+        post_kernel()
+    monkeypatch.setenv("CXX", " ")
+    with pytest.raises(CompilerError, match=r"looked for g\+\+, "):
+        post_kernel()
 
 
 def test_compiler_that_fails(cold, monkeypatch, tmp_path):
@@ -195,7 +204,7 @@ def test_two_threads_at_once(cold, monkeypatch):
 
 
 def test_cache_directory(monkeypatch, tmp_path):
-    """$MHC_TILELANG_CACHE, else under $XDG_CACHE_HOME, else under ~/.cache."""
+    """$MHC_TILELANG_CACHE, else under $XDG_CACHE_HOME, else under ~/.cache, else an error that names the first."""
     monkeypatch.setenv(disk_cache.VARIABLE, str(tmp_path / "named"))
     assert disk_cache.location() == tmp_path / "named"
     monkeypatch.delenv(disk_cache.VARIABLE)
@@ -204,6 +213,10 @@ def test_cache_directory(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert disk_cache.location() == tmp_path / ".cache" / "mhc-tilelang"
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError))
+    with pytest.raises(CompilerError, match=r"without one.*\$MHC_TILELANG_CACHE"):
+        disk_cache.location()
+    assert "$MHC_TILELANG_CACHE" in doctor.cache_row().hint
 
 
 @pytest.mark.parametrize(

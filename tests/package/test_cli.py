@@ -73,6 +73,15 @@ def test_known_error_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert capsys.readouterr().err == "mhc-tilelang fake: expected a GPU, found none\n"
 
 
+def test_interruption_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(args: object) -> int:
+        raise KeyboardInterrupt
+
+    fake_command(monkeypatch, interrupt)
+    assert cli.main(["fake"]) == 130
+    assert capsys.readouterr().err == "mhc-tilelang fake: interrupted\n"
+
+
 def test_unknown_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(args: object) -> int:
         raise ZeroDivisionError

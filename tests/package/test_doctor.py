@@ -73,10 +73,15 @@ def test_no_compiler_is_named_and_fails(tmp_path: Path) -> None:
     assert "missing: C++ compiler" in shown
 
 
-def test_wrong_cxx_is_named(tmp_path: Path) -> None:
-    status, report, _ = run_doctor(tmp_path, CXX="no-such-compiler")
+def test_wrong_cxx_and_cache_are_named(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "absent")  # in whose place no folder can be made
+    cache = str(tmp_path / "link")
+    status, report, _ = run_doctor(tmp_path, CXX="'no-such-compiler", MHC_TILELANG_CACHE=cache)
+    rows = rows_by_name(report)
     assert status == 1
-    assert "no-such-compiler" in rows_by_name(report)["C++ compiler"]["value"]
+    assert "no-such-compiler" in rows["C++ compiler"]["value"]
+    assert rows["kernel cache"]["status"] == "missing"
+    assert rows["kernel cache"]["value"].startswith(f"{cache}, not writable")
 
 
 @pytest.mark.parametrize("package", ["torch", "tilelang"])

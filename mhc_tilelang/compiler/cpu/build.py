@@ -143,7 +143,7 @@ def cxx() -> Tool:
     """Return the C++ compiler. Raises CompilerError that says what to install if there is none."""
     tool = find_cxx()
     if tool is None:
-        wanted = os.environ.get("CXX") or ", ".join(CXX_NAMES)
+        wanted = os.environ.get("CXX", "").strip() or ", ".join(CXX_NAMES)
         raise CompilerError(
             f"no C++ compiler: looked for {wanted}. The CPU target builds its kernels with one: install g++ "
             "or clang++, or name it in $CXX"
