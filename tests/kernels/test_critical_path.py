@@ -100,7 +100,7 @@ def test_gradients_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.full  # half a minute of lowering; `test_warps` holds the thread-level kernels to the tiles' bits
 def test_on_a_gpus_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Generated CUDA, by tiles, has equal bits too; there a block of mappings has as many tokens as `pre` has threads."""
+    """Generated CUDA, by tiles, has equal bits too; there a block of mappings has as many tokens as `pre` threads."""
     case = Case(4, 144, FP32, 37)
     inputs = Inputs.of(case, CPU)
     with executing() as launched:
