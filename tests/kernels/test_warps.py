@@ -49,7 +49,7 @@ def test_fused_equals_separate(case):
     assert_same_bits([x_next, partial], separate(inputs))
 
 
-@pytest.mark.parametrize("width", [72, 2560])
+@pytest.mark.parametrize("width", [72, pytest.param(2560, marks=pytest.mark.full)])
 def test_eight_streams(width):
     """Of sm_90a: the bits of separate kernels, of a token alone, and sums as near to float64."""
     case = Case(8, width, torch.bfloat16, 19)
