@@ -35,7 +35,7 @@ check: $(READY) ## compare the kernels with the float64 reference
 doctor: $(READY) ## report what this machine has and what is missing
 	$(BIN)/mhc-tilelang doctor $(ARGS)
 
-inspect-kernels: $(READY) ## build for every CUDA architecture what changed of KERNELS="post ..." (all without), and keep what came out
+inspect-kernels: $(READY) ## build KERNELS="post ..." for every CUDA architecture (without: those that changed), and keep what came out
 	$(BIN)/python -m mhc_tilelang.perf.inspect.stored $(KERNELS)
 
 docs: $(READY) ## build the documentation as a site in build/site; a link that leads nowhere is an error

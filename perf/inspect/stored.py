@@ -2,7 +2,7 @@
 
 A line a row, so that a difference between two builds reads as one, with a hash of the kernel it was built from. What is
 stored is `matrix.representative`, CI's builds, and `matrix.other_streams`: `python -m mhc_tilelang.perf.inspect.stored
-KERNEL…` (`make inspect-kernels`) builds anew what is of another kernel by now, and drops the rest.
+KERNEL…` (`make inspect-kernels`) builds some kernels anew, or what is of another kernel by now, and drops the rest.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def read(path: Path) -> tuple[dict[str, str], list[Row]]:
 
 
 def renew(kernels: Sequence[str] = (), path: Path = KERNELS) -> None:
-    """Build what is stored of some kernels, all for none, where the kernel is another one now; drop what is no more.
+    """Build what is stored of some kernels anew; for none, of all, where the kernel is another one now. Drop the rest.
+
+    To name them is for a change in how rows are counted, which a kernel's hash does not see.
 
     Raises MHCError where only some are named and the stored rows were built by other tools.
     """
@@ -67,7 +69,8 @@ def renew(kernels: Sequence[str] = (), path: Path = KERNELS) -> None:
         raise MHCError(f"{path}: expected rows built with {versions()}, got {made_with}: name no kernel, to build all")
     found = {row.key: row for row in rows} if made_with == versions() else {}
     chosen = matrix.chosen_kernels(kernels)
-    wanted = [(one, arch, found.get(one.key(arch))) for one, arch in asked() if one.kernel in chosen]
+    kept = {} if kernels else found
+    wanted = [(one, arch, kept.get(one.key(arch))) for one, arch in asked() if one.kernel in chosen]
     for row in tqdm(build_all(wanted), total=len(wanted), desc="inspect", unit="kernel", leave=False):
         if found.get(row.key) != row:
             tqdm.write(f"{row.label} {row.arch} n = {row.num_streams}, C = {row.hidden_size}, {row.dtype}: new")

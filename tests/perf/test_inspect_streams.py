@@ -67,18 +67,22 @@ def test_faults_are_those_that_are_known() -> None:
 
 
 def test_renewing_builds_what_changed_and_drops_what_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the kernels that are named: all that is asked of `sum_partials`, one row of which the source has changed."""
+    """All that is asked of a kernel that is named: also a row that was counted otherwise, of the same source."""
     versions, rows = stored.read(stored.KERNELS)
     file = tmp_path / "rows.json"
     changed = next(row for row in rows if row.kernel == "sum_partials")
     gone = replace(changed, hidden_size=1)
-    before = [replace(row, registers=0, made_from="of before") if row == changed else row for row in rows]
+    before = [replace(row, registers=0) if row == changed else row for row in rows]
     monkeypatch.setattr(compiler, "versions", lambda: versions)
     stored.write(file, [gone, *reversed(before)])
-    monkeypatch.setattr(built, "build_function", lambda *_: changed)
+    of_key = {row.key: row for row in rows}
+    monkeypatch.setattr(built, "build_function", lambda _, subject, arch: of_key[subject.key(arch)])
     monkeypatch.setattr(built.os, "cpu_count", lambda: 1)  # one process: this one, with what is planted
     stored.renew(["sum_partials"], file)
     assert stored.read(file) == (versions, rows)
+    [(subject, arch)] = [(one, arch) for one, arch in stored.asked() if one.key(arch) == changed.key]
+    assert built.build(subject, arch, replace(changed, registers=0)).registers == 0  # kept: of the same kernel
+    assert built.build(subject, arch, replace(changed, made_from="of before")) == changed
 
 
 def test_some_kernels_are_not_renewed_by_other_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
