@@ -29,7 +29,8 @@ cache. The partial sums cost 4·C bytes to write and as many to read, per block.
 import tilelang.language as T
 
 from .aggregate_norm import add_squares, aggregate_step, inverse_rms
-from .plans import NormTile
+from .aggregate_norm_backward_warps import aggregate_norm_backward_by_warps_kernel
+from .plans import NormTile, NormWarpsTile
 
 
 @T.macro
@@ -140,6 +141,10 @@ def aggregate_norm_backward_kernel(
 
     C is written as [C / width, width]. Without `needs_g_weight`, partial is a one-element placeholder, never accessed.
     """
+    if isinstance(tile, NormWarpsTile):
+        return aggregate_norm_backward_by_warps_kernel(
+            num_streams, hidden_size, dtype, weight_dtype, tile, needs_g_weight
+        )
     n, lanes, width = num_streams, tile.lanes, tile.width
     row = (hidden_size // width, width)
     steps, slots = tile.steps(hidden_size), tile.slots(hidden_size)

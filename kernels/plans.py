@@ -10,6 +10,7 @@ from functools import cache
 
 WARP = 32
 MAX_THREADS = 256
+MAX_REGISTERS, QUARTER_REGISTERS = 255, 16 * 1024  # of a thread, of one of a multiprocessor's four parts
 MAX_ACCESS_BYTES = 16
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 CPU_CHANNELS = 1024  # four streams of it in float32 stay in a 32 KB first-level cache, with room to spare
@@ -155,6 +156,38 @@ def norm_tile(hidden_size: int, itemsize: int, platform: str) -> NormTile:
     return NormTile(lanes, tile.width, kept=hidden_size <= MAX_THREADS * KEPT_CHANNELS)
 
 
+@dataclass(frozen=True)
+class NormWarpsTile(NormTile):
+    """A tile for thread-level code: lanes are any number of warps, and everything is kept.
+
+    `blocks_per_sm` blocks shall find room on a multiprocessor, which holds the compiler to its share of the registers.
+    """
+
+    blocks_per_sm: int = 1
+
+
+@cache
+def norm_backward_tile(num_streams: int, hidden_size: int, itemsize: int, platform: str) -> NormTile:
+    """The tile of a norm's backward: thread-level code on a GPU, for a 16-bit stream of two, four or eight whose
+    rows start on 16 bytes; else that of `norm_tile`.
+
+    A lane has two steps, three or four where these were more than 256 lanes, and of them as few that hang over as can
+    be: at C = 2560 320 vectors are two steps of 160 lanes, by `predict` 43 µs (H200, n = 4), 47 in four steps of 96.
+    """
+    tile = norm_tile(hidden_size, itemsize, platform)
+    if platform == "cpu" or num_streams not in (2, 4, 8) or tile.width * itemsize < MAX_ACCESS_BYTES or itemsize > 2:
+        return tile
+    vectors = hidden_size // tile.width
+    for steps in (1, 2, 3, 4) if vectors <= 2 * WARP else (2, 3, 4):
+        lanes = -(-vectors // (steps * WARP)) * WARP
+        # Of a step x, g and the next g, u and the sums for g_w; of a stream h_pre and two dots; the rest.
+        registers = steps * (4 * num_streams + 24) + 3 * num_streams + 32
+        if lanes <= MAX_THREADS and registers < MAX_REGISTERS:
+            warps = 4 * (QUARTER_REGISTERS // (-(-registers // 8) * 8 * WARP))
+            return NormWarpsTile(lanes, tile.width, kept=True, blocks_per_sm=min(16, max(1, warps * WARP // lanes)))
+    return tile
+
+
 QUANTIZED_GROUP = 128  # channels that share a scale, as DeepGEMM's products take them
 
 
@@ -203,12 +236,21 @@ def quantized_tile(hidden_size: int, itemsize: int, platform: str) -> QuantizedT
     return QuantizedTile(tile.lanes, tile.width, tile.kept, guesses=platform == "cuda")
 
 
-def norm_tokens(num_tokens: int, platform: str) -> int:
+MOST_NORM_TOKENS, MOST_NORM_PARTIALS = 16, 512
+
+
+def norm_tokens(num_tokens: int, tile: NormTile, platform: str, parallel_blocks: int) -> int:
     """Tokens that share a row of partial sums of a norm's weight: 16, where a row costs 0.25C a token to write and read
-    (16-bit stream), or more where there would be more than 512 rows. On a GPU 11: 4096 tokens are 373 blocks, which all
-    find room on an H200 at three a multiprocessor, by `predict` 58 µs against 71 (C = 2560).
+    (16-bit stream), or more where there would be more than 512 rows; 11 of the kernel by tiles on a GPU.
+
+    Of thread-level code as few as fill a device, which has `parallel_blocks` // 2 multiprocessors, in whole waves; two
+    at least, for a row is 4·C bytes.
     """
-    return max(16 if platform == "cpu" else 11, -(-num_tokens // 512))
+    if not isinstance(tile, NormWarpsTile):
+        return max(MOST_NORM_TOKENS if platform == "cpu" else 11, -(-num_tokens // MOST_NORM_PARTIALS))
+    at_once = max(1, parallel_blocks // 2 * tile.blocks_per_sm)
+    waves = max(1, min(-(-num_tokens // (MOST_NORM_TOKENS * at_once)), MOST_NORM_PARTIALS // at_once))
+    return max(2, -(-num_tokens // (waves * at_once)))
 
 
 def tokens_per_block(platform: str) -> int:

@@ -13,10 +13,11 @@ from __future__ import annotations
 import torch
 
 from .. import compiler
-from ..compiler.kernel import Kernel, dtype_name
+from ..compiler.kernel import dtype_name
 from ..kernels import plans
 from .operands import Gradient, aligned, by_width, channel_kernel, placeholder_if_none, stream_kernel
 from .partial_sums import sum_partials
+from .projection import parallel_blocks
 
 
 def aggregate(x: torch.Tensor, h_pre: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -33,7 +34,8 @@ def aggregate_norm(
     if weight is None:
         return aggregate(x, h_pre, out=out)
     layer_input = x.new_empty(x.shape[0], x.shape[2]) if out is None else out
-    kernel, tile = _norm_kernel("aggregate_norm", x, weight)
+    tile = plans.norm_tile(x.shape[2], x.element_size(), compiler.platform_of(x.device))
+    kernel = stream_kernel("aggregate_norm", x, weight_dtype=dtype_name(weight.dtype), tile=tile)
     kernel(
         x=by_width(x, tile),
         h_pre=aligned(h_pre),
@@ -95,11 +97,20 @@ def aggregate_norm_backward(
     -> g_u [T, C], the gradient of what `aggregate` gives, in x's dtype; g_h_pre [T, n]; g_weight [C] in the
     weight's dtype, None unless needed.
     """
-    num_tokens, _, hidden_size = x.shape
+    num_tokens, num_streams, hidden_size = x.shape
     g_u, g_h_pre = torch.empty_like(g_layer_input), torch.empty_like(h_pre)
-    tokens_per_block = plans.norm_tokens(num_tokens, compiler.platform_of(x.device)) if needs_g_weight else 1
+    platform = compiler.platform_of(x.device)
+    tile = plans.norm_backward_tile(num_streams, hidden_size, x.element_size(), platform)
+    shared = plans.norm_tokens(num_tokens, tile, platform, parallel_blocks(x.device))
+    tokens_per_block = shared if needs_g_weight else 1
     partial = h_pre.new_empty(-(-num_tokens // tokens_per_block), hidden_size) if needs_g_weight else None
-    kernel, tile = _norm_kernel("aggregate_norm_backward", x, weight, needs_g_weight=needs_g_weight)
+    kernel = stream_kernel(
+        "aggregate_norm_backward",
+        x,
+        weight_dtype=dtype_name(weight.dtype),
+        tile=tile,
+        needs_g_weight=needs_g_weight,
+    )
     kernel(
         g_layer_input=by_width(g_layer_input, tile),
         x=by_width(x, tile),
@@ -116,11 +127,3 @@ def aggregate_norm_backward(
     if num_tokens == 0:
         return g_u, g_h_pre, torch.zeros_like(weight)
     return g_u, g_h_pre, sum_partials(partial).to(weight.dtype)
-
-
-def _norm_kernel(
-    family: str, x: torch.Tensor, weight: torch.Tensor, **parameters: bool
-) -> tuple[Kernel, plans.NormTile]:
-    """Return the kernel of a family that normalises rows of a stream, and its tile."""
-    tile = plans.norm_tile(x.shape[2], x.element_size(), compiler.platform_of(x.device))
-    return stream_kernel(family, x, weight_dtype=dtype_name(weight.dtype), tile=tile, **parameters), tile

@@ -4,6 +4,8 @@ Machine code does not tell which tensor an instruction accesses. The line of the
 nvdisasm lists it and `source_accesses` reads it. Where a line reads several tensors, an instruction goes to those that
 the source accesses as wide, to all of them if none. Now and then the scheduler leaves an instruction without its line:
 it goes to the tensors that the source accesses as wide and no line shows, if there are any; else it is of UNKNOWN.
+Where one call of an inlined function follows another, nvdisasm may tell the first one's line alone: a tensor that no
+line shows then has what is as wide in such a run, beside the tensor of that line.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ def machine_accesses(code: str, listing: str, tensors: Collection[str]) -> tuple
     """
     of_source = uses(code)
     found: tuple[dict[str, list[str]], dict[str, list[str]]] = (defaultdict(list), defaultdict(list))
+    in_run: tuple[list[str], list[str]] = ([], [])
     for access in global_accesses(listing):
+        if access.in_run:
+            in_run[access.writes].append(access.width)
         for name in tensors_at(of_source, access.line, access.writes, access.width):
             found[access.writes][name].append(access.width)
     for is_write, side in enumerate(found):
@@ -34,6 +39,9 @@ def machine_accesses(code: str, listing: str, tensors: Collection[str]) -> tuple
         for width in side.pop(UNKNOWN, []):
             for name in [name for name, widths in unseen.items() if is_one_of(width, widths)] or [UNKNOWN]:
                 side[name].append(width)
+        for name, widths in unseen.items():
+            if name not in side and (shared := [width for width in in_run[is_write] if is_one_of(width, widths)]):
+                side[name] = shared
     chosen = [*tensors, UNKNOWN] if tensors else []
     reads, writes = ({name: by_width(side[name]) for name in chosen if name in side} for side in found)
     return reads, writes

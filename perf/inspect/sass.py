@@ -83,11 +83,15 @@ def by_width(widths: Iterable[str]) -> dict[str, int]:
 
 
 class GlobalAccess(NamedTuple):
-    """An access to global memory: the line of the source, None where the listing has none; bits, or "bulk"."""
+    """An access to global memory: the line of the source, None where the listing has none; bits, or "bulk".
+
+    `in_run`: it follows another by the same inlined function, and nvdisasm may have left out that the call is another.
+    """
 
     line: int | None
     width: str
     writes: bool
+    in_run: bool
 
 
 def global_accesses(listing: str) -> Iterator[GlobalAccess]:
@@ -96,13 +100,16 @@ def global_accesses(listing: str) -> Iterator[GlobalAccess]:
     """
     place: int | None = None
     is_inside = False  # a run of location comments, of which the last one in SOURCE counts
+    is_inlined, accesses = False, 0  # whether the function's own line was told, and accesses since
     for text in listing.splitlines():
         if LOCATION.search(text):
             lines = [int(line) for name, line in PLACE.findall(text) if name == SOURCE]
             place = lines[-1] if lines else place if is_inside else None
+            is_inlined, accesses = "inlined at" in text or (is_inside and is_inlined), 0
             is_inside = True
         elif found := INSTRUCTION.match(text):
             is_inside = False
             for writes, kinds in ((False, (LOADS, BULK_LOADS)), (True, (STORES, BULK_STORES))):
                 if width := width_of(found.group(1), *kinds):
-                    yield GlobalAccess(place, width, writes)
+                    yield GlobalAccess(place, width, writes, in_run=is_inlined and accesses > 0)
+                    accesses += 1

@@ -26,6 +26,7 @@ PYTHON = (
     (r"!(?!=)", " not "),
 )
 WARP = 32
+COUNT = "_met"  # no name that a kernel has
 
 
 def count_barriers(source: CudaSource, sizes: Mapping[str, float], block: tuple[int, int, int]) -> float:
@@ -36,14 +37,14 @@ def count_barriers(source: CudaSource, sizes: Mapping[str, float], block: tuple[
     variables: dict[str, Any] = {
         "__builtins__": {"range": range, "min": min, "max": max},
         "attempt": attempt,
-        "count": 0,
+        COUNT: 0,
         **names,
     }
     try:
         exec("\n".join(program), variables)
     except (NameError, SyntaxError, TypeError):
         return float("nan")
-    return float(variables["count"])
+    return float(variables[COUNT])
 
 
 def attempt(value: Callable[[], int]) -> int | None:
@@ -55,11 +56,11 @@ def attempt(value: Callable[[], int]) -> int | None:
 
 
 def translate(lines: Iterator[str]) -> tuple[list[str], str]:
-    """Lines up to a closing brace as Python that adds up `count`, none if no barrier is in them; and that brace."""
+    """Lines up to a closing brace as Python that adds up COUNT, none if no barrier is in them; and that brace."""
     found: list[str] = []
     for line in lines:
         if line.startswith("}"):
-            return found if any("count" in each for each in found) else [], line
+            return found if any(COUNT in each for each in found) else [], line
         if line.endswith("{"):
             then, end = translate(lines)
             otherwise, end = translate(lines) if end == "} else {" else ([], end)
@@ -75,7 +76,7 @@ def translate(lines: Iterator[str]) -> tuple[list[str], str]:
                 f"{name[1]} = attempt(lambda: {python(name[2])})" if "?" not in name[2] else f"{name[1]} = None"
             )
         elif number := meetings(line):
-            found.append(f"count += {number}")
+            found.append(f"{COUNT} += {number}")
     return found, "}"
 
 

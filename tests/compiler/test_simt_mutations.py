@@ -105,7 +105,7 @@ def test_swapped_rows_of_h_res_are_caught(family: str) -> None:
 
 
 # Barriers that tilelang sets and nothing needs: what follows begins with one, or touches what the same thread touched.
-REDUNDANT = {"aggregate_norm_backward": 1, "post_backward": 1}
+REDUNDANT = {"post_backward": 1}
 SYNCHRONIZED = {"project": 2, "project_backward": 2, "post_project": 2, "boundary_backward": 3}
 SYNCHRONIZED |= {"coefficients_backward": 1, "coefficients_aggregate_backward": 2}
 SYNCHRONIZED |= {"aggregate_norm_backward": 1, "expand_project": 2, "post_backward": 2}

@@ -81,6 +81,24 @@ def test_an_instruction_is_of_the_tensor_of_its_line(instructions: list, reads: 
     assert machine_accesses(SOURCE, listing(*instructions), ["x", "y"]) == (reads, writes)
 
 
+INLINED = '"/templates/copy.h", line 136 inlined at "kernel.cu", line {0}; "kernel.cu", line {0}'
+LOADS = ("LDG.E.128 R4, [R4.64]", "@P0 LDG.E.128 R8, [R6.64]")
+
+
+def test_calls_of_one_function_may_share_a_line() -> None:
+    """As nvdisasm lists two loads in a row by one inlined function: the second one's tensor is not left unseen."""
+    code = SOURCE.replace("v = *(uint4*)(x + 8);", "v = tl::load_global_128((&(x[8])));")
+    code = code.replace("v.x = h[1];", "v = *(uint4*)(y + 8);")
+    run = listing((INLINED.format(3), LOADS[0]), ("", LOADS[1]))
+    assert machine_accesses(code, run, ["x", "y"])[0] == {"x": {"128": 2}, "y": {"128": 1}}
+    alone = listing((INLINED.format(3), LOADS[0]), (at(2), "IADD3 R1, R1, 1, RZ"))
+    assert machine_accesses(code, alone, ["x", "y"])[0] == {"x": {"128": 1}}
+    narrow = listing((INLINED.format(3), LOADS[0]), ("", "LDG.E.64 R8, [R6.64]"))
+    assert "y" not in machine_accesses(code, narrow, ["x", "y"])[0]
+    other_lines = listing((at(3), LOADS[0]), ("", LOADS[1]))
+    assert "y" not in machine_accesses(code, other_lines, ["x", "y"])[0]
+
+
 def test_small_tensors_are_left_out() -> None:
     """And of a kernel that has no others, everything."""
     assert machine_accesses(SOURCE, listing(*SPLIT_STORE), []) == ({}, {})

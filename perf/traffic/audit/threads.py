@@ -346,7 +346,7 @@ class Threads(Counters):
         """Compile an integer or a condition."""
         kind = type(node).__name__
         if kind == "IntImm":
-            number = np.int64(int(node))
+            number = np.bool_(int(node)) if str(node.dtype) == "bool" else np.int64(int(node))
             return lambda: number
         if kind == "Var":
             if (axis := getattr(self, "lanes", {}).get(node)) is not None:
