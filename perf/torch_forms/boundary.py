@@ -113,10 +113,10 @@ def tolerances(kernel: str, dtype: torch.dtype) -> dict[str, float]:
     """Return the relative difference allowed from the fused kernels' outputs beyond `TOLERANCE`, by output.
 
     Forward, a few elements of x_next are rounded the other way, 5 of 100,000 by an ulp or 2e-5 of it in bfloat16 (of
-    far fewer elements than a benchmark's a single one may be more), and the mappings follow by as much: δ is half of TOLERANCE, which still tells phi in TF32. A layer_input that was off by δ before it is rounded is
-    off by √(δ·u) afterwards. Backward, torch and the separate kernels round the gradient of x_next up to three times on
-    its way (through phi, the aggregation's share, the sum), each by u/√3 at most: u in all, where the kernels keep
-    float32.
+    far fewer elements than a benchmark's a single one may be more), and the mappings follow by as much: δ is half of
+    TOLERANCE, which still tells phi in TF32. A layer_input that was off by δ before it is rounded is off by √(δ·u)
+    afterwards. Backward, torch and the separate kernels round the gradient of x_next up to three times on its way
+    (through phi, the aggregation's share, the sum), each by u/√3 at most: u in all, where the kernels keep float32.
     """
     unit, delta = UNIT_ROUNDOFF[dtype_name(dtype)], TOLERANCE[dtype] / 2
     mappings = dict.fromkeys(("h_pre_next", "h_post_next", "h_res_next"), delta)
